@@ -1,0 +1,62 @@
+"""How many credits each of your Crustdata API keys has left, from asyncio code, within the API's rate limit."""
+
+from crustcredits._client import CreditsClient
+from crustcredits._errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    CrustCreditsError,
+    InsufficientCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    MissingKeyError,
+    PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimitError,
+    RateLimitWaitError,
+    UnexpectedResponseError,
+)
+from crustcredits._keys import ApiKey, keys_from_env, keys_from_file, keys_from_text
+from crustcredits._limits import Quota, RateLimit
+from crustcredits._models import Account, Balance, Outcome, RateLimitStatus
+from crustcredits._report import Report
+from crustcredits._retry import Retry
+from crustcredits._version import __version__
+
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "Account",
+    "ApiKey",
+    "AuthenticationError",
+    "BadRequestError",
+    "Balance",
+    "ClientClosedError",
+    "ConfigurationError",
+    "CreditsClient",
+    "CrustCreditsError",
+    "InsufficientCreditsError",
+    "InternalServerError",
+    "InvalidKeyError",
+    "MissingKeyError",
+    "Outcome",
+    "PaymentRequiredError",
+    "PermissionDeniedError",
+    "Quota",
+    "RateLimit",
+    "RateLimitError",
+    "RateLimitStatus",
+    "RateLimitWaitError",
+    "Report",
+    "Retry",
+    "UnexpectedResponseError",
+    "__version__",
+    "keys_from_env",
+    "keys_from_file",
+    "keys_from_text",
+]

@@ -1,0 +1,50 @@
+"""Checks of numbers that callers give, with one wording for all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import attrs
+
+from crustcredits._errors import ConfigurationError
+
+
+def check_whole(what: str, value: object, *, minimum: int) -> None:
+    """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {value!r}")
+
+
+def check_number(
+    what: str, value: object, *, above: float = -math.inf, minimum: float = -math.inf, maximum: float = math.inf
+) -> None:
+    """Raise `ConfigurationError` unless `value` is a finite number of that range."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if usable and isinstance(value, (int, float)) and above < value and minimum <= value <= maximum:
+        return
+    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {minimum:g}"] * (minimum > -math.inf)
+    bounds += [f"at most {maximum:g}"] * (maximum < math.inf)
+    raise ConfigurationError(f"{what} is a finite number {' and '.join(bounds)}, not {value!r}")
+
+
+class Whole:
+    """An attrs validator: a whole number of at least `minimum`."""
+
+    def __init__(self, minimum: int) -> None:
+        self._minimum = minimum
+
+    def __call__(self, instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        check_whole(attribute.name, value, minimum=self._minimum)
+
+
+class Number:
+    """An attrs validator: a finite number of a range, or None where that is said to be allowed."""
+
+    def __init__(self, *, optional: bool = False, **bounds: float) -> None:
+        self._optional = optional
+        self._bounds = bounds
+
+    def __call__(self, instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not (value is None and self._optional):
+            check_number(attribute.name, value, **self._bounds)

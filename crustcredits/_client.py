@@ -1,0 +1,405 @@
+"""`CreditsClient`: token, pace, slot, attempt, retry; for one key or for many.
+
+How long to wait, what an answer means and how bytes travel is decided elsewhere; here is the order in which it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+from crustcredits._checks import check_number, check_whole
+from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError, RateLimitError, RateLimitWaitError
+from crustcredits._fanout import fan_out
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
+from crustcredits._limits import Buckets, Quota, RateLimit, TokenBucket, account_of
+from crustcredits._models import Account, Balance, Outcome, outcome_for
+from crustcredits._report import Report
+from crustcredits._retry import Retry
+from crustcredits._slots import HANGING_SHARE, Slots
+from crustcredits._transport import Failure, Fate, Transport
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, read_response
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_log = logging.getLogger("crustcredits")
+
+_RATE_LIMIT = RateLimit()
+_RETRY = Retry()
+
+
+class CreditsClient:
+    """Asks the Crustdata API how many credits API keys have left, within its rate limit, over one HTTP session.
+
+    Args:
+        base_url: `https://host[:port]` of the API; by default the variable `CRUSTDATA_API_URL`, else the API's own.
+        rate_limit: The limit to keep.
+        concurrency: Requests on the wire at once. One that hangs, without an answer for 0.4 s or four times the usual,
+            stops counting, so that hanging keys hold up no others; at most eight times as many may hang.
+        request_timeout: Seconds from the start of one request to the last byte of its answer. Waiting for the rate limit
+            or for a free place on the wire is not counted.
+        retry: How failures that may pass are tried again.
+        session: An aiohttp session to use, for its connector, proxy and traces; it is never closed here. Its cookies,
+            credentials and middlewares are left out of these requests. By default the client opens and closes its own.
+        proxy: URL of an HTTP proxy.
+
+    Making one needs no running loop and does no I/O. It belongs to the loop it is first used on. Use it with `async with`,
+    or call `close()`.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        rate_limit: RateLimit = _RATE_LIMIT,
+        concurrency: int = 32,
+        request_timeout: float = 10.0,
+        retry: Retry = _RETRY,
+        session: aiohttp.ClientSession | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        check_whole("concurrency", concurrency, minimum=1)
+        check_number("request_timeout", request_timeout, above=0)
+        self._transport = Transport(parse_base_url(base_url), session=session, proxy=proxy)
+        self._period = rate_limit.period
+        self._buckets = Buckets(rate_limit, late=request_timeout)
+        self._pace = rate_limit.limiter()
+        self._slots = Slots(concurrency)
+        self._room = concurrency * (1 + HANGING_SHARE)
+        self._request_timeout = request_timeout
+        self._retry = retry
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._calls: set[asyncio.Timeout] = set()
+        self._no_calls = asyncio.Event()
+
+    async def balance(self, key: KeyLike, *, timeout: float | None = None) -> Balance:
+        """The credits that `key` has left, from `GET /user/credits`.
+
+        `timeout` is in seconds, for the whole call: waiting and retries included.
+
+        Raises:
+            CrustCreditsError: The class says what went wrong; the tree stands in the README.
+        """
+        key = as_key(key)
+        outcome: Outcome[Balance] = await self._ask(USER_CREDITS, self._deadline(timeout), key)
+        return outcome.result()
+
+    async def account(self, key: KeyLike, *, timeout: float | None = None) -> Account:
+        """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
+
+        `timeout` and what it raises are as for `balance`. The two endpoints have a rate limit each.
+        """
+        key = as_key(key)
+        outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, self._deadline(timeout), key)
+        return outcome.result()
+
+    @overload
+    async def check(
+        self,
+        keys: KeysLike,
+        *,
+        detail: Literal[False] = False,
+        timeout: float | None = None,
+        on_outcome: Callable[[Outcome[Balance]], object] | None = None,
+    ) -> Report[Balance]: ...
+    @overload
+    async def check(
+        self,
+        keys: KeysLike,
+        *,
+        detail: Literal[True],
+        timeout: float | None = None,
+        on_outcome: Callable[[Outcome[Account]], object] | None = None,
+    ) -> Report[Account]: ...
+    @overload
+    async def check(
+        self,
+        keys: KeysLike,
+        *,
+        detail: bool,
+        timeout: float | None = None,
+        on_outcome: Callable[[Outcome[Balance]], object] | None = None,
+    ) -> Report[Balance]: ...
+    async def check(
+        self,
+        keys: KeysLike,
+        *,
+        detail: bool = False,
+        timeout: float | None = None,
+        on_outcome: Callable[[Outcome[Any]], object] | None = None,
+    ) -> Report[Any]:
+        """Check every key of a pool; one bad key never sinks the rest.
+
+        Returns a report with one outcome for each key, in the order given. A secret that stands there twice is asked once.
+
+        Args:
+            keys: An iterable of secrets and `ApiKey`s, or a mapping of name to either.
+            detail: Ask `/account/credits`, so that each balance is an `Account`.
+            timeout: Seconds for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
+                `APITimeoutError` for its error, or its last failure; what has come is kept.
+            on_outcome: A plain function, called with each outcome as it lands.
+
+        Raises:
+            ConfigurationError: This is no pool, or two different keys have one name, or one secret two accounts. A key that
+                cannot be used does not raise: its outcome says so.
+            ClientClosedError: The client was closed meanwhile.
+        """
+        source = as_keys(keys)
+        del keys  # No frame of ours holds a secret when something is raised.
+        if isinstance(source, ConfigurationError):
+            raise source
+        if inspect.iscoroutinefunction(on_outcome):
+            raise ConfigurationError(
+                "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
+            )
+        self._check_open()
+        pool = list(source)
+        refuse_contradictions(pool)
+        ask = partial(self._ask, ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout))
+        return Report(await self._gather(pool, ask, on_outcome))
+
+    async def _gather(
+        self, pool: list[ApiKey], ask: Callable[[ApiKey], Any], on_outcome: Callable[[Outcome[Any]], object] | None
+    ) -> list[Outcome[Any]]:
+        places: dict[bytes, list[int]] = {}
+        for place, key in enumerate(pool):
+            places.setdefault(key.digest, []).append(place)
+        outcomes: dict[int, Outcome[Any]] = {}
+        first_of_each = iter([pool[same[0]] for same in places.values()])
+        async with aclosing(fan_out(first_of_each, ask, room=self._room)) as landed:
+            async for outcome in landed:
+                for place in places[outcome.key.digest]:
+                    outcomes[place] = outcome_for(pool[place], outcome)
+                    if on_outcome is not None:
+                        on_outcome(outcomes[place])
+        return [outcomes[place] for place in range(len(pool))]
+
+    @overload
+    def stream(
+        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: Literal[False] = False, timeout: float | None = None
+    ) -> AsyncGenerator[Outcome[Balance], None]: ...
+    @overload
+    def stream(
+        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: Literal[True], timeout: float | None = None
+    ) -> AsyncGenerator[Outcome[Account], None]: ...
+    @overload
+    def stream(
+        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: bool, timeout: float | None = None
+    ) -> AsyncGenerator[Outcome[Balance], None]: ...
+    def stream(
+        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: bool = False, timeout: float | None = None
+    ) -> AsyncGenerator[Outcome[Any], None]:
+        """Check keys and yield each outcome as it lands, in memory that does not grow with their number.
+
+        `keys` is as for `check`, or an asynchronous iterable, which may have no end. Equal secrets under way at the same
+        time are asked once. Left early, the rest is cancelled: at once when the generator is closed (`contextlib.aclosing`).
+
+        Args:
+            keys: Where the keys come from. What it raises is raised here, after the outcomes of those it gave before.
+            detail: As for `check`.
+            timeout: Seconds for each key, from when it is taken from `keys`.
+
+        Raises:
+            ConfigurationError: This is no source of keys.
+            ClientClosedError: The client was closed meanwhile.
+        """
+        source: Iterator[ApiKey] | AsyncIterator[ApiKey] | ConfigurationError
+        source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else as_keys(keys)
+        del keys  # No frame of ours holds a secret when something is raised.
+        if isinstance(source, ConfigurationError):
+            raise source
+        if timeout is not None:
+            check_number("timeout", timeout, above=0)
+
+        def ask(key: ApiKey) -> Any:
+            return self._ask(ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout), key)
+
+        return fan_out(source, ask, room=self._room)
+
+    def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
+        """What the rate limit still allows, as this client counts it: for `/user/credits`, with `detail` for `/account/credits`.
+
+        Raises:
+            ConfigurationError: The scope gives each key or account a quota of its own, and no `key` was named.
+        """
+        key = None if key is None else as_key(key)
+        if isinstance(key, RefusedKey):
+            raise key.error
+        self._check_loop()
+        return self._buckets.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
+
+    async def close(self) -> None:
+        """End the calls under way with `ClientClosedError` and close the session, unless it was given. May be called twice."""
+        loop = self._check_loop()
+        if not self._closed:
+            self._closed = True
+            for call in self._calls:
+                call.reschedule(loop.time())
+        try:
+            if self._calls:
+                await self._no_calls.wait()
+        finally:
+            await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        self._check_loop()
+        self._check_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- one key
+
+    async def _ask(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
+        """The outcome for one key. Raises only when the client is closed, or used on a wrong loop."""
+        self._check_loop()
+        self._check_open()
+        call = asyncio.timeout(None)  # which only close() ever sets
+        try:
+            async with call:
+                self._calls.add(call)
+                outcome = await self._try(path, deadline, key)
+        except TimeoutError:
+            outcome = None
+        finally:
+            self._calls.discard(call)
+            if self._closed and not self._calls:
+                self._no_calls.set()
+        if outcome is None:
+            raise _closed_error()
+        if isinstance(outcome.error, ClientClosedError):
+            raise outcome.error
+        return outcome
+
+    async def _try(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
+        """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
+        if isinstance(key, RefusedKey):
+            return _outcome(key, key.error, 0)
+        attempts = 0
+        last: CrustCreditsError | None = None
+        while True:
+            result = await self._attempt(path, deadline, key)
+            if isinstance(result, RateLimitWaitError):
+                return _outcome(key, last or result, attempts)
+            attempts += 1
+            if isinstance(result, Balance):
+                return _outcome(key, result, attempts)
+            delay = self._retry.delay(result, attempts)
+            if delay is None or (deadline is not None and _now() + delay >= deadline):
+                return _outcome(key, result, attempts)
+            _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
+            last = result
+            await asyncio.sleep(delay)
+
+    async def _attempt(self, path: str, deadline: float | None, key: ApiKey) -> Balance | CrustCreditsError:
+        """One request, with a token of its own; the errors are values. `RateLimitWaitError` means that none was sent."""
+        # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
+        bucket = self._buckets.bucket(path, key)
+        began = _now()
+        try:
+            await bucket.acquire(deadline)
+        except RateLimitWaitError as error:
+            error.key_name = key.name
+            return error.with_traceback(None)
+        fate = Fate.UNSENT
+        try:
+            slot = await self._start(deadline)
+            if slot is None:
+                return RateLimitWaitError(
+                    "its turn did not come before the deadline; allow more time", wait=_now() - began, key_name=key.name
+                )
+            fate = Fate.ABANDONED  # until an answer says otherwise
+            try:
+                sent = await self._transport.attempt(path, key, self._time_for_one(deadline))
+                fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
+            finally:
+                self._slots.release(slot, answered=fate is Fate.ANSWERED)
+            return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
+        finally:
+            _give_back(bucket, fate)
+
+    async def _start(self, deadline: float | None) -> object | None:
+        """Wait for the pace and a place on the wire; None when the deadline passes first."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                if self._pace is not None:
+                    await self._pace.acquire()
+                return await self._slots.acquire()
+        except TimeoutError:
+            return None
+
+    def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
+        result = read_response(path, key, response, now=_utc_now(), period=self._period)
+        if isinstance(result, Balance):
+            bucket.succeeded()
+        elif isinstance(result, RateLimitError):
+            bucket.refused(account_of(key), result.retry_after)
+        return result
+
+    # --- time and state
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        if timeout is None:
+            return None
+        check_number("timeout", timeout, above=0)
+        return _now() + timeout
+
+    def _time_for_one(self, deadline: float | None) -> float:
+        return self._request_timeout if deadline is None else min(self._request_timeout, deadline - _now())
+
+    def _check_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ConfigurationError(
+                "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
+            )
+        return loop
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
+
+
+def _closed_error() -> ClientClosedError:
+    return ClientClosedError("this client is closed; make a new one")
+
+
+def _outcome(key: ApiKey, result: Balance | CrustCreditsError, attempts: int) -> Outcome[Any]:
+    if isinstance(result, Balance):
+        return Outcome(key=key, balance=result, checked_at=result.checked_at, attempts=attempts)
+    result.attempts = attempts
+    return Outcome(key=key, error=result, checked_at=_utc_now(), attempts=attempts)
+
+
+def _give_back(bucket: TokenBucket, fate: Fate) -> None:
+    if fate is Fate.ANSWERED:
+        bucket.ended()
+    elif fate is Fate.ABANDONED:
+        bucket.abandoned()
+    else:
+        bucket.unused()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)

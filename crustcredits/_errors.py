@@ -1,0 +1,181 @@
+"""The one tree of exceptions. Attributes, never the text, carry what a program needs; no secret gets in.
+
+CrustCreditsError
+├── ConfigurationError          (also a ValueError)
+├── APIConnectionError
+├── APITimeoutError             (also a TimeoutError)
+├── APIStatusError
+│   ├── BadRequestError             400
+│   ├── AuthenticationError         401
+│   │   ├── MissingKeyError
+│   │   └── InvalidKeyError
+│   ├── PaymentRequiredError        402
+│   ├── PermissionDeniedError       403
+│   ├── RateLimitError              429
+│   └── InternalServerError         5xx
+├── UnexpectedResponseError
+├── RateLimitWaitError
+├── InsufficientCreditsError
+└── ClientClosedError
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+    from crustcredits._models import RateLimitStatus
+
+
+class CrustCreditsError(Exception):
+    """Root of everything that this library raises.
+
+    Attributes:
+        message: What went wrong and what to do, in words, without the key's name.
+        key_name: The name of the key it happened to, or None when no single key is to blame. Never its secret.
+        attempts: How many requests were put on the wire for this call.
+        request_id: The server's `x-request-id`, when an answer brought one.
+        rate_limit: What the last answer said of the rate limit, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key_name: str | None = None,
+        attempts: int = 0,
+        request_id: str | None = None,
+        rate_limit: RateLimitStatus | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.key_name = key_name
+        self.attempts = attempts
+        self.request_id = request_id
+        self.rate_limit = rate_limit
+
+    def __str__(self) -> str:
+        return self.message if self.key_name is None else f"{self.key_name}: {self.message}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with `args` alone, and keyword-only arguments without defaults would be missing.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[CrustCreditsError], args: tuple[Any, ...], state: dict[str, Any]) -> CrustCreditsError:
+    error = kind.__new__(kind, *args)
+    error.args = args  # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(CrustCreditsError, ValueError):
+    """An argument, a key, a file or an environment variable cannot be used; no request was made for it."""
+
+
+class APIConnectionError(CrustCreditsError):
+    """No whole answer came: name resolution, connecting, TLS, a reset, or a body cut short. Retried."""
+
+
+class APITimeoutError(CrustCreditsError, TimeoutError):
+    """The request was on its way and no whole answer came in time. Retried while the call's own time lasts."""
+
+
+class APIStatusError(CrustCreditsError):
+    """The server answered with an error status.
+
+    Attributes:
+        status: The HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (HTTP {self.status})"
+
+
+class BadRequestError(APIStatusError):
+    """400: the API rejects the request, for example for its `x-api-version`."""
+
+
+class AuthenticationError(APIStatusError):
+    """401: the API does not accept the key."""
+
+
+class MissingKeyError(AuthenticationError):
+    """401: no key reached the API; something between here and there removed the `Authorization` header."""
+
+
+class InvalidKeyError(AuthenticationError):
+    """401: the API does not know the key: mistyped, revoked, or of another service."""
+
+
+class PaymentRequiredError(APIStatusError):
+    """402: the account is out of credits. Never retried."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the plan or the key's rights do not allow this."""
+
+
+class RateLimitError(APIStatusError):
+    """429: the server counts more requests than it allows.
+
+    Attributes:
+        retry_after: Seconds until the server expects to take another request, at most the limit's period; None when
+            it did not say.
+    """
+
+    def __init__(self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Any) -> None:
+        super().__init__(message, status=status, **details)
+        self.retry_after = retry_after
+
+
+class InternalServerError(APIStatusError):
+    """5xx: the server or a gateway before it failed. Retried."""
+
+
+class UnexpectedResponseError(CrustCreditsError):
+    """An answer came that is not what the API documents: not JSON, no number where credits belong, a redirect, too large.
+
+    Attributes:
+        status: The HTTP status it came with.
+    """
+
+    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.status = status
+
+
+class RateLimitWaitError(CrustCreditsError):
+    """The rate limit would hold this call back beyond its deadline; it was not sent.
+
+    Attributes:
+        wait: Seconds it would have had to wait in all, as things stood.
+    """
+
+    def __init__(self, message: str, *, wait: float, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.wait = wait
+
+
+class InsufficientCreditsError(CrustCreditsError):
+    """A pool holds fewer credits than a batch needs; for the gate before a batch, as in `examples/preflight.py`.
+
+    Attributes:
+        needed: Credits the batch needs.
+        available: Credits known to be there; what is unknown counts as nothing.
+    """
+
+    def __init__(self, message: str, *, needed: Decimal, available: Decimal, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.needed = needed
+        self.available = available
+
+
+class ClientClosedError(CrustCreditsError):
+    """The client was closed before or during the call."""

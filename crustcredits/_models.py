@@ -1,0 +1,211 @@
+"""What comes back: frozen records, credits as exact decimals, times in UTC. Nothing here parses or sends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Generic
+
+import attrs
+
+from crustcredits._errors import CrustCreditsError
+from crustcredits._keys import ApiKey
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+else:
+    from typing import TypeVar
+
+
+@attrs.frozen(kw_only=True)
+class RateLimitStatus:
+    """The server's own count, from the `x-ratelimit-*` headers of one answer.
+
+    Attributes:
+        limit: Requests allowed in the window, or None when not said.
+        remaining: Requests left in the window after this one.
+        reset: Seconds until the oldest counted request ages out and one slot is free. Not until the whole quota is.
+
+    Source: Crustdata's best-practices page.
+    """
+
+    limit: int | None = None
+    remaining: int | None = None
+    reset: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three numbers, None where the server did not say."""
+        return {"limit": self.limit, "remaining": self.remaining, "reset": self.reset}
+
+
+@attrs.frozen(kw_only=True)
+class Balance:
+    """The credits one key has left, from `GET /user/credits`.
+
+    Attributes:
+        key: The key that was asked.
+        credits: Credits left, exact to the last digit sent. "May be fractional for some plans" (Crustdata's credits page).
+        checked_at: When the answer came, in UTC, by this machine's clock.
+        request_id: The server's `x-request-id`, or None.
+        rate_limit: The server's count as the answer told it, or None.
+    """
+
+    key: ApiKey
+    credits: Decimal
+    checked_at: datetime
+    request_id: str | None = None
+    rate_limit: RateLimitStatus | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the key by name, credits as text, times as ISO 8601 in UTC."""
+        return {
+            "key": self.key.name,
+            "account": self.key.account,
+            "credits": credits_text(self.credits),
+            "checked_at": time_text(self.checked_at),
+            "request_id": self.request_id,
+            "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
+        }
+
+
+@attrs.frozen(kw_only=True)
+class Account(Balance):
+    """The account behind a key, from `GET /account/credits`. Field names are the API's.
+
+    Attributes:
+        credits: "The shared pool all your API keys draw from" (Crustdata's API reference). Gate spending on this one.
+        recurring_credits: Credits granted each billing cycle; 0 without a recurring grant, None when not said.
+        recurring_credits_frequency: For example `monthly`.
+        recurring_credits_refresh_date: When the next grant comes, in UTC; None when not said or not a date.
+        credit_rollover: Whether unused recurring credits carry over; None when not said.
+        wallets: As sent, numbers as `Decimal`; informational. None when absent.
+        credit_topups: As sent, numbers as `Decimal`, soonest expiry first. None when absent.
+        extra: Fields this version does not know, and known ones of a kind it cannot read, as sent.
+    """
+
+    recurring_credits: Decimal | None = None
+    recurring_credits_frequency: str | None = None
+    recurring_credits_refresh_date: datetime | None = None
+    credit_rollover: bool | None = None
+    wallets: list[Any] | None = None
+    credit_topups: list[Any] | None = None
+    extra: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: as `Balance.to_dict`, and every field of the account."""
+        return super().to_dict() | {
+            "recurring_credits": _plain(self.recurring_credits),
+            "recurring_credits_frequency": self.recurring_credits_frequency,
+            "recurring_credits_refresh_date": _plain(self.recurring_credits_refresh_date),
+            "credit_rollover": self.credit_rollover,
+            "wallets": _plain(self.wallets),
+            "credit_topups": _plain(self.credit_topups),
+            "extra": _plain(self.extra),
+        }
+
+
+# `Report` and `Outcome` mean those of a `Balance` where a caller does not say; only checkers know of such defaults before 3.13.
+if TYPE_CHECKING:
+    BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True, default=Balance)
+else:
+    BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True)
+
+
+@attrs.frozen(kw_only=True)
+class Outcome(Generic[BalanceT]):
+    """What came of checking one key: a balance, or the error that stands in its place.
+
+    Attributes:
+        key: The key that was asked, as it was given.
+        balance: The answer, or None. With `detail=True` it is an `Account`.
+        error: Why there is no balance, or None.
+        checked_at: When this became known, in UTC.
+        attempts: How many requests were put on the wire for it.
+    """
+
+    key: ApiKey
+    balance: BalanceT | None = None
+    error: CrustCreditsError | None = None
+    checked_at: datetime
+    attempts: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a balance."""
+        return self.balance is not None
+
+    @property
+    def credits(self) -> Decimal | None:
+        """Credits left, or None when that is unknown. Unknown is not zero."""
+        return None if self.balance is None else self.balance.credits
+
+    @property
+    def request_id(self) -> str | None:
+        """The server's `x-request-id` of the last answer, or None."""
+        source = self.balance or self.error
+        return None if source is None else source.request_id
+
+    @property
+    def rate_limit(self) -> RateLimitStatus | None:
+        """What the last answer said of the rate limit, or None."""
+        source = self.balance or self.error
+        return None if source is None else source.rate_limit
+
+    def result(self) -> BalanceT:
+        """The balance.
+
+        Raises:
+            CrustCreditsError: The error, when there is none.
+        """
+        if self.balance is not None:
+            return self.balance
+        assert self.error is not None
+        raise self.error
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the balance under its key's name, or the error as its type's name and text."""
+        shared = {"key": self.key.name, "account": self.key.account, "ok": self.ok, "attempts": self.attempts}
+        if self.balance is not None:
+            return shared | self.balance.to_dict() | {"error": None}
+        return shared | {
+            "credits": None,
+            "checked_at": time_text(self.checked_at),
+            "request_id": self.request_id,
+            "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
+            "error": {"type": type(self.error).__name__, "message": str(self.error)},
+        }
+
+
+def outcome_for(key: ApiKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
+    """The outcome of an equal secret, under `key`'s own name and account."""
+    if key is outcome.key:
+        return outcome
+    balance = None if outcome.balance is None else attrs.evolve(outcome.balance, key=key)
+    error = copy.copy(outcome.error)
+    if error is not None:
+        error.key_name = key.name
+    return attrs.evolve(outcome, key=key, balance=balance, error=error)
+
+
+def credits_text(credits: Decimal) -> str:
+    """Every digit, without an exponent: `138940.37`."""
+    return format(credits, "f")
+
+
+def time_text(time: datetime) -> str:
+    """ISO 8601 in UTC: `2026-09-01T00:00:00Z`."""
+    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return credits_text(value)
+    if isinstance(value, datetime):
+        return time_text(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value

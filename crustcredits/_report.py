@@ -1,0 +1,182 @@
+"""What a whole pool came to. Sums are exact; what could not be checked is unknown, never zero."""
+
+from __future__ import annotations
+
+import decimal
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from decimal import Decimal
+from functools import cached_property
+from typing import Any, Generic, overload
+
+import attrs
+
+from crustcredits._checks import check_number
+from crustcredits._models import Account, Balance, BalanceT, Outcome, credits_text
+
+# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
+_EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
+
+
+class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
+    """The outcomes of a pool, one for each key, in the order the keys were given.
+
+    Keys that declare one account share one balance, which is counted once: the newest answer's. A key without a declared
+    account counts as an account of its own.
+    """
+
+    def __init__(self, outcomes: Iterable[Outcome[BalanceT]]) -> None:
+        self._outcomes = tuple(outcomes)
+
+    @overload
+    def __getitem__(self, index: int) -> Outcome[BalanceT]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Outcome[BalanceT]]: ...
+    def __getitem__(self, index: int | slice) -> Outcome[BalanceT] | Sequence[Outcome[BalanceT]]:
+        return self._outcomes[index]
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def __repr__(self) -> str:
+        return f"<Report of {len(self)} keys: {len(self.succeeded)} checked, {len(self.failed)} failed>"
+
+    @property
+    def ok(self) -> bool:
+        """Whether every key has a balance. An empty report is ok."""
+        return not self.failed
+
+    @cached_property
+    def succeeded(self) -> tuple[Outcome[BalanceT], ...]:
+        """The outcomes with a balance."""
+        return tuple(outcome for outcome in self if outcome.ok)
+
+    @cached_property
+    def failed(self) -> tuple[Outcome[BalanceT], ...]:
+        """The outcomes with an error: their credits are unknown."""
+        return tuple(outcome for outcome in self if not outcome.ok)
+
+    @property
+    def total_credits(self) -> Decimal | None:
+        """Credits of all accounts whose balance is known, exact to the last digit; each account once.
+
+        What failed is left out, so look at `ok` too. None when there were keys and nothing is known of any.
+        """
+        if self and not self.succeeded:
+            return None
+        return _sum(credits for credits in self._credits.values() if credits is not None)
+
+    @property
+    def accounts(self) -> Mapping[str, Decimal | None]:
+        """Credits of each declared account, in the order of their first keys; None where all its keys failed."""
+        declared = {key.account for key in (outcome.key for outcome in self)} - {None}
+        return {name: self._credits[name] for name in self._credits if name in declared and isinstance(name, str)}
+
+    def ranked(self, min_credits: Decimal | float = 0) -> tuple[Outcome[BalanceT], ...]:
+        """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
+
+        Failed keys are left out.
+
+        Raises:
+            ConfigurationError: `min_credits` is not a finite number.
+        """
+        floor = _decimal("min_credits", min_credits)
+        rich = (outcome for outcome in self.succeeded if self.credits_of(outcome) >= floor)
+        return tuple(sorted(rich, key=self.credits_of, reverse=True))
+
+    def low(self, threshold: Decimal | float) -> tuple[Outcome[BalanceT], ...]:
+        """The keys whose account holds less than `threshold` credits, in the order given. Failed keys are left out.
+
+        Raises:
+            ConfigurationError: `threshold` is not a finite number.
+        """
+        ceiling = _decimal("threshold", threshold)
+        return tuple(outcome for outcome in self.succeeded if self.credits_of(outcome) < ceiling)
+
+    @property
+    def lookalikes(self) -> tuple[tuple[Outcome[BalanceT], ...], ...]:
+        """Groups of different undeclared keys whose answers are the same to the last digit, so may share an account.
+
+        No answer names its account. Where a group does share one, `total_credits` counts it more than once until the keys
+        declare it.
+        """
+        groups: defaultdict[Hashable, dict[bytes, Outcome[BalanceT]]] = defaultdict(dict)
+        for outcome in self.succeeded:
+            if self._account(outcome) == outcome.key.digest and outcome.balance is not None:
+                groups[_answer(outcome.balance)].setdefault(outcome.key.digest, outcome)
+        return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
+
+    def raise_on_error(self) -> None:
+        """Do nothing when every key has a balance.
+
+        Raises:
+            ExceptionGroup: All the errors of the failed keys.
+        """
+        errors = [outcome.error for outcome in self.failed if outcome.error is not None]
+        if errors:
+            raise ExceptionGroup(f"{len(errors)} of {len(self)} keys could not be checked", errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the totals, and every outcome by its key's name; credits as text."""
+        return {
+            "ok": self.ok,
+            "checked": len(self.succeeded),
+            "failed": len(self.failed),
+            "total_credits": _text(self.total_credits),
+            "accounts": {name: _text(credits) for name, credits in self.accounts.items()},
+            "lookalikes": [[outcome.key.name for outcome in group] for group in self.lookalikes],
+            "outcomes": [outcome.to_dict() for outcome in self],
+        }
+
+    def credits_of(self, outcome: Outcome[Any]) -> Decimal:
+        """Credits of the account that a key which has a balance draws from: its account's newest answer."""
+        credits = self._credits[self._account(outcome)]
+        assert credits is not None
+        return credits
+
+    @cached_property
+    def _declared(self) -> Mapping[bytes, str]:
+        # The same secret may stand in the pool with its account and without.
+        return {outcome.key.digest: outcome.key.account for outcome in self if outcome.key.account is not None}
+
+    def _account(self, outcome: Outcome[Any]) -> Hashable:
+        return self._declared.get(outcome.key.digest, outcome.key.digest)
+
+    @cached_property
+    def _credits(self) -> Mapping[Hashable, Decimal | None]:
+        """Credits of each account, declared or not, by its newest answer; None where nothing is known."""
+        newest: dict[Hashable, Balance | None] = {}
+        for outcome in self:
+            account = self._account(outcome)
+            known = newest.setdefault(account, None)
+            if outcome.balance is not None and (known is None or outcome.balance.checked_at >= known.checked_at):
+                newest[account] = outcome.balance
+        return {account: None if balance is None else balance.credits for account, balance in newest.items()}
+
+
+def _sum(numbers: Iterable[Decimal]) -> Decimal:
+    total = Decimal(0)
+    for number in numbers:
+        total = _EXACT.add(total, number)
+    return total
+
+
+def _decimal(what: str, number: Decimal | float) -> Decimal:
+    if not isinstance(number, Decimal):
+        check_number(what, number)
+        return Decimal(str(number))
+    if not number.is_finite():
+        check_number(what, float(number))
+    return number
+
+
+def _text(credits: Decimal | None) -> str | None:
+    return None if credits is None else credits_text(credits)
+
+
+def _answer(balance: Balance) -> str:
+    """What the server said of the account, without what differs between two answers about one account."""
+    if not isinstance(balance, Account):
+        return credits_text(balance.credits)
+    fields = attrs.asdict(balance, recurse=False)
+    return repr({name: value for name, value in fields.items() if name not in {"key", "checked_at", "request_id", "rate_limit"}})

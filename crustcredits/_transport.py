@@ -1,0 +1,168 @@
+"""One attempt over aiohttp, bounded in time and size. The core's only importer of aiohttp.
+
+It knows neither the rate limit nor retries. Nothing of aiohttp's leaves it: its exceptions and its frames carry the
+`Authorization` header, so ours are made inside and raised, if at all, where no `except` block links them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import TYPE_CHECKING
+
+import aiohttp
+import attrs
+from aiohttp import hdrs
+
+from crustcredits._errors import (
+    APIConnectionError,
+    APITimeoutError,
+    ClientClosedError,
+    ConfigurationError,
+    CrustCreditsError,
+)
+from crustcredits._wire import MAX_BODY, Response, read_details, request_headers
+
+if TYPE_CHECKING:
+    from aiohttp.client_middlewares import ClientHandlerType
+
+    from crustcredits._keys import ApiKey
+
+# asyncio's own timer bounds the whole attempt, to the last byte; aiohttp's would round above 5 s and cover the pool's wait.
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+
+
+class Fate(enum.Enum):
+    """What became of a request, as far as the server's count goes."""
+
+    UNSENT = "it certainly never left"
+    ANSWERED = "the server counted it before it answered"
+    ABANDONED = "it was given up on, and may still arrive"
+
+
+@attrs.frozen
+class Failure:
+    """An attempt without a whole answer."""
+
+    error: CrustCreditsError
+    fate: Fate
+
+
+class _NotResentError(aiohttp.ClientError):
+    """Stands for a lost connection in aiohttp's eyes, which would send a GET again by itself after the real thing."""
+
+
+class Transport:
+    """Sends requests over one aiohttp session: its own, opened when first needed, or a caller's, never closed."""
+
+    def __init__(self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None) -> None:
+        self._base_url = base_url
+        self._session = session
+        self._proxy = proxy
+        self._owned = session is None
+
+    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
+        """Send one request and read its whole answer within `timeout` seconds.
+
+        An answer of whatever status is a `Response`. Cancellation passes through, without aiohttp's frames.
+        """
+        answers: list[aiohttp.ClientResponse] = []
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._exchange(path, key, answers)
+        except asyncio.CancelledError as error:
+            caught: BaseException = error
+        except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
+            caught = error
+        try:
+            if isinstance(caught, asyncio.CancelledError):
+                caught.__cause__ = caught.__context__ = None
+                raise caught.with_traceback(None)
+            return self._failure(caught, key, timeout, answers)
+        finally:
+            del caught  # a frame that holds the exception that holds the frame is freed late
+
+    async def close(self) -> None:
+        """Close the session, if it is ours."""
+        if self._owned and self._session is not None:
+            await self._session.close()
+
+    async def _exchange(self, path: str, key: ApiKey, answers: list[aiohttp.ClientResponse]) -> Response:
+        session = self._session = self._session or self._open()
+        headers = request_headers(key)
+        guard = _Guard(headers[hdrs.AUTHORIZATION])
+        if session.trust_env or session.auth is not None:
+            # aiohttp refuses this header beside a session's own credentials; the guard sets it after them.
+            del headers[hdrs.AUTHORIZATION]
+        # Everything is said for each request, so that a caller's session cannot surprise.
+        async with session.get(
+            self._base_url + path,
+            headers=headers,
+            allow_redirects=False,
+            raise_for_status=False,
+            auto_decompress=True,
+            read_bufsize=MAX_BODY,
+            timeout=_NO_TIMEOUT,
+            proxy=self._proxy,
+            middlewares=(guard,),
+        ) as response:
+            answers.append(response)
+            return Response(response.status, response.headers, await _read_body(response))
+
+    def _open(self) -> aiohttp.ClientSession:
+        # Slots bound the connections, not the connector: a wait there would count as time on the wire.
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, timeout=_NO_TIMEOUT
+        )
+
+    def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
+        details = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
+        given_up = Fate.ANSWERED if answers else Fate.ABANDONED
+        if isinstance(error, TimeoutError):
+            return Failure(APITimeoutError(f"no whole answer within {timeout:g} s", **details), given_up)
+        if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
+            return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
+        if isinstance(error, aiohttp.InvalidURL):
+            return Failure(ConfigurationError("the base URL or the proxy is no usable URL", **details), Fate.UNSENT)
+        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+            return Failure(APIConnectionError(f"could not connect ({_reason(error)})", **details), Fate.UNSENT)
+        when = "while the answer came" if answers else "before an answer"
+        return Failure(APIConnectionError(f"the connection failed {when} ({_reason(error)})", **details), given_up)
+
+
+async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
+    body = bytearray()
+    while chunk := await response.content.readany():
+        body += chunk
+        if len(body) > MAX_BODY:
+            response.close()
+            return None
+    return bytes(body)
+
+
+class _Guard:
+    """An aiohttp middleware around one request: it goes out once, with this key and no cookie, whatever the session."""
+
+    __slots__ = ("_authorization",)
+
+    def __init__(self, authorization: str) -> None:
+        self._authorization = authorization
+
+    async def __call__(self, request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
+        request.headers[hdrs.AUTHORIZATION] = self._authorization
+        request.headers.pop(hdrs.COOKIE, None)
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            raise _NotResentError from error
+
+
+def _reason(error: BaseException) -> str:
+    """A word for the cause: the system's, or the exception's name, but never its text, which may hold anything."""
+    if isinstance(error, _NotResentError) and error.__cause__ is not None:
+        error = error.__cause__
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    strerror = cause.strerror if isinstance(cause, OSError) else None
+    return strerror or type(error).__name__

@@ -1,0 +1,340 @@
+"""The API without I/O: a request out of a key; a model or an error out of (status, headers, body, now).
+
+It must not know aiohttp, asyncio or a clock. Every fact of the API that the library relies on stands here, with its source.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import Any, Final
+from urllib.parse import SplitResult, urlsplit
+
+import attrs
+
+from crustcredits import _errors
+from crustcredits._errors import APIStatusError, ConfigurationError, CrustCreditsError, RateLimitError, UnexpectedResponseError
+from crustcredits._keys import ApiKey
+from crustcredits._models import Account, Balance, RateLimitStatus
+from crustcredits._version import __version__
+
+_log = logging.getLogger("crustcredits")
+
+DEFAULT_BASE_URL: Final = "https://api.crustdata.com"
+BASE_URL_VARIABLE: Final = "CRUSTDATA_API_URL"
+
+USER_CREDITS: Final = "/user/credits"
+ACCOUNT_CREDITS: Final = "/account/credits"
+
+# API introduction: a missing version "can default to the latest"; API reference: /account/credits answers 400 without one.
+API_VERSION: Final = "2025-11-01"
+
+# A balance is a few hundred bytes. Anything near this is not one.
+MAX_BODY: Final = 64 * 1024
+
+# `1E+999999999` and 5,000-digit integers are JSON, and would stall or break arithmetic. No balance comes near these bounds.
+MAX_NUMBER_TEXT: Final = 64
+MAX_EXPONENT: Final = 64
+
+_MAX_MESSAGE = 300
+
+
+@attrs.frozen(slots=True)
+class Response:
+    """One answer; `body` is None when it was larger than `MAX_BODY`."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | None
+
+
+def request_headers(key: ApiKey) -> dict[str, str]:
+    """The headers of a request; made at the last moment, because they hold the secret."""
+    return {
+        "Authorization": f"Bearer {key.secret}",
+        "x-api-version": API_VERSION,
+        "user-agent": f"crustcredits/{__version__}",
+        "accept": "application/json",
+    }
+
+
+def parse_base_url(base_url: str | None, environ: Mapping[str, str] | None = None) -> str:
+    """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
+
+    Raises:
+        ConfigurationError: It is no `https://host[:port]`; plain `http` is taken for loopback only.
+    """
+    source = "base_url"
+    if base_url is None:
+        environ = os.environ if environ is None else environ
+        base_url = environ.get(BASE_URL_VARIABLE, "").strip() or DEFAULT_BASE_URL
+        environ, source = None, BASE_URL_VARIABLE
+    origin, problem = _origin_or_problem(base_url)
+    if problem is not None:
+        del base_url  # It may hold credentials.
+        raise ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
+    return origin
+
+
+def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
+    if not isinstance(base_url, str):
+        return "", f"is a str, not {type(base_url).__name__}"
+    try:
+        parts = urlsplit(base_url.strip())
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        return "", "is not a URL"
+    problem = _url_problem(parts)
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{port}", problem
+
+
+def _url_problem(parts: SplitResult) -> str | None:
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        return "has no http(s) scheme and host"
+    if re.search(r"[\s\x00-\x20\x7f]", parts.netloc):
+        return "has white space in its host"
+    if "@" in parts.netloc:
+        return "holds credentials; keys are given to each call, never in the URL"
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        return "has a path, query or fragment; the client adds the paths of the API itself"
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        return "is plain http, which would show every key to the network; use https (http is for loopback only)"
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, period: float) -> Balance | CrustCreditsError:
+    """What an answer says: a `Balance`, an `Account` when `path` is `ACCOUNT_CREDITS`, or the error, not raised.
+
+    `now` is when it came; `period`, in seconds, bounds the wait that a refusal may ask for.
+    """
+    details = read_details(response.headers, key)
+    if response.status != 200:
+        return _read_failure(key, response, details, now, period)
+    document, problem = _parse(response.body)
+    fields: dict[str, Any] = {}
+    if problem is None:
+        reader = _read_account if path == ACCOUNT_CREDITS else _read_balance
+        fields, problem = reader(document, key)
+    if problem is not None:
+        return UnexpectedResponseError(f"the API answered with {problem}", key_name=key.name, status=200, **details)
+    model = Account if path == ACCOUNT_CREDITS else Balance
+    return model(key=key, checked_at=now, **details, **fields)
+
+
+def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
+    """What every answer's headers tell, as the fields of a model or an error."""
+    return {"request_id": _clean(headers.get("x-request-id"), key), "rate_limit": read_rate_limit(headers)}
+
+
+# --- numbers and documents
+
+
+class _UnusableNumberError(ValueError):
+    pass
+
+
+def _number(text: str) -> Decimal:
+    if len(text) > MAX_NUMBER_TEXT:
+        raise _UnusableNumberError
+    number = Decimal(text)
+    if number and abs(number.adjusted()) > MAX_EXPONENT:
+        raise _UnusableNumberError
+    return number
+
+
+def _no_constant(text: str) -> Any:
+    raise _UnusableNumberError
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant)
+
+
+def _parse(body: bytes | None) -> tuple[Any, str | None]:
+    if body is None:
+        return None, f"more than {MAX_BODY // 1024} KiB, which is no balance"
+    try:
+        return _DECODER.decode(body.decode("utf-8-sig")), None
+    except _UnusableNumberError:
+        return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
+    except (ValueError, RecursionError):
+        return None, "something that is not JSON"
+
+
+def _read_balance(document: Any, key: ApiKey) -> tuple[dict[str, Any], str | None]:
+    if not isinstance(document, dict):
+        return {}, "JSON that is no object"
+    credits = document.get("credits")
+    if not isinstance(credits, Decimal):
+        return {}, "no number of credits"
+    return {"credits": credits}, None
+
+
+def _read_account(document: Any, key: ApiKey) -> tuple[dict[str, Any], str | None]:
+    account = document.get("account") if isinstance(document, dict) else None
+    if not isinstance(account, dict):
+        return {}, "no account"
+    fields, problem = _read_balance(account, key)
+    if problem is not None:
+        return {}, problem
+    fields |= {name: account[name] for name, kind in _ACCOUNT_FIELDS.items() if isinstance(account.get(name), kind)}
+    kept = fields.keys() | {name for name in _ACCOUNT_FIELDS if account.get(name) is None}
+    # The balance must not be lost for what only informs: a field of another kind than documented is kept as it came.
+    extra = {name: value for name, value in account.items() if name not in kept}
+    for name in extra.keys() & _ACCOUNT_FIELDS.keys():
+        _log.warning("%s: the account's %s is not of the documented kind; it is kept in extra", key.name, name)
+    _read_refresh_date(fields, extra, key)
+    return fields | {"extra": extra}, None
+
+
+# API reference, the fields of /account/credits. Sub-fields of wallets and top-ups are not documented.
+_ACCOUNT_FIELDS: Final[dict[str, type]] = {
+    "recurring_credits": Decimal,
+    "recurring_credits_frequency": str,
+    "recurring_credits_refresh_date": str,
+    "credit_rollover": bool,
+    "wallets": list,
+    "credit_topups": list,
+}
+
+
+def _read_refresh_date(fields: dict[str, Any], extra: dict[str, Any], key: ApiKey) -> None:
+    name = "recurring_credits_refresh_date"
+    if name not in fields:
+        return
+    text = fields.pop(name)
+    try:
+        date = datetime.fromisoformat(text.strip())
+        # API reference: an ISO timestamp such as 2026-09-01T00:00:00Z. One without an offset is taken for UTC.
+        fields[name] = date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
+    except (ValueError, OverflowError):
+        extra[name] = text
+        _log.warning("%s: the date of the account's next grant is no date; it is kept in extra", key.name)
+
+
+# --- headers
+
+
+def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
+    """The `x-ratelimit-*` headers, or None when none of them is a number.
+
+    Source: Crustdata's best-practices page.
+    """
+    limit = _whole(headers.get("x-ratelimit-limit"))
+    remaining = _whole(headers.get("x-ratelimit-remaining"))
+    reset = _seconds(headers.get("x-ratelimit-reset"))
+    if limit is None and remaining is None and reset is None:
+        return None
+    return RateLimitStatus(limit=limit, remaining=remaining, reset=reset)
+
+
+def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
+    """Seconds that a refusal asks to wait, within 0 and `period`; None when it does not say.
+
+    From `x-ratelimit-reset`, "wait that many seconds" (best-practices page), else from `Retry-After`, whose use by the API
+    is unverified: seconds or a date. No slot of a window can take longer than the window, so an epoch means the window.
+    """
+    wait = _seconds(headers.get("x-ratelimit-reset"))
+    if wait is None:
+        wait = _seconds(headers.get("Retry-After"))
+    if wait is None:
+        wait = _seconds_until(headers.get("Retry-After"), now)
+    return None if wait is None else min(max(wait, 0.0), period)
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return None if math.isnan(seconds) else seconds
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and len(text) < 20 and text.isascii() and text.isdigit() else None
+
+
+def _seconds_until(date: str | None, now: datetime) -> float | None:
+    try:
+        moment = parsedate_to_datetime(date or "")
+        return (moment.replace(tzinfo=moment.tzinfo or UTC) - now).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+# --- failures
+
+_STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
+    400: (_errors.BadRequestError, "the API rejects the request"),
+    401: (_errors.AuthenticationError, "the API does not accept the key"),
+    402: (_errors.PaymentRequiredError, "the account is out of credits"),
+    403: (_errors.PermissionDeniedError, "the plan or the key's rights do not allow this"),
+    429: (RateLimitError, "the API refused the request: over its rate limit"),
+}
+
+
+def _read_failure(key: ApiKey, response: Response, details: dict[str, Any], now: datetime, period: float) -> CrustCreditsError:
+    details, status = details | {"key_name": key.name}, response.status
+    if not 400 <= status <= 599:
+        what = (
+            "a redirect, which is not followed because it would take the key elsewhere"
+            if 300 <= status <= 399
+            else "an undocumented status"
+        )
+        return UnexpectedResponseError(f"the API answered with {what} (HTTP {status})", status=status, **details)
+    said = _clean(_message(response.body), key)
+    if status >= 500:
+        return _errors.InternalServerError(said or "the API or a gateway before it failed", status=status, **details)
+    kind, default = _STATUS_ERRORS.get(status, (APIStatusError, "the API answered with an error"))
+    if kind is RateLimitError:
+        wait = read_retry_after(response.headers, now=now, period=period)
+        return RateLimitError(said or default, retry_after=wait, **details)
+    if kind is _errors.AuthenticationError:
+        kind = _authentication_error(said)
+    return kind(said or default, status=status, **details)
+
+
+def _authentication_error(said: str | None) -> type[APIStatusError]:
+    # The vendor's texts are "Missing API key in request" and "Invalid API key in request".
+    words = (said or "").lower()
+    if "missing" in words:
+        return _errors.MissingKeyError
+    return _errors.InvalidKeyError if "invalid" in words else _errors.AuthenticationError
+
+
+def _message(body: bytes | None) -> str | None:
+    """The text of an error, from whichever of the places the vendor's own client meets it in."""
+    document, _ = _parse(body)
+    if not isinstance(document, dict):
+        return None
+    error = document.get("error")
+    nested = error if isinstance(error, dict) else {}
+    errors = document.get("non_field_errors")
+    listed = errors[0] if isinstance(errors, list) and errors else None
+    named = (document.get(name) for name in ("detail", "description", "reason"))
+    candidates = (document.get("message"), nested.get("message"), nested.get("reason"), *named, error, listed)
+    return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
+
+
+def _clean(text: str | None, key: ApiKey) -> str | None:
+    """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
+    if text is None:
+        return None
+    hidden = text.replace(key.secret, "***").strip()
+    return "".join(char if char.isprintable() else " " for char in hidden[:_MAX_MESSAGE]) or None

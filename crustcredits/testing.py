@@ -1,0 +1,465 @@
+"""`SandboxServer`: a strict stand-in for the API on a real loopback socket, for your tests and for ours.
+
+It answers as the API's documents say, counts in an exact sliding window, records every arrival, and can be told to fail in
+every way that a network or a gateway does. It is never imported by the rest of the library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import gzip
+import json
+import math
+import random
+import secrets
+import socket
+import struct
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from decimal import Decimal
+from types import TracebackType
+from typing import Any, Literal, Self
+from weakref import WeakSet
+
+import attrs
+from aiohttp import web
+
+from crustcredits._errors import ConfigurationError
+from crustcredits._keys import ApiKey
+from crustcredits._models import credits_text
+
+__all__ = ["Arrival", "Fault", "SandboxServer"]
+
+_CREDITS = "/user/credits"
+_ACCOUNT = "/account/credits"
+
+
+class Fault(enum.Enum):
+    """What can go wrong with the answer to a key; `SandboxServer.fail` orders it."""
+
+    REFUSED = "429, as when the account is hammered from elsewhere"
+    INTERNAL_ERROR = "500 with a JSON error"
+    BAD_GATEWAY = "502 with a gateway's HTML"
+    UNAVAILABLE = "503 with an empty body"
+    PAYMENT_REQUIRED = "402, out of credits"
+    FORBIDDEN = "403, the plan does not allow it"
+    RESET = "the connection is reset before an answer"
+    RESET_IN_BODY = "the connection is reset in the middle of the body"
+    CUT_SHORT = "the connection is closed before the announced end of the body"
+    SILENCE = "no answer, for ever"
+    DRIP = "the answer begins, and its body drips for ever"
+    NOT_JSON = "200 with text that is not JSON"
+    WRONG_SHAPE = "200 with JSON of another shape"
+    NAN = "200 with NaN for the credits"
+    REDIRECT = "302 to another origin"
+    ENDLESS = "200 with a body that does not end"
+    BOMB = "200 with a small compressed body that swells to 16 MiB"
+    COOKIE = "the right answer, and a cookie with the key's name"
+    STALE = "the right answer; the next request on that connection finds it closed"
+
+
+@attrs.frozen(kw_only=True)
+class Arrival:
+    """One request as it reached the sandbox.
+
+    Attributes:
+        at: When, in the running loop's time.
+        key: The name of the key, or None when no known key was sent.
+        path: The path asked for.
+        headers: As sent. They hold the secret, so they do not print.
+        refused: Whether the window was full, so that it was answered 429.
+    """
+
+    at: float
+    key: str | None
+    path: str
+    headers: Mapping[str, str] = attrs.field(repr=False)
+    refused: bool
+
+
+@attrs.define
+class _Order:
+    fault: Fault
+    times: int | None
+
+
+class SandboxServer:
+    """A stand-in for the API on 127.0.0.1, as an async context manager.
+
+    Args:
+        limit: Requests that each endpoint takes in any one period.
+        period: Seconds that a request counts for after its arrival; the window slides.
+        scope: What it counts by: all requests together (`"client"`), each account or each key.
+        delay: Seconds that an answer takes, drawn evenly between the two, part of it before the request is counted.
+        host: The host in `url`, `127.0.0.1` or `localhost`.
+        record: Whether to keep every arrival; without, memory does not grow with the requests.
+
+    Raises:
+        ConfigurationError: `host` or `scope` is neither of those.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 300,
+        period: float = 60.0,
+        scope: Literal["client", "account", "key"] = "client",
+        delay: tuple[float, float] = (0.0, 0.0),
+        host: Literal["127.0.0.1", "localhost"] = "127.0.0.1",
+        record: bool = True,
+    ) -> None:
+        if host not in {"127.0.0.1", "localhost"} or scope not in {"client", "account", "key"}:
+            raise ConfigurationError("host is '127.0.0.1' or 'localhost', and scope is 'client', 'account' or 'key'")
+        self.arrivals: list[Arrival] = []
+        self.requests = 0
+        self.refused = 0
+        self.peak_connections = 0
+        self._limit = limit
+        self._period = period
+        self._scope = scope
+        self._delay = delay
+        self._host = host
+        self._record = record
+        self._accounts: dict[str, dict[str, Any]] = {}
+        self._keys: dict[str, tuple[ApiKey, str]] = {}
+        self._orders: defaultdict[bytes, deque[_Order]] = defaultdict(deque)
+        self._windows: defaultdict[Hashable, deque[float]] = defaultdict(deque)
+        self._stale: WeakSet[asyncio.BaseTransport] = WeakSet()
+        self._refusals = 0
+        self._runner: web.ServerRunner | None = None
+        self._port = 0
+
+    # --- what it holds
+
+    def add_account(self, name: str, *, credits: Decimal | int | str = 1000, **fields: Any) -> None:
+        """Open an account with these credits; `fields` are further ones of `/account/credits`, such as `recurring_credits`."""
+        self._accounts[name] = _account_fields(credits) | fields
+
+    def add_key(
+        self,
+        name: str | None = None,
+        *,
+        account: str | None = None,
+        credits: Decimal | int | str = 1000,
+        declared: bool = True,
+        secret: str | None = None,
+    ) -> ApiKey:
+        """Issue a key and return it.
+
+        It belongs to `account`, which must be open, or without one to an account of its own with `credits`. With
+        `declared=False` the returned key does not say which account it belongs to. The secret is random unless given.
+
+        Raises:
+            ConfigurationError: There is no such account, or the secret or the name cannot be used.
+        """
+        if account is not None and account not in self._accounts:
+            raise ConfigurationError(f"the sandbox has no account {account!r}; open it with add_account() first")
+        secret = secret or f"sandbox-{secrets.token_hex(16)}"
+        key = ApiKey(secret, name=name, account=account if declared else None)
+        owner = account
+        if owner is None:
+            owner = f"the account of {key.digest.hex()}"
+            self.add_account(owner, credits=credits)
+        self._keys[key.secret] = (key, owner)
+        return key
+
+    def set_credits(self, key: ApiKey, credits: Decimal | int | str) -> None:
+        """Change the credits of the account that `key` draws from, as spending them would."""
+        _, owner = self._keys[key.secret]
+        self._accounts[owner]["credits"] = _credits(credits)
+
+    def fail(self, key: ApiKey, fault: Fault, *, times: int | None = None) -> None:
+        """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before."""
+        self._orders[key.digest].append(_Order(fault, times))
+
+    def heal(self, key: ApiKey) -> None:
+        """Forget the faults ordered for `key`."""
+        self._orders.pop(key.digest, None)
+
+    # --- what it saw
+
+    @property
+    def url(self) -> str:
+        """Its base URL, while it runs."""
+        return f"http://{self._host}:{self._port}"
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        server = self._runner.server if self._runner is not None else None
+        return len(server.connections) if server is not None else 0
+
+    def worst_window(self) -> int:
+        """The most arrivals on one endpoint within any one period. Needs `record`."""
+        return max((_worst_window(times, self._period) for times in self._times_by_path().values()), default=0)
+
+    def _times_by_path(self) -> dict[str, list[float]]:
+        times: defaultdict[str, list[float]] = defaultdict(list)
+        for arrival in self.arrivals:
+            times[arrival.path].append(arrival.at)
+        return times
+
+    # --- serving
+
+    async def __aenter__(self) -> Self:
+        # A client that goes away ends its handler, or silence would outlive it.
+        self._runner = web.ServerRunner(web.Server(self._handle, handler_cancellation=True, access_log=None), shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        travel, rest = self._draw_delay()
+        if travel:
+            await asyncio.sleep(travel)
+        key = self._key_of(request)
+        refused, headers = self._count(request, key)
+        if rest:
+            await asyncio.sleep(rest)
+        if request.transport in self._stale:
+            return _reset(request)
+        if refused:
+            return _json(429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, headers)
+        fault = self._next_fault(key)
+        if fault is None:
+            return self._answer(request, key, headers)
+        return await self._misbehave(fault, request, key, headers)
+
+    async def _misbehave(
+        self, fault: Fault, request: web.BaseRequest, key: ApiKey | None, headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        if fault in _PLAIN:
+            status, kind, text = _PLAIN[fault]
+            return web.Response(status=status, text=text, content_type=kind, headers=headers)
+        if fault in _STREAMED:
+            return await _STREAMED[fault](request, headers)
+        if fault is Fault.REFUSED:
+            said = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(self._spread_reset())}
+            return _json(429, {"message": "Too many requests"}, {**headers, **said})
+        if fault is Fault.REDIRECT:
+            host = "localhost" if self._host == "127.0.0.1" else "127.0.0.1"
+            return web.Response(status=302, headers={**headers, "Location": f"http://{host}:{self._port}/elsewhere"})
+        if fault is Fault.BOMB:
+            encoded = {**headers, "Content-Encoding": "gzip"}
+            return web.Response(body=gzip.compress(bytes(16 * 2**20)), headers=encoded, content_type=_JSON_TYPE)
+        answer = self._answer(request, key, headers)
+        if fault is Fault.COOKIE and key is not None:
+            answer.set_cookie("session", key.name)
+        elif request.transport is not None:
+            self._stale.add(request.transport)
+        return answer
+
+    def _draw_delay(self) -> tuple[float, float]:
+        delay = random.uniform(*self._delay)
+        travel = random.uniform(0.0, delay)
+        return travel, delay - travel
+
+    def _key_of(self, request: web.BaseRequest) -> ApiKey | None:
+        scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+        known = self._keys.get(secret) if scheme == "Bearer" else None
+        return None if known is None else known[0]
+
+    def _count(self, request: web.BaseRequest, key: ApiKey | None) -> tuple[bool, dict[str, str]]:
+        """Count an arrival, unless the window is full. Returns whether it is, and the headers that every answer brings."""
+        now = asyncio.get_running_loop().time()
+        window = self._windows[request.path, self._scope_of(request, key)]
+        while window and window[0] <= now - self._period:
+            window.popleft()
+        refused = len(window) >= self._limit
+        if not refused:
+            window.append(now)
+        self.requests += 1
+        self.refused += refused
+        self.peak_connections = max(self.peak_connections, self.connections)
+        if self._record:
+            name = None if key is None else key.name
+            self.arrivals.append(Arrival(at=now, key=name, path=request.path, headers=request.headers, refused=refused))
+        return refused, {
+            "x-ratelimit-limit": str(self._limit),
+            "x-ratelimit-remaining": str(self._limit - len(window)),
+            "x-ratelimit-reset": str(math.ceil(window[0] + self._period - now)),
+            "x-request-id": f"sandbox-{self.requests}",
+            "x-credits-used": "0",
+        }
+
+    def _scope_of(self, request: web.BaseRequest, key: ApiKey | None) -> Hashable:
+        if self._scope == "client":
+            return ()
+        if key is None:
+            return request.headers.get("Authorization")
+        return self._keys[key.secret][1] if self._scope == "account" else key.digest
+
+    def _next_fault(self, key: ApiKey | None) -> Fault | None:
+        orders = self._orders.get(key.digest) if key is not None else None
+        while orders:
+            order = orders[0]
+            if order.times is None:
+                return order.fault
+            if order.times > 0:
+                order.times -= 1
+                return order.fault
+            orders.popleft()
+        return None
+
+    def _answer(self, request: web.BaseRequest, key: ApiKey | None, headers: Mapping[str, str]) -> web.Response:
+        if key is None:
+            missing = "Authorization" not in request.headers
+            return _json(401, {"message": f"{'Missing' if missing else 'Invalid'} API key in request"}, headers)
+        if request.method != "GET" or request.path not in {_CREDITS, _ACCOUNT}:
+            return _json(404, {"message": "Not found"}, headers)
+        account = self._accounts[self._keys[key.secret][1]]
+        if request.path == _CREDITS:
+            return _json(200, {"credits": account["credits"]}, headers)
+        if not request.headers.get("x-api-version"):
+            error = {"type": "invalid_request", "message": "Missing x-api-version header", "metadata": {}}
+            return _json(400, {"error": error}, headers)
+        return _json(200, {"account": account}, headers)
+
+    def _spread_reset(self) -> int:
+        """Seconds that the next ordered refusal asks for: a moment of its own, as each account's window would."""
+        self._refusals += 1
+        return 1 + int(max(self._period - 1, 0) * (self._refusals * 0.618 % 1))
+
+
+def _account_fields(credits: Decimal | int | str) -> dict[str, Any]:
+    return {
+        "credits": _credits(credits),
+        "recurring_credits": Decimal(0),
+        "recurring_credits_frequency": None,
+        "recurring_credits_refresh_date": None,
+        "credit_rollover": False,
+    }
+
+
+def _credits(credits: Decimal | int | str) -> Decimal:
+    if isinstance(credits, float):
+        raise ConfigurationError("credits are exact: give a Decimal, an int or text, not a float")
+    return Decimal(credits)
+
+
+def _worst_window(times: list[float], period: float) -> int:
+    worst, first = 0, 0
+    for last, time in enumerate(times):
+        while times[first] <= time - period:
+            first += 1
+        worst = max(worst, last - first + 1)
+    return worst
+
+
+def _json(status: int, document: Any, headers: Mapping[str, str]) -> web.Response:
+    return web.Response(status=status, text=_json_text(document), content_type="application/json", headers=headers)
+
+
+def _json_text(value: Any) -> str:
+    # The standard encoder cannot write a Decimal without losing digits.
+    if isinstance(value, Decimal):
+        return credits_text(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(name)}: {_json_text(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_json_text, value)) + "]"
+    return json.dumps(value)
+
+
+# --- faults
+
+
+def _reset(request: web.BaseRequest) -> web.Response:
+    transport = request.transport
+    connection = None if transport is None else transport.get_extra_info("socket")
+    if transport is not None and connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+    return web.Response()
+
+
+async def _begin(request: web.BaseRequest, headers: Mapping[str, str], *, length: int | None = None) -> web.StreamResponse:
+    response = web.StreamResponse(headers=headers)
+    response.content_type = "application/json"
+    if length is not None:
+        response.content_length = length
+    await response.prepare(request)
+    return response
+
+
+async def _silence(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable: the client's leaving cancels this")
+
+
+async def _drip(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    return await _pour(request, headers, b" ", pause=0.02)
+
+
+async def _endless(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    return await _pour(request, headers, b" " * 16_384, pause=0.0)
+
+
+async def _pour(request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float) -> web.StreamResponse:
+    response = await _begin(request, headers)
+    with contextlib.suppress(ConnectionError):  # the client has had enough
+        while True:
+            await response.write(chunk)
+            await asyncio.sleep(pause)
+    return response
+
+
+async def _reset_in_body(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    response = await _begin(request, headers, length=1000)
+    await response.write(b'{"credits": ')
+    # What was written must have been read by the client's side before the reset discards it.
+    await asyncio.sleep(0.01)
+    _reset(request)
+    return response
+
+
+async def _cut_short(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    response = await _begin(request, headers, length=1000)
+    await response.write(b'{"credits": 9406}')
+    if request.transport is not None:
+        request.transport.close()
+    return response
+
+
+async def _reset_at_once(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+    return _reset(request)
+
+
+_STREAMED: dict[Fault, Callable[[web.BaseRequest, Mapping[str, str]], Awaitable[web.StreamResponse]]] = {
+    Fault.SILENCE: _silence,
+    Fault.DRIP: _drip,
+    Fault.ENDLESS: _endless,
+    Fault.RESET: _reset_at_once,
+    Fault.RESET_IN_BODY: _reset_in_body,
+    Fault.CUT_SHORT: _cut_short,
+}
+
+_JSON_TYPE = "application/json"
+_PLAIN: dict[Fault, tuple[int, str, str]] = {
+    Fault.INTERNAL_ERROR: (
+        500,
+        _JSON_TYPE,
+        '{"error": {"type": "internal_error", "message": "Something went wrong", "metadata": {}}}',
+    ),
+    Fault.BAD_GATEWAY: (502, "text/html", "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"),
+    Fault.UNAVAILABLE: (503, "text/plain", ""),
+    Fault.PAYMENT_REQUIRED: (
+        402,
+        _JSON_TYPE,
+        '{"error": {"type": "insufficient_credits", "message": "Out of credits", "metadata": {}}}',
+    ),
+    Fault.FORBIDDEN: (403, _JSON_TYPE, '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}'),
+    Fault.NOT_JSON: (200, _JSON_TYPE, "credits: plenty"),
+    Fault.WRONG_SHAPE: (200, _JSON_TYPE, '{"credits": {"left": 9406}, "account": []}'),
+    Fault.NAN: (200, _JSON_TYPE, '{"credits": NaN, "account": {"credits": NaN}}'),
+}
