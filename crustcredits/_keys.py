@@ -52,6 +52,7 @@ class ApiKey:
         problem = _secret_problem(secret) or _label_problem("name", name, secret) or _label_problem("account", account, secret)
         if problem is not None:
             key_name = _printable(name, secret)
+            self._name, self._account = "refused", None  # a traceback with local variables prints this half-made key
             del secret, name, account
             raise ConfigurationError(problem, key_name=key_name)
         secret = _trimmed(secret)

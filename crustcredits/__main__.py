@@ -1,0 +1,28 @@
+"""Where `python -m crustcredits` and the script `crustcredits` begin. It knows nothing but where the command line is.
+
+Typer and rich are optional, so nothing that needs them is imported before `main` is called.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without the extra `cli`, say in a line what to install."""
+    try:
+        from crustcredits.cli import app  # noqa: PLC0415  # so that its absence is ours to report
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
+            raise
+        sys.exit(_missing())
+    app()
+
+
+def _missing() -> int:
+    sys.stderr.write("crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Fan-out: room, order, endings; in virtual time, with a question that needs no client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from crustcredits import ApiKey, Balance, Outcome
+from crustcredits._fanout import fan_out
+from tests.virtual import keys, now
+
+pytestmark = pytest.mark.virtual
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+class Asker:
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self.asked: list[str] = []
+        self.under_way = 0
+        self.most = 0
+
+    async def __call__(self, key: ApiKey) -> Outcome[Balance]:
+        self.asked.append(key.name)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            self.under_way -= 1
+        balance = Balance(key=key, credits=Decimal(1), checked_at=NOON)
+        return Outcome(key=key, balance=balance, checked_at=NOON, attempts=1)
+
+
+def tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+async def names(stream: Any) -> list[str]:
+    return [outcome.key.name async for outcome in stream]
+
+
+async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
+    """Room bounds the tasks, not the number of keys."""
+    ask = Asker()
+    assert sorted(await names(fan_out(iter(keys(10)), ask, room=4))) == [f"k{number}" for number in range(10)]
+    assert ask.most == 4
+    assert now() == pytest.approx(3, abs=1e-3)
+    assert tasks() == 1
+
+
+async def test_no_keys_no_outcomes() -> None:
+    """An empty source ends at once."""
+    assert await names(fan_out(iter([]), Asker(), room=4)) == []
+
+
+async def test_a_slow_consumer_holds_back_the_asking() -> None:
+    """Outcomes that nobody has taken yet count too, so memory stays bounded."""
+    ask = Asker(seconds=0.0)
+    stream = fan_out(iter(keys(100)), ask, room=4)
+    async with aclosing(stream):
+        await anext(stream)
+        await asyncio.sleep(10)
+        assert len(ask.asked) == 5
+
+
+async def test_an_equal_secret_under_way_is_joined_under_its_own_name() -> None:
+    """One question, two outcomes."""
+    ask = Asker()
+    twins = [ApiKey("secret-1", name="one"), ApiKey("secret-1", name="other", account="acme")]
+    outcomes = [outcome async for outcome in fan_out(iter(twins), ask, room=4)]
+    assert ask.asked == ["one"]
+    assert [(outcome.key.name, outcome.balance.key.name) for outcome in outcomes if outcome.balance] == [
+        ("one", "one"),
+        ("other", "other"),
+    ]
+
+
+async def test_an_equal_secret_that_comes_later_is_asked_again() -> None:
+    """What has landed is not kept."""
+    ask = Asker()
+    await names(fan_out(iter(keys(1) * 3), ask, room=1))
+    assert ask.asked == ["k0"] * 3
+
+
+async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
+    """Nothing that was asked is lost, and the caller sees his own error."""
+
+    def source() -> Iterator[ApiKey]:
+        yield from keys(2)
+        raise LookupError("the database is gone")
+
+    landed = []
+    with pytest.raises(LookupError, match="the database is gone"):
+        async for outcome in fan_out(source(), Asker(), room=4):
+            landed.append(outcome.key.name)
+    assert sorted(landed) == ["k0", "k1"]
+    assert tasks() == 1
+
+
+async def test_an_asynchronous_source_is_read_as_it_comes() -> None:
+    """Outcomes come out while the next key is still awaited."""
+
+    async def source() -> AsyncIterator[ApiKey]:
+        for key in keys(3):
+            yield key
+            await asyncio.sleep(5)
+
+    times = [now() async for _ in fan_out(source(), Asker(), room=4)]
+    assert times == pytest.approx([1, 6, 11], abs=1e-3)
+
+
+async def test_leaving_early_cancels_and_awaits_the_rest() -> None:
+    """No task outlives the generator."""
+    ask = Asker()
+    async with aclosing(fan_out(iter(keys(50)), ask, room=10)) as stream:
+        await anext(stream)
+    assert ask.under_way == 0
+    assert tasks() == 1
+
+
+async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
+    """At whatever point."""
+    for moment in (0.0, 0.5, 1.0, 1.5):
+        ask = Asker()
+        consumer = asyncio.create_task(names(fan_out(iter(keys(50)), ask, room=10)))
+        await asyncio.sleep(moment)
+        consumer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consumer
+        assert ask.under_way == 0
+        assert tasks() == 1
+
+
+async def test_what_a_question_raises_ends_it_all() -> None:
+    """Asking answers with outcomes; an exception is no outcome but the end."""
+
+    async def ask(key: ApiKey) -> Outcome[Balance]:
+        await asyncio.sleep(0 if key.name == "k3" else 9)
+        raise RuntimeError("closed")
+
+    with pytest.raises(RuntimeError, match="closed"):
+        await names(fan_out(iter(keys(10)), ask, room=10))
+    assert tasks() == 1

@@ -1,0 +1,203 @@
+"""The bucket under random delays, failures, cancellations and deadlines, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+from typing import Literal
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from crustcredits import RateLimitWaitError
+from crustcredits._limits import TokenBucket, grant_time
+from tests.virtual import now, run
+
+PERIOD = 10.0
+LATE = 3.0
+# Distances between arrivals are sums of floats.
+EPSILON = 1e-6
+
+
+@attrs.frozen
+class Caller:
+    """One that wants a token, and what becomes of its attempt."""
+
+    joins: float
+    travel: float  # from start to arrival
+    answer: float  # from arrival to end
+    fate: Literal["ended", "abandoned", "unused"]
+    straggles: float  # an abandoned attempt arrives so long after its end; above LATE: never
+    patience: float | None  # seconds to its deadline
+    gives_up: float | None  # seconds until it is cancelled, wherever it is
+
+
+def seconds(most: int) -> st.SearchStrategy[float]:
+    """Often whole halves, so that things coincide."""
+    return st.integers(0, most * 2).map(lambda halves: halves / 2) | st.floats(0, most)
+
+
+CALLERS = st.lists(
+    st.builds(
+        Caller,
+        joins=seconds(30),
+        travel=seconds(4),
+        answer=seconds(4),
+        fate=st.sampled_from(["ended", "ended", "ended", "abandoned", "unused"]),
+        straggles=seconds(4),
+        patience=st.none() | seconds(40).filter(bool),
+        gives_up=st.none() | seconds(30),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+class World:
+    """Callers, a bucket, and what a server would see of them."""
+
+    def __init__(self, bucket: TokenBucket) -> None:
+        self.bucket = bucket
+        self.arrivals: list[float] = []
+        self.joined: list[int] = []
+        self.granted: list[int] = []
+        self.refused: dict[int, RateLimitWaitError] = {}
+        self.cancelled: set[int] = set()
+
+    async def call(self, number: int, caller: Caller) -> None:
+        await asyncio.sleep(caller.joins)
+        task = asyncio.create_task(self._attempt(number, caller))
+        if caller.gives_up is not None:
+            asyncio.get_running_loop().call_later(caller.gives_up, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            self.cancelled.add(number)
+
+    async def _attempt(self, number: int, caller: Caller) -> None:
+        self.joined.append(number)
+        began = now()
+        deadline = None if caller.patience is None else began + caller.patience
+        try:
+            await self.bucket.acquire(deadline)
+        except RateLimitWaitError as error:
+            assert error.wait > 0
+            assert now() <= began + (caller.patience or 0) + EPSILON
+            self.refused[number] = error
+            return
+        self.granted.append(number)
+        await self._travel(caller)
+
+    async def _travel(self, caller: Caller) -> None:
+        if caller.fate == "unused":
+            self.bucket.unused()
+            return
+        started = now()
+        try:
+            await asyncio.sleep(caller.travel)
+            if caller.fate == "abandoned":
+                self._straggle(now() + caller.straggles)
+                self.bucket.abandoned()
+                return
+            self.arrivals.append(now())
+            await asyncio.sleep(caller.answer)
+        except asyncio.CancelledError:
+            # Given up on while under way: it arrives when it would have, if that is soon enough.
+            if now() < started + caller.travel:
+                self._straggle(started + caller.travel)
+            self.bucket.abandoned()
+            raise
+        self.bucket.ended()
+
+    def _straggle(self, arrives: float) -> None:
+        if arrives <= now() + LATE:
+            self.arrivals.append(arrives)
+
+
+async def play(bucket: TokenBucket, tokens: int, callers: list[Caller]) -> World:
+    world = World(bucket)
+    watch = asyncio.create_task(watch_for_idling(bucket))
+    await asyncio.gather(*(world.call(number, caller) for number, caller in enumerate(callers)))
+    watch.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watch
+    await asyncio.sleep(PERIOD + LATE + 1)
+    assert bucket.idle(now()), "a token is lost"
+    assert bucket.quota(None, 0.0).free == tokens
+    return world
+
+
+async def watch_for_idling(bucket: TokenBucket) -> None:
+    while True:
+        quota = bucket.quota(None, 0.0)
+        assert not (quota.free and quota.waiting), "somebody waits while a token is free"
+        await asyncio.sleep(0.37)
+
+
+def check(bucket: type[TokenBucket], tokens: int, callers: list[Caller]) -> None:
+    world = run(play(bucket(tokens, PERIOD, late=LATE), tokens, callers))
+    arrivals = sorted(world.arrivals)
+    for first, last in zip(arrivals, arrivals[tokens:], strict=False):
+        assert last - first >= PERIOD - EPSILON, f"{tokens + 1} arrivals within {last - first} s"
+    waited = [number for number in world.joined if number in set(world.granted)]
+    assert world.granted == waited, "somebody was overtaken"
+    assert set(world.granted) | set(world.refused) | world.cancelled == set(range(len(callers))), "somebody starved"
+
+
+FEW_TOKENS = st.integers(1, 4)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(tokens=FEW_TOKENS, callers=CALLERS)
+@example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0, None, None), Caller(0, 0, 0, "ended", 0, None, None)])
+def test_no_window_holds_more_than_the_tokens_and_nobody_is_lost_or_overtaken(tokens: int, callers: list[Caller]) -> None:
+    """Whatever delays, failures, cancellations and deadlines do, the server never sees more than the limit."""
+    check(TokenBucket, tokens, callers)
+
+
+class CountsFromTheStart(TokenBucket):
+    """The rule broken: a token comes back one period after its attempt's start."""
+
+    __slots__ = ("_starts",)
+
+    async def acquire(self, deadline: float | None = None) -> None:
+        await super().acquire(deadline)
+        self._started().append(now())
+
+    def _started(self) -> list[float]:
+        if not hasattr(self, "_starts"):
+            self._starts: list[float] = []
+        return self._starts
+
+    def ended(self) -> None:
+        self._give_back(self._period - (now() - self._started().pop(0)))
+
+
+def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> None:
+    """The property is worth something: with the rule broken it fails."""
+
+    @settings(deadline=None, max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
+    @given(tokens=FEW_TOKENS, callers=CALLERS)
+    def property_of_the_broken(tokens: int, callers: list[Caller]) -> None:
+        only_ended = [attrs.evolve(caller, fate="ended", gives_up=None) for caller in callers]
+        check(CountsFromTheStart, tokens, only_ended)
+
+    with pytest.raises(AssertionError, match=r"arrivals within"):
+        property_of_the_broken()
+
+
+@given(
+    times=st.lists(st.floats(0, 100), min_size=1, max_size=8).map(sorted),
+    ahead=st.integers(0, 60),
+    period=st.floats(1, 50),
+)
+def test_the_grant_time_is_that_of_playing_it_through(times: list[float], ahead: int, period: float) -> None:
+    """How long a wait takes as things stand is exact, also when tokens come home late by more than a period."""
+    homes = list(times)
+    heapq.heapify(homes)
+    for _ in range(ahead):
+        heapq.heapreplace(homes, homes[0] + period)
+    assert grant_time(times, ahead, period) == pytest.approx(homes[0])

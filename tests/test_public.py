@@ -1,0 +1,45 @@
+"""Public means listed, documented and typed."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import crustcredits
+import crustcredits.testing
+
+
+def test_what_is_public_is_listed_and_sorted() -> None:
+    """`__all__` is what the package holds, and nothing else is."""
+    held = [name for name, value in vars(crustcredits).items() if not name.startswith("_") and not inspect.ismodule(value)]
+    assert crustcredits.__all__ == sorted([*held, "__version__"])
+
+
+@pytest.mark.parametrize("module", [crustcredits, crustcredits.testing])
+def test_what_is_public_is_documented(module: object) -> None:
+    """Every class and function, and every public method of theirs that is written here."""
+    for name in vars(module)["__all__"]:
+        value = getattr(module, name)
+        if not callable(value):
+            continue
+        assert inspect.getdoc(value), name
+        for part, member in vars(value).items() if inspect.isclass(value) else ():
+            if not part.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                assert inspect.getdoc(member), f"{name}.{part}"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    """One place holds it."""
+    assert metadata.version("crustcredits") == crustcredits.__version__
+
+
+def test_importing_the_package_loads_no_optional_part() -> None:
+    """A service pays for what it uses."""
+    heavy = ["typer", "rich", "pytest", "crustcredits.testing", "crustcredits.cli"]
+    code = f"import sys, crustcredits; print([name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,342 @@
+"""Requests and answers as values: no loop, no clock, no socket."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from crustcredits import (
+    Account,
+    ApiKey,
+    APIStatusError,
+    AuthenticationError,
+    BadRequestError,
+    Balance,
+    ConfigurationError,
+    CrustCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    MissingKeyError,
+    PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimitError,
+    RateLimitStatus,
+    UnexpectedResponseError,
+    __version__,
+)
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, read_response, request_headers
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+KEY = ApiKey("sk-0123456789", name="prod")
+
+
+def read(body: str | bytes | None, *, status: int = 200, path: str = USER_CREDITS, **headers: str) -> Balance | CrustCreditsError:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    raw = body.encode() if isinstance(body, str) else body
+    return read_response(path, KEY, Response(status, named, raw), now=NOW, period=60.0)
+
+
+def balance(body: str, **headers: str) -> Balance:
+    result = read(body, **headers)
+    assert isinstance(result, Balance)
+    return result
+
+
+def account(**fields: Any) -> Account:
+    result = read(json.dumps({"account": {"credits": 1} | fields}), path=ACCOUNT_CREDITS)
+    assert isinstance(result, Account)
+    return result
+
+
+def error(body: str | bytes | None, **options: Any) -> CrustCreditsError:
+    result = read(body, **options)
+    assert isinstance(result, CrustCreditsError)
+    assert result.key_name == "prod"
+    return result
+
+
+# --- requests
+
+
+def test_a_request_carries_the_key_the_version_and_who_asks() -> None:
+    """`Bearer` by the documents; the version on both endpoints."""
+    assert request_headers(KEY) == {
+        "Authorization": "Bearer sk-0123456789",
+        "x-api-version": "2025-11-01",
+        "user-agent": f"crustcredits/{__version__}",
+        "accept": "application/json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://api.crustdata.com", "https://api.crustdata.com"),
+        ("https://API.crustdata.com/", "https://api.crustdata.com"),
+        (" https://proxy.example:8443 ", "https://proxy.example:8443"),
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://127.3.2.1", "http://127.3.2.1"),
+        ("http://[::1]:80", "http://[::1]:80"),
+    ],
+)
+def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
+    """https, or http to this very machine."""
+    assert parse_base_url(given) == origin
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("http://api.crustdata.com", "is plain http"),
+        ("http://127.0.0.1.example", "is plain http"),
+        ("https://api.crustdata.com/v2", "has a path, query or fragment"),
+        ("https://api.crustdata.com?x=1", "has a path, query or fragment"),
+        ("https://api.crustdata.com#x", "has a path, query or fragment"),
+        ("https://user:sk-secret@api.crustdata.com", "holds credentials"),
+        ("api.crustdata.com", "has no http"),
+        ("ftp://api.crustdata.com", "has no http"),
+        ("https://", "has no http"),
+        ("https://api crustdata.com", "has white space"),
+        ("https://api.crustdata.com:port", "is not a URL"),
+        (b"https://api.crustdata.com", "is a str, not bytes"),
+    ],
+)
+def test_any_other_base_url_is_refused_with_the_reason(given: str, said: str) -> None:
+    """And not repeated, because it may hold credentials."""
+    with pytest.raises(ConfigurationError, match=f"base_url {said}") as caught:
+        parse_base_url(given)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is given; and errors name the variable."""
+    monkeypatch.delenv("CRUSTDATA_API_URL", raising=False)
+    assert parse_base_url(None) == "https://api.crustdata.com"
+    monkeypatch.setenv("CRUSTDATA_API_URL", "http://localhost:1")
+    assert parse_base_url(None) == "http://localhost:1"
+    assert parse_base_url("https://other.example") == "https://other.example"
+    with pytest.raises(ConfigurationError, match="CRUSTDATA_API_URL is plain http"):
+        parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"})
+
+
+# --- balances
+
+
+@pytest.mark.parametrize("text", ["9406", "138940.37", "12345678901234567890.123456", "0", "-3.5", "1E+3", "0.10"])
+def test_credits_are_exact_to_the_last_digit(text: str) -> None:
+    """Never through a binary float."""
+    found = balance(f'{{"credits": {text}}}')
+    assert found.credits == Decimal(text)
+    assert str(found.credits) == str(Decimal(text))
+    assert (found.key, found.checked_at, found.request_id, found.rate_limit) == (KEY, NOW, None, None)
+
+
+def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
+    """Only what is missing is a reason to fail."""
+    assert balance('\ufeff {"credits": 1, "plan": "pro"} ').credits == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("", "something that is not JSON"),
+        ("<html>", "something that is not JSON"),
+        ('{"credits": 1', "something that is not JSON"),
+        (b"\xff\xfe", "something that is not JSON"),
+        ("[" * 60_000, "something that is not JSON"),
+        ("[1]", "JSON that is no object"),
+        ("{}", "no number of credits"),
+        ('{"credits": null}', "no number of credits"),
+        ('{"credits": true}', "no number of credits"),
+        ('{"credits": "9406"}', "no number of credits"),
+        ('{"credits": NaN}', "a number that cannot be credits"),
+        ('{"credits": Infinity}', "a number that cannot be credits"),
+        ('{"credits": 1E+999999999}', "a number that cannot be credits"),
+        ('{"credits": 1e-99}', "a number that cannot be credits"),
+        (f'{{"credits": {"9" * 5000}}}', "a number that cannot be credits"),
+        (None, "more than 64 KiB"),
+    ],
+)
+def test_what_is_no_balance_is_an_unexpected_response(body: str | bytes | None, said: str) -> None:
+    """Never zero."""
+    found = error(body, x_request_id="r-1")
+    assert isinstance(found, UnexpectedResponseError)
+    assert said in str(found)
+    assert (found.status, found.request_id) == (200, "r-1")
+
+
+# --- accounts
+
+
+def test_an_account_keeps_the_apis_field_names() -> None:
+    """With its own kinds: decimals, an aware time, lists as sent."""
+    found = account(
+        recurring_credits=150000,
+        recurring_credits_frequency="monthly",
+        recurring_credits_refresh_date="2026-09-01T00:00:00Z",
+        credit_rollover=True,
+        wallets=[{"kind": "recurring", "left": 1.5}],
+        credit_topups=[],
+        plan={"name": "pro"},
+    )
+    assert found.recurring_credits == Decimal(150000)
+    assert found.recurring_credits_frequency == "monthly"
+    assert found.recurring_credits_refresh_date == datetime(2026, 9, 1, tzinfo=UTC)
+    assert found.credit_rollover is True
+    assert found.wallets == [{"kind": "recurring", "left": Decimal("1.5")}]
+    assert found.credit_topups == []
+    assert found.extra == {"plan": {"name": "pro"}}
+
+
+def test_what_an_account_does_not_say_is_none() -> None:
+    """Absent and null alike; unknown fields land in extra, and these do not."""
+    found = account(recurring_credits=None)
+    assert found.recurring_credits is None
+    assert found.recurring_credits_refresh_date is None
+    assert found.wallets is found.credit_topups is None
+    assert found.extra == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-09-01T02:00:00+02:00", datetime(2026, 9, 1, tzinfo=UTC)),
+        ("2026-09-01 00:00:00", datetime(2026, 9, 1, tzinfo=UTC)),
+        ("2026-09-01", datetime(2026, 9, 1, tzinfo=UTC)),
+        ("2026-09-01T00:00:00.123456Z", datetime(2026, 9, 1, 0, 0, 0, 123456, tzinfo=UTC)),
+    ],
+)
+def test_the_refresh_date_is_an_aware_time_in_utc(text: str, expected: datetime) -> None:
+    """Whatever offset it came with; without one it is taken for UTC."""
+    found = account(recurring_credits_refresh_date=text).recurring_credits_refresh_date
+    assert found == expected
+    assert found.tzinfo is UTC
+
+
+@pytest.mark.parametrize("text", ["soon", "", "2026-13-01", "0001-01-01T00:00:00+23:59"])
+def test_a_refresh_date_that_is_no_date_does_not_lose_the_balance(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is None, with a warning, and the text is kept."""
+    found = account(recurring_credits_refresh_date=text)
+    assert found.credits == 1
+    assert found.recurring_credits_refresh_date is None
+    assert found.extra == {"recurring_credits_refresh_date": text}
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "prod: the date of the account's next grant is no date" in caplog.text
+
+
+def test_a_field_of_another_kind_does_not_lose_the_balance(caplog: pytest.LogCaptureFixture) -> None:
+    """What only informs is kept as it came, with a warning."""
+    found = account(recurring_credits="150000", credit_rollover=0, wallets={"a": 1}, recurring_credits_refresh_date=7)
+    assert (found.recurring_credits, found.credit_rollover, found.wallets) == (None, None, None)
+    assert found.recurring_credits_refresh_date is None
+    assert set(found.extra) == {"recurring_credits", "credit_rollover", "wallets", "recurring_credits_refresh_date"}
+    assert len(caplog.records) == 4
+
+
+@pytest.mark.parametrize("body", ['{"credits": 1}', '{"account": null}', '{"account": {}}', "[]"])
+def test_an_account_without_credits_is_an_unexpected_response(body: str) -> None:
+    """The balance is what it is for."""
+    assert isinstance(error(body, path=ACCOUNT_CREDITS), UnexpectedResponseError)
+
+
+# --- headers
+
+
+def test_the_rate_limit_is_read_from_every_answer() -> None:
+    """Balances and errors alike, with the request's id."""
+    headers = {"x_ratelimit_limit": "30", "x_ratelimit_remaining": "29", "x_ratelimit_reset": "60", "x_request_id": "r-9"}
+    expected = RateLimitStatus(limit=30, remaining=29, reset=60.0)
+    good, bad = balance('{"credits": 1}', **headers), error("{}", status=401, **headers)
+    assert (good.rate_limit, good.request_id) == (bad.rate_limit, bad.request_id) == (expected, "r-9")
+
+
+@pytest.mark.parametrize("nonsense", ["", "many", "-1", "1.5", "NaN", "\u0663", "9" * 30])
+def test_headers_that_are_no_numbers_are_left_out(nonsense: str) -> None:
+    """Rather than believed or raised."""
+    found = balance('{"credits": 1}', x_ratelimit_limit=nonsense, x_ratelimit_remaining="3")
+    assert found.rate_limit == RateLimitStatus(limit=None, remaining=3, reset=None)
+    assert balance('{"credits": 1}', x_ratelimit_limit=nonsense).rate_limit is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"x_ratelimit_reset": "7"}, 7.0),
+        ({"x_ratelimit_reset": "7", "Retry_After": "30"}, 7.0),
+        ({"x_ratelimit_reset": "0.5"}, 0.5),
+        ({"x_ratelimit_reset": "-3"}, 0.0),
+        ({"x_ratelimit_reset": "1767268800"}, 60.0),
+        ({"x_ratelimit_reset": "inf"}, 60.0),
+        ({"x_ratelimit_reset": "soon", "Retry_After": "30"}, 30.0),
+        ({"x_ratelimit_reset": "nan", "Retry_After": "120"}, 60.0),
+        ({"Retry_After": "Thu, 01 Jan 2026 12:00:20 GMT"}, 20.0),
+        ({"Retry_After": "Thu, 01 Jan 2026 12:00:20 -0000"}, 20.0),
+        ({"Retry_After": "Thu, 01 Jan 2026 11:00:00 GMT"}, 0.0),
+        ({"Retry_After": "Thu, 01 Jan 2099 12:00:00 GMT"}, 60.0),
+        ({"Retry_After": "later"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    """From the reset, else from Retry-After, within the window whatever they say."""
+    found = error('{"message": "slow down"}', status=429, **headers)
+    assert isinstance(found, RateLimitError)
+    assert found.retry_after == seconds
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "said"),
+    [
+        (400, '{"error": {"type": "x", "message": "no version", "metadata": {}}}', BadRequestError, "no version"),
+        (401, '{"message": "Missing API key in request"}', MissingKeyError, "Missing API key"),
+        (401, '{"message": "Invalid API key in request"}', InvalidKeyError, "Invalid API key"),
+        (401, '{"detail": "Who are you?"}', AuthenticationError, "Who are you?"),
+        (401, "", AuthenticationError, "does not accept the key"),
+        (402, '{"error": {"type": "insufficient_credits", "message": "none left"}}', PaymentRequiredError, "none left"),
+        (403, '{"error": {"type": "permission_error", "reason": "not yours"}}', PermissionDeniedError, "not yours"),
+        (404, '{"description": "gone"}', APIStatusError, "gone"),
+        (418, '{"reason": "teapot"}', APIStatusError, "teapot"),
+        (429, "<html>", RateLimitError, "over its rate limit"),
+        (429, '{"error": "slow down"}', RateLimitError, "slow down"),
+        (500, '{"non_field_errors": ["broken"]}', InternalServerError, "broken"),
+        (502, "<html>502</html>", InternalServerError, "a gateway before it failed"),
+        (503, None, InternalServerError, "a gateway before it failed"),
+        (599, '{"non_field_errors": []}', InternalServerError, "a gateway before it failed"),
+    ],
+)
+def test_an_error_status_is_its_own_error(status: int, body: str | None, kind: type[APIStatusError], said: str) -> None:
+    """With the API's own words where it has some."""
+    found = error(body, status=status)
+    assert type(found) is kind
+    assert isinstance(found, APIStatusError)
+    assert found.status == status
+    assert said in str(found)
+    assert str(found).startswith("prod: ")
+    assert str(found).endswith(f"(HTTP {status})")
+
+
+@pytest.mark.parametrize("status", [204, 301, 302, 307, 600])
+def test_a_redirect_or_an_undocumented_status_is_unexpected(status: int) -> None:
+    """Nothing is followed, and an empty success is no balance."""
+    found = error("", status=status)
+    assert isinstance(found, UnexpectedResponseError)
+    assert found.status == status
+
+
+def test_what_the_server_says_is_fit_for_a_log_line() -> None:
+    """On one line, bounded, and without the key should it echo it."""
+    said = json.dumps({"message": "bad key sk-0123456789\n\x1b[31m" + "x" * 1000})
+    found = error(said, status=401, x_request_id="r sk-0123456789")
+    assert "sk-0123456789" not in str(found) + str(found.request_id)
+    assert "bad key ***" in str(found)
+    assert str(found).isprintable()
+    assert len(found.message) <= 300
+    assert found.request_id == "r ***"

@@ -1,0 +1,125 @@
+"""Virtual time: a loop whose clock moves only when nothing is left to do, and a server without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import selectors
+from collections.abc import Callable, Coroutine
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import attrs
+
+from crustcredits import APITimeoutError, ApiKey
+from crustcredits._client import CreditsClient
+from crustcredits._transport import Failure, Fate
+from crustcredits._wire import Response
+
+T = TypeVar("T")
+
+# A float residue can make a timer due "now" for ever; time has to move on each time nothing is ready.
+_LEAST = 1e-6
+
+
+class _Selector(selectors.DefaultSelector):
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("deadlock: nothing is scheduled and everybody waits")
+        self.now += timeout
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop in which waiting takes no time."""
+
+    def __init__(self) -> None:
+        self._virtual = _Selector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+    def _run_once(self) -> None:
+        if not self._ready:  # type: ignore[attr-defined]  # what the base class keeps its callbacks in
+            self._virtual.now += _LEAST
+        super()._run_once()  # type: ignore[misc]  # typeshed leaves it out
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run in virtual time, from a test that is no coroutine."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@attrs.frozen
+class Reply:
+    """What the fake server does with a request: after `seconds`, this status, or no answer with this fate."""
+
+    seconds: float = 0.01
+    status: int = 200
+    credits: str = "9406"
+    headers: dict[str, str] = attrs.field(factory=dict)
+    body: str | None = None
+    failure: Failure | None = None
+
+
+def refusal(reset: float | None = None, *, seconds: float = 0.01) -> Reply:
+    headers = {} if reset is None else {"x-ratelimit-reset": str(reset)}
+    return Reply(seconds=seconds, status=429, body="{}", headers=headers)
+
+
+def lost(error: Exception, fate: Fate = Fate.ABANDONED, *, seconds: float = 0.01) -> Reply:
+    return Reply(seconds=seconds, failure=Failure(error, fate))  # type: ignore[arg-type]  # only ours are given
+
+
+class FakeServer:
+    """Stands where the transport stands. `script` decides by key name and how often that key has been asked before."""
+
+    def __init__(self, script: Callable[[str, int], Reply] = lambda name, times: Reply()) -> None:
+        self.script = script
+        self.arrivals: list[tuple[float, str]] = []
+        self.asked: dict[str, int] = {}
+        self.on_wire = 0
+        self.most_on_wire = 0
+
+    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
+        times = self.asked.get(key.name, 0)
+        self.asked[key.name] = times + 1
+        self.arrivals.append((now(), key.name))
+        reply = self.script(key.name, times)
+        self.on_wire += 1
+        self.most_on_wire = max(self.most_on_wire, self.on_wire)
+        try:
+            await asyncio.sleep(min(reply.seconds, timeout))
+        finally:
+            self.on_wire -= 1
+        if reply.seconds > timeout:
+            return Failure(APITimeoutError("no whole answer in time", key_name=key.name), Fate.ABANDONED)
+        if reply.failure is not None:
+            return reply.failure
+        body = reply.body or json.dumps({"credits": 0, "account": {"credits": 0}}).replace("0", reply.credits)
+        return Response(reply.status, reply.headers, body.encode())
+
+    async def close(self) -> None:
+        pass
+
+
+def fake_client(server: FakeServer, **options: Any) -> CreditsClient:
+    client = CreditsClient(**options)
+    client._transport = server  # type: ignore[assignment]  # it has the same two methods
+    return client
+
+
+def keys(count: int, prefix: str = "k") -> list[ApiKey]:
+    return [ApiKey(f"secret-{prefix}-{number}", name=f"{prefix}{number}") for number in range(count)]
+
+
+def total(*credits: str) -> Decimal:
+    return sum(map(Decimal, credits), Decimal(0))
