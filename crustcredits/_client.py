@@ -310,38 +310,41 @@ class CreditsClient:
         """One request, with a token of its own; the errors are values. `RateLimitWaitError` means that none was sent."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         bucket = self._buckets.bucket(path, key)
-        began = _now()
         try:
-            await bucket.acquire(deadline)
+            slot = await self._admit(bucket, deadline)
         except RateLimitWaitError as error:
             error.key_name = key.name
             return error.with_traceback(None)
-        fate = Fate.UNSENT
+        fate = Fate.ABANDONED  # until an answer says otherwise
         try:
-            slot = await self._start(deadline)
-            if slot is None:
-                return RateLimitWaitError(
-                    "its turn did not come before the deadline; allow more time", wait=_now() - began, key_name=key.name
-                )
-            fate = Fate.ABANDONED  # until an answer says otherwise
-            try:
-                sent = await self._transport.attempt(path, key, self._time_for_one(deadline))
-                fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
-            finally:
-                self._slots.release(slot, answered=fate is Fate.ANSWERED)
+            sent = await self._transport.attempt(path, key, self._time_for_one(deadline))
+            fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
             return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
         finally:
+            self._slots.release(slot, answered=fate is Fate.ANSWERED)
             _give_back(bucket, fate)
 
-    async def _start(self, deadline: float | None) -> object | None:
-        """Wait for the pace and a place on the wire; None when the deadline passes first."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                if self._pace is not None:
-                    await self._pace.acquire()
-                return await self._slots.acquire()
-        except TimeoutError:
-            return None
+    async def _admit(self, bucket: TokenBucket, deadline: float | None) -> object:
+        """Wait for a token, the pace and a place on the wire, in this order. Returns the place; the token is taken."""
+        began = _now()
+        while True:
+            epoch = await bucket.acquire(deadline)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    if self._pace is not None:
+                        await self._pace.acquire()
+                    slot = await self._slots.acquire()
+            except TimeoutError:
+                bucket.unused()
+                break
+            except asyncio.CancelledError:
+                bucket.unused()
+                raise
+            if not bucket.paused_since(epoch):
+                return slot
+            self._slots.release(slot, answered=False)
+            bucket.unused()
+        raise RateLimitWaitError("its turn did not come before the deadline; allow more time", wait=_now() - began)
 
     def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
         result = read_response(path, key, response, now=_utc_now(), period=self._period)

@@ -140,6 +140,7 @@ class TokenBucket:
 
     __slots__ = (
         "_agreeing",
+        "_epoch",
         "_free",
         "_home",
         "_in_flight",
@@ -149,6 +150,7 @@ class TokenBucket:
         "_period",
         "_refused",
         "_requests",
+        "_tickets",
         "_timer",
         "_waiters",
     )
@@ -160,15 +162,17 @@ class TokenBucket:
         self._free = requests
         self._in_flight = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
-        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._waiters: OrderedDict[asyncio.Future[None], int] = OrderedDict()  # each with its ticket, in order
+        self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters: a timer for each costs more the more there are
         self._refused: set[Hashable] = set()  # accounts refused since the last success
         self._moment = 0.0  # the moment that the first of these refusals named
         self._agreeing = True  # whether all of them named that moment
         self._paused: float | None = None  # until when, and then one at a time
+        self._epoch = 0  # counts pauses
 
-    async def acquire(self, deadline: float | None = None) -> None:
-        """Take a token, waiting for one if need be.
+    async def acquire(self, deadline: float | None = None) -> int:
+        """Take a token, waiting for one if need be. Returns what `paused_since` wants to know.
 
         Raises:
             RateLimitWaitError: The token cannot come before `deadline`, a loop time; at once where that is certain.
@@ -177,16 +181,17 @@ class TokenBucket:
         if self._free and not self._waiters and self._paused is None:
             self._free -= 1
             self._in_flight += 1
-            return
+            return self._epoch
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._collect(began)
         if not self._waiters and self._may_grant(began):
             self._take()
-            return
+            return self._epoch
         if deadline is not None:
             self._refuse_hopeless(began, began, deadline, len(self._waiters))
         await self._wait(loop, began, deadline)
+        return self._epoch
 
     def ended(self) -> None:
         """The attempt has ended with an answer: the server counted it before now."""
@@ -226,7 +231,12 @@ class TokenBucket:
         self._refused.add(account)
         if self._paused is not None or (self._agreeing and len(self._refused) >= _REFUSALS_TO_PAUSE):
             self._paused = max(self._paused or 0.0, now if wait is None else moment)
+            self._epoch += 1
             self._wake()
+
+    def paused_since(self, epoch: int) -> bool:
+        """Whether a pause began after the token of that `epoch` was taken: then it had better go back unused."""
+        return self._paused is not None and epoch != self._epoch
 
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
@@ -306,13 +316,14 @@ class TokenBucket:
 
     async def _wait(self, loop: asyncio.AbstractEventLoop, began: float, deadline: float | None) -> None:
         waiter = loop.create_future()
-        self._waiters[waiter] = None
+        self._tickets += 1
+        self._waiters[waiter] = self._tickets
         self._set_timer(loop, began)
         try:
             async with asyncio.timeout_at(deadline):
                 await waiter
         except TimeoutError:
-            ahead = self._place(waiter)
+            ahead = self._ahead_of(waiter)
             self._leave(waiter)
         except asyncio.CancelledError:
             self._leave(waiter)
@@ -321,9 +332,10 @@ class TokenBucket:
             return
         self._raise_wait(began, loop.time(), ahead)
 
-    def _place(self, waiter: asyncio.Future[None]) -> int:
-        # A waiter that was let in could expect its turn in time, so it is near the front when its time is over.
-        return next((place for place, other in enumerate(self._waiters) if other is waiter), 0)
+    def _ahead_of(self, waiter: asyncio.Future[None]) -> int:
+        # By tickets, because counting would cost more the more there are; those who left in between are counted too.
+        ticket = self._waiters.get(waiter)
+        return 0 if ticket is None else ticket - next(iter(self._waiters.values()))
 
     def _leave(self, waiter: asyncio.Future[None]) -> None:
         """Give up waiting, and hand on a token that came in the same moment."""

@@ -1,6 +1,6 @@
 """The command line: `crustcredits demo` on a sandbox of its own, `crustcredits check` on your keys.
 
-It owns options, exit statuses and what people see: the bar, the table, the words. It must not know how a key is asked or
+It owns options, exit statuses and what people see: the bar, the tables, the words. It must not know how a key is asked or
 how calls are held back; both are the client's. Standard output carries the result, standard error everything else.
 Secrets come from the environment, a file or standard input, never from an argument, and nothing here prints one.
 """
@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -24,7 +25,7 @@ import typer
 from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -37,21 +38,17 @@ from crustcredits._report import Report
 from crustcredits.testing import Fault, SandboxServer
 
 _LOW, _USAGE, _FAILED, _INTERRUPTED, _CLOSED_PIPE = 1, 2, 3, 130, 141  # the last two are 128 and the signal's number
-
 _NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
-
+_PACE = RateLimit().pace or math.inf  # calls a second
 _NARROWEST = 72  # columns; on fewer the terminal wraps the lines, so that no digit is cut
 _LONGEST_NUMBER = 24  # characters on one line; a balance may have over a hundred
-
-
-# --- the commands
 
 
 class _Commands(TyperGroup):
     """Commands by their names. One that does not exist is not repeated: it may be a key in the wrong place."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return super().get_command(ctx, cmd_name) or ctx.fail("No such command")
+        return super().get_command(ctx, cmd_name) or ctx.fail("No such command.")
 
 
 app = typer.Typer(
@@ -62,20 +59,23 @@ app = typer.Typer(
     rich_markup_mode=None,  # its boxes keep their escape sequences with NO_COLOR
     help="How many credits each of your Crustdata API keys has left.",
 )
-# Arguments are taken only to be refused without being repeated.
-_SETTINGS = {"allow_extra_args": True}
+_SETTINGS = {"allow_extra_args": True}  # only to be refused without being repeated
 
 
 def _positive(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < math.inf:
-        raise typer.BadParameter("it is a finite number of seconds above 0")
+        raise typer.BadParameter("it is a finite number of seconds above 0.")
     return seconds
 
 
 _Keys = Annotated[int, typer.Option("--keys", min=1, max=100_000, metavar="N", help="How many keys.")]
-_Window = Annotated[
-    float, typer.Option("--window", callback=_positive, metavar="SECONDS", help="The rate limit's period, of 300 requests.")
-]
+_Window = Annotated[float, typer.Option(callback=_positive, metavar="SECONDS", help="Period of the limit of 300 requests.")]
+_File = Annotated[str | None, typer.Option(metavar="PATH", help="Read keys from a file; from standard input with -.")]
+_Detail = Annotated[bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+_Jsonl = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")]
+_Floor = Annotated[str | None, typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer.")]
+_Timeout = Annotated[float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for all the keys together.")]
 
 
 @app.command(context_settings=_SETTINGS)
@@ -89,32 +89,17 @@ def demo(context: typer.Context, keys: _Keys = 120, window: _Window = 60.0) -> N
         run = _Run(_demo_pool(sandbox, keys), detail=True)
         interrupted = _finish(_rehearse(sandbox, run, RateLimit(period=window)))
         _print(*_tables(run.report(), None), Text(_tally(sandbox, run, window)))
-        _leave(run, interrupted=interrupted, status=0)
-
-
-_KeysFile = Annotated[
-    str | None, typer.Option("--keys-file", metavar="PATH", help="Read keys from this file, or with - from standard input.")
-]
-_Detail = Annotated[bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_Jsonl = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")]
-_MinCredits = Annotated[
-    str | None, typer.Option("--min-credits", metavar="N", help="Exit with 1 when the account of some key holds fewer.")
-]
-_Timeout = Annotated[
-    float | None,
-    typer.Option("--timeout", callback=_positive, metavar="SECONDS", help="Time for all of it; what has no answer by then fails."),
-]
+        _leave(run, 0, interrupted=interrupted)
 
 
 @app.command(context_settings=_SETTINGS)
 def check(
     context: typer.Context,
-    keys_file: _KeysFile = None,
+    keys_file: _File = None,
     detail: _Detail = False,
     as_json: _Json = False,
     as_jsonl: _Jsonl = False,
-    min_credits: _MinCredits = None,
+    min_credits: _Floor = None,
     timeout: _Timeout = None,
 ) -> None:
     """Check your keys, from CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS or from a file.
@@ -127,13 +112,13 @@ def check(
       0    every key was checked, and none is below --min-credits
       1    some key is below --min-credits
       2    wrong usage, no keys, or keys or settings that cannot be used
-      3    some key could not be checked: its credits are unknown,
-           which is worse than 1 where both are true
+      3    some key could not be checked, so its credits are unknown;
+           also where another one is below --min-credits
       130  interrupted by Ctrl-C; what had landed is shown
     """  # noqa: D301  # \b keeps the lines below it as they are
     with _exit_statuses(context):
         if as_json and as_jsonl:
-            context.fail("--json and --jsonl cannot be had together; give one of them")
+            context.fail("--json and --jsonl cannot be had together; give one of them.")
         floor = _floor(min_credits)
         run = _Run(_read_keys(keys_file), detail=detail, timeout=timeout, lines=as_jsonl)
         interrupted = _finish(_ask(run))
@@ -142,14 +127,14 @@ def check(
             _echo(json.dumps(report.to_dict(), indent=2) + "\n")
         elif not as_jsonl:
             _print(*_tables(report, floor))
-        _leave(run, interrupted=interrupted, status=_status(report, floor))
+        _leave(run, _status(report, floor), interrupted=interrupted)
 
 
 @contextlib.contextmanager
 def _exit_statuses(context: typer.Context) -> Iterator[None]:
     """What every command does with arguments, and with what may end it early."""
     if context.args:
-        context.fail("Keys are not taken as arguments, which others can read; use CRUSTDATA_API_KEYS or --keys-file")
+        context.fail("Keys are not taken as arguments, which others can read; use CRUSTDATA_API_KEYS or --keys-file.")
     try:
         yield
     except ConfigurationError as error:
@@ -158,18 +143,16 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     except BrokenPipeError:
-        # Or the interpreter would try once more to write what is left, at its end, and complain.
-        for stream in (sys.stdout, sys.stderr):
-            with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123, PLW1514
-                os.dup2(nowhere.fileno(), stream.fileno())
+        # Or the interpreter would try at its end to write what is left, and complain.
+        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise typer.Exit(_CLOSED_PIPE) from None
 
 
-def _leave(run: _Run, *, interrupted: bool, status: int) -> None:
+def _leave(run: _Run, status: int, *, interrupted: bool) -> None:
     if interrupted:
-        _say(f"interrupted; {len(run.pool) - len(run.report().succeeded)} of {len(run.pool)} keys were not checked")
-        status = _INTERRUPTED
-    raise typer.Exit(status)
+        _say(f"interrupted: {_count(sum(key not in run.landed for key in run.pool), 'key')} of {len(run.pool)} not checked")
+    raise typer.Exit(_INTERRUPTED if interrupted else status)
 
 
 def _status(report: Report, floor: Decimal | None) -> int:
@@ -180,12 +163,12 @@ def _status(report: Report, floor: Decimal | None) -> int:
 
 def _floor(text: str | None) -> Decimal | None:
     try:
-        floor = Decimal(text or 0)
+        floor = None if text is None else Decimal(text)
     except InvalidOperation:
         floor = Decimal("NaN")
-    if not floor.is_finite() or floor < 0:
-        raise typer.BadParameter("it is a number of credits, 0 or more", param_hint="'--min-credits'")
-    return None if text is None else floor
+    if floor is None or (floor.is_finite() and floor >= 0):
+        return floor
+    raise typer.BadParameter("it is a number of credits, 0 or more.", param_hint="'--min-credits'")
 
 
 def _read_keys(path: str | None) -> list[ApiKey]:
@@ -200,11 +183,8 @@ def _read_keys(path: str | None) -> list[ApiKey]:
 
 def _read_stdin() -> str:
     with contextlib.suppress(UnicodeDecodeError):
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return typer.get_binary_stream("stdin").read().decode("utf-8-sig")
     raise ConfigurationError("standard input cannot be read: it is not UTF-8 text")
-
-
-# --- a run
 
 
 class _Run:
@@ -214,37 +194,36 @@ class _Run:
         self.pool = pool
         self.landed: dict[ApiKey, Outcome[Balance]] = {}
         self.seconds = 0.0
-        self._detail = detail
+        self.detail = detail
         self._timeout = timeout
         self._lines = lines
+        self._bar: _Bar | None = None
 
     async def check(self, client: CreditsClient) -> None:
         """Ask for every key, with a bar where there is a terminal for it."""
-        # Lines on the same terminal would run into the bar, and are progress enough.
-        shown = _is_lively(sys.stderr) and not (self._lines and sys.stdout.isatty())
-        bar = _Bar(client, self, detail=self._detail) if shown else None
         loop = asyncio.get_running_loop()
         began = loop.time()
-
-        def land(outcome: Outcome[Balance]) -> None:
-            self.landed[outcome.key] = outcome
-            if self._lines:
-                _echo(json.dumps(outcome.to_dict()) + "\n")
-            if bar is not None:
-                bar.move()
-
+        # Lines on the same terminal would run into the bar, and are progress enough.
+        if _is_lively(sys.stderr) and not (self._lines and sys.stdout.isatty()):
+            self._bar = _Bar(client, self)
         try:
-            with bar or contextlib.nullcontext():
-                await client.check(self.pool, detail=self._detail, timeout=self._timeout, on_outcome=land)
+            with self._bar or contextlib.nullcontext():
+                await client.check(self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land)
         finally:
             self.seconds = loop.time() - began
 
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
-        return Report(
-            [self.landed.get(key) or Outcome(key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool]
-        )
+        missing = {key: Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool}
+        return Report((missing | self.landed)[key] for key in self.pool)
+
+    def _land(self, outcome: Outcome[Balance]) -> None:
+        self.landed[outcome.key] = outcome
+        if self._lines:
+            _echo(json.dumps(outcome.to_dict()) + "\n")
+        if self._bar is not None:
+            self._bar.move()
 
 
 async def _ask(run: _Run) -> None:
@@ -264,3 +243,199 @@ def _finish(work: Coroutine[Any, Any, None]) -> bool:
     except KeyboardInterrupt:
         return True
     return False
+
+
+class _Bar(Progress):
+    """How far a run has come, on standard error, and when the rate limit lets the last of it start."""
+
+    def __init__(self, client: CreditsClient, run: _Run) -> None:
+        columns = (BarColumn(24), MofNCompleteColumn(), _TimeLeft())
+        # Standard output may go elsewhere, so it is not led past the bar.
+        super().__init__(*columns, console=_console(sys.stderr), transient=True, redirect_stdout=False)
+        self._client = client
+        self._run = run
+        self._end = 0.0
+        self._task = self.add_task("", total=len(run.pool))
+        self.move()
+
+    def move(self) -> None:
+        """Show what has landed."""
+        quota = self._client.quota(detail=self._run.detail)
+        remaining = len(self._run.pool) - len(self._run.landed)
+        to_come = max(0, remaining - quota.waiting - quota.in_flight)
+        now = self.get_time()
+        if to_come:  # else the end is known: all are in the queue
+            self._end = now + quota.seconds_for(to_come)
+        held = quota.waiting + to_come if quota.waiting else 0
+        end = max(self._end, now + remaining / _PACE)
+        self.update(self._task, completed=len(self._run.landed), held=held, end=end)
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = round(task.fields["end"] - task.get_time())
+        held = task.fields["held"]
+        words = f"ETA {timedelta(seconds=left)}" if left > 0 else "last answers"
+        return Text(words + f", rate limit holds back {held}" * bool(held))
+
+
+def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
+    yield _keys_table(report, floor)
+    if report.accounts:
+        yield _accounts_table(report)
+    failures = [(outcome, outcome.error) for outcome in report.failed if outcome.error is not _NOT_CHECKED]
+    if failures:
+        yield Text("Could not be checked\n", style="bold")
+        grid = Table.grid(Column(max_width=30), Column(), padding=(0, 2))
+        for outcome, error in failures:
+            words = str(error).removeprefix(f"{outcome.key.name}: ")
+            tries = f", after {outcome.attempts} tries" * (outcome.attempts > 1)
+            grid.add_row(_cell(outcome.key.name), Text(_printable(words + tries)))
+        yield grid
+    yield Text(_total(report), style="bold")
+
+
+def _keys_table(report: Report, floor: Decimal | None) -> Table:
+    detail = any(isinstance(outcome.balance, Account) for outcome in report)
+    table = _table(Column("name"), Column("account"), _right("credits"))
+    for header in ("grant", "next refresh") * detail:
+        table.add_column(header, no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for outcome in report:
+        about = [_cell(outcome.key.name), _cell(outcome.key.account or ""), _number(outcome.credits)]
+        table.add_row(*about, *(_grant(outcome.balance) if detail else ()), _state(report, outcome, floor))
+    return table
+
+
+def _grant(balance: Balance | None) -> tuple[Text, Text]:
+    if not isinstance(balance, Account) or not balance.recurring_credits:
+        return Text(), Text()
+    date = balance.recurring_credits_refresh_date
+    frequency = f" {balance.recurring_credits_frequency or '':.10}"
+    return _number(balance.recurring_credits) + _cell(frequency), Text("" if date is None else f"{date:%Y-%m-%d}")
+
+
+def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> Text:
+    if not outcome.ok:
+        return Text("not checked", style="yellow") if outcome.error is _NOT_CHECKED else Text("failed", style="red")
+    credits = report.credits_of(outcome)
+    if floor is not None and credits < floor:
+        return Text("low", style="yellow")
+    if credits <= 0:
+        return Text("empty", style="yellow")
+    return Text("ok" + f", {outcome.attempts} tries" * (outcome.attempts > 1), style="green")
+
+
+def _accounts_table(report: Report) -> Table:
+    keys = Counter(outcome.key.account for outcome in report)
+    table = _table(Column("account"), _right("keys"), _right("credits"))
+    for account, credits in report.accounts.items():
+        table.add_row(_cell(account), str(keys[account]), _number(credits))
+    return table
+
+
+def _total(report: Report) -> str:
+    credits = report.total_credits
+    unknown = sum(report.accounts.get(outcome.key.account or "") is None for outcome in report.failed)
+    known = "unknown" if credits is None else f"{credits:,f} credits"
+    return f"Total: {known}" + f", without {_count(unknown, 'key')} of which nothing is known" * bool(unknown)
+
+
+def _table(*columns: Column) -> Table:
+    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+
+
+def _right(header: str) -> Column:
+    return Column(header, justify="right", no_wrap=True)
+
+
+def _cell(text: str) -> Text:
+    return Text(_printable(text), no_wrap=True, overflow="ellipsis")
+
+
+def _number(credits: Decimal | None) -> Text:
+    return Text("unknown" if credits is None else "\n".join(textwrap.wrap(f"{credits:,f}", _LONGEST_NUMBER)))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _is_lively(stream: TextIO | None) -> bool:
+    """Whether colour and movement are welcome."""
+    return stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _console(stream: TextIO) -> Console:
+    # Otherwise FORCE_COLOR and its like would colour files.
+    lively = _is_lively(stream)
+    return Console(file=stream, force_terminal=lively, force_interactive=lively, highlight=False, emoji=False)
+
+
+def _print(*parts: RenderableType) -> None:
+    console = _console(sys.stdout)
+    console.width = max(console.width, _NARROWEST)
+    with console.capture() as capture:
+        for number, part in enumerate(parts):
+            console.print(*[""] * bool(number), part, sep="\n")
+    _echo(capture.get())
+
+
+def _echo(text: str) -> None:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"crustcredits: {_printable(text)}", err=True)
+
+
+# --- the made-up pool
+
+_COMPANIES = (
+    "acme adatum alpine boreal brightside cascade cedar contoso copperfield delta driftwood ember everline fabrikam fjord "
+    "globex granite harbor hooli initech juniper keystone lumen maple meridian monarch northwind nimbus orchard oscorp "
+    "pinnacle quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
+).split()
+_ROLES = ("prod", "staging", "batch")
+_PASSING = (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)
+
+
+def _demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
+    """The same pool every time, but for its secrets and for refresh dates that stay in the future."""
+    draw = random.Random(11)
+    for place, company in enumerate(_COMPANIES):
+        credits = 0 if place % 13 == 5 else Decimal(draw.randint(1_000, 25_000_000)).scaleb(-2 * (place % 4 == 0))
+        sandbox.add_account(company, credits=credits, **(_demo_grant(draw) if place % 3 else {}))
+    pool = [_demo_key(sandbox, place) for place in range(count)]
+    return sorted(pool, key=lambda key: key.account or "")
+
+
+def _demo_grant(draw: random.Random) -> dict[str, Any]:
+    date = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=draw.randint(1, 30))
+    grant = {"recurring_credits": Decimal(draw.choice((2_500, 10_000, 50_000))), "recurring_credits_frequency": "monthly"}
+    return grant | {"recurring_credits_refresh_date": date.isoformat()}
+
+
+def _demo_key(sandbox: SandboxServer, place: int) -> ApiKey:
+    cycle, company = divmod(place, len(_COMPANIES))
+    again, role = divmod(cycle, len(_ROLES))
+    account = _COMPANIES[company]
+    name = f"{account}-{_ROLES[role]}" + f"-{again + 1}" * bool(again)
+    if place % 29 == 7:
+        return ApiKey(f"sandbox-revoked-{place}", name=name, account=account)
+    key = sandbox.add_key(name, account=account)
+    if account == "waystar":
+        sandbox.fail(key, Fault.FORBIDDEN)
+    elif place % 17 == 3:
+        sandbox.fail(key, _PASSING[place % 3], times=1 + place % 2)
+    return key
+
+
+def _tally(sandbox: SandboxServer, run: _Run, window: float) -> str:
+    said = f"{sandbox.requests} requests in {run.seconds:.1f} s, {sandbox.refused} answered with 429; "
+    return said + f"the busiest {window:g} s had {sandbox.worst_window()} of the 300 allowed"

@@ -167,7 +167,7 @@ async def test_a_deadline_behind_others_counts_those_who_are_still_ahead() -> No
 
 
 async def test_everybody_leaving_at_once_is_cheap() -> None:
-    """20,000 waiters with one deadline leave in one go, each from the front of the queue."""
+    """20,000 waiters with one deadline leave in one go, at a cost that does not grow with their number."""
     bucket = TokenBucket(1, 1.0)
     await bucket.acquire()
     crowd = [asyncio.create_task(bucket.acquire(deadline=30_000.0)) for _ in range(20_000)]

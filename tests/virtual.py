@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import selectors
 from collections.abc import Callable, Coroutine
-from decimal import Decimal
 from typing import Any, TypeVar
 
 import attrs
@@ -104,7 +102,7 @@ class FakeServer:
             return Failure(APITimeoutError("no whole answer in time", key_name=key.name), Fate.ABANDONED)
         if reply.failure is not None:
             return reply.failure
-        body = reply.body or json.dumps({"credits": 0, "account": {"credits": 0}}).replace("0", reply.credits)
+        body = reply.body or f'{{"credits": {reply.credits}, "account": {{"credits": {reply.credits}}}}}'
         return Response(reply.status, reply.headers, body.encode())
 
     async def close(self) -> None:
@@ -120,6 +118,3 @@ def fake_client(server: FakeServer, **options: Any) -> CreditsClient:
 def keys(count: int, prefix: str = "k") -> list[ApiKey]:
     return [ApiKey(f"secret-{prefix}-{number}", name=f"{prefix}{number}") for number in range(count)]
 
-
-def total(*credits: str) -> Decimal:
-    return sum(map(Decimal, credits), Decimal(0))

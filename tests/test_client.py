@@ -1,0 +1,571 @@
+"""`CreditsClient` in virtual time: waiting, retrying, many keys, closing. Sockets have a file of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from crustcredits import (
+    Account,
+    APIConnectionError,
+    ApiKey,
+    APITimeoutError,
+    Balance,
+    ClientClosedError,
+    ConfigurationError,
+    CreditsClient,
+    InternalServerError,
+    InvalidKeyError,
+    Outcome,
+    RateLimit,
+    RateLimitError,
+    RateLimitWaitError,
+    Retry,
+)
+from crustcredits._transport import Fate
+from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
+
+pytestmark = pytest.mark.virtual
+
+KEY = ApiKey("secret-0", name="prod")
+BROKEN = Reply(status=503, body="")
+
+
+def worst_window(server: FakeServer, period: float = 60.0) -> int:
+    times = [time for time, _ in server.arrivals]
+    return max(sum(1 for time in times if first <= time < first + period) for first in times)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+# --- one key
+
+
+async def test_a_balance_is_one_request() -> None:
+    """Of a str or an ApiKey."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        assert (await client.balance(KEY)).credits == Decimal(9406)
+        found = await client.balance("secret-1")
+        assert type(found) is Balance
+        assert found.key == ApiKey("secret-1")
+        assert type(await client.account(KEY)) is Account
+    assert len(server.arrivals) == 3
+
+
+async def test_what_may_pass_is_tried_again_with_backoff(caplog: pytest.LogCaptureFixture) -> None:
+    """Each attempt with a token of its own; the outcome counts them, and the log tells."""
+    replies = [BROKEN, lost(APIConnectionError("reset", key_name="k0")), Reply(seconds=99), Reply()]
+    server = FakeServer(lambda name, times: replies[times])
+    caplog.set_level(logging.INFO, "crustcredits")
+    async with fake_client(server, retry=Retry(backoff=1.0)) as client:
+        report = await client.check(keys(1))
+        assert report[0].ok
+        assert report[0].attempts == 4
+        quota = client.quota()
+        assert (quota.free, quota.in_flight) == (296, 0)
+    assert 10 <= now() <= 10 + 1 + 2 + 4 + 1
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 3
+    assert "k0: the API or a gateway before it failed (HTTP 503); that was attempt 1 of 4" in caplog.text
+
+
+async def test_the_last_failure_is_the_error_when_attempts_run_out() -> None:
+    """With the number of attempts on it."""
+    server = FakeServer(lambda name, times: BROKEN)
+    async with fake_client(server, retry=Retry(attempts=3)) as client:
+        with pytest.raises(InternalServerError) as caught:
+            await client.balance(KEY)
+    assert caught.value.attempts == len(server.arrivals) == 3
+
+
+async def test_a_key_that_is_not_accepted_is_asked_once() -> None:
+    """Asking again would change nothing."""
+    server = FakeServer(lambda name, times: Reply(status=401, body='{"message": "Invalid API key in request"}'))
+    async with fake_client(server) as client:
+        with pytest.raises(InvalidKeyError) as caught:
+            await client.balance(KEY)
+    assert (caught.value.attempts, len(server.arrivals)) == (1, 1)
+
+
+async def test_a_refused_key_waits_what_the_server_asked() -> None:
+    """And a jitter more."""
+    server = FakeServer(lambda name, times: refusal(7) if times == 0 else Reply())
+    async with fake_client(server) as client:
+        await client.balance(KEY)
+    assert 7 <= server.arrivals[1][0] <= 7.3
+
+
+async def test_a_wait_beyond_the_cap_is_raised_with_the_wait() -> None:
+    """At once: the caller knows better what to do meanwhile."""
+    server = FakeServer(lambda name, times: refusal(50))
+    async with fake_client(server, retry=Retry(wait_max=30.0)) as client:
+        with pytest.raises(RateLimitError) as caught:
+            await client.balance(KEY)
+    assert caught.value.retry_after == 50
+    assert now() < 1
+
+
+async def test_a_request_that_never_left_gives_its_token_back() -> None:
+    """A refused connection was not counted by anyone."""
+    server = FakeServer(lambda name, times: lost(APIConnectionError("refused"), Fate.UNSENT))
+    async with fake_client(server, retry=Retry(attempts=1)) as client:
+        with pytest.raises(APIConnectionError):
+            await client.balance(KEY)
+        assert client.quota().free == 300
+
+
+async def test_an_abandoned_request_keeps_its_token_out_longer() -> None:
+    """By one request timeout, because it may still arrive."""
+    server = FakeServer(lambda name, times: Reply(seconds=99) if times == 0 else Reply())
+    limit = RateLimit(requests=1, margin=0.0)
+    async with fake_client(server, rate_limit=limit, request_timeout=10.0) as client:
+        await client.balance(KEY)
+    assert server.arrivals[1][0] == pytest.approx(10 + 60 + 10, abs=0.1)
+
+
+# --- deadlines
+
+
+async def test_a_deadline_that_the_rate_limit_cannot_meet_fails_at_once() -> None:
+    """Without a request, and with the wait it would have been."""
+    server = FakeServer()
+    async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
+        await client.balance(KEY)
+        with pytest.raises(RateLimitWaitError) as caught:
+            await client.balance("secret-1", timeout=5)
+    assert now() < 1
+    assert caught.value.wait == pytest.approx(60.3, abs=0.1)
+    assert caught.value.attempts == 0
+    assert str(caught.value).startswith(ApiKey("secret-1").name)
+    assert len(server.arrivals) == 1
+
+
+async def test_a_deadline_on_the_wire_is_a_timeout() -> None:
+    """Of the caller's time, when that is shorter than a request may take."""
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
+        with pytest.raises(APITimeoutError) as caught:
+            await client.balance(KEY, timeout=3)
+    assert now() == pytest.approx(3, abs=0.01)
+    assert caught.value.attempts == 1
+
+
+async def test_a_deadline_before_the_next_attempt_ends_with_the_last_failure() -> None:
+    """It says more than that time is over, and it says it at once."""
+    async with fake_client(FakeServer(lambda name, times: refusal(30))) as client:
+        with pytest.raises(RateLimitError):
+            await client.balance(KEY, timeout=10)
+    assert now() < 1
+
+
+async def test_a_retry_that_gets_no_token_in_time_ends_with_the_last_failure() -> None:
+    """A known failure is worth more than an unknown."""
+    server = FakeServer(lambda name, times: BROKEN)
+    async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
+        with pytest.raises(InternalServerError) as caught:
+            await client.balance(KEY, timeout=30)
+    assert caught.value.attempts == 1
+
+
+async def test_a_deadline_in_the_wait_for_a_place_on_the_wire_is_no_attempt() -> None:
+    """Its token goes back unused."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.35))
+    async with fake_client(server, concurrency=1) as client:
+        first = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(0.1)
+        with pytest.raises(RateLimitWaitError, match="its turn did not come") as caught:
+            await client.balance("secret-1", timeout=0.2)
+        assert caught.value.wait == pytest.approx(0.2, abs=0.01)
+        await first
+        assert client.quota().free == 299
+
+
+async def test_the_clock_of_an_attempt_starts_when_it_may_go_out() -> None:
+    """Waiting for the rate limit and for a place on the wire is not the server's time."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.9))
+    async with fake_client(server, concurrency=2, request_timeout=1.0, rate_limit=RateLimit(requests=10)) as client:
+        report = await client.check(keys(20))
+    assert report.ok
+    assert {outcome.attempts for outcome in report} == {1}
+
+
+# --- many keys
+
+
+async def test_outcomes_come_in_the_order_given_however_they_land() -> None:
+    """And each as it lands to the callback."""
+    server = FakeServer(lambda name, times: Reply(seconds=1 / (1 + int(name[1:])), credits=name[1:]))
+    landed: list[str] = []
+    async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
+        report = await client.check(keys(10), on_outcome=lambda outcome: landed.append(outcome.key.name))
+    assert [outcome.key.name for outcome in report] == [f"k{number}" for number in range(10)]
+    assert [outcome.credits for outcome in report] == [Decimal(number) for number in range(10)]
+    assert landed == [f"k{number}" for number in reversed(range(10))]
+
+
+async def test_a_secret_given_twice_is_asked_once_and_answered_twice() -> None:
+    """Under both names, however far apart they stand."""
+    server = FakeServer()
+    pool = [ApiKey("s-1", name="a"), *keys(400), ApiKey("s-1", name="b")]
+    async with fake_client(server, rate_limit=RateLimit(requests=1000)) as client:
+        report = await client.check(pool)
+    assert len(server.arrivals) == 401
+    assert (report[0].key.name, report[-1].key.name) == ("a", "b")
+    assert report[0].ok
+    assert report[-1].ok
+    assert report.total_credits == 401 * 9406
+
+
+async def test_one_bad_key_never_sinks_the_rest() -> None:
+    """Whether the server or this side refuses it, and before any request where that is possible."""
+    server = FakeServer(lambda name, times: Reply(status=401, body="{}") if name == "k1" else Reply())
+    async with fake_client(server) as client:
+        report = await client.check([*keys(3), "two words", ""])
+        mapped = await client.check({"prod": "secret-1", "dev": "Bearer x"}, detail=True)
+    assert [outcome.ok for outcome in report] == [True, False, True, False, False]
+    assert isinstance(report[3].error, ConfigurationError)
+    assert report[3].key.name == "keys[3]"
+    assert report[3].attempts == 0
+    assert [outcome.ok for outcome in mapped] == [True, False]
+    assert isinstance(mapped[0].balance, Account)
+    assert "dev: the API key begins with" in str(mapped[1].error)
+    assert len(server.arrivals) == 4
+
+
+@pytest.mark.parametrize("lone", ["sk-secret-1", b"sk-secret-1", ApiKey("sk-secret-1"), 7])
+async def test_what_is_no_pool_is_refused_before_any_request(lone: Any) -> None:
+    """By `check` and by `stream`, when called."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        with pytest.raises(ConfigurationError):
+            await client.check(lone)
+        with pytest.raises(ConfigurationError):
+            client.stream(lone)
+    assert not server.arrivals
+
+
+async def test_a_pool_that_contradicts_itself_is_refused_before_any_request() -> None:
+    """Its report could not be right."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        with pytest.raises(ConfigurationError, match="two different keys"):
+            await client.check({"a": "s-1"} | {"b": ApiKey("s-2", name="x")} | {"a ": "s-3"})
+    assert not server.arrivals
+
+
+async def test_what_has_not_come_in_time_is_an_outcome_and_what_has_is_kept() -> None:
+    """Queued keys fail at once, those on the wire at the deadline."""
+    server = FakeServer(lambda name, times: Reply(seconds=99) if name in {"k0", "k7"} else Reply())
+    async with fake_client(server, rate_limit=RateLimit(requests=20)) as client:
+        report = await client.check(keys(500), timeout=5)
+        assert now() == pytest.approx(5, abs=0.01)
+        kinds = [type(outcome.error) for outcome in report]
+        assert kinds.count(type(None)) == 18
+        assert kinds.count(APITimeoutError) == 2
+        assert kinds.count(RateLimitWaitError) == 480
+        assert client.quota().in_flight == 0
+    assert len(server.arrivals) == 20
+
+
+async def test_the_rate_limit_holds_for_a_pool_larger_than_it() -> None:
+    """1000 keys, 300 a minute: three windows, none fuller than the limit."""
+    draw = random.Random(1)
+    server = FakeServer(lambda name, times: Reply(seconds=draw.uniform(0, 0.02)))
+    async with fake_client(server) as client:
+        report = await client.check(keys(1000))
+    assert report.ok
+    assert worst_window(server) == 300
+    assert now() == pytest.approx(3 * 60.3 + 1.0, abs=0.3)
+    assert server.most_on_wire <= 32
+
+
+async def test_a_key_that_is_always_refused_delays_no_other() -> None:
+    """It waits by itself, while all others are answered."""
+    server = FakeServer(lambda name, times: refusal(60) if name == "k0" else Reply())
+    async with fake_client(server) as client:
+        stream = client.stream(keys(200))
+        async with aclosing(stream):
+            for _ in range(199):
+                assert (await anext(stream)).ok
+            assert now() < 3
+            last = await anext(stream)
+    assert isinstance(last.error, RateLimitError)
+    assert last.attempts == 4
+
+
+@pytest.mark.parametrize("trouble", ["hang", "refused"])
+async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(trouble: str) -> None:
+    """By no more than a second, with everything at its default."""
+
+    def script(name: str, times: int) -> Reply:
+        number = int(name[1:])
+        if number >= 64:
+            return Reply()
+        return Reply(seconds=1e6) if trouble == "hang" else refusal(1 + number * 37 % 59)
+
+    async with fake_client(FakeServer(script)) as client, aclosing(client.stream(keys(500))) as stream:
+        async for outcome in stream:
+            if outcome.ok:
+                break
+        assert now() <= 1.0
+
+
+async def test_hanging_keys_are_on_the_wire_beside_no_more_than_the_others() -> None:
+    """What hangs is bounded too."""
+    server = FakeServer(lambda name, times: Reply(seconds=1e6))
+    async with fake_client(server, concurrency=4, retry=Retry(attempts=1)) as client:
+        await client.check(keys(100))
+    assert server.most_on_wire <= 4 * 9
+
+
+async def test_a_bucket_refused_as_a_whole_pauses_for_all() -> None:
+    """When the server counts somebody else's requests too, few more are wasted on it."""
+    freed = 20.0
+    server = FakeServer(lambda name, times: Reply() if now() >= freed else refusal(freed - now()))
+    async with fake_client(server) as client:
+        report = await client.check(keys(250))
+    assert report.ok
+    assert len([time for time, _ in server.arrivals if time < freed]) <= 32
+    assert now() < 30
+
+
+async def test_scope_key_gives_each_key_its_own_quota() -> None:
+    """Only the pace is shared."""
+    server = FakeServer()
+    limit = RateLimit(requests=1, scope="key")
+    async with fake_client(server, rate_limit=limit) as client:
+        report = await client.check(keys(500))
+        assert now() < 6
+        assert client.quota(key=keys(1)[0]).free == 0
+        assert client.quota(key="another").free == 1
+        with pytest.raises(ConfigurationError, match="name the key"):
+            client.quota()
+        with pytest.raises(ConfigurationError, match="is empty"):
+            client.quota(key="")
+    assert report.ok
+
+
+async def test_the_endpoints_have_a_quota_each() -> None:
+    """As the API's limits are by endpoint."""
+    async with fake_client(FakeServer()) as client:
+        await client.account(KEY)
+        assert client.quota(detail=True).free == 299
+        assert client.quota().free == 300
+
+
+async def test_a_callback_that_raises_ends_the_check() -> None:
+    """With its own error, and nothing left over."""
+
+    def fail(outcome: Outcome[Any]) -> None:
+        raise LookupError("no such row")
+
+    async with fake_client(FakeServer()) as client:
+        with pytest.raises(LookupError):
+            await client.check(keys(50), on_outcome=fail)
+        assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_coroutine_function_for_a_callback_is_refused() -> None:
+    """It would never be awaited."""
+
+    async def callback(outcome: Outcome[Any]) -> None: ...
+
+    async with fake_client(FakeServer()) as client:
+        with pytest.raises(ConfigurationError, match="use stream"):
+            await client.check(keys(1), on_outcome=callback)
+
+
+# --- streams
+
+
+async def test_a_stream_joins_equal_secrets_under_way() -> None:
+    """One request, two outcomes."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        found = [outcome.key.name async for outcome in client.stream([ApiKey("s", name="a"), ApiKey("s", name="b")])]
+    assert found == ["a", "b"]
+    assert len(server.arrivals) == 1
+
+
+async def test_a_stream_without_end_is_answered_as_it_comes() -> None:
+    """From an asynchronous source."""
+
+    async def source() -> AsyncIterator[str]:
+        number = 0
+        while True:
+            yield f"secret-{number}" if number != 2 else "two words"
+            number += 1
+            await asyncio.sleep(1)
+
+    found: list[bool] = []
+    async with fake_client(FakeServer()) as client, aclosing(client.stream(source(), detail=True)) as stream:
+        async for outcome in stream:
+            found.append(outcome.ok)
+            if len(found) == 5:
+                break
+    assert found == [True, True, False, True, True]
+    assert now() == pytest.approx(4, abs=0.1)
+
+
+async def test_a_streams_timeout_is_for_each_key() -> None:
+    """A source without end has no whole."""
+    server = FakeServer(lambda name, times: Reply(seconds=99) if name == "k1" else Reply())
+    async with fake_client(server) as client:
+        outcomes = {outcome.key.name: outcome.error async for outcome in client.stream(keys(3), timeout=2)}
+        with pytest.raises(ConfigurationError, match="timeout is a finite number above 0"):
+            client.stream(keys(3), timeout=0)
+    assert isinstance(outcomes["k1"], APITimeoutError)
+    assert outcomes["k0"] is outcomes["k2"] is None
+
+
+async def test_100_000_keys_are_streamed_in_memory_that_does_not_grow() -> None:
+    """Each is answered once; the peak is that of the keys under way."""
+    seen = bytearray(100_000)
+
+    def source() -> Iterator[str]:
+        for number in range(100_000):
+            yield f"secret-{number}"
+
+    server = FakeServer(lambda name, times: Reply(seconds=0.001))
+    server.arrivals = _Uncounted()
+    server.asked = _Unasked()
+    blocks: list[int] = []
+    limit = RateLimit(requests=5_000, period=1.0, pace=None)
+    numbers = {ApiKey(f"secret-{number}").digest: number for number in range(100_000)}
+    async with fake_client(server, rate_limit=limit) as client:
+        count = 0
+        async for outcome in client.stream(source()):
+            seen[numbers[outcome.key.digest]] += 1
+            count += 1
+            if count % 20_000 == 10_000:
+                gc.collect()
+                blocks.append(sys.getallocatedblocks())
+    assert seen == b"\x01" * 100_000
+    assert max(blocks) - min(blocks) < 1_000
+
+
+class _Uncounted(list[tuple[float, str]]):
+    def append(self, item: tuple[float, str]) -> None:
+        pass
+
+
+class _Unasked(dict[str, int]):
+    def __setitem__(self, name: str, times: int) -> None:
+        pass
+
+
+# --- closing and cancelling
+
+
+async def test_closing_ends_calls_under_way() -> None:
+    """One key, a pool or a stream, wherever they wait; and later calls."""
+    server = FakeServer(lambda name, times: Reply(seconds=5) if name != "refused" else refusal(40))
+    client = fake_client(server, rate_limit=RateLimit(requests=10))
+    calls = [
+        asyncio.create_task(client.balance(KEY)),
+        asyncio.create_task(client.balance(ApiKey("s-2", name="refused"))),
+        asyncio.create_task(client.check(keys(30))),
+        asyncio.create_task(_last(client.stream(keys(5, "other")))),
+    ]
+    await asyncio.sleep(2)
+    await client.close()
+    assert now() == pytest.approx(2, abs=0.01)
+    for call in calls:
+        with pytest.raises(ClientClosedError):
+            await call
+    assert len(asyncio.all_tasks()) == 1
+    assert client.quota().waiting == 0
+    for again in (client.balance(KEY), client.check([]), client.__aenter__(), _last(client.stream(keys(1)))):
+        with pytest.raises(ClientClosedError):
+            await again
+    await client.close()
+
+
+async def _last(stream: Any) -> Any:
+    return [outcome async for outcome in stream][-1]
+
+
+async def test_closing_while_a_call_returns_leaves_its_answer() -> None:
+    """What has come is not taken back."""
+    client = fake_client(FakeServer())
+    assert (await client.balance(KEY)).credits
+    await asyncio.gather(client.close(), client.close())
+
+
+async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
+    """No task, and every token comes home."""
+    for moment in range(0, 200, 7):
+        server = FakeServer(lambda name, times: BROKEN if times == 0 and name == "k3" else Reply(seconds=0.5))
+        async with fake_client(server, rate_limit=RateLimit(requests=40, period=5.0), request_timeout=1.0) as client:
+            check = asyncio.create_task(client.check(keys(100)))
+            await asyncio.sleep(moment / 20)
+            check.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await check
+            assert len(asyncio.all_tasks()) == 1
+            quota = client.quota()
+            assert quota.in_flight == quota.waiting == 0
+            await asyncio.sleep(5 * 1.005 + 1.0 + 0.001)
+            assert client.quota().free == 40
+
+
+async def test_cancelling_one_call_is_no_other_ones_business() -> None:
+    """A cancelled call raises its cancellation, not an error of ours."""
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=1))) as client:
+        one, other = (asyncio.create_task(client.balance(key)) for key in keys(2))
+        await asyncio.sleep(0.5)
+        one.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await one
+        assert (await other).credits
+
+
+async def test_a_client_belongs_to_one_loop() -> None:
+    """And says so on another."""
+    client = fake_client(FakeServer())
+    await client.balance(KEY)
+    client._loop = asyncio.new_event_loop()
+    with pytest.raises(ConfigurationError, match="make one client for each loop"):
+        await client.balance(KEY)
+    client._loop.close()
+
+
+def test_making_a_client_needs_no_loop() -> None:
+    """It does no I/O."""
+    assert isinstance(CreditsClient(), CreditsClient)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"concurrency": 0}, "concurrency is a whole number of at least 1"),
+        ({"request_timeout": 0}, "request_timeout is a finite number above 0"),
+        ({"base_url": "http://example.com"}, "base_url is plain http"),
+    ],
+)
+def test_a_client_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
+    """When it is made."""
+    with pytest.raises(ConfigurationError, match=said):
+        CreditsClient(**options)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5", True])
+async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
+    """Anything else is refused before any request."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        for call in (client.balance(KEY, timeout=timeout), client.check([KEY], timeout=timeout)):
+            with pytest.raises(ConfigurationError, match="timeout is a finite number"):
+                await call
+    assert not server.arrivals
