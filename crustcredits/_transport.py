@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import os
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -164,5 +165,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, _NotResentError) and error.__cause__ is not None:
         error = error.__cause__
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    strerror = cause.strerror if isinstance(cause, OSError) else None
-    return strerror or type(error).__name__
+    if not isinstance(cause, OSError) or cause.errno is None:
+        return type(error).__name__
+    # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text of the others.
+    return os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or type(error).__name__

@@ -1,0 +1,193 @@
+"""A pool with everything that can go wrong, over real sockets: each its own error, the others right, and no secret anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import pickle
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.traceback import Traceback
+
+from crustcredits import (
+    APIConnectionError,
+    ApiKey,
+    APITimeoutError,
+    ConfigurationError,
+    CreditsClient,
+    CrustCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimitError,
+    Report,
+    Retry,
+    UnexpectedResponseError,
+)
+from crustcredits.testing import Fault, SandboxServer
+
+EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
+    Fault.REFUSED: RateLimitError,
+    Fault.INTERNAL_ERROR: InternalServerError,
+    Fault.BAD_GATEWAY: InternalServerError,
+    Fault.UNAVAILABLE: InternalServerError,
+    Fault.PAYMENT_REQUIRED: PaymentRequiredError,
+    Fault.FORBIDDEN: PermissionDeniedError,
+    Fault.RESET: APIConnectionError,
+    Fault.RESET_IN_BODY: APIConnectionError,
+    Fault.CUT_SHORT: APIConnectionError,
+    Fault.SILENCE: APITimeoutError,
+    Fault.DRIP: APITimeoutError,
+    Fault.NOT_JSON: UnexpectedResponseError,
+    Fault.WRONG_SHAPE: UnexpectedResponseError,
+    Fault.NAN: UnexpectedResponseError,
+    Fault.REDIRECT: UnexpectedResponseError,
+    Fault.ENDLESS: UnexpectedResponseError,
+    Fault.BOMB: UnexpectedResponseError,
+    Fault.COOKIE: None,
+    Fault.STALE: None,
+}
+RETRY = Retry(attempts=2, backoff=0.01, wait_max=0.5)
+
+
+def troubled_pool(sandbox: SandboxServer) -> tuple[list[ApiKey], dict[str, Fault]]:
+    """For every fault a key that always has it and one that has it once, among 100 that are fine."""
+    fine = [sandbox.add_key(f"fine {number}", credits=number) for number in range(100)]
+    faults: dict[str, Fault] = {}
+    for number, fault in enumerate(Fault):
+        always, once = sandbox.add_key(f"always {fault.name}"), sandbox.add_key(f"once {fault.name}")
+        sandbox.fail(always, fault)
+        sandbox.fail(once, fault, times=1)
+        faults |= {always.name: fault, once.name: fault}
+        fine[number * 5 : number * 5] = [always, once]
+    return [*fine, ApiKey("sandbox-not-known-here", name="unknown")], faults
+
+
+@pytest.mark.parametrize("detail", [False, True])
+async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: SandboxServer, detail: bool) -> None:
+    """Within its time, and the good ones at once."""
+    pool, faults = troubled_pool(sandbox)
+    loop = asyncio.get_running_loop()
+    landed: dict[str, float] = {}
+    began = loop.time()
+    async with CreditsClient(base_url=sandbox.url, retry=RETRY, request_timeout=1.0) as client:
+        report = await client.check(
+            pool, detail=detail, timeout=10, on_outcome=lambda outcome: landed.setdefault(outcome.key.name, loop.time() - began)
+        )
+    for outcome in report:
+        name = outcome.key.name
+        if name.startswith("fine"):
+            assert outcome.credits == int(name.split()[1])
+        elif name.startswith("always"):
+            assert type(outcome.error) is (EXPECTED[faults[name]] or type(None)), name
+        elif name == "unknown":
+            assert type(outcome.error) is InvalidKeyError
+    once_failed = {outcome.key.name for outcome in report.failed if outcome.key.name.startswith("once")}
+    # A second attempt helps against what may pass; against a refusal only waiting does, and `wait_max` does not allow it.
+    lasting = {PaymentRequiredError, PermissionDeniedError, UnexpectedResponseError, RateLimitError}
+    assert once_failed == {f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting}
+    # 177 requests at a pace of 100 a second, and 2 × 1 s for those that hang, in parallel.
+    assert max(landed.values()) < 8
+    assert max(seconds for name, seconds in landed.items() if name.startswith("fine")) < 5
+    assert sandbox.worst_window() <= 300
+
+
+async def test_each_fault_alone_hides_the_secret_and_names_the_key(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+    """In log, repr, text, traceback with local variables, chain, JSON, pickle and on a terminal."""
+    caplog.set_level(logging.DEBUG)
+    pool, _ = troubled_pool(sandbox)
+    async with CreditsClient(base_url=sandbox.url, retry=RETRY, request_timeout=0.3) as client:
+        report = await client.check(pool, timeout=10)
+        raised = [error async for error in raised_by(client, report)]
+    shown = [caplog.text, *everything_shown_of(report)]
+    for error in raised:
+        assert error.key_name is not None
+        shown += everything_shown_of_error(error)
+    for text in shown:
+        assert not [key.name for key in pool if key.secret in text]
+        assert "Bearer sandbox" not in text
+
+
+async def raised_by(client: CreditsClient, report: Report) -> Any:
+    for outcome in report.failed:
+        try:
+            await client.balance(outcome.key.secret if outcome.key.name.startswith("once") else outcome.key)
+        except CrustCreditsError as error:
+            yield error
+    with suppress(CrustCreditsError):
+        await client.balance(report[0].key)
+    try:
+        report.raise_on_error()
+    except ExceptionGroup as group:
+        for error in group.exceptions:
+            yield error
+
+
+def everything_shown_of(report: Report) -> Iterator[str]:
+    yield repr(report)
+    yield repr(list(report))
+    yield json.dumps(report.to_dict())
+    yield on_terminal(list(report))
+
+
+def everything_shown_of_error(error: CrustCreditsError) -> Iterator[str]:
+    yield from (str(error), repr(error), repr(vars(error)))
+    yield pickle.dumps(error).decode("latin-1")
+    yield "".join(traceback.format_exception(error))
+    # The frames of this test hold no raw secret but `error`'s own, so that whatever is shown comes from the library.
+    yield on_terminal(Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_string=None))
+
+
+def on_terminal(shown: Any) -> str:
+    console = Console(file=io.StringIO(), width=500, force_terminal=True)
+    console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("mistake", ["Bearer sk-0123456789abc", "sk-0123456789abc x", ""])
+async def test_a_mistyped_key_shows_in_no_frame_of_ours(sandbox: SandboxServer, mistake: str) -> None:
+    """Neither alone nor in a pool nor instead of one."""
+    async with CreditsClient(base_url=sandbox.url) as client:
+        for call in (client.balance(mistake), client.account(mistake), client.check(mistake), _anext(client.stream([mistake]))):
+            with pytest.raises(ConfigurationError) as caught:
+                await call
+            frame = caught.value.__traceback__
+            while frame is not None:
+                if "/crustcredits/" in frame.tb_frame.f_code.co_filename:
+                    assert "sk-0123456789abc" not in repr(frame.tb_frame.f_locals)
+                frame = frame.tb_next
+        with pytest.raises(ConfigurationError):
+            client.stream(mistake)
+
+
+async def _anext(stream: Any) -> Any:
+    outcomes = [outcome async for outcome in stream]
+    return outcomes[0].result()
+
+
+async def test_the_pool_of_many_faults_is_checked_in_bounded_memory(sandbox: SandboxServer) -> None:
+    """An endless body and one that swells to 16 MiB are cut at 64 KiB."""
+    import tracemalloc
+
+    keys = []
+    for number in range(40):
+        key = sandbox.add_key()
+        sandbox.fail(key, Fault.ENDLESS if number % 2 else Fault.BOMB)
+        keys.append(key)
+    async with CreditsClient(base_url=sandbox.url) as client:
+        tracemalloc.start()
+        report = await client.check(keys)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert {type(outcome.error) for outcome in report} == {UnexpectedResponseError}
+    # The sandbox's own 16 MiB, twice while it compresses them, are in the same process.
+    assert peak < 2.5 * 16 * 2**20

@@ -1,0 +1,170 @@
+"""The stand-in is strict: it counts, answers and fails as it says."""
+
+from __future__ import annotations
+
+import asyncio
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+import pytest
+
+from crustcredits import ApiKey, ConfigurationError, CreditsClient, RateLimit, Report
+from crustcredits.fixtures import credits_client
+from crustcredits.testing import Arrival, Fault, SandboxServer
+
+__all__ = ["credits_client"]  # a fixture, found by its name
+
+
+async def ask(sandbox: SandboxServer, path: str = "/user/credits", **headers: str) -> tuple[int, Any, dict[str, str]]:
+    async with aiohttp.ClientSession() as session, session.get(sandbox.url + path, headers=headers) as response:
+        return response.status, await response.json(), {name.lower(): value for name, value in response.headers.items()}
+
+
+async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -> None:
+    """With every field of the account, and the documented headers."""
+    sandbox.add_account("acme", credits="138940.37", recurring_credits=Decimal(150000), wallets=[{"left": Decimal("1.50")}])
+    key = sandbox.add_key("prod", account="acme")
+    bearer = {"Authorization": f"Bearer {key.secret}"}
+    status, document, headers = await ask(sandbox, **bearer)
+    assert (status, document) == (200, {"credits": 138940.37})
+    assert headers["x-ratelimit-limit"] == "300"
+    assert headers["x-ratelimit-remaining"] == "299"
+    assert headers["x-ratelimit-reset"] == "60"
+    assert headers["x-request-id"]
+    assert headers["x-credits-used"] == "0"
+    status, document, headers = await ask(sandbox, "/account/credits", **bearer, **{"x-api-version": "2025-11-01"})
+    assert status == 200
+    assert document["account"]["recurring_credits"] == 150000
+    assert document["account"]["recurring_credits_frequency"] is None
+    assert document["account"]["wallets"] == [{"left": 1.5}]
+    assert headers["x-ratelimit-remaining"] == "299"
+
+
+async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
+    """No key, an unknown key, a wrong scheme, no version, another path."""
+    key = sandbox.add_key()
+    assert (await ask(sandbox))[:2] == (401, {"message": "Missing API key in request"})
+    assert (await ask(sandbox, Authorization="Bearer x"))[:2] == (401, {"message": "Invalid API key in request"})
+    assert (await ask(sandbox, Authorization=f"Token {key.secret}"))[0] == 401
+    status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.secret}")
+    assert status == 400
+    assert document["error"]["message"] == "Missing x-api-version header"
+    assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.secret}"))[0] == 404
+
+
+async def test_it_counts_in_a_sliding_window() -> None:
+    """Over the limit it answers 429, and says when the oldest request ages out."""
+    async with SandboxServer(limit=2, period=0.05) as sandbox:
+        key = sandbox.add_key()
+        bearer = {"Authorization": f"Bearer {key.secret}"}
+        assert [(await ask(sandbox, **bearer))[0] for _ in range(2)] == [200, 200]
+        status, _, headers = await ask(sandbox, **bearer)
+        if status != 200:  # on a machine that slow the first has aged out already
+            assert (status, headers["x-ratelimit-remaining"], headers["x-ratelimit-reset"]) == (429, "0", "1")
+            assert sandbox.refused == 1
+        await asyncio.sleep(0.05)
+        assert (await ask(sandbox, **bearer))[0] == 200
+        assert sandbox.worst_window() >= 2
+
+
+@pytest.mark.parametrize(("scope", "refused"), [("client", 2), ("account", 1), ("key", 0)])
+async def test_it_counts_by_client_account_or_key(scope: Any, refused: int) -> None:
+    """Whatever it is taken for; an unknown key is one of its own."""
+    async with SandboxServer(limit=1, scope=scope) as sandbox:
+        sandbox.add_account("acme")
+        keys = [sandbox.add_key(account="acme"), sandbox.add_key(account="acme"), sandbox.add_key()]
+        for key in [*keys]:
+            await ask(sandbox, Authorization=f"Bearer {key.secret}")
+        await ask(sandbox, "/account/credits", Authorization="Bearer unknown")
+        assert sandbox.refused == refused
+
+
+async def test_it_records_every_arrival_without_showing_secrets(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+    """By name, with headers that do not print."""
+    key = sandbox.add_key("prod")
+    async with CreditsClient(base_url=sandbox.url) as client:
+        await client.balance(key)
+    (arrival,) = sandbox.arrivals
+    assert (arrival.key, arrival.path, arrival.refused) == ("prod", "/user/credits", False)
+    assert arrival.headers["Authorization"] == f"Bearer {key.secret}"
+    assert key.secret not in repr(sandbox.arrivals)
+    assert isinstance(arrival, Arrival)
+    assert isinstance(credits_client, CreditsClient)
+
+
+async def test_it_can_do_without_a_record() -> None:
+    """Then memory does not grow with the requests."""
+    async with SandboxServer(record=False) as sandbox, CreditsClient(base_url=sandbox.url) as client:
+        await client.balance(sandbox.add_key())
+        assert (sandbox.requests, sandbox.arrivals, sandbox.worst_window()) == (1, [], 0)
+
+
+async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServer) -> None:
+    """N times, then the next, then fine again; or until healed."""
+    key = sandbox.add_key()
+    bearer = {"Authorization": f"Bearer {key.secret}"}
+    sandbox.fail(key, Fault.FORBIDDEN, times=2)
+    sandbox.fail(key, Fault.PAYMENT_REQUIRED, times=1)
+    assert [(await ask(sandbox, **bearer))[0] for _ in range(4)] == [403, 403, 402, 200]
+    sandbox.fail(key, Fault.FORBIDDEN)
+    assert (await ask(sandbox, **bearer))[0] == 403
+    sandbox.heal(key)
+    assert (await ask(sandbox, **bearer))[0] == 200
+
+
+async def test_ordered_refusals_name_moments_of_their_own(sandbox: SandboxServer) -> None:
+    """As windows of different accounts would."""
+    resets = []
+    for _ in range(6):
+        key = sandbox.add_key()
+        sandbox.fail(key, Fault.REFUSED)
+        resets.append(int((await ask(sandbox, Authorization=f"Bearer {key.secret}"))[2]["x-ratelimit-reset"]))
+    assert all(1 <= reset <= 60 for reset in resets)
+    assert all(abs(one - other) > 2 for one, other in zip(resets, resets[1:], strict=False))
+
+
+async def test_credits_can_be_spent(sandbox: SandboxServer) -> None:
+    """By any key of the account; they stay exact."""
+    sandbox.add_account("acme", credits=10)
+    one, other = sandbox.add_key(account="acme"), sandbox.add_key(account="acme", declared=False)
+    sandbox.set_credits(one, "0.10")
+    async with CreditsClient(base_url=sandbox.url) as client:
+        report: Report = await client.check([one, other])
+    assert [str(outcome.credits) for outcome in report] == ["0.10", "0.10"]
+    assert (one.account, other.account) == ("acme", None)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    """With what would do."""
+    with pytest.raises(ConfigurationError, match="'127.0.0.1' or 'localhost'"):
+        SandboxServer(host="0.0.0.0")  # type: ignore[arg-type]  # noqa: S104  # the mistake under test
+    with pytest.raises(ConfigurationError, match="scope is 'client'"):
+        SandboxServer(scope="team")  # type: ignore[arg-type]  # as above
+    sandbox = SandboxServer()
+    assert sandbox.connections == 0
+    with pytest.raises(ConfigurationError, match="open it with add_account"):
+        sandbox.add_key(account="acme")
+    with pytest.raises(ConfigurationError, match="not a float"):
+        sandbox.add_key(credits=0.1)  # type: ignore[arg-type]  # as above
+    assert sandbox.add_key(secret="sk-mine").secret == "sk-mine"
+
+
+async def test_a_delay_comes_partly_before_the_request_is_counted() -> None:
+    """So that starts a period apart can arrive closer together."""
+    async with SandboxServer(delay=(0.02, 0.02)) as sandbox:
+        began = asyncio.get_running_loop().time()
+        await ask(sandbox, Authorization=f"Bearer {sandbox.add_key().secret}")
+        took = asyncio.get_running_loop().time() - began
+        assert took >= 0.02
+        assert began <= sandbox.arrivals[0].at <= began + took
+
+
+async def test_the_limit_of_a_pool_holds_against_it() -> None:
+    """A real server's own count: no refusal, no window too full."""
+    async with SandboxServer(limit=20, period=0.1, delay=(0, 0.005)) as sandbox:
+        keys: list[ApiKey] = [sandbox.add_key() for _ in range(70)]
+        async with CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(requests=20, period=0.1, pace=None)) as client:
+            assert (await client.check(keys)).ok
+        assert sandbox.refused == 0
+        assert sandbox.worst_window() <= 20
