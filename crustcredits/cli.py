@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,7 +24,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.table import Column, Table
 from rich.text import Text
@@ -39,6 +40,7 @@ from crustcredits.testing import Fault, SandboxServer
 
 _LOW, _USAGE, _FAILED, _INTERRUPTED, _CLOSED_PIPE = 1, 2, 3, 130, 141  # the last two are 128 and the signal's number
 _NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
+_ALIKE = "if they share one, declare it (ACCOUNT/NAME=SECRET), or the total counts it more than once"
 _PACE = RateLimit().pace or math.inf  # calls a second
 _NARROWEST = 72  # columns; on fewer the terminal wraps the lines, so that no digit is cut
 _LONGEST_NUMBER = 24  # characters on one line; a balance may have over a hundred
@@ -87,14 +89,16 @@ def demo(context: typer.Context, keys: _Keys = 120, window: _Window = 60.0) -> N
     with _exit_statuses(context):
         sandbox = SandboxServer(period=window, delay=(0.01, 0.12))
         run = _Run(_demo_pool(sandbox, keys), detail=True)
-        interrupted = _finish(_rehearse(sandbox, run, RateLimit(period=window)))
-        _print(*_tables(run.report(), None), Text(_tally(sandbox, run, window)))
-        _leave(run, 0, interrupted=interrupted)
+        began = time.monotonic()
+        run.finish(_rehearse(sandbox, run, RateLimit(period=window)))
+        _print(*_tables(run.report(), None), Text(_tally(sandbox, time.monotonic() - began, window)))
+        _leave(run, 0)
 
 
 @app.command(context_settings=_SETTINGS)
 def check(
     context: typer.Context,
+    *,
     keys_file: _File = None,
     detail: _Detail = False,
     as_json: _Json = False,
@@ -121,13 +125,13 @@ def check(
             context.fail("--json and --jsonl cannot be had together; give one of them.")
         floor = _floor(min_credits)
         run = _Run(_read_keys(keys_file), detail=detail, timeout=timeout, lines=as_jsonl)
-        interrupted = _finish(_ask(run))
+        run.finish(run.check(CreditsClient()))
         report = run.report()
         if as_json:
             _echo(json.dumps(report.to_dict(), indent=2) + "\n")
         elif not as_jsonl:
             _print(*_tables(report, floor))
-        _leave(run, _status(report, floor), interrupted=interrupted)
+        _leave(run, _status(report, floor))
 
 
 @contextlib.contextmanager
@@ -149,16 +153,15 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
         raise typer.Exit(_CLOSED_PIPE) from None
 
 
-def _leave(run: _Run, status: int, *, interrupted: bool) -> None:
-    if interrupted:
-        _say(f"interrupted: {_count(sum(key not in run.landed for key in run.pool), 'key')} of {len(run.pool)} not checked")
-    raise typer.Exit(_INTERRUPTED if interrupted else status)
+def _leave(run: _Run, status: int) -> None:
+    if run.interrupted:
+        _say(f"interrupted; {sum(key not in run.landed for key in run.pool)} of {len(run.pool)} keys were not checked")
+    raise typer.Exit(_INTERRUPTED if run.interrupted else status)
 
 
 def _status(report: Report, floor: Decimal | None) -> int:
-    if not report.ok:
-        return _FAILED
-    return _LOW if floor is not None and report.low(floor) else 0
+    low = floor is not None and report.low(floor)
+    return _FAILED if not report.ok else _LOW if low else 0
 
 
 def _floor(text: str | None) -> Decimal | None:
@@ -172,10 +175,7 @@ def _floor(text: str | None) -> Decimal | None:
 
 
 def _read_keys(path: str | None) -> list[ApiKey]:
-    if path is None:
-        pool = keys_from_env()
-    else:
-        pool = keys_from_text(_read_stdin()) if path == "-" else keys_from_file(path)
+    pool = keys_from_env() if path is None else keys_from_text(_read_stdin()) if path == "-" else keys_from_file(path)
     if not pool:
         raise ConfigurationError("no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with --keys-file")
     return pool
@@ -193,30 +193,34 @@ class _Run:
     def __init__(self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False) -> None:
         self.pool = pool
         self.landed: dict[ApiKey, Outcome[Balance]] = {}
-        self.seconds = 0.0
+        self.interrupted = False
         self.detail = detail
         self._timeout = timeout
         self._lines = lines
         self._bar: _Bar | None = None
 
     async def check(self, client: CreditsClient) -> None:
-        """Ask for every key, with a bar where there is a terminal for it."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        # Lines on the same terminal would run into the bar, and are progress enough.
-        if _is_lively(sys.stderr) and not (self._lines and sys.stdout.isatty()):
-            self._bar = _Bar(client, self)
-        try:
+        """Ask for every key, with a bar where there is a terminal for it, and close the client."""
+        async with client:
+            # Lines on the same terminal would run into the bar, and are progress enough.
+            if _is_lively(sys.stderr) and not (self._lines and sys.stdout.isatty()):
+                self._bar = _Bar(client, self)
             with self._bar or contextlib.nullcontext():
                 await client.check(self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land)
-        finally:
-            self.seconds = loop.time() - began
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work`, which checks, come to its end or to Ctrl-C."""
+        try:
+            asyncio.run(work)
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
         missing = {key: Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool}
-        return Report((missing | self.landed)[key] for key in self.pool)
+        known = missing | self.landed
+        return Report(known[key] for key in self.pool)
 
     def _land(self, outcome: Outcome[Balance]) -> None:
         self.landed[outcome.key] = outcome
@@ -226,23 +230,9 @@ class _Run:
             self._bar.move()
 
 
-async def _ask(run: _Run) -> None:
-    async with CreditsClient() as client:
-        await run.check(client)
-
-
 async def _rehearse(sandbox: SandboxServer, run: _Run, limit: RateLimit) -> None:
-    async with sandbox, CreditsClient(base_url=sandbox.url, rate_limit=limit) as client:
-        await run.check(client)
-
-
-def _finish(work: Coroutine[Any, Any, None]) -> bool:
-    """Run it to its end or to Ctrl-C; whether it was the latter."""
-    try:
-        asyncio.run(work)
-    except KeyboardInterrupt:
-        return True
-    return False
+    async with sandbox:
+        await run.check(CreditsClient(base_url=sandbox.url, rate_limit=limit))
 
 
 class _Bar(Progress):
@@ -255,13 +245,14 @@ class _Bar(Progress):
         self._client = client
         self._run = run
         self._end = 0.0
-        self._task = self.add_task("", total=len(run.pool))
+        self._total = len(set(run.pool))
+        self._task = self.add_task("", total=self._total)
         self.move()
 
     def move(self) -> None:
         """Show what has landed."""
         quota = self._client.quota(detail=self._run.detail)
-        remaining = len(self._run.pool) - len(self._run.landed)
+        remaining = self._total - len(self._run.landed)
         to_come = max(0, remaining - quota.waiting - quota.in_flight)
         now = self.get_time()
         if to_come:  # else the end is known: all are in the queue
@@ -283,22 +274,30 @@ def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
     yield _keys_table(report, floor)
     if report.accounts:
         yield _accounts_table(report)
-    failures = [(outcome, outcome.error) for outcome in report.failed if outcome.error is not _NOT_CHECKED]
+    failures = [outcome for outcome in report.failed if outcome.error is not _NOT_CHECKED]
     if failures:
-        yield Text("Could not be checked\n", style="bold")
-        grid = Table.grid(Column(max_width=30), Column(), padding=(0, 2))
-        for outcome, error in failures:
-            words = str(error).removeprefix(f"{outcome.key.name}: ")
-            tries = f", after {outcome.attempts} tries" * (outcome.attempts > 1)
-            grid.add_row(_cell(outcome.key.name), Text(_printable(words + tries)))
-        yield grid
+        yield Group(Text("Could not be checked", style="bold"), _failures_table(failures))
+    alike = [outcome.key.name for group in report.lookalikes for outcome in group]
+    if alike:
+        yield Text(
+            f"{len(alike)} keys without an account answer just like another one, such as {alike[0]} and {alike[1]}: {_ALIKE}"
+        )
     yield Text(_total(report), style="bold")
+
+
+def _failures_table(failures: list[Outcome[Balance]]) -> Table:
+    table = Table.grid(Column(max_width=30), Column(), padding=(0, 2, 0, 0))
+    for outcome in failures:
+        words = str(outcome.error).removeprefix(f"{outcome.key.name}: ")
+        tries = f", after {outcome.attempts} tries" * (outcome.attempts > 1)
+        table.add_row(_cell(outcome.key.name), Text(_printable(words + tries)))
+    return table
 
 
 def _keys_table(report: Report, floor: Decimal | None) -> Table:
     detail = any(isinstance(outcome.balance, Account) for outcome in report)
-    table = _table(Column("name"), Column("account"), _right("credits"))
-    for header in ("grant", "next refresh") * detail:
+    table = _table(Column("name"), Column("account"), _CREDITS())
+    for header in ("grant", "refreshes") * detail:
         table.add_column(header, no_wrap=True)
     table.add_column("state", no_wrap=True)
     for outcome in report:
@@ -323,12 +322,12 @@ def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> 
         return Text("low", style="yellow")
     if credits <= 0:
         return Text("empty", style="yellow")
-    return Text("ok" + f", {outcome.attempts} tries" * (outcome.attempts > 1), style="green")
+    return Text("retried" if outcome.attempts > 1 else "ok", style="green")
 
 
 def _accounts_table(report: Report) -> Table:
     keys = Counter(outcome.key.account for outcome in report)
-    table = _table(Column("account"), _right("keys"), _right("credits"))
+    table = _table(Column("account"), Column("keys", justify="right"), _CREDITS())
     for account, credits in report.accounts.items():
         table.add_row(_cell(account), str(keys[account]), _number(credits))
     return table
@@ -338,15 +337,11 @@ def _total(report: Report) -> str:
     credits = report.total_credits
     unknown = sum(report.accounts.get(outcome.key.account or "") is None for outcome in report.failed)
     known = "unknown" if credits is None else f"{credits:,f} credits"
-    return f"Total: {known}" + f", without {_count(unknown, 'key')} of which nothing is known" * bool(unknown)
+    return f"Total: {known}" + f"; keys of which nothing is known: {unknown}" * bool(unknown)
 
 
 def _table(*columns: Column) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-
-
-def _right(header: str) -> Column:
-    return Column(header, justify="right", no_wrap=True)
+    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _cell(text: str) -> Text:
@@ -355,10 +350,6 @@ def _cell(text: str) -> Text:
 
 def _number(credits: Decimal | None) -> Text:
     return Text("unknown" if credits is None else "\n".join(textwrap.wrap(f"{credits:,f}", _LONGEST_NUMBER)))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _printable(text: str) -> str:
@@ -397,10 +388,10 @@ def _say(text: str) -> None:
 # --- the made-up pool
 
 _COMPANIES = (
-    "acme adatum alpine boreal brightside cascade cedar contoso copperfield delta driftwood ember everline fabrikam fjord "
-    "globex granite harbor hooli initech juniper keystone lumen maple meridian monarch northwind nimbus orchard oscorp "
-    "pinnacle quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
-).split()
+    "acme adatum alpine boreal brightside cascade cedar contoso corvid delta driftwood ember everline fabrikam fjord globex "
+    "granite harbor hooli initech juniper keystone lumen maple meridian monarch northwind nimbus orchard oscorp pinnacle "
+    "quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
+).split()  # noqa: SIM905  # as a list it takes forty lines
 _ROLES = ("prod", "staging", "batch")
 _PASSING = (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)
 
@@ -436,6 +427,6 @@ def _demo_key(sandbox: SandboxServer, place: int) -> ApiKey:
     return key
 
 
-def _tally(sandbox: SandboxServer, run: _Run, window: float) -> str:
-    said = f"{sandbox.requests} requests in {run.seconds:.1f} s, {sandbox.refused} answered with 429; "
-    return said + f"the busiest {window:g} s had {sandbox.worst_window()} of the 300 allowed"
+def _tally(sandbox: SandboxServer, seconds: float, window: float) -> str:
+    busiest = f"at most {sandbox.worst_window()} of 300 allowed in any {window:g} s"
+    return f"{sandbox.requests} requests in {seconds:.1f} s, {busiest}; 429s: {sandbox.refused}"
