@@ -40,7 +40,6 @@ from crustcredits.testing import Fault, SandboxServer
 
 _LOW, _USAGE, _FAILED, _INTERRUPTED, _CLOSED_PIPE = 1, 2, 3, 130, 141  # the last two are 128 and the signal's number
 _NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
-_ALIKE = "if they share one, declare it (ACCOUNT/NAME=SECRET), or the total counts it more than once"
 _PACE = RateLimit().pace or math.inf  # calls a second
 _NARROWEST = 72  # columns; on fewer the terminal wraps the lines, so that no digit is cut
 _LONGEST_NUMBER = 24  # characters on one line; a balance may have over a hundred
@@ -70,28 +69,21 @@ def _positive(seconds: float | None) -> float | None:
     return seconds
 
 
-_Keys = Annotated[int, typer.Option("--keys", min=1, max=100_000, metavar="N", help="How many keys.")]
-_Window = Annotated[float, typer.Option(callback=_positive, metavar="SECONDS", help="Period of the limit of 300 requests.")]
-_File = Annotated[str | None, typer.Option(metavar="PATH", help="Read keys from a file; from standard input with -.")]
-_Detail = Annotated[bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_Jsonl = Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")]
-_Floor = Annotated[str | None, typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer.")]
-_Timeout = Annotated[float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for all the keys together.")]
-
-
 @app.command(context_settings=_SETTINGS)
-def demo(context: typer.Context, keys: _Keys = 120, window: _Window = 60.0) -> None:
-    """Check a made-up pool on a stand-in for the API inside this process. Needs no key and no network.
-
-    Some of its keys fail on purpose; the exit status is 0 all the same.
-    """
+def demo(
+    context: typer.Context,
+    *,
+    keys: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="How many keys.")] = 120,
+    window: Annotated[float, typer.Option(callback=_positive, metavar="SECONDS", help="In which 300 requests are allowed.")] = 60,
+) -> None:
+    """Check a made-up pool, broken here and there, on a stand-in for the API. Needs no key and no network; exits with 0."""
     with _exit_statuses(context):
         sandbox = SandboxServer(period=window, delay=(0.01, 0.12))
         run = _Run(_demo_pool(sandbox, keys), detail=True)
         began = time.monotonic()
         run.finish(_rehearse(sandbox, run, RateLimit(period=window)))
-        _print(*_tables(run.report(), None), Text(_tally(sandbox, time.monotonic() - began, window)))
+        sent = f"{sandbox.requests} requests in {time.monotonic() - began:.1f} s, at most {sandbox.worst_window()} of 300 allowed"
+        _print(*_tables(run.report(), None), Text(f"{sent} in any {window:g} s; 429s: {sandbox.refused}"))
         _leave(run, 0)
 
 
@@ -99,12 +91,12 @@ def demo(context: typer.Context, keys: _Keys = 120, window: _Window = 60.0) -> N
 def check(
     context: typer.Context,
     *,
-    keys_file: _File = None,
-    detail: _Detail = False,
-    as_json: _Json = False,
-    as_jsonl: _Jsonl = False,
-    min_credits: _Floor = None,
-    timeout: _Timeout = None,
+    keys_file: Annotated[str | None, typer.Option(metavar="PATH", help="Read keys from a file, or with - from stdin.")] = None,
+    detail: Annotated[bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")] = False,
+    min_credits: Annotated[str | None, typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer.")] = None,
+    timeout: Annotated[float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for them all.")] = None,
 ) -> None:
     """Check your keys, from CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS or from a file.
 
@@ -116,8 +108,7 @@ def check(
       0    every key was checked, and none is below --min-credits
       1    some key is below --min-credits
       2    wrong usage, no keys, or keys or settings that cannot be used
-      3    some key could not be checked, so its credits are unknown;
-           also where another one is below --min-credits
+      3    some key could not be checked, whatever the others hold
       130  interrupted by Ctrl-C; what had landed is shown
     """  # noqa: D301  # \b keeps the lines below it as they are
     with _exit_statuses(context):
@@ -131,7 +122,7 @@ def check(
             _echo(json.dumps(report.to_dict(), indent=2) + "\n")
         elif not as_jsonl:
             _print(*_tables(report, floor))
-        _leave(run, _status(report, floor))
+        _leave(run, _FAILED if not report.ok else _LOW if floor is not None and report.low(floor) else 0)
 
 
 @contextlib.contextmanager
@@ -159,18 +150,11 @@ def _leave(run: _Run, status: int) -> None:
     raise typer.Exit(_INTERRUPTED if run.interrupted else status)
 
 
-def _status(report: Report, floor: Decimal | None) -> int:
-    low = floor is not None and report.low(floor)
-    return _FAILED if not report.ok else _LOW if low else 0
-
-
 def _floor(text: str | None) -> Decimal | None:
-    try:
+    with contextlib.suppress(InvalidOperation):  # as comparing NaN raises too
         floor = None if text is None else Decimal(text)
-    except InvalidOperation:
-        floor = Decimal("NaN")
-    if floor is None or (floor.is_finite() and floor >= 0):
-        return floor
+        if floor is None or 0 <= floor < math.inf:
+            return floor
     raise typer.BadParameter("it is a number of credits, 0 or more.", param_hint="'--min-credits'")
 
 
@@ -195,16 +179,16 @@ class _Run:
         self.landed: dict[ApiKey, Outcome[Balance]] = {}
         self.interrupted = False
         self.detail = detail
-        self._timeout = timeout
-        self._lines = lines
+        self._timeout, self._lines = timeout, lines
         self._bar: _Bar | None = None
 
     async def check(self, client: CreditsClient) -> None:
         """Ask for every key, with a bar where there is a terminal for it, and close the client."""
         async with client:
             # Lines on the same terminal would run into the bar, and are progress enough.
-            if _is_lively(sys.stderr) and not (self._lines and sys.stdout.isatty()):
-                self._bar = _Bar(client, self)
+            console = _console(sys.stderr)
+            if console.is_interactive and not (self._lines and sys.stdout.isatty()):
+                self._bar = _Bar(client, self, console)
             with self._bar or contextlib.nullcontext():
                 await client.check(self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land)
 
@@ -218,8 +202,7 @@ class _Run:
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
-        missing = {key: Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool}
-        known = missing | self.landed
+        known = {key: Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool} | self.landed
         return Report(known[key] for key in self.pool)
 
     def _land(self, outcome: Outcome[Balance]) -> None:
@@ -238,10 +221,9 @@ async def _rehearse(sandbox: SandboxServer, run: _Run, limit: RateLimit) -> None
 class _Bar(Progress):
     """How far a run has come, on standard error, and when the rate limit lets the last of it start."""
 
-    def __init__(self, client: CreditsClient, run: _Run) -> None:
-        columns = (BarColumn(24), MofNCompleteColumn(), _TimeLeft())
+    def __init__(self, client: CreditsClient, run: _Run, console: Console) -> None:
         # Standard output may go elsewhere, so it is not led past the bar.
-        super().__init__(*columns, console=_console(sys.stderr), transient=True, redirect_stdout=False)
+        super().__init__(BarColumn(24), MofNCompleteColumn(), _TimeLeft(), console=console, transient=True, redirect_stdout=False)
         self._client = client
         self._run = run
         self._end = 0.0
@@ -264,8 +246,8 @@ class _Bar(Progress):
 
 class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
-        left = round(task.fields["end"] - task.get_time())
         held = task.fields["held"]
+        left = max(math.ceil(task.fields["end"] - task.get_time()), bool(held))
         words = f"ETA {timedelta(seconds=left)}" if left > 0 else "last answers"
         return Text(words + f", rate limit holds back {held}" * bool(held))
 
@@ -277,11 +259,11 @@ def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
     failures = [outcome for outcome in report.failed if outcome.error is not _NOT_CHECKED]
     if failures:
         yield Group(Text("Could not be checked", style="bold"), _failures_table(failures))
-    alike = [outcome.key.name for group in report.lookalikes for outcome in group]
+    # What is 0 adds nothing, however often it is counted.
+    alike = [outcome.key.name for group in report.lookalikes if group[0].credits for outcome in group]
     if alike:
-        yield Text(
-            f"{len(alike)} keys without an account answer just like another one, such as {alike[0]} and {alike[1]}: {_ALIKE}"
-        )
+        share = "if they share an account, declare it (ACCOUNT/NAME=SECRET), or the total counts it more than once"
+        yield Text(f"{len(alike)} keys answer just like another one, such as {alike[0]} and {alike[1]}: {share}")
     yield Text(_total(report), style="bold")
 
 
@@ -296,10 +278,7 @@ def _failures_table(failures: list[Outcome[Balance]]) -> Table:
 
 def _keys_table(report: Report, floor: Decimal | None) -> Table:
     detail = any(isinstance(outcome.balance, Account) for outcome in report)
-    table = _table(Column("name"), Column("account"), _CREDITS())
-    for header in ("grant", "refreshes") * detail:
-        table.add_column(header, no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    table = _table("name", "account", "credits", *("grant", "next grant") * detail, "state")
     for outcome in report:
         about = [_cell(outcome.key.name), _cell(outcome.key.account or ""), _number(outcome.credits)]
         table.add_row(*about, *(_grant(outcome.balance) if detail else ()), _state(report, outcome, floor))
@@ -310,8 +289,8 @@ def _grant(balance: Balance | None) -> tuple[Text, Text]:
     if not isinstance(balance, Account) or not balance.recurring_credits:
         return Text(), Text()
     date = balance.recurring_credits_refresh_date
-    frequency = f" {balance.recurring_credits_frequency or '':.10}"
-    return _number(balance.recurring_credits) + _cell(frequency), Text("" if date is None else f"{date:%Y-%m-%d}")
+    grant = _number(balance.recurring_credits) + _cell(f" {balance.recurring_credits_frequency or '':.10}")
+    return grant, Text("" if date is None else f"{date:%Y-%m-%d}")
 
 
 def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> Text:
@@ -327,7 +306,7 @@ def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> 
 
 def _accounts_table(report: Report) -> Table:
     keys = Counter(outcome.key.account for outcome in report)
-    table = _table(Column("account"), Column("keys", justify="right"), _CREDITS())
+    table = _table("account", "keys", "credits")
     for account, credits in report.accounts.items():
         table.add_row(_cell(account), str(keys[account]), _number(credits))
     return table
@@ -340,8 +319,12 @@ def _total(report: Report) -> str:
     return f"Total: {known}" + f"; keys of which nothing is known: {unknown}" * bool(unknown)
 
 
-def _table(*columns: Column) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for header in headers:
+        names = header in {"name", "account"}  # the only ones to be narrowed, because they may be long
+        table.add_column(header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names)
+    return table
 
 
 def _cell(text: str) -> Text:
@@ -356,15 +339,10 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _is_lively(stream: TextIO | None) -> bool:
-    """Whether colour and movement are welcome."""
-    return stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def _console(stream: TextIO) -> Console:
-    # Otherwise FORCE_COLOR and its like would colour files.
-    lively = _is_lively(stream)
-    return Console(file=stream, force_terminal=lively, force_interactive=lively, highlight=False, emoji=False)
+def _console(stream: TextIO | None) -> Console:
+    # Said outright, or FORCE_COLOR and its like would colour files.
+    lively = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+    return Console(file=stream, force_terminal=lively, highlight=False, emoji=False)
 
 
 def _print(*parts: RenderableType) -> None:
@@ -385,48 +363,38 @@ def _say(text: str) -> None:
     typer.echo(f"crustcredits: {_printable(text)}", err=True)
 
 
-# --- the made-up pool
-
-_COMPANIES = (
+_COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines
     "acme adatum alpine boreal brightside cascade cedar contoso corvid delta driftwood ember everline fabrikam fjord globex "
     "granite harbor hooli initech juniper keystone lumen maple meridian monarch northwind nimbus orchard oscorp pinnacle "
     "quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
-).split()  # noqa: SIM905  # as a list it takes forty lines
+).split()
 _ROLES = ("prod", "staging", "batch")
-_PASSING = (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)
 
 
 def _demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
-    """The same pool every time, but for its secrets and for refresh dates that stay in the future."""
+    """The same pool every time, but for its secrets and for dates that stay ahead."""
     draw = random.Random(11)
     for place, company in enumerate(_COMPANIES):
         credits = 0 if place % 13 == 5 else Decimal(draw.randint(1_000, 25_000_000)).scaleb(-2 * (place % 4 == 0))
         sandbox.add_account(company, credits=credits, **(_demo_grant(draw) if place % 3 else {}))
-    pool = [_demo_key(sandbox, place) for place in range(count)]
-    return sorted(pool, key=lambda key: key.account or "")
+    return sorted((_demo_key(sandbox, place) for place in range(count)), key=lambda key: key.account or "")
 
 
 def _demo_grant(draw: random.Random) -> dict[str, Any]:
-    date = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=draw.randint(1, 30))
-    grant = {"recurring_credits": Decimal(draw.choice((2_500, 10_000, 50_000))), "recurring_credits_frequency": "monthly"}
-    return grant | {"recurring_credits_refresh_date": date.isoformat()}
+    date = (datetime.now(UTC) + timedelta(days=draw.randint(1, 30))).strftime("%Y-%m-%dT00:00:00Z")
+    grant = {"recurring_credits": draw.choice((2_500, 10_000, 50_000)), "recurring_credits_frequency": "monthly"}
+    return grant | {"recurring_credits_refresh_date": date}
 
 
 def _demo_key(sandbox: SandboxServer, place: int) -> ApiKey:
     cycle, company = divmod(place, len(_COMPANIES))
-    again, role = divmod(cycle, len(_ROLES))
     account = _COMPANIES[company]
-    name = f"{account}-{_ROLES[role]}" + f"-{again + 1}" * bool(again)
+    name = f"{account}-{_ROLES[cycle % 3]}" + f"-{cycle // 3 + 1}" * (cycle > 2)
     if place % 29 == 7:
         return ApiKey(f"sandbox-revoked-{place}", name=name, account=account)
     key = sandbox.add_key(name, account=account)
     if account == "waystar":
         sandbox.fail(key, Fault.FORBIDDEN)
     elif place % 17 == 3:
-        sandbox.fail(key, _PASSING[place % 3], times=1 + place % 2)
+        sandbox.fail(key, (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)[place % 3], times=1 + place % 2)
     return key
-
-
-def _tally(sandbox: SandboxServer, seconds: float, window: float) -> str:
-    busiest = f"at most {sandbox.worst_window()} of 300 allowed in any {window:g} s"
-    return f"{sandbox.requests} requests in {seconds:.1f} s, {busiest}; 429s: {sandbox.refused}"

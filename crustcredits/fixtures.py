@@ -1,6 +1,6 @@
 """pytest fixtures around `SandboxServer`, to import into a `conftest.py`. Needs pytest and pytest-asyncio (extra `testing`).
 
-    from crustcredits.fixtures import credits_client, sandbox
+from crustcredits.fixtures import credits_client, sandbox
 """
 
 from __future__ import annotations

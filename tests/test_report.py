@@ -83,7 +83,14 @@ def test_sums_are_exact_to_the_last_digit() -> None:
 def test_ranking_goes_by_the_credits_of_the_account() -> None:
     """Richest first, ties in the order given, failed ones left out."""
     report = Report(
-        [good("a", "5"), bad("b"), good("c", "9", account="x"), good("d", "5"), good("e", "7", account="x", later=1), good("f", "0")]
+        [
+            good("a", "5"),
+            bad("b"),
+            good("c", "9", account="x"),
+            good("d", "5"),
+            good("e", "7", account="x", later=1),
+            good("f", "0"),
+        ]
     )
     assert names(report.ranked()) == ["c", "e", "a", "d", "f"]
     assert names(report.ranked(min_credits=5.5)) == ["c", "e"]

@@ -109,7 +109,9 @@ async def test_a_name_that_does_not_resolve_is_a_connection_error() -> None:
         (Fault.REDIRECT, UnexpectedResponseError, "a redirect, which is not followed"),
     ],
 )
-async def test_what_a_network_does_is_an_error_of_ours(sandbox: SandboxServer, fault: Fault, kind: type[Exception], said: str) -> None:
+async def test_what_a_network_does_is_an_error_of_ours(
+    sandbox: SandboxServer, fault: Fault, kind: type[Exception], said: str
+) -> None:
     """Bounded in time and size; the next request is not the worse for it."""
     key, other = sandbox.add_key("troubled"), sandbox.add_key("fine")
     sandbox.fail(key, fault)
@@ -194,7 +196,7 @@ async def test_a_session_with_basic_credentials_sends_the_key(sandbox: SandboxSe
         async with client_of(sandbox, session=session) as client:
             await client.balance(key)
         session.headers.popall("Authorization")
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="BasicAuth"):
             session._default_auth = aiohttp.BasicAuth("someone", "else")
         async with client_of(sandbox, session=session) as client:
             await client.balance(key)

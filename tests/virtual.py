@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from crustcredits import APITimeoutError, ApiKey
+from crustcredits import ApiKey, APITimeoutError
 from crustcredits._client import CreditsClient
 from crustcredits._transport import Failure, Fate
 from crustcredits._wire import Response
@@ -117,4 +117,3 @@ def fake_client(server: FakeServer, **options: Any) -> CreditsClient:
 
 def keys(count: int, prefix: str = "k") -> list[ApiKey]:
     return [ApiKey(f"secret-{prefix}-{number}", name=f"{prefix}{number}") for number in range(count)]
-

@@ -1,0 +1,41 @@
+"""Every example runs as it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What each must say.
+SAID = {
+    "check_pool.py": [
+        "acme-prod    138940.37",
+        "initech      unknown: initech: Not in your plan",
+        "total        138940.37 (1 of 4",
+    ],
+    "stream_pool.py": ["customer-4 has only 400 credits", "5 customers have fewer than 500 credits"],
+    "preflight.py": ["5000: go", "6000: stop, the batch needs 6000 credits and 5000.50 are certain (unknown: globex)"],
+}
+
+
+def test_every_example_is_here() -> None:
+    """None is forgotten."""
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAID)
+
+
+@pytest.mark.parametrize("name", SAID)
+async def test_an_example_runs_and_says_what_it_should(name: str) -> None:
+    """On its own, with warnings as errors and without keys in the environment."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, err.decode()) == (0, "")
+    for line in SAID[name]:
+        assert line in out.decode()

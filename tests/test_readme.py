@@ -1,0 +1,101 @@
+"""The README's code runs as it stands, and what it says of commands is what CI runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from crustcredits.testing import Fault, SandboxServer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+PROGRAMS = {
+    "Use": (
+        PYTHON[0],
+        ["prod: 9406", "total: 9416", "best key: ['prod']", "spare: 10", "broken: unknown, broken: Not in your plan"],
+    ),
+    "Errors": (PYTHON[1], ["is not known to the API, request sandbox-1"]),
+}
+
+
+async def run(*command: str, **environ: str) -> tuple[int | None, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CRUSTDATA_", "PYTEST_", "COV_"))}
+    process = await asyncio.create_subprocess_exec(
+        *command, env=clean | environ, cwd=environ.get("HOME"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 25)
+    return process.returncode, out.decode()
+
+
+def test_every_block_is_known() -> None:
+    """A new one needs a test of its own."""
+    assert [language for language, _ in BLOCKS] == ["console", "python", "python", "python", "python", "console"]
+    assert len(PYTHON[0].splitlines()) <= 30
+
+
+@pytest.mark.parametrize("title", PROGRAMS)
+async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, title: str) -> None:
+    """With the sandbox where the API would be."""
+    code, said = PROGRAMS[title]
+    keys = [sandbox.add_key("prod", credits=9406), sandbox.add_key("spare", credits=10), sandbox.add_key("broken")]
+    sandbox.fail(keys[-1], Fault.FORBIDDEN)
+    pool = ",".join(f"{key.name}={key.secret}" for key in keys)
+    status, out = await run(sys.executable, "-W", "error", "-c", code, CRUSTDATA_API_URL=sandbox.url, CRUSTDATA_API_KEYS=pool)
+    assert status == 0, out
+    for line in said:
+        assert line in out
+
+
+async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app opens the client, answers with the report and closes it."""
+    monkeypatch.setenv("CRUSTDATA_API_URL", sandbox.url)
+    monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').secret}")
+    namespace: dict[str, object] = {}
+    exec(compile(PYTHON[2], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
+
+    def ask() -> object:
+        with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
+            return client.get("/credits").json()["total_credits"]
+
+    assert await asyncio.to_thread(ask) == "9406.50"
+
+
+async def test_the_part_on_testing_runs_as_it_stands(tmp_path: Path) -> None:
+    """Under pytest, in an empty directory."""
+    (tmp_path / "test_service.py").write_text(PYTHON[3])
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "error",
+        "-o",
+        "asyncio_mode=auto",
+        "-o",
+        "asyncio_default_fixture_loop_scope=function",
+    ]
+    status, out = await run(sys.executable, "-m", "pytest", *options, HOME=str(tmp_path))
+    assert status == 0, out
+    assert "1 passed" in out
+
+
+def test_the_documented_commands_are_those_that_ci_runs() -> None:
+    """`.ci/run` takes them from here, so there are two, each on one line."""
+    commands = [code.strip() for language, code in BLOCKS if language == "console"]
+    assert commands == [
+        "python3 -m venv .venv && .venv/bin/pip install -q '.[cli]' && .venv/bin/crustcredits demo",
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest",
+    ]
+
+
+def test_the_changelog_has_this_version_or_what_comes_next() -> None:
+    """It is written with the change, not after it."""
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
