@@ -211,9 +211,9 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     Raises:
         ConfigurationError: The file cannot be read, or what `keys_from_text` says.
     """
-    problem: str | None
+    text, problem = "", None
     try:
-        text, problem = Path(path).read_text(encoding="utf-8-sig"), None
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         problem = "it is not UTF-8 text"
     except OSError as error:

@@ -33,7 +33,7 @@ _REFUSALS_TO_PAUSE = 3
 _SAME_MOMENT = 1.0
 
 
-def _check_scope(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _SCOPES:
         raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}, not {value!r}")
 
@@ -85,10 +85,10 @@ class Quota:
     free: int
     in_flight: int
     waiting: int
-    _returns: tuple[float, ...] = attrs.field(repr=False)
-    _period: float = attrs.field(repr=False)
-    _pace: float | None = attrs.field(repr=False)
-    _burst: float = attrs.field(repr=False)
+    _returns: tuple[float, ...] = attrs.field(alias="returns", repr=False)
+    _period: float = attrs.field(alias="period", repr=False)
+    _pace: float | None = attrs.field(alias="pace", repr=False)
+    _burst: float = attrs.field(alias="burst", repr=False)
 
     def seconds_for(self, requests: int) -> float:
         """Seconds until the last of `requests` more checks could start, behind those that wait, if what is under way ends now.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import attrs
@@ -117,7 +117,7 @@ class Transport:
         )
 
     def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
-        details = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
+        details: dict[str, Any] = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, TimeoutError):
             return Failure(APITimeoutError(f"no whole answer within {timeout:g} s", **details), given_up)

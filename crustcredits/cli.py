@@ -82,7 +82,7 @@ def demo(
         run = _Run(_demo_pool(sandbox, keys), detail=True)
         began = time.monotonic()
         run.finish(_rehearse(sandbox, run, RateLimit(period=window)))
-        sent = f"{sandbox.requests} requests in {time.monotonic() - began:.1f} s, at most {sandbox.worst_window()} of 300 allowed"
+        sent = f"Requests: {sandbox.requests} in {time.monotonic() - began:.1f} s, at most {sandbox.worst_window()} of 300 allowed"
         _print(*_tables(run.report(), None), Text(f"{sent} in any {window:g} s; 429s: {sandbox.refused}"))
         _leave(run, 0)
 
@@ -166,9 +166,9 @@ def _read_keys(path: str | None) -> list[ApiKey]:
 
 
 def _read_stdin() -> str:
-    with contextlib.suppress(UnicodeDecodeError):
+    with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):
         return typer.get_binary_stream("stdin").read().decode("utf-8-sig")
-    raise ConfigurationError("standard input cannot be read: it is not UTF-8 text")
+    raise ConfigurationError("standard input cannot be read as UTF-8 text")
 
 
 class _Run:
@@ -224,8 +224,7 @@ class _Bar(Progress):
     def __init__(self, client: CreditsClient, run: _Run, console: Console) -> None:
         # Standard output may go elsewhere, so it is not led past the bar.
         super().__init__(BarColumn(24), MofNCompleteColumn(), _TimeLeft(), console=console, transient=True, redirect_stdout=False)
-        self._client = client
-        self._run = run
+        self._client, self._run = client, run
         self._end = 0.0
         self._total = len(set(run.pool))
         self._task = self.add_task("", total=self._total)

@@ -113,9 +113,9 @@ class SandboxServer:
         if host not in {"127.0.0.1", "localhost"} or scope not in {"client", "account", "key"}:
             raise ConfigurationError("host is '127.0.0.1' or 'localhost', and scope is 'client', 'account' or 'key'")
         self.arrivals: list[Arrival] = []
-        self.requests = 0
-        self.refused = 0
-        self.peak_connections = 0
+        self.requests: int = 0
+        self.refused: int = 0
+        self.peak_connections: int = 0
         self._limit = limit
         self._period = period
         self._scope = scope
@@ -255,8 +255,8 @@ class SandboxServer:
         answer = self._answer(request, key, headers)
         if fault is Fault.COOKIE and key is not None:
             answer.set_cookie("session", key.name)
-        elif request.transport is not None:
-            self._stale.add(request.transport)
+        if fault is Fault.STALE:
+            self._stale.add(_transport(request))
         return answer
 
     def _draw_delay(self) -> tuple[float, float]:
@@ -375,12 +375,15 @@ def _json_text(value: Any) -> str:
 
 
 def _reset(request: web.BaseRequest) -> web.Response:
-    transport = request.transport
-    connection = None if transport is None else transport.get_extra_info("socket")
-    if transport is not None and connection is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
+    # With a linger of nought the kernel sends a reset instead of a proper end.
+    _transport(request).get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    _transport(request).abort()
     return web.Response()
+
+
+def _transport(request: web.BaseRequest) -> asyncio.Transport:
+    assert request.transport is not None, "a client that leaves cancels the handler"
+    return request.transport
 
 
 async def _begin(request: web.BaseRequest, headers: Mapping[str, str], *, length: int | None = None) -> web.StreamResponse:
@@ -407,11 +410,12 @@ async def _endless(request: web.BaseRequest, headers: Mapping[str, str]) -> web.
 
 async def _pour(request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float) -> web.StreamResponse:
     response = await _begin(request, headers)
-    with contextlib.suppress(ConnectionError):  # the client has had enough
+    # Until the client has had enough: then the handler is cancelled, or finds the connection gone first.
+    with contextlib.suppress(ConnectionError):
         while True:
             await response.write(chunk)
             await asyncio.sleep(pause)
-    return response
+    return response  # pragma: no cover  # reached in the second case only, by chance
 
 
 async def _reset_in_body(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
@@ -426,8 +430,7 @@ async def _reset_in_body(request: web.BaseRequest, headers: Mapping[str, str]) -
 async def _cut_short(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
     response = await _begin(request, headers, length=1000)
     await response.write(b'{"credits": 9406}')
-    if request.transport is not None:
-        request.transport.close()
+    _transport(request).close()
     return response
 
 

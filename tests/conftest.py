@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from unittest.mock import Mock
 
 import pytest
 from aiohttp import ClientResponse
 from aioresponses import aioresponses
 
-from crustcredits.testing import SandboxServer
+from crustcredits.fixtures import credits_client, sandbox
 from tests.virtual import VirtualLoop
+
+__all__ = ["credits_client", "sandbox"]  # fixtures, found by their names
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,9 +40,3 @@ def mocked() -> Iterator[aioresponses]:
     """aioresponses, for what was sent; whatever has to do with sockets has the sandbox."""
     with aioresponses() as mock:
         yield mock
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[SandboxServer]:
-    async with SandboxServer() as server:
-        yield server

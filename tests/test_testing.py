@@ -11,10 +11,7 @@ import aiohttp
 import pytest
 
 from crustcredits import ApiKey, ConfigurationError, CreditsClient, RateLimit, Report
-from crustcredits.fixtures import credits_client
 from crustcredits.testing import Arrival, Fault, SandboxServer
-
-__all__ = ["credits_client"]  # a fixture, found by its name
 
 
 async def ask(sandbox: SandboxServer, path: str = "/user/credits", **headers: str) -> tuple[int, Any, dict[str, str]]:
