@@ -81,7 +81,8 @@ class CreditsClient:
         self._retry = retry
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._calls: set[asyncio.Timeout] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._interrupted: set[asyncio.Task[Any]] = set()
         self._no_calls = asyncio.Event()
 
     async def balance(self, key: KeyLike, *, timeout: float | None = None) -> Balance:
@@ -242,11 +243,12 @@ class CreditsClient:
 
     async def close(self) -> None:
         """End the calls under way with `ClientClosedError` and close the session, unless it was given. May be called twice."""
-        loop = self._check_loop()
+        self._check_loop()
         if not self._closed:
             self._closed = True
-            for call in self._calls:
-                call.reschedule(loop.time())
+            self._interrupted |= self._calls
+            for task in self._calls:
+                task.cancel()
         try:
             if self._calls:
                 await self._no_calls.wait()
@@ -269,15 +271,20 @@ class CreditsClient:
         """The outcome for one key. Raises only when the client is closed, or used on a wrong loop."""
         self._check_loop()
         self._check_open()
-        call = asyncio.timeout(None)  # which only close() ever sets
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling = task.cancelling()
+        self._calls.add(task)
         try:
-            async with call:
-                self._calls.add(call)
-                outcome = await self._try(path, deadline, key)
-        except TimeoutError:
+            outcome = await self._try(path, deadline, key)
+        except asyncio.CancelledError:
+            # As asyncio.timeout does: the cancellation is ours unless somebody else has asked for one too.
+            if task not in self._interrupted or task.uncancel() > cancelling:
+                raise
             outcome = None
         finally:
-            self._calls.discard(call)
+            self._calls.discard(task)
+            self._interrupted.discard(task)
             if self._closed and not self._calls:
                 self._no_calls.set()
         if outcome is None:
@@ -328,12 +335,11 @@ class CreditsClient:
         """Wait for a token, the pace and a place on the wire, in this order. Returns the place; the token is taken."""
         began = _now()
         while True:
-            epoch = await bucket.acquire(deadline)
+            if not bucket.try_acquire():
+                await bucket.acquire(deadline)
+            epoch = bucket.epoch
             try:
-                async with asyncio.timeout_at(deadline):
-                    if self._pace is not None:
-                        await self._pace.acquire()
-                    slot = await self._slots.acquire()
+                slot = await self._start(deadline)
             except TimeoutError:
                 bucket.unused()
                 break
@@ -345,6 +351,14 @@ class CreditsClient:
             self._slots.release(slot, answered=False)
             bucket.unused()
         raise RateLimitWaitError("its turn did not come before the deadline; allow more time", wait=_now() - began)
+
+    async def _start(self, deadline: float | None) -> object:
+        if deadline is not None:
+            async with asyncio.timeout_at(deadline):
+                return await self._start(None)
+        if self._pace is not None:
+            await self._pace.acquire()
+        return self._slots.try_acquire() or await self._slots.acquire()
 
     def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
         result = read_response(path, key, response, now=_utc_now(), period=self._period)
@@ -365,7 +379,7 @@ class CreditsClient:
     def _time_for_one(self, deadline: float | None) -> float:
         return self._request_timeout if deadline is None else min(self._request_timeout, deadline - _now())
 
-    def _check_loop(self) -> asyncio.AbstractEventLoop:
+    def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -373,7 +387,6 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
-        return loop
 
     def _check_open(self) -> None:
         if self._closed:

@@ -171,27 +171,36 @@ class TokenBucket:
         self._paused: float | None = None  # until when, and then one at a time
         self._epoch = 0  # counts pauses
 
-    async def acquire(self, deadline: float | None = None) -> int:
-        """Take a token, waiting for one if need be. Returns what `paused_since` wants to know.
+    @property
+    def epoch(self) -> int:
+        """What `paused_since` wants to know, to be read when a token was taken."""
+        return self._epoch
+
+    def try_acquire(self) -> bool:
+        """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
+        if self._free and not self._waiters and self._paused is None:
+            self._free -= 1
+            self._in_flight += 1
+            return True
+        return False
+
+    async def acquire(self, deadline: float | None = None) -> None:
+        """Take a token, waiting for one if need be.
 
         Raises:
             RateLimitWaitError: The token cannot come before `deadline`, a loop time; at once where that is certain.
         """
-        # The uncontended way is kept short: it is on every call's path.
-        if self._free and not self._waiters and self._paused is None:
-            self._free -= 1
-            self._in_flight += 1
-            return self._epoch
+        if self.try_acquire():
+            return
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._collect(began)
         if not self._waiters and self._may_grant(began):
             self._take()
-            return self._epoch
+            return
         if deadline is not None:
             self._refuse_hopeless(began, began, deadline, len(self._waiters))
         await self._wait(loop, began, deadline)
-        return self._epoch
 
     def ended(self) -> None:
         """The attempt has ended with an answer: the server counted it before now."""

@@ -31,10 +31,17 @@ class Slots:
         self._usual: float | None = None  # seconds that an answer takes; a moving average
         self._timer: asyncio.TimerHandle | None = None
 
-    async def acquire(self) -> object:
-        """Take a slot, waiting for one if need be. Returns what `release` wants back."""
+    def try_acquire(self) -> object | None:
+        """Take a slot if one is free and nobody waits; None otherwise."""
         if len(self._holders) < self._count and not self._waiters:
             return self._admit()
+        return None
+
+    async def acquire(self) -> object:
+        """Take a slot, waiting for one if need be. Returns what `release` wants back."""
+        slot = self.try_acquire()
+        if slot is not None:
+            return slot
         waiter: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._waiters[waiter] = None
         self._watch()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 
     from crustcredits._keys import ApiKey
 
-# asyncio's own timer bounds the whole attempt, to the last byte; aiohttp's would round above 5 s and cover the pool's wait.
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+# aiohttp would round a timeout above 5 s up to a whole second; these are kept as they are.
+_NEVER_ROUNDED = math.inf
+# aiohttp takes a timeout of nought or less for none at all.
+_SHORTEST = 0.001
 
 
 class Fate(enum.Enum):
@@ -69,8 +73,7 @@ class Transport:
         """
         answers: list[aiohttp.ClientResponse] = []
         try:
-            async with asyncio.timeout(timeout):
-                return await self._exchange(path, key, answers)
+            return await self._exchange(path, key, timeout, answers)
         except asyncio.CancelledError as error:
             caught: BaseException = error
         except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
@@ -88,11 +91,11 @@ class Transport:
         if self._owned and self._session is not None:
             await self._session.close()
 
-    async def _exchange(self, path: str, key: ApiKey, answers: list[aiohttp.ClientResponse]) -> Response:
+    async def _exchange(self, path: str, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Response:
         session = self._session = self._session or self._open()
         headers = request_headers(key)
-        guard = _Guard(headers[hdrs.AUTHORIZATION])
-        if session.trust_env or session.auth is not None:
+        guard = _once if self._owned else _guard(headers[hdrs.AUTHORIZATION])
+        if not self._owned and (session.trust_env or session.auth is not None):
             # aiohttp refuses this header beside a session's own credentials; the guard sets it after them.
             del headers[hdrs.AUTHORIZATION]
         # Everything is said for each request, so that a caller's session cannot surprise.
@@ -103,7 +106,7 @@ class Transport:
             raise_for_status=False,
             auto_decompress=True,
             read_bufsize=MAX_BODY,
-            timeout=_NO_TIMEOUT,
+            timeout=_client_timeout(timeout),
             proxy=self._proxy,
             middlewares=(guard,),
         ) as response:
@@ -112,9 +115,8 @@ class Transport:
 
     def _open(self) -> aiohttp.ClientSession:
         # Slots bound the connections, not the connector: a wait there would count as time on the wire.
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar(), trust_env=False, timeout=_NO_TIMEOUT
-        )
+        connector = aiohttp.TCPConnector(limit=0)
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
     def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
         details: dict[str, Any] = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
@@ -132,32 +134,40 @@ class Transport:
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
-    body = bytearray()
-    while chunk := await response.content.readany():
-        body += chunk
-        if len(body) > MAX_BODY:
-            response.close()
-            return None
-    return bytes(body)
+    content = response.content
+    body = await content.readany()
+    while len(body) <= MAX_BODY:
+        if content.at_eof():
+            return body
+        body += await content.readany()
+    response.close()
+    return None
 
 
-class _Guard:
-    """An aiohttp middleware around one request: it goes out once, with this key and no cookie, whatever the session."""
+@functools.lru_cache(maxsize=8)
+def _client_timeout(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=max(seconds, _SHORTEST), ceil_threshold=_NEVER_ROUNDED)
 
-    __slots__ = ("_authorization",)
 
-    def __init__(self, authorization: str) -> None:
-        self._authorization = authorization
+async def _once(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
+    """An aiohttp middleware: the request goes out once. aiohttp itself would send it again over a connection found closed."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        raise _NotResentError from error
 
-    async def __call__(self, request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
-        request.headers[hdrs.AUTHORIZATION] = self._authorization
+
+def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
+    """The same for a caller's session: and with this key and no cookie, whatever the session would add."""
+
+    async def guard(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
+        request.headers[hdrs.AUTHORIZATION] = authorization
         request.headers.pop(hdrs.COOKIE, None)
-        try:
-            return await handler(request)
-        except aiohttp.ClientConnectorError:
-            raise
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise _NotResentError from error
+        return await _once(request, handler)
+
+    return guard
 
 
 def _reason(error: BaseException) -> str:

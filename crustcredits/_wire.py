@@ -170,7 +170,7 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
     if body is None:
         return None, f"more than {MAX_BODY // 1024} KiB, which is no balance"
     try:
-        return _DECODER.decode(body.decode("utf-8-sig")), None
+        return _DECODER.decode(body.decode().removeprefix("\ufeff")), None
     except _UnusableNumberError:
         return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
     except (ValueError, RecursionError):
@@ -336,5 +336,7 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
     """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
     if text is None:
         return None
-    hidden = text.replace(key.secret, "***").strip()
-    return "".join(char if char.isprintable() else " " for char in hidden[:_MAX_MESSAGE]) or None
+    hidden = text.replace(key.secret, "***")[:_MAX_MESSAGE].strip()
+    if not hidden.isprintable():
+        hidden = "".join(char if char.isprintable() else " " for char in hidden)
+    return hidden or None

@@ -164,10 +164,9 @@ class CountsFromTheStart(TokenBucket):
 
     __slots__ = ("_starts",)
 
-    async def acquire(self, deadline: float | None = None) -> int:
-        epoch = await super().acquire(deadline)
+    async def acquire(self, deadline: float | None = None) -> None:
+        await super().acquire(deadline)
         self._started().append(now())
-        return epoch
 
     def _started(self) -> list[float]:
         if not hasattr(self, "_starts"):
