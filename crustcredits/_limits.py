@@ -20,7 +20,7 @@ from typing import Any, Literal
 import attrs
 from aiolimiter import AsyncLimiter
 
-from crustcredits._checks import Number, Whole
+from crustcredits._checks import Number, Whole, check_whole
 from crustcredits._errors import ConfigurationError, RateLimitWaitError
 from crustcredits._keys import ApiKey
 
@@ -91,18 +91,27 @@ class Quota:
     _burst: float = attrs.field(alias="burst", repr=False)
 
     def seconds_for(self, requests: int) -> float:
-        """Seconds until the last of `requests` more checks could start, behind those that wait, if what is under way ends now.
+        """Seconds until the last of those that wait and of `requests` more could start, if what is under way ends now.
 
         Raises:
-            ConfigurationError: `requests` is negative.
+            ConfigurationError: `requests` is not a whole number of at least 0.
         """
-        if requests < 0:
-            raise ConfigurationError(f"requests is a whole number of at least 0, not {requests!r}")
-        if requests == 0:
-            return 0.0
+        check_whole("requests", requests, minimum=0)
         ahead = self.waiting + requests - 1
-        paced = 0.0 if self._pace is None else max(0.0, (ahead + 1 - self._burst) / self._pace)
-        return max(grant_time(self._returns, ahead, self._period), paced)
+        if ahead < 0:
+            return 0.0
+        starts = self._paced(self._returns[: ahead + 1])
+        slowest = 0.0 if self._pace is None else (ahead + 1 - self._burst) / self._pace
+        return max(grant_time(starts, ahead, self._period), slowest)
+
+    def _paced(self, times: tuple[float, ...]) -> list[float]:
+        """When the first uses of the tokens could start: as they come home, and no faster than the pace."""
+        starts = list(times)
+        if self._pace is not None:
+            burst = int(self._burst)
+            for place in range(burst, len(starts)):
+                starts[place] = max(starts[place], starts[place - burst] + burst / self._pace)
+        return starts
 
 
 def grant_time(times: tuple[float, ...] | list[float], ahead: int, period: float) -> float:

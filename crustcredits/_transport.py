@@ -122,7 +122,7 @@ class Transport:
         details: dict[str, Any] = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, TimeoutError):
-            return Failure(APITimeoutError(f"no whole answer within {timeout:g} s", **details), given_up)
+            return Failure(APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up)
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
         if isinstance(error, aiohttp.InvalidURL):

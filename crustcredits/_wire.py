@@ -239,6 +239,8 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
     limit = _whole(headers.get("x-ratelimit-limit"))
     remaining = _whole(headers.get("x-ratelimit-remaining"))
     reset = _seconds(headers.get("x-ratelimit-reset"))
+    if reset is not None and math.isinf(reset):  # no JSON can hold it
+        reset = None
     if limit is None and remaining is None and reset is None:
         return None
     return RateLimitStatus(limit=limit, remaining=remaining, reset=reset)

@@ -41,8 +41,8 @@ from crustcredits.testing import Fault, SandboxServer
 _LOW, _USAGE, _FAILED, _INTERRUPTED, _CLOSED_PIPE = 1, 2, 3, 130, 141  # the last two are 128 and the signal's number
 _NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
 _PACE = RateLimit().pace or math.inf  # calls a second
-_NARROWEST = 72  # columns; on fewer the terminal wraps the lines, so that no digit is cut
-_LONGEST_NUMBER = 24  # characters on one line; a balance may have over a hundred
+_NARROWEST = 76  # columns; on fewer the terminal wraps the lines, so that no digit is cut
+_LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 
 
 class _Commands(TyperGroup):
@@ -288,7 +288,7 @@ def _grant(balance: Balance | None) -> tuple[Text, Text]:
     if not isinstance(balance, Account) or not balance.recurring_credits:
         return Text(), Text()
     date = balance.recurring_credits_refresh_date
-    grant = _number(balance.recurring_credits) + _cell(f" {balance.recurring_credits_frequency or '':.10}")
+    grant = _number(balance.recurring_credits, balance.recurring_credits_frequency)
     return grant, Text("" if date is None else f"{date:%Y-%m-%d}")
 
 
@@ -296,10 +296,8 @@ def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> 
     if not outcome.ok:
         return Text("not checked", style="yellow") if outcome.error is _NOT_CHECKED else Text("failed", style="red")
     credits = report.credits_of(outcome)
-    if floor is not None and credits < floor:
-        return Text("low", style="yellow")
-    if credits <= 0:
-        return Text("empty", style="yellow")
+    if credits <= 0 or credits < (floor or 0):
+        return Text("empty" if credits <= 0 else "low", style="yellow")
     return Text("retried" if outcome.attempts > 1 else "ok", style="green")
 
 
@@ -327,11 +325,12 @@ def _table(*headers: str) -> Table:
 
 
 def _cell(text: str) -> Text:
-    return Text(_printable(text), no_wrap=True, overflow="ellipsis")
+    return Text(_printable(text), overflow="fold")
 
 
-def _number(credits: Decimal | None) -> Text:
-    return Text("unknown" if credits is None else "\n".join(textwrap.wrap(f"{credits:,f}", _LONGEST_NUMBER)))
+def _number(credits: Decimal | None, often: str | None = None) -> Text:
+    words = "unknown" if credits is None else f"{credits:,f} {often or '':.20}"
+    return Text("\n".join(textwrap.wrap(_printable(words), _LONGEST)))
 
 
 def _printable(text: str) -> str:
@@ -363,11 +362,10 @@ def _say(text: str) -> None:
 
 
 _COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines
-    "acme adatum alpine boreal brightside cascade cedar contoso corvid delta driftwood ember everline fabrikam fjord globex "
-    "granite harbor hooli initech juniper keystone lumen maple meridian monarch northwind nimbus orchard oscorp pinnacle "
+    "acme adatum alpine boreal brooks cascade cedar contoso corvid delta dune ember everline fabrikam fjord globex "
+    "granite harbor hooli initech juniper keystone lumen maple meridian monarch nimbus norden orchard oscorp pinnacle "
     "quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
 ).split()
-_ROLES = ("prod", "staging", "batch")
 
 
 def _demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
@@ -380,15 +378,15 @@ def _demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
 
 
 def _demo_grant(draw: random.Random) -> dict[str, Any]:
-    date = (datetime.now(UTC) + timedelta(days=draw.randint(1, 30))).strftime("%Y-%m-%dT00:00:00Z")
     grant = {"recurring_credits": draw.choice((2_500, 10_000, 50_000)), "recurring_credits_frequency": "monthly"}
-    return grant | {"recurring_credits_refresh_date": date}
+    date = datetime.now(UTC) + timedelta(days=draw.randint(1, 30))
+    return grant | {"recurring_credits_refresh_date": f"{date:%Y-%m-%d}T00:00:00Z"}
 
 
 def _demo_key(sandbox: SandboxServer, place: int) -> ApiKey:
     cycle, company = divmod(place, len(_COMPANIES))
     account = _COMPANIES[company]
-    name = f"{account}-{_ROLES[cycle % 3]}" + f"-{cycle // 3 + 1}" * (cycle > 2)
+    name = f"{account}-{('prod', 'dev', 'batch')[cycle % 3]}" + f"-{cycle // 3 + 1}" * (cycle > 2)
     if place % 29 == 7:
         return ApiKey(f"sandbox-revoked-{place}", name=name, account=account)
     key = sandbox.add_key(name, account=account)

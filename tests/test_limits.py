@@ -292,7 +292,7 @@ async def test_a_quota_is_a_value_of_that_moment() -> None:
     await asyncio.sleep(10)
     quota = bucket.quota(None, 0.0)
     assert (quota.limit, quota.free, quota.in_flight, quota.waiting) == (2, 0, 1, 1)
-    assert quota.seconds_for(0) == 0
+    assert quota.seconds_for(0) == pytest.approx(50)
     assert quota.seconds_for(1) == pytest.approx(60)
     assert quota.seconds_for(2) == pytest.approx(50 + 60)
     assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1)"
@@ -307,6 +307,21 @@ async def test_a_quota_knows_the_pace() -> None:
     assert quota.seconds_for(5) == 0
     assert quota.seconds_for(205) == pytest.approx(2.0)
     assert quota.seconds_for(301) == pytest.approx(60.0)
+    assert quota.seconds_for(700) == pytest.approx(120.0 + 0.95, abs=0.06)
+    assert TokenBucket(300, 1.0).quota(100.0, 5.0).seconds_for(1005) == pytest.approx(10.0)
+
+
+async def test_a_quota_says_when_the_last_of_those_who_wait_can_start() -> None:
+    """That is what no more checks take."""
+    bucket = TokenBucket(1, 60.0)
+    assert bucket.quota(None, 0.0).seconds_for(0) == 0
+    await bucket.acquire()
+    bucket.ended()
+    waiters = [asyncio.create_task(bucket.acquire()) for _ in range(2)]
+    await settle()
+    assert bucket.quota(None, 0.0).seconds_for(0) == pytest.approx(120)
+    for waiter in waiters:
+        waiter.cancel()
 
 
 # --- buckets

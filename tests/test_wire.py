@@ -261,6 +261,7 @@ def test_headers_that_are_no_numbers_are_left_out(nonsense: str) -> None:
     found = balance('{"credits": 1}', x_ratelimit_limit=nonsense, x_ratelimit_remaining="3")
     assert found.rate_limit == RateLimitStatus(limit=None, remaining=3, reset=None)
     assert balance('{"credits": 1}', x_ratelimit_limit=nonsense).rate_limit is None
+    assert balance('{"credits": 1}', x_ratelimit_reset="inf").rate_limit is None
 
 
 @pytest.mark.parametrize(
