@@ -272,26 +272,33 @@ class CreditsClient:
         self._check_loop()
         self._check_open()
         task = asyncio.current_task()
-        assert task is not None
+        assert task is not None, "a coroutine of asyncio runs in a task"
         cancelling = task.cancelling()
         self._calls.add(task)
         try:
             outcome = await self._try(path, deadline, key)
         except asyncio.CancelledError:
-            # As asyncio.timeout does: the cancellation is ours unless somebody else has asked for one too.
-            if task not in self._interrupted or task.uncancel() > cancelling:
+            # As with asyncio.timeout: it is close()'s, unless somebody else has asked for one too.
+            if task not in self._interrupted or task.cancelling() - 1 > cancelling:
                 raise
             outcome = None
         finally:
             self._calls.discard(task)
-            self._interrupted.discard(task)
-            if self._closed and not self._calls:
-                self._no_calls.set()
+            if self._closed:
+                self._settle(task)
         if outcome is None:
             raise _closed_error()
         if isinstance(outcome.error, ClientClosedError):
             raise outcome.error
         return outcome
+
+    def _settle(self, task: asyncio.Task[Any]) -> None:
+        """After the client was closed: take close()'s cancellation back, and say when the last call has ended."""
+        if task in self._interrupted:
+            self._interrupted.discard(task)
+            task.uncancel()
+        if not self._calls:
+            self._no_calls.set()
 
     async def _try(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
         """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
@@ -318,7 +325,7 @@ class CreditsClient:
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         bucket = self._buckets.bucket(path, key)
         try:
-            slot = await self._admit(bucket, deadline)
+            slot = self._admit_at_once(bucket) or await self._admit(bucket, deadline)
         except RateLimitWaitError as error:
             error.key_name = key.name
             return error.with_traceback(None)
@@ -330,6 +337,15 @@ class CreditsClient:
         finally:
             self._slots.release(slot, answered=fate is Fate.ANSWERED)
             _give_back(bucket, fate)
+
+    def _admit_at_once(self, bucket: TokenBucket) -> object | None:
+        """The same where there is nothing to wait for, which is the short way of most calls without a pace."""
+        if self._pace is not None or not bucket.try_acquire():
+            return None
+        slot = self._slots.try_acquire()
+        if slot is None:
+            bucket.unused()
+        return slot
 
     async def _admit(self, bucket: TokenBucket, deadline: float | None) -> object:
         """Wait for a token, the pace and a place on the wire, in this order. Returns the place; the token is taken."""

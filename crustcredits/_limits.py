@@ -227,6 +227,8 @@ class TokenBucket:
 
     def succeeded(self) -> None:
         """An answer other than a refusal came: whatever was refused before, the bucket as a whole is not."""
+        if not self._refused:
+            return
         self._refused.clear()
         self._agreeing = True
         if self._paused is not None:
@@ -401,13 +403,18 @@ class Buckets:
 
     def bucket(self, path: str, key: ApiKey) -> TokenBucket:
         """The bucket that a request for `path` with `key` takes its token from."""
-        place = (path, *_scope_of(self._limit.scope, key))
+        place = self._place(path, key)
         bucket = self._buckets.get(place)
         if bucket is None:
             self._forget_idle()
             bucket = self._buckets[place] = TokenBucket(self._limit.requests, self._period, late=self._late)
         self._buckets.move_to_end(place)
         return bucket
+
+    def _place(self, path: str, key: ApiKey | None) -> Hashable:
+        if self._limit.scope == "client" or key is None:
+            return path
+        return path, key.digest if self._limit.scope == "key" else account_of(key)
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """What the bucket of `path` and `key` can still give.
@@ -417,8 +424,7 @@ class Buckets:
         """
         if key is None and self._limit.scope != "client":
             raise ConfigurationError(f"with scope {self._limit.scope!r} each has a quota of its own; name the key: quota(key=…)")
-        place = (path, *(_scope_of(self._limit.scope, key) if key is not None else ()))
-        bucket = self._buckets.get(place) or TokenBucket(self._limit.requests, self._period)
+        bucket = self._buckets.get(self._place(path, key)) or TokenBucket(self._limit.requests, self._period)
         pace = self._limit.pace
         return bucket.quota(pace, 0.0 if pace is None else max(1.0, pace / 20))
 
@@ -437,8 +443,3 @@ def account_of(key: ApiKey) -> Hashable:
     """What tells accounts apart: the declared account, else the key itself."""
     return key.digest if key.account is None else key.account
 
-
-def _scope_of(scope: Scope, key: ApiKey) -> tuple[Any, ...]:
-    if scope == "client":
-        return ()
-    return (key.digest,) if scope == "key" else (account_of(key),)

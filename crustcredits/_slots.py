@@ -33,9 +33,7 @@ class Slots:
 
     def try_acquire(self) -> object | None:
         """Take a slot if one is free and nobody waits; None otherwise."""
-        if len(self._holders) < self._count and not self._waiters:
-            return self._admit()
-        return None
+        return None if self._waiters or len(self._holders) >= self._count else self._admit()
 
     async def acquire(self) -> object:
         """Take a slot, waiting for one if need be. Returns what `release` wants back."""

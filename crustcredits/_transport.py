@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import attrs
 from aiohttp import hdrs
+from yarl import URL
 
 from crustcredits._errors import (
     APIConnectionError,
@@ -24,9 +25,10 @@ from crustcredits._errors import (
     ConfigurationError,
     CrustCreditsError,
 )
-from crustcredits._wire import MAX_BODY, Response, read_details, request_headers
+from crustcredits._wire import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS, Response, read_details, request_headers
 
 if TYPE_CHECKING:
+    from aiohttp.client import _RequestOptions
     from aiohttp.client_middlewares import ClientHandlerType
 
     from crustcredits._keys import ApiKey
@@ -61,7 +63,7 @@ class Transport:
     """Sends requests over one aiohttp session: its own, opened when first needed, or a caller's, never closed."""
 
     def __init__(self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None) -> None:
-        self._base_url = base_url
+        self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._session = session
         self._proxy = proxy
         self._owned = session is None
@@ -73,7 +75,10 @@ class Transport:
         """
         answers: list[aiohttp.ClientResponse] = []
         try:
-            return await self._exchange(path, key, timeout, answers)
+            session = self._session = self._session or self._open()
+            async with session.get(self._urls[path], **self._options(session, key, timeout)) as response:
+                answers.append(response)
+                return Response(response.status, response.headers, await _read_body(response))
         except asyncio.CancelledError as error:
             caught: BaseException = error
         except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
@@ -91,27 +96,23 @@ class Transport:
         if self._owned and self._session is not None:
             await self._session.close()
 
-    async def _exchange(self, path: str, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Response:
-        session = self._session = self._session or self._open()
+    def _options(self, session: aiohttp.ClientSession, key: ApiKey, timeout: float) -> _RequestOptions:
+        """Everything is said for each request, so that a caller's session cannot surprise."""
         headers = request_headers(key)
         guard = _once if self._owned else _guard(headers[hdrs.AUTHORIZATION])
         if not self._owned and (session.trust_env or session.auth is not None):
             # aiohttp refuses this header beside a session's own credentials; the guard sets it after them.
             del headers[hdrs.AUTHORIZATION]
-        # Everything is said for each request, so that a caller's session cannot surprise.
-        async with session.get(
-            self._base_url + path,
-            headers=headers,
-            allow_redirects=False,
-            raise_for_status=False,
-            auto_decompress=True,
-            read_bufsize=MAX_BODY,
-            timeout=_client_timeout(timeout),
-            proxy=self._proxy,
-            middlewares=(guard,),
-        ) as response:
-            answers.append(response)
-            return Response(response.status, response.headers, await _read_body(response))
+        return {
+            "headers": headers,
+            "allow_redirects": False,
+            "raise_for_status": False,
+            "auto_decompress": True,
+            "read_bufsize": MAX_BODY,
+            "timeout": _client_timeout(timeout),
+            "proxy": self._proxy,
+            "middlewares": (guard,),
+        }
 
     def _open(self) -> aiohttp.ClientSession:
         # Slots bound the connections, not the connector: a wait there would count as time on the wire.
@@ -135,7 +136,8 @@ class Transport:
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
     content = response.content
-    body = await content.readany()
+    # A balance mostly comes together with its headers; then there is nothing to wait for.
+    body = content.read_nowait() if content.is_eof() else await content.readany()
     while len(body) <= MAX_BODY:
         if content.at_eof():
             return body

@@ -128,14 +128,15 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
     if response.status != 200:
         return _read_failure(key, response, details, now, period)
     document, problem = _parse(response.body)
-    fields: dict[str, Any] = {}
-    if problem is None:
-        reader = _read_account if path == ACCOUNT_CREDITS else _read_balance
-        fields, problem = reader(document, key)
-    if problem is not None:
-        return UnexpectedResponseError(f"the API answered with {problem}", key_name=key.name, status=200, **details)
-    model = Account if path == ACCOUNT_CREDITS else Balance
-    return model(key=key, checked_at=now, **details, **fields)
+    if problem is None and path == ACCOUNT_CREDITS:
+        document, problem = _account_of(document)
+    credits = document.get("credits") if isinstance(document, dict) else None
+    if not isinstance(credits, Decimal):
+        said = f"the API answered with {problem or 'no number of credits'}"
+        return UnexpectedResponseError(said, key_name=key.name, status=200, **details)
+    if path == ACCOUNT_CREDITS:
+        return Account(key=key, credits=credits, checked_at=now, **details, **_account_fields(document, key))
+    return Balance(key=key, credits=credits, checked_at=now, **details)
 
 
 def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
@@ -177,30 +178,20 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
         return None, "something that is not JSON"
 
 
-def _read_balance(document: Any, key: ApiKey) -> tuple[dict[str, Any], str | None]:
-    if not isinstance(document, dict):
-        return {}, "JSON that is no object"
-    credits = document.get("credits")
-    if not isinstance(credits, Decimal):
-        return {}, "no number of credits"
-    return {"credits": credits}, None
-
-
-def _read_account(document: Any, key: ApiKey) -> tuple[dict[str, Any], str | None]:
+def _account_of(document: Any) -> tuple[Any, str | None]:
     account = document.get("account") if isinstance(document, dict) else None
-    if not isinstance(account, dict):
-        return {}, "no account"
-    fields, problem = _read_balance(account, key)
-    if problem is not None:
-        return {}, problem
-    fields |= {name: account[name] for name, kind in _ACCOUNT_FIELDS.items() if isinstance(account.get(name), kind)}
-    kept = fields.keys() | {name for name in _ACCOUNT_FIELDS if account.get(name) is None}
+    return account, None if isinstance(account, dict) else "no account"
+
+
+def _account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
+    fields = {name: account[name] for name, kind in _ACCOUNT_FIELDS.items() if isinstance(account.get(name), kind)}
+    kept = {"credits", *fields, *(name for name in _ACCOUNT_FIELDS if account.get(name) is None)}
     # The balance must not be lost for what only informs: a field of another kind than documented is kept as it came.
     extra = {name: value for name, value in account.items() if name not in kept}
     for name in extra.keys() & _ACCOUNT_FIELDS.keys():
         _log.warning("%s: the account's %s is not of the documented kind; it is kept in extra", key.name, name)
     _read_refresh_date(fields, extra, key)
-    return fields | {"extra": extra}, None
+    return fields | {"extra": extra}
 
 
 # API reference, the fields of /account/credits. Sub-fields of wallets and top-ups are not documented.

@@ -149,7 +149,7 @@ def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
         ('{"credits": 1', "something that is not JSON"),
         (b"\xff\xfe", "something that is not JSON"),
         ("[" * 60_000, "something that is not JSON"),
-        ("[1]", "JSON that is no object"),
+        ("[1]", "no number of credits"),
         ("{}", "no number of credits"),
         ('{"credits": null}', "no number of credits"),
         ('{"credits": true}', "no number of credits"),
