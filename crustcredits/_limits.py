@@ -442,4 +442,3 @@ class Buckets:
 def account_of(key: ApiKey) -> Hashable:
     """What tells accounts apart: the declared account, else the key itself."""
     return key.digest if key.account is None else key.account
-

@@ -25,7 +25,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._holders: OrderedDict[object, float] = OrderedDict()  # when each began; the oldest first
+        self._holders: dict[object, float] = {}  # when each began; the oldest first
         self._hanging: dict[object, float] = {}
         self._waiters: OrderedDict[asyncio.Future[object], None] = OrderedDict()
         self._usual: float | None = None  # seconds that an answer takes; a moving average

@@ -124,19 +124,18 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
 
     `now` is when it came; `period`, in seconds, bounds the wait that a refusal may ask for.
     """
-    details = read_details(response.headers, key)
     if response.status != 200:
-        return _read_failure(key, response, details, now, period)
+        return _read_failure(key, response, now, period)
     document, problem = _parse(response.body)
     if problem is None and path == ACCOUNT_CREDITS:
         document, problem = _account_of(document)
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         said = f"the API answered with {problem or 'no number of credits'}"
-        return UnexpectedResponseError(said, key_name=key.name, status=200, **details)
-    if path == ACCOUNT_CREDITS:
-        return Account(key=key, credits=credits, checked_at=now, **details, **_account_fields(document, key))
-    return Balance(key=key, credits=credits, checked_at=now, **details)
+        return UnexpectedResponseError(said, key_name=key.name, status=200, **read_details(response.headers, key))
+    request_id, rate_limit = _clean(response.headers.get("x-request-id"), key), read_rate_limit(response.headers)
+    model, more = (Account, _account_fields(document, key)) if path == ACCOUNT_CREDITS else (Balance, {})
+    return model(key=key, credits=credits, checked_at=now, request_id=request_id, rate_limit=rate_limit, **more)
 
 
 def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
@@ -164,6 +163,8 @@ def _no_constant(text: str) -> Any:
     raise _UnusableNumberError
 
 
+# White space as JSON has it, and a byte-order mark.
+_AROUND_JSON = " \t\r\n\ufeff"
 _DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant)
 
 
@@ -171,7 +172,9 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
     if body is None:
         return None, f"more than {MAX_BODY // 1024} KiB, which is no balance"
     try:
-        return _DECODER.decode(body.decode().removeprefix("\ufeff")), None
+        text = body.decode().strip(_AROUND_JSON)
+        document, end = _DECODER.raw_decode(text)
+        return (document, None) if end == len(text) else (None, "something that is not JSON")
     except _UnusableNumberError:
         return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
     except (ValueError, RecursionError):
@@ -282,8 +285,9 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 }
 
 
-def _read_failure(key: ApiKey, response: Response, details: dict[str, Any], now: datetime, period: float) -> CrustCreditsError:
-    details, status = details | {"key_name": key.name}, response.status
+def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
+    status = response.status
+    details = read_details(response.headers, key) | {"key_name": key.name}
     if not 400 <= status <= 599:
         what = (
             "a redirect, which is not followed because it would take the key elsewhere"
