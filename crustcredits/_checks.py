@@ -9,23 +9,31 @@ import attrs
 
 from crustcredits._errors import ConfigurationError
 
+# Far beyond use, and within what floats can hold: 10**400 is a finite number too.
+_MOST = 1e300
+
 
 def check_whole(what: str, value: object, *, minimum: int) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
+        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {value!r:.80}")
 
 
 def check_number(
     what: str, value: object, *, above: float = -math.inf, minimum: float = -math.inf, maximum: float = math.inf
 ) -> None:
     """Raise `ConfigurationError` unless `value` is a finite number of that range."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if usable and isinstance(value, (int, float)) and above < value and minimum <= value <= maximum:
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= _MOST
+        and above < value
+        and minimum <= value <= maximum
+    ):
         return
     bounds = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {minimum:g}"] * (minimum > -math.inf)
     bounds += [f"at most {maximum:g}"] * (maximum < math.inf)
-    raise ConfigurationError(f"{what} is a finite number {' and '.join(bounds)}, not {value!r}")
+    raise ConfigurationError(" ".join([f"{what} is a finite number", *" and ".join(bounds).split()]) + f", not {value!r:.80}")
 
 
 class Whole:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from crustcredits._checks import check_number, check_whole
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError, RateLimitError, RateLimitWaitError
-from crustcredits._fanout import fan_out
+from crustcredits._fanout import Ask, FanOut
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
 from crustcredits._limits import Buckets, Quota, RateLimit, TokenBucket, account_of
 from crustcredits._models import Account, Balance, Outcome, outcome_for
@@ -25,10 +25,11 @@ from crustcredits._report import Report
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE, Slots
 from crustcredits._transport import Failure, Fate, Transport
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, read_response
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, proxy_problem, read_response
 
 if TYPE_CHECKING:
     import aiohttp
+    from aiolimiter import AsyncLimiter
 
 _log = logging.getLogger("crustcredits")
 
@@ -69,12 +70,20 @@ class CreditsClient:
         session: aiohttp.ClientSession | None = None,
         proxy: str | None = None,
     ) -> None:
+        origin = proxy_problem(proxy) or parse_base_url(base_url)
+        if isinstance(origin, ConfigurationError):
+            del base_url, proxy  # They may hold credentials, and tracebacks are printed with local variables.
+            raise origin
+        self._transport = Transport(origin, session=session, proxy=proxy)
+        del base_url, proxy
         check_whole("concurrency", concurrency, minimum=1)
         check_number("request_timeout", request_timeout, above=0)
-        self._transport = Transport(parse_base_url(base_url), session=session, proxy=proxy)
-        self._period = rate_limit.period
+        _check_kind("rate_limit", rate_limit, RateLimit)
+        _check_kind("retry", retry, Retry)
         self._buckets = Buckets(rate_limit, late=request_timeout)
+        self._rate_limit = rate_limit
         self._pace = rate_limit.limiter()
+        self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
         self._room = concurrency * (1 + HANGING_SHARE)
         self._request_timeout = request_timeout
@@ -84,6 +93,7 @@ class CreditsClient:
         self._calls: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
         self._no_calls = asyncio.Event()
+        self._fan_outs: set[FanOut] = set()
 
     async def balance(self, key: KeyLike, *, timeout: float | None = None) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
@@ -161,7 +171,7 @@ class CreditsClient:
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
             raise source
-        if inspect.iscoroutinefunction(on_outcome):
+        if on_outcome is not None and (inspect.iscoroutinefunction(on_outcome) or not callable(on_outcome)):
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
@@ -172,20 +182,33 @@ class CreditsClient:
         return Report(await self._gather(pool, ask, on_outcome))
 
     async def _gather(
-        self, pool: list[ApiKey], ask: Callable[[ApiKey], Any], on_outcome: Callable[[Outcome[Any]], object] | None
+        self, pool: list[ApiKey], ask: Ask, on_outcome: Callable[[Outcome[Any]], object] | None
     ) -> list[Outcome[Any]]:
         places: dict[bytes, list[int]] = {}
         for place, key in enumerate(pool):
             places.setdefault(key.digest, []).append(place)
         outcomes: dict[int, Outcome[Any]] = {}
         first_of_each = iter([pool[same[0]] for same in places.values()])
-        async with aclosing(fan_out(first_of_each, ask, room=self._room)) as landed:
+        async with aclosing(self._fan_out(first_of_each, ask)) as landed:
             async for outcome in landed:
                 for place in places[outcome.key.digest]:
                     outcomes[place] = outcome_for(pool[place], outcome)
                     if on_outcome is not None:
                         on_outcome(outcomes[place])
         return [outcomes[place] for place in range(len(pool))]
+
+    async def _fan_out(
+        self, source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None], ask: Ask
+    ) -> AsyncGenerator[Outcome[Any], None]:
+        self._check_open()
+        run = FanOut(ask, room=self._room)
+        self._fan_outs.add(run)
+        try:
+            async with aclosing(run.outcomes(source)) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
+        finally:
+            self._fan_outs.discard(run)
 
     @overload
     def stream(
@@ -216,7 +239,7 @@ class CreditsClient:
             ConfigurationError: This is no source of keys.
             ClientClosedError: The client was closed meanwhile.
         """
-        source: Iterator[ApiKey] | AsyncIterator[ApiKey] | ConfigurationError
+        source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None] | ConfigurationError
         source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else as_keys(keys)
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
@@ -227,7 +250,7 @@ class CreditsClient:
         def ask(key: ApiKey) -> Any:
             return self._ask(ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout), key)
 
-        return fan_out(source, ask, room=self._room)
+        return self._fan_out(source, ask)
 
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows, as this client counts it: for `/user/credits`, with `detail` for `/account/credits`.
@@ -239,7 +262,7 @@ class CreditsClient:
         if isinstance(key, RefusedKey):
             raise key.error
         self._check_loop()
-        return self._buckets.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
+        return self._buckets.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._pacing)
 
     async def close(self) -> None:
         """End the calls under way with `ClientClosedError` and close the session, unless it was given. May be called twice."""
@@ -249,6 +272,8 @@ class CreditsClient:
             self._interrupted |= self._calls
             for task in self._calls:
                 task.cancel()
+            for run in self._fan_outs:
+                run.end(_closed_error())
         try:
             if self._calls:
                 await self._no_calls.wait()
@@ -325,7 +350,7 @@ class CreditsClient:
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         bucket = self._buckets.bucket(path, key)
         try:
-            slot = self._admit_at_once(bucket) or await self._admit(bucket, deadline)
+            token, slot = self._admit_at_once(bucket, deadline) or await self._admit(bucket, deadline, key)
         except RateLimitWaitError as error:
             error.key_name = key.name
             return error.with_traceback(None)
@@ -336,52 +361,77 @@ class CreditsClient:
             return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
         finally:
             self._slots.release(slot, answered=fate is Fate.ANSWERED)
-            _give_back(bucket, fate)
+            _give_back(bucket, token, fate)
 
-    def _admit_at_once(self, bucket: TokenBucket) -> object | None:
+    def _admit_at_once(self, bucket: TokenBucket, deadline: float | None) -> tuple[int, object] | None:
         """The same where there is nothing to wait for, which is the short way of most calls without a pace."""
-        if self._pace is not None or not bucket.try_acquire():
+        if self._pace is not None or deadline is not None or not bucket.try_acquire():
             return None
         slot = self._slots.try_acquire()
         if slot is None:
             bucket.unused()
-        return slot
+            return None
+        return 0, slot
 
-    async def _admit(self, bucket: TokenBucket, deadline: float | None) -> object:
-        """Wait for a token, the pace and a place on the wire, in this order. Returns the place; the token is taken."""
-        began = _now()
+    async def _admit(self, bucket: TokenBucket, deadline: float | None, key: ApiKey) -> tuple[int, object]:
+        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place.
+
+        Raises:
+            RateLimitWaitError: They cannot all be had before the deadline.
+        """
+        began, again = _now(), False
         while True:
-            if not bucket.try_acquire():
-                await bucket.acquire(deadline)
-            epoch = bucket.epoch
+            self._refuse_late(began, deadline)
+            token = await bucket.acquire(deadline, again=again)
             try:
-                slot = await self._start(deadline)
-            except TimeoutError:
-                bucket.unused()
-                break
-            except asyncio.CancelledError:
-                bucket.unused()
+                slot = await self._start(began, deadline)
+            except BaseException:
+                bucket.unused(token)
                 raise
-            if not bucket.paused_since(epoch):
-                return slot
+            if not bucket.held(token):
+                _log.debug("%s: its turn came after %.3f s", key.name, _now() - began)
+                return token, slot
             self._slots.release(slot, answered=False)
-            bucket.unused()
-        raise RateLimitWaitError("its turn did not come before the deadline; allow more time", wait=_now() - began)
+            bucket.unused(token)
+            again = True
 
-    async def _start(self, deadline: float | None) -> object:
-        if deadline is not None:
+    def _refuse_late(self, began: float, deadline: float | None) -> None:
+        """Refuse a call whose deadline is over, or comes before those ahead of it in the wait for the pace have gone."""
+        if deadline is None:
+            return
+        pace, now = self._rate_limit.pace, _now()
+        turn = now if pace is None else now + max(0, self._pacing - 1) / pace
+        if turn > deadline or now >= deadline:
+            raise _late_error(turn - began)
+
+    async def _start(self, began: float, deadline: float | None) -> object:
+        """Wait for the pace and a place on the wire."""
+        try:
             async with asyncio.timeout_at(deadline):
-                return await self._start(None)
-        if self._pace is not None:
-            await self._pace.acquire()
-        return self._slots.try_acquire() or await self._slots.acquire()
+                if self._pace is not None:
+                    await self._keep_pace(self._pace)
+                return self._slots.try_acquire() or await self._slots.acquire()
+        except TimeoutError:
+            pass
+        raise _late_error(_now() - began)
+
+    async def _keep_pace(self, pace: AsyncLimiter) -> None:
+        self._pacing += 1
+        try:
+            await pace.acquire()
+        finally:
+            self._pacing -= 1
 
     def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
-        result = read_response(path, key, response, now=_utc_now(), period=self._period)
-        if isinstance(result, Balance):
-            bucket.succeeded()
-        elif isinstance(result, RateLimitError):
-            bucket.refused(account_of(key), result.retry_after)
+        result = read_response(path, key, response, now=_utc_now(), period=self._rate_limit.period)
+        if not isinstance(result, RateLimitError):
+            if response.status < 500:  # a gateway's failure says nothing of the limit
+                bucket.succeeded()
+        elif bucket.refused(account_of(key), result.retry_after):
+            _log.info(
+                "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served",
+                result.retry_after,
+            )
         return result
 
     # --- time and state
@@ -420,13 +470,22 @@ def _outcome(key: ApiKey, result: Balance | CrustCreditsError, attempts: int) ->
     return Outcome(key=key, error=result, checked_at=_utc_now(), attempts=attempts)
 
 
-def _give_back(bucket: TokenBucket, fate: Fate) -> None:
+def _late_error(wait: float) -> RateLimitWaitError:
+    return RateLimitWaitError(f"its turn did not come before its deadline, after {wait:.1f} s; allow it more time", wait=wait)
+
+
+def _check_kind(what: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
+
+
+def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:
     if fate is Fate.ANSWERED:
-        bucket.ended()
+        bucket.ended(token)
     elif fate is Fate.ABANDONED:
-        bucket.abandoned()
+        bucket.abandoned(token)
     else:
-        bucket.unused()
+        bucket.unused(token)
 
 
 def _now() -> float:

@@ -7,7 +7,7 @@ grows with `room`, never with the number of keys.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -17,92 +17,86 @@ from crustcredits._models import Outcome, outcome_for
 Ask: TypeAlias = Callable[[ApiKey], Awaitable[Outcome[Any]]]
 
 
-async def fan_out(keys: Iterator[ApiKey] | AsyncIterator[ApiKey], ask: Ask, *, room: int) -> AsyncGenerator[Outcome[Any], None]:
-    """Ask for every key, up to `room` at a time, and yield each outcome as it lands.
+class FanOut:
+    """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
     Equal secrets under way at the same time are asked once. What `ask` raises ends it all; what the source of keys raises
-    comes once those already asked have landed. However it ends, it leaves no task behind.
+    comes once those already asked have landed. However it ends, it leaves no task behind and the source closed.
     """
-    run = _Run(ask, room)
-    feeder = asyncio.create_task(run.feed(keys))
-    try:
-        while (outcome := await run.next_outcome()) is not None:
-            yield outcome
-    finally:
-        await run.stop(feeder)
 
-
-class _Run:
-    """The state of one fan-out. `room` counts keys from their start until the consumer has taken their outcome."""
-
-    def __init__(self, ask: Ask, room: int) -> None:
+    def __init__(self, ask: Ask, *, room: int) -> None:
         self._ask = ask
         self._room = asyncio.Semaphore(room)
-        self._landed: asyncio.Queue[Outcome[Any] | Exception | None] = asyncio.Queue()
+        self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
         self._under_way: dict[bytes, list[ApiKey]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ending: Exception | None = None
-        self._fed = False
+        self._ending: BaseException | None = None
 
-    async def feed(self, keys: Iterator[ApiKey] | AsyncIterator[ApiKey]) -> None:
-        """Start a task for each key as room allows."""
+    async def outcomes(self, keys: Iterator[ApiKey] | AsyncGenerator[ApiKey, None]) -> AsyncGenerator[Outcome[Any], None]:
+        """Ask for every key and yield each outcome as it lands."""
+        feeder = asyncio.create_task(self._feed(keys))
+        self._tasks.add(feeder)
+        feeder.add_done_callback(self._on_fed)
         try:
-            async with aclosing(_one_by_one(keys)) as source:
-                await self._room.acquire()
-                async for key in source:
-                    self._start(key)
-                    await self._room.acquire()
-        except Exception as error:  # noqa: BLE001  # whatever a caller's source raises is his, and comes last
-            self._ending = error
-        self._fed = True
-        self._end_if_done()
+            while (landed := await self._landed.get()) is not None:
+                if isinstance(landed, BaseException):
+                    raise landed
+                self._room.release()
+                yield landed
+        finally:
+            await self._stop()
 
-    async def next_outcome(self) -> Outcome[Any] | None:
-        """The next outcome to land; None when there will be no more."""
-        landed = await self._landed.get()
-        if isinstance(landed, Exception):
-            raise landed
-        self._room.release()
-        return landed
+    def end(self, error: Exception) -> None:
+        """Let `error` be what comes next."""
+        self._landed.put_nowait(error)
 
-    async def stop(self, feeder: asyncio.Task[None]) -> None:
-        """Cancel what is under way and wait until it has ended."""
-        remaining = [task for task in (feeder, *self._tasks) if not task.done()]
-        for task in remaining:
-            task.cancel()
-        await asyncio.gather(*remaining, return_exceptions=True)
+    async def _feed(self, keys: Iterator[ApiKey] | AsyncGenerator[ApiKey, None]) -> None:
+        await self._room.acquire()
+        if isinstance(keys, AsyncGenerator):
+            async with aclosing(keys):
+                async for key in keys:
+                    await self._start(key)
+        else:
+            for key in keys:
+                await self._start(key)
 
-    def _start(self, key: ApiKey) -> None:
-        askers = self._under_way.get(key.digest)
-        if askers is not None:
-            askers.append(key)
-            return
-        self._under_way[key.digest] = [key]
-        task = asyncio.create_task(self._ask_one(key))
-        self._tasks.add(task)
-        task.add_done_callback(self._on_done)
+    async def _start(self, key: ApiKey) -> None:
+        askers = self._under_way.setdefault(key.digest, [])
+        askers.append(key)
+        if len(askers) == 1:
+            task = asyncio.create_task(self._ask_one(key))
+            self._tasks.add(task)
+            task.add_done_callback(self._on_asked)
+        await self._room.acquire()
 
     async def _ask_one(self, key: ApiKey) -> None:
         outcome = await self._ask(key)
         for asker in self._under_way.pop(key.digest):
             self._landed.put_nowait(outcome_for(asker, outcome))
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, Exception):
-            self._landed.put_nowait(error)
-        self._end_if_done()
+    def _on_fed(self, feeder: asyncio.Task[None]) -> None:
+        self._ending = _raised_by(feeder)
+        self._end_if_done(feeder)
 
-    def _end_if_done(self) -> None:
-        if self._fed and not self._tasks:
+    def _on_asked(self, task: asyncio.Task[None]) -> None:
+        error = _raised_by(task)
+        if error is not None:
+            self._landed.put_nowait(error)
+        self._end_if_done(task)
+
+    def _end_if_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
             self._landed.put_nowait(self._ending)
 
+    async def _stop(self) -> None:
+        """Cancel what is under way and wait until it has ended."""
+        remaining = list(self._tasks)
+        for task in remaining:
+            task.cancel()
+        await asyncio.gather(*remaining, return_exceptions=True)
 
-async def _one_by_one(keys: Iterator[ApiKey] | AsyncIterator[ApiKey]) -> AsyncGenerator[ApiKey, None]:
-    if isinstance(keys, AsyncIterator):
-        async for key in keys:
-            yield key
-    else:
-        for key in keys:
-            yield key
+
+def _raised_by(task: asyncio.Task[None]) -> BaseException | None:
+    # A source or a question may end in a cancellation that nobody asked of us: for whoever reads the outcomes it is one.
+    return asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -9,15 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from crustcredits._errors import ConfigurationError
-
-KeyLike: TypeAlias = "str | ApiKey"
-#: Many keys: an iterable of secrets and `ApiKey`s, or a mapping of name to either.
-KeysLike: TypeAlias = "Iterable[KeyLike] | Mapping[str, KeyLike] | Mapping[str, str]"
 
 _SCHEME = re.compile(r"(bearer|token)(\s|$)", re.IGNORECASE)
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -105,6 +102,12 @@ class ApiKey:
         )
 
 
+#: One key.
+KeyLike: TypeAlias = str | ApiKey
+#: Many keys: an iterable of them, or a mapping of name to key.
+KeysLike: TypeAlias = Iterable[KeyLike] | Mapping[str, KeyLike] | Mapping[str, str]
+
+
 class RefusedKey(ApiKey):
     """Stands in a pool for a key that cannot be used, so that the others can be checked; it has no secret."""
 
@@ -141,28 +144,36 @@ def as_keys(keys: object) -> Iterator[ApiKey] | ConfigurationError:
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
-    return _each_named(keys) if isinstance(keys, Mapping) else _each(keys)
+    # Iterators do not print what they iterate over; and what can be changed meanwhile is copied.
+    if isinstance(keys, Mapping):
+        return _each_named(iter(tuple(keys.items())))
+    assert isinstance(keys, Iterable)
+    return _each(iter(tuple(keys) if isinstance(keys, AbstractSet) else keys))
 
 
-def _each(keys: Any) -> Iterator[ApiKey]:
+def _each(keys: Iterator[Any]) -> Iterator[ApiKey]:
     for number, key in enumerate(keys):
         key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         yield key
 
 
-def _each_named(keys: Mapping[Any, Any]) -> Iterator[ApiKey]:
-    for number, (name, key) in enumerate(keys.items()):
+def _each_named(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey]:
+    for number, (name, key) in enumerate(keys):
         key = as_key(key, name=name, place=f"keys[{number}]")  # noqa: PLW2901  # as above
         yield key
 
 
-async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncIterator[ApiKey]:
-    """The keys of an asynchronous source, as they come."""
-    number = 0
-    async for key in keys:
-        key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # as above
-        number += 1
-        yield key
+async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey, None]:
+    """The keys of an asynchronous source, as they come. However it ends, the source is closed, if it can be."""
+    source, number = aiter(keys), 0
+    try:
+        async for key in source:
+            key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # as above
+            number += 1
+            yield key
+    finally:
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()
 
 
 def refuse_contradictions(keys: Iterable[ApiKey]) -> None:
@@ -218,8 +229,10 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
         problem = "it is not UTF-8 text"
     except OSError as error:
         problem = error.strerror or type(error).__name__
+    except (TypeError, ValueError):
+        problem = "that is no path"
     if problem is not None:
-        raise ConfigurationError(f"the keys file {os.fspath(path)!r} cannot be read: {problem}")
+        raise ConfigurationError(f"the keys file {path!s} cannot be read: {problem}")
     text = _Lines(text)
     return _keys_from_text(text, source=f"{Path(path).name}, line")
 
@@ -280,6 +293,7 @@ def _key_of_entry(entry: str, place: str) -> ApiKey:
     account, slash, name = label.rpartition("/")
     problem = (
         _secret_problem(secret)
+        or _padding_problem(secret)
         or _label_problem("name", name, secret)
         or (_label_problem("account", account, secret) if slash else None)
     )
@@ -301,11 +315,22 @@ def _secret_problem(secret: object) -> str | None:
         return "the API key is empty; is its variable set?"
     if _SCHEME.match(secret):
         return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
+    if secret[0] in "'\"":
+        return "the API key begins with a quotation mark; give it bare"
     if not secret.isascii():
         return "the API key holds characters outside ASCII; copy it again from where it was issued"
     if not secret.isprintable() or " " in secret:
         return "the API key holds white space or control characters inside; is it one key, copied whole?"
     return None
+
+
+def _padding_problem(secret: str) -> str | None:
+    # A bare secret in base64, whose end looks like an empty value; taken for a name, it would be printed.
+    return (
+        None
+        if secret.strip().strip("=")
+        else "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it"
+    )
 
 
 def _text_problem(text: object) -> str | None:

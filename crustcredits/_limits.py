@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import attrs
 from aiolimiter import AsyncLimiter
@@ -31,6 +31,8 @@ _SCOPES = ("client", "account", "key")
 _REFUSALS_TO_PAUSE = 3
 # `x-ratelimit-reset` comes in whole seconds, so answers that mean one moment can differ by almost this much.
 _SAME_MOMENT = 1.0
+# How many idle buckets are forgotten at one time, so that no call takes long for it.
+_LOOKS = 1000
 
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -62,12 +64,14 @@ class RateLimit:
     scope: Scope = attrs.field(default="client", validator=_check_scope)
     pace: float | None = attrs.field(default=100.0, validator=Number(above=0, optional=True))
 
+    @property
+    def burst(self) -> float:
+        """Calls that the pace lets start at once: those of a twentieth of a second."""
+        return 0.0 if self.pace is None else max(1.0, self.pace / 20)
+
     def limiter(self) -> AsyncLimiter | None:
-        """What sets the pace. aiolimiter's period is its burst too, so the period is cut to a twentieth of a second's calls."""
-        if self.pace is None:
-            return None
-        burst = max(1.0, self.pace / 20)
-        return AsyncLimiter(burst, burst / self.pace)
+        """What sets the pace. aiolimiter's period is its burst too, so it is given one as short as the burst."""
+        return None if self.pace is None else AsyncLimiter(self.burst, self.burst / self.pace)
 
 
 @attrs.frozen(kw_only=True)
@@ -89,6 +93,7 @@ class Quota:
     _period: float = attrs.field(alias="period", repr=False)
     _pace: float | None = attrs.field(alias="pace", repr=False)
     _burst: float = attrs.field(alias="burst", repr=False)
+    _pacing: int = attrs.field(alias="pacing", repr=False)
 
     def seconds_for(self, requests: int) -> float:
         """Seconds until the last of those that wait and of `requests` more could start, if what is under way ends now.
@@ -99,16 +104,17 @@ class Quota:
         check_whole("requests", requests, minimum=0)
         ahead = self.waiting + requests - 1
         if ahead < 0:
-            return 0.0
+            return 0.0 if self._pace is None else self._pacing / self._pace
         starts = self._paced(self._returns[: ahead + 1])
-        slowest = 0.0 if self._pace is None else (ahead + 1 - self._burst) / self._pace
+        slowest = 0.0 if self._pace is None else (self._pacing + ahead + 1 - self._burst) / self._pace
         return max(grant_time(starts, ahead, self._period), slowest)
 
     def _paced(self, times: tuple[float, ...]) -> list[float]:
         """When the first uses of the tokens could start: as they come home, and no faster than the pace."""
         starts = list(times)
         if self._pace is not None:
-            burst = int(self._burst)
+            burst, first = int(self._burst), self._pacing / self._pace
+            starts[:burst] = [max(time, first) for time in starts[:burst]]
             for place in range(burst, len(starts)):
                 starts[place] = max(starts[place], starts[place - burst] + burst / self._pace)
         return starts
@@ -135,6 +141,10 @@ def grant_time(times: tuple[float, ...] | list[float], ahead: int, period: float
     return places[ahead % len(places)] + (rounds + ahead // len(places)) * period
 
 
+# Who waits, in order, each with its ticket.
+_Queue: TypeAlias = "OrderedDict[asyncio.Future[int], int]"
+
+
 class TokenBucket:
     """Tokens for the requests of one scope on one endpoint: one for each attempt that goes onto the wire.
 
@@ -148,15 +158,15 @@ class TokenBucket:
     """
 
     __slots__ = (
-        "_agreeing",
-        "_epoch",
+        "_again",
         "_free",
         "_home",
         "_in_flight",
         "_late",
-        "_moment",
         "_paused",
         "_period",
+        "_probe",
+        "_probes",
         "_refused",
         "_requests",
         "_tickets",
@@ -171,124 +181,135 @@ class TokenBucket:
         self._free = requests
         self._in_flight = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
-        self._waiters: OrderedDict[asyncio.Future[None], int] = OrderedDict()  # each with its ticket, in order
+        self._waiters: _Queue = OrderedDict()
+        self._again: _Queue = OrderedDict()  # those whom a pause sent back, before all others
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters: a timer for each costs more the more there are
-        self._refused: set[Hashable] = set()  # accounts refused since the last success
-        self._moment = 0.0  # the moment that the first of these refusals named
-        self._agreeing = True  # whether all of them named that moment
-        self._paused: float | None = None  # until when, and then one at a time
-        self._epoch = 0  # counts pauses
-
-    @property
-    def epoch(self) -> int:
-        """What `paused_since` wants to know, to be read when a token was taken."""
-        return self._epoch
+        self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
+        self._paused: float | None = None  # until when, and then one probe at a time
+        self._probe = 0  # the token of the probe that is out, if one is
+        self._probes = 0
 
     def try_acquire(self) -> bool:
         """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
-        if self._free and not self._waiters and self._paused is None:
+        if self._free and not self._waiters and not self._again and self._paused is None:
             self._free -= 1
             self._in_flight += 1
             return True
         return False
 
-    async def acquire(self, deadline: float | None = None) -> None:
-        """Take a token, waiting for one if need be.
+    async def acquire(self, deadline: float | None = None, *, again: bool = False) -> int:
+        """Take a token, waiting for one if need be. Returns what tells a probe's token from the others, to be given back.
+
+        With `again`, for one that gave its token back because of a pause, it waits before those who have had none.
 
         Raises:
             RateLimitWaitError: The token cannot come before `deadline`, a loop time; at once where that is certain.
         """
         if self.try_acquire():
-            return
+            return 0
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._collect(began)
-        if not self._waiters and self._may_grant(began):
-            self._take()
-            return
+        ahead = len(self._again) + (0 if again else len(self._waiters))
+        if not ahead and self._may_grant(began):
+            return self._take()
         if deadline is not None:
-            self._refuse_hopeless(began, began, deadline, len(self._waiters))
-        await self._wait(loop, began, deadline)
+            self._refuse_hopeless(began, began, deadline, ahead)
+        return await self._wait(loop, began, deadline, self._again if again else self._waiters)
 
-    def ended(self) -> None:
+    def ended(self, token: int = 0) -> None:
         """The attempt has ended with an answer: the server counted it before now."""
-        self._give_back(self._period)
+        self._give_back(token, self._period)
 
-    def abandoned(self) -> None:
+    def abandoned(self, token: int = 0) -> None:
         """The attempt was given up on (timeout, cancellation, reset); it may still arrive within the `late` seconds."""
-        self._give_back(self._period + self._late)
+        self._give_back(token, self._period + self._late)
 
-    def unused(self) -> None:
+    def unused(self, token: int = 0) -> None:
         """The attempt certainly never left: its token is free at once."""
         self._in_flight -= 1
         self._free += 1
+        self._end_probe(token)
         self._wake()
 
     def succeeded(self) -> None:
-        """An answer other than a refusal came: whatever was refused before, the bucket as a whole is not."""
+        """The server served a request: whatever was refused before, the bucket as a whole is not."""
         if not self._refused:
             return
         self._refused.clear()
-        self._agreeing = True
         if self._paused is not None:
             self._paused = None
             self._wake()
 
-    def refused(self, account: Hashable, wait: float | None) -> None:
-        """An attempt for `account` was refused (429) and told to come back in `wait` seconds.
+    def refused(self, account: Hashable, wait: float | None) -> bool:
+        """An attempt for `account` was refused (429) and told to come back in `wait` seconds. Returns whether this pauses it.
 
-        One refused account holds back nobody else, because it may be hammered from elsewhere. When three or more are
-        refused with no success between, and all were told the same moment, it is the window that they share: then the
-        bucket pauses until then, and lets one attempt at a time through until a success ends it.
+        One refused account holds back nobody else, because it may be hammered from elsewhere. When the last three, with no
+        success between, were told the same moment, it is the window that they share: then the bucket pauses until then, and
+        lets one probe at a time through until a success ends it. An unknown moment agrees with none.
         """
         now = asyncio.get_running_loop().time()
         moment = math.nan if wait is None else now + wait
-        if not self._refused:
-            self._moment = moment
-        # As the oldest requests age out the moment moves on; an unknown moment (nan) agrees with none.
-        self._agreeing = self._agreeing and abs(moment - self._moment) <= _SAME_MOMENT
-        self._refused.add(account)
-        if self._paused is not None or (self._agreeing and len(self._refused) >= _REFUSALS_TO_PAUSE):
-            self._paused = max(self._paused or 0.0, now if wait is None else moment)
-            self._epoch += 1
+        self._refused.pop(account, None)
+        self._refused[account] = moment
+        if len(self._refused) > _REFUSALS_TO_PAUSE:
+            del self._refused[next(iter(self._refused))]
+        pauses = self._paused is None and len(self._refused) == _REFUSALS_TO_PAUSE and self._agree()
+        if pauses or (self._paused is not None and wait is not None):
+            self._paused = max(self._paused or 0.0, moment)
             self._wake()
+        return pauses
 
-    def paused_since(self, epoch: int) -> bool:
-        """Whether a pause began after the token of that `epoch` was taken: then it had better go back unused."""
-        return self._paused is not None and epoch != self._epoch
+    def _agree(self) -> bool:
+        moments = self._refused.values()
+        return not any(map(math.isnan, moments)) and max(moments) - min(moments) <= _SAME_MOMENT
+
+    def held(self, token: int) -> bool:
+        """Whether a pause has begun since the token was taken: then it had better go back unused."""
+        return self._paused is not None and not (token and token == self._probe)
 
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
         self._collect(now)
-        return self._free == self._requests and not self._waiters and self._paused is None
+        return self._free == self._requests and not (self._waiters or self._again or self._paused)
 
-    def quota(self, pace: float | None, burst: float) -> Quota:
-        """What it can still give."""
+    def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0) -> Quota:
+        """What it can still give; `pacing` calls have their token and wait for the pace."""
         now = asyncio.get_running_loop().time()
         self._collect(now)
         return Quota(
             limit=self._requests,
             free=self._free,
             in_flight=self._in_flight,
-            waiting=len(self._waiters),
+            waiting=len(self._waiters) + len(self._again),
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
             pace=pace,
             burst=burst,
+            pacing=pacing,
         )
 
     # --- inside
 
-    def _take(self) -> None:
+    def _take(self) -> int:
         self._free -= 1
         self._in_flight += 1
+        if self._paused is None:
+            return 0
+        self._probes += 1
+        self._probe = self._probes
+        return self._probe
 
-    def _give_back(self, after: float) -> None:
+    def _give_back(self, token: int, after: float) -> None:
         self._in_flight -= 1
         insort(self._home, asyncio.get_running_loop().time() + after)
-        if self._waiters:
-            self._wake()
+        self._end_probe(token)
+        self._wake()
+
+    def _end_probe(self, token: int) -> None:
+        if token and token == self._probe:
+            self._probe = 0
 
     def _collect(self, now: float) -> None:
         home = bisect_right(self._home, now)
@@ -297,26 +318,25 @@ class TokenBucket:
             self._free += home
 
     def _may_grant(self, now: float) -> bool:
-        if self._paused is not None and (now < self._paused or self._in_flight):
+        if self._paused is not None and (now < self._paused or self._probe):
             return False
         return self._free > 0
 
     def _wake(self) -> None:
         """Hand free tokens to those who wait, in order, and set the one timer for the next that comes home."""
-        if not self._waiters:
+        if not (self._again or self._waiters):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
-        while self._waiters and self._may_grant(now):
-            waiter = self._waiters.popitem(last=False)[0]
+        while (queue := self._again or self._waiters) and self._may_grant(now):
+            waiter = queue.popitem(last=False)[0]
             if not waiter.done():  # cancelled in this very turn of the loop
-                self._take()
-                waiter.set_result(None)
+                waiter.set_result(self._take())
         self._set_timer(loop, now)
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
-        when = self._next_chance(now) if self._waiters else None
+        when = self._next_chance(now) if self._again or self._waiters else None
         if self._timer is not None:
             if self._timer.when() == when:
                 return
@@ -332,37 +352,36 @@ class TokenBucket:
         token = now if self._free else self._home[0] if self._home else None
         if token is None or self._paused is None:
             return token
-        return None if self._in_flight else max(token, self._paused)
+        return None if self._probe else max(token, self._paused)
 
-    async def _wait(self, loop: asyncio.AbstractEventLoop, began: float, deadline: float | None) -> None:
-        waiter = loop.create_future()
+    async def _wait(self, loop: asyncio.AbstractEventLoop, began: float, deadline: float | None, queue: _Queue) -> int:
+        waiter: asyncio.Future[int] = loop.create_future()
         self._tickets += 1
-        self._waiters[waiter] = self._tickets
+        queue[waiter] = self._tickets
         self._set_timer(loop, began)
         try:
             async with asyncio.timeout_at(deadline):
-                await waiter
+                return await waiter
         except TimeoutError:
-            ahead = self._ahead_of(waiter)
-            self._leave(waiter)
+            ahead = self._ahead_of(waiter, queue)
+            self._leave(waiter, queue)
         except asyncio.CancelledError:
-            self._leave(waiter)
+            self._leave(waiter, queue)
             raise
-        else:
-            return
-        self._raise_wait(began, loop.time(), ahead)
+        raise self._wait_error(began, loop.time(), ahead)
 
-    def _ahead_of(self, waiter: asyncio.Future[None]) -> int:
+    def _ahead_of(self, waiter: asyncio.Future[int], queue: _Queue) -> int:
         # By tickets, because counting would cost more the more there are; those who left in between are counted too.
-        ticket = self._waiters.get(waiter)
-        return 0 if ticket is None else ticket - next(iter(self._waiters.values()))
+        ticket = queue.get(waiter)
+        ahead = 0 if ticket is None else ticket - next(iter(queue.values()))
+        return ahead if queue is self._again else ahead + len(self._again)
 
-    def _leave(self, waiter: asyncio.Future[None]) -> None:
+    def _leave(self, waiter: asyncio.Future[int], queue: _Queue) -> None:
         """Give up waiting, and hand on a token that came in the same moment."""
-        self._waiters.pop(waiter, None)
+        queue.pop(waiter, None)
         if waiter.done() and not waiter.cancelled():
-            self.unused()
-        elif not self._waiters and self._timer is not None:
+            self.unused(waiter.result())
+        elif not (self._again or self._waiters) and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
@@ -378,11 +397,11 @@ class TokenBucket:
 
     def _refuse_hopeless(self, began: float, now: float, deadline: float, ahead: int) -> None:
         if self._grant_time(now, ahead) > deadline:
-            self._raise_wait(began, now, ahead)
+            raise self._wait_error(began, now, ahead)
 
-    def _raise_wait(self, began: float, now: float, ahead: int) -> None:
+    def _wait_error(self, began: float, now: float, ahead: int) -> RateLimitWaitError:
         wait = max(self._grant_time(now, ahead), now) - began
-        raise RateLimitWaitError(
+        return RateLimitWaitError(
             f"the rate limit of {self._requests} requests would hold this call back for {wait:.1f} s, beyond its deadline; "
             "allow it more time, or ask for fewer keys at once",
             wait=wait,
@@ -404,9 +423,10 @@ class Buckets:
     def bucket(self, path: str, key: ApiKey) -> TokenBucket:
         """The bucket that a request for `path` with `key` takes its token from."""
         place = self._place(path, key)
+        if place is not path:
+            self._forget_idle()
         bucket = self._buckets.get(place)
         if bucket is None:
-            self._forget_idle()
             bucket = self._buckets[place] = TokenBucket(self._limit.requests, self._period, late=self._late)
         self._buckets.move_to_end(place)
         return bucket
@@ -416,8 +436,8 @@ class Buckets:
             return path
         return path, key.digest if self._limit.scope == "key" else account_of(key)
 
-    def quota(self, path: str, key: ApiKey | None) -> Quota:
-        """What the bucket of `path` and `key` can still give.
+    def quota(self, path: str, key: ApiKey | None, pacing: int) -> Quota:
+        """What the bucket of `path` and `key` can still give, while `pacing` calls wait for the pace.
 
         Raises:
             ConfigurationError: Each key or account has a bucket of its own and no key was named.
@@ -425,18 +445,20 @@ class Buckets:
         if key is None and self._limit.scope != "client":
             raise ConfigurationError(f"with scope {self._limit.scope!r} each has a quota of its own; name the key: quota(key=…)")
         bucket = self._buckets.get(self._place(path, key)) or TokenBucket(self._limit.requests, self._period)
-        pace = self._limit.pace
-        return bucket.quota(pace, 0.0 if pace is None else max(1.0, pace / 20))
+        return bucket.quota(self._limit.pace, self._limit.burst, pacing)
 
     def _forget_idle(self) -> None:
-        # Two looks for each new bucket are enough to keep only those of the last period; a busy one is looked at again later.
-        now = asyncio.get_running_loop().time()
-        for _ in range(min(2, len(self._buckets))):
+        # The least recently used stand first. A busy one is looked at again later; a crowd of idle ones goes bit by bit.
+        now, busy = asyncio.get_running_loop().time(), 0
+        for _ in range(min(_LOOKS, len(self._buckets))):
             place, bucket = next(iter(self._buckets.items()))
             if bucket.idle(now):
                 del self._buckets[place]
-            else:
-                self._buckets.move_to_end(place)
+                continue
+            self._buckets.move_to_end(place)
+            busy += 1
+            if busy == 2:
+                return
 
 
 def account_of(key: ApiKey) -> Hashable:

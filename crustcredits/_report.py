@@ -166,7 +166,7 @@ def _decimal(what: str, number: Decimal | float) -> Decimal:
         check_number(what, number)
         return Decimal(str(number))
     if not number.is_finite():
-        check_number(what, float(number))
+        check_number(what, number)
     return number
 
 

@@ -64,6 +64,8 @@ class Transport:
 
     def __init__(self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None) -> None:
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        if session is not None and not isinstance(session, aiohttp.ClientSession):
+            raise ConfigurationError(f"session is an aiohttp.ClientSession, not {type(session).__name__}")
         self._session = session
         self._proxy = proxy
         self._owned = session is None
@@ -127,9 +129,12 @@ class Transport:
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
         if isinstance(error, aiohttp.InvalidURL):
-            return Failure(ConfigurationError("the base URL or the proxy is no usable URL", **details), Fate.UNSENT)
+            return Failure(ConfigurationError("the proxy is no usable URL", **details), Fate.UNSENT)
         if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
             return Failure(APIConnectionError(f"could not connect ({_reason(error)})", **details), Fate.UNSENT)
+        if not isinstance(error, (aiohttp.ClientError, OSError)):
+            # No network's doing: the caller's session, its connector or its traces.
+            return Failure(ConfigurationError(f"the request failed in the session ({type(error).__name__})", **details), given_up)
         when = "while the answer came" if answers else "before an answer"
         return Failure(APIConnectionError(f"the connection failed {when} ({_reason(error)})", **details), given_up)
 

@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from typing import Any, Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import attrs
 
@@ -44,6 +44,9 @@ MAX_BODY: Final = 64 * 1024
 MAX_NUMBER_TEXT: Final = 64
 MAX_EXPONENT: Final = 64
 
+# Deeper than any account, and shallow enough for whatever prints or copies it.
+MAX_DEPTH: Final = 16
+
 _MAX_MESSAGE = 300
 
 
@@ -66,22 +69,29 @@ def request_headers(key: ApiKey) -> dict[str, str]:
     }
 
 
-def parse_base_url(base_url: str | None, environ: Mapping[str, str] | None = None) -> str:
+def parse_base_url(base_url: str | None, environ: Mapping[str, str] | None = None) -> str | ConfigurationError:
     """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
 
-    Raises:
-        ConfigurationError: It is no `https://host[:port]`; plain `http` is taken for loopback only.
+    The error, not raised because its text may hold credentials, when it is no `https://host[:port]`; plain `http` is taken
+    for loopback only.
     """
     source = "base_url"
     if base_url is None:
-        environ = os.environ if environ is None else environ
-        base_url = environ.get(BASE_URL_VARIABLE, "").strip() or DEFAULT_BASE_URL
-        environ, source = None, BASE_URL_VARIABLE
+        base_url = (os.environ if environ is None else environ).get(BASE_URL_VARIABLE, "").strip() or DEFAULT_BASE_URL
+        source = BASE_URL_VARIABLE
     origin, problem = _origin_or_problem(base_url)
-    if problem is not None:
-        del base_url  # It may hold credentials.
-        raise ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
-    return origin
+    return origin if problem is None else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
+
+
+def proxy_problem(proxy: object) -> ConfigurationError | None:
+    """What is wrong with a proxy's URL; it may hold credentials, so it is not repeated."""
+    if proxy is None:
+        return None
+    try:
+        usable = isinstance(proxy, str) and urlsplit(proxy).scheme in {"http", "https"} and bool(urlsplit(proxy).hostname)
+    except ValueError:
+        usable = False
+    return None if usable else ConfigurationError("proxy is no http(s) URL; give it as http://host:port")
 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
@@ -90,6 +100,7 @@ def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
     try:
         parts = urlsplit(base_url.strip())
         port = "" if parts.port is None else f":{parts.port}"
+        (parts.hostname or "").encode("idna")
     except ValueError:
         return "", "is not a URL"
     problem = _url_problem(parts)
@@ -128,7 +139,7 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
         return _read_failure(key, response, now, period)
     document, problem = _parse(response.body)
     if problem is None and path == ACCOUNT_CREDITS:
-        document, problem = _account_of(document)
+        document, problem = _account_of(document, key)
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         said = f"the API answered with {problem or 'no number of credits'}"
@@ -153,8 +164,12 @@ class _UnusableNumberError(ValueError):
 def _number(text: str) -> Decimal:
     if len(text) > MAX_NUMBER_TEXT:
         raise _UnusableNumberError
-    number = Decimal(text)
-    if number and abs(number.adjusted()) > MAX_EXPONENT:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # an exponent of twenty digits
+        raise _UnusableNumberError from None
+    # Of a zero too: written out, 0E-50000000 is 50 MB.
+    if abs(number.adjusted()) > MAX_EXPONENT:
         raise _UnusableNumberError
     return number
 
@@ -181,9 +196,33 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
         return None, "something that is not JSON"
 
 
-def _account_of(document: Any) -> tuple[Any, str | None]:
+def _account_of(document: Any, key: ApiKey) -> tuple[Any, str | None]:
     account = document.get("account") if isinstance(document, dict) else None
-    return account, None if isinstance(account, dict) else "no account"
+    if not isinstance(account, dict):
+        return None, "no account"
+    if _is_deeper(account, MAX_DEPTH):
+        return None, "an absurdly nested account"
+    return _without_secret(account, key), None
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [part for item in level for part in _parts(item)]
+    return bool(level)
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _without_secret(value: Any, key: ApiKey) -> Any:
+    """A part of a document, without the secret should the server echo it: it is kept, and shown, as sent."""
+    if isinstance(value, str):
+        return _hide(value, key)
+    if isinstance(value, dict):
+        return {_hide(name, key): _without_secret(part, key) for name, part in value.items()}
+    return [_without_secret(part, key) for part in value] if isinstance(value, list) else value
 
 
 def _account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
@@ -333,7 +372,16 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
     """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
     if text is None:
         return None
-    hidden = text.replace(key.secret, "***")[:_MAX_MESSAGE].strip()
+    hidden = _hide(text, key)[:_MAX_MESSAGE]
     if not hidden.isprintable():
         hidden = "".join(char if char.isprintable() else " " for char in hidden)
-    return hidden or None
+    return hidden.strip() or None
+
+
+def _hide(text: str, key: ApiKey) -> str:
+    """Without the secret, also where it is quoted as in a URL or in another case."""
+    if len(text) < len(key.secret):
+        return text
+    for form in {key.secret, quote(key.secret, safe="")}:
+        text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)
+    return text

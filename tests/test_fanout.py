@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from crustcredits import ApiKey, Balance, Outcome
-from crustcredits._fanout import fan_out
+from crustcredits._fanout import FanOut
+from crustcredits._keys import as_keys_async
 from tests.virtual import keys, now
 
 pytestmark = pytest.mark.virtual
@@ -50,7 +51,7 @@ async def names(stream: Any) -> list[str]:
 async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
     """Room bounds the tasks, not the number of keys."""
     ask = Asker()
-    assert sorted(await names(fan_out(iter(keys(10)), ask, room=4))) == [f"k{number}" for number in range(10)]
+    assert sorted(await names(FanOut(ask, room=4).outcomes(iter(keys(10))))) == [f"k{number}" for number in range(10)]
     assert ask.most == 4
     assert now() == pytest.approx(3, abs=1e-3)
     assert tasks() == 1
@@ -58,13 +59,13 @@ async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
 
 async def test_no_keys_no_outcomes() -> None:
     """An empty source ends at once."""
-    assert await names(fan_out(iter([]), Asker(), room=4)) == []
+    assert await names(FanOut(Asker(), room=4).outcomes(iter([]))) == []
 
 
 async def test_a_slow_consumer_holds_back_the_asking() -> None:
     """Outcomes that nobody has taken yet count too, so memory stays bounded."""
     ask = Asker(seconds=0.0)
-    stream = fan_out(iter(keys(100)), ask, room=4)
+    stream = FanOut(ask, room=4).outcomes(iter(keys(100)))
     async with aclosing(stream):
         await anext(stream)
         await asyncio.sleep(10)
@@ -75,7 +76,7 @@ async def test_an_equal_secret_under_way_is_joined_under_its_own_name() -> None:
     """One question, two outcomes."""
     ask = Asker()
     twins = [ApiKey("secret-1", name="one"), ApiKey("secret-1", name="other", account="acme")]
-    outcomes = [outcome async for outcome in fan_out(iter(twins), ask, room=4)]
+    outcomes = [outcome async for outcome in FanOut(ask, room=4).outcomes(iter(twins))]
     assert ask.asked == ["one"]
     assert [(outcome.key.name, outcome.balance.key.name) for outcome in outcomes if outcome.balance] == [
         ("one", "one"),
@@ -86,7 +87,7 @@ async def test_an_equal_secret_under_way_is_joined_under_its_own_name() -> None:
 async def test_an_equal_secret_that_comes_later_is_asked_again() -> None:
     """What has landed is not kept."""
     ask = Asker()
-    await names(fan_out(iter(keys(1) * 3), ask, room=1))
+    await names(FanOut(ask, room=1).outcomes(iter(keys(1) * 3)))
     assert ask.asked == ["k0"] * 3
 
 
@@ -97,7 +98,7 @@ async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
         yield from keys(2)
         raise LookupError("the database is gone")
 
-    stream = fan_out(source(), Asker(), room=4)
+    stream = FanOut(Asker(), room=4).outcomes(source())
     landed = {(await anext(stream)).key.name for _ in range(2)}
     with pytest.raises(LookupError, match="the database is gone"):
         await anext(stream)
@@ -108,19 +109,19 @@ async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
 async def test_an_asynchronous_source_is_read_as_it_comes() -> None:
     """Outcomes come out while the next key is still awaited."""
 
-    async def source() -> AsyncIterator[ApiKey]:
+    async def source() -> AsyncGenerator[ApiKey, None]:
         for key in keys(3):
             yield key
             await asyncio.sleep(5)
 
-    times = [now() async for _ in fan_out(source(), Asker(), room=4)]
+    times = [now() async for _ in FanOut(Asker(), room=4).outcomes(source())]
     assert times == pytest.approx([1, 6, 11], abs=1e-3)
 
 
 async def test_leaving_early_cancels_and_awaits_the_rest() -> None:
     """No task outlives the generator."""
     ask = Asker()
-    async with aclosing(fan_out(iter(keys(50)), ask, room=10)) as stream:
+    async with aclosing(FanOut(ask, room=10).outcomes(iter(keys(50)))) as stream:
         await anext(stream)
     assert ask.under_way == 0
     assert tasks() == 1
@@ -130,7 +131,7 @@ async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
     """At whatever point."""
     for moment in (0.0, 0.5, 1.0, 1.5):
         ask = Asker()
-        consumer = asyncio.create_task(names(fan_out(iter(keys(50)), ask, room=10)))
+        consumer = asyncio.create_task(names(FanOut(ask, room=10).outcomes(iter(keys(50)))))
         await asyncio.sleep(moment)
         consumer.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -147,5 +148,70 @@ async def test_what_a_question_raises_ends_it_all() -> None:
         raise RuntimeError("closed")
 
     with pytest.raises(RuntimeError, match="closed"):
-        await names(fan_out(iter(keys(10)), ask, room=10))
+        await names(FanOut(ask, room=10).outcomes(iter(keys(10))))
+    assert tasks() == 1
+
+
+@pytest.mark.parametrize("kind", [LookupError, asyncio.CancelledError])
+async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseException]) -> None:
+    """Whatever it raises, also a cancellation that it met inside; and those already asked come first."""
+
+    async def source() -> AsyncGenerator[ApiKey, None]:
+        yield keys(1)[0]
+        raise kind
+
+    stream = FanOut(Asker(), room=4).outcomes(source())
+    assert (await anext(stream)).key.name == "k0"
+    with pytest.raises(kind):
+        await anext(stream)
+    assert tasks() == 1
+
+
+async def test_a_question_that_ends_cancelled_ends_it_all() -> None:
+    """Its key has no outcome, and no key is left out silently."""
+
+    async def ask(key: ApiKey) -> Outcome[Balance]:
+        if key.name == "k1":
+            raise asyncio.CancelledError
+        return await Asker()(key)
+
+    with pytest.raises(asyncio.CancelledError):
+        await names(FanOut(ask, room=10).outcomes(iter(keys(3))))
+    assert tasks() == 1
+
+
+async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
+    """A database cursor in it must not stay open."""
+    closed: list[int] = []
+
+    async def source() -> AsyncGenerator[str, None]:
+        try:
+            for number in range(100):
+                yield f"secret-{number}"
+        finally:
+            await asyncio.sleep(0)
+            closed.append(now() > 0)
+
+    async with aclosing(FanOut(Asker(), room=2).outcomes(as_keys_async(source()))) as stream:
+        await anext(stream)
+    assert len(closed) == 1
+    await names(FanOut(Asker(), room=200).outcomes(as_keys_async(source())))
+    assert len(closed) == 2
+    assert tasks() == 1
+
+
+async def test_what_ends_it_from_outside_comes_even_while_the_source_is_awaited() -> None:
+    """Such as the client's closing."""
+
+    async def source() -> AsyncGenerator[ApiKey, None]:
+        await asyncio.sleep(3600)
+        yield keys(1)[0]
+
+    run = FanOut(Asker(), room=4)
+    consumer = asyncio.create_task(names(run.outcomes(source())))
+    await asyncio.sleep(1)
+    run.end(LookupError("closed"))
+    with pytest.raises(LookupError, match="closed"):
+        await consumer
+    assert now() == pytest.approx(1, abs=0.01)
     assert tasks() == 1

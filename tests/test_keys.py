@@ -48,6 +48,8 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         (f"Bearer {SECRET}", "begins with 'Bearer' or 'Token'"),
         (f"token {SECRET}", "begins with 'Bearer' or 'Token'"),
         ("Bearer", "begins with 'Bearer' or 'Token'"),
+        ('"sk-0123"', "begins with a quotation mark"),
+        ("'sk-0123'", "begins with a quotation mark"),
         ("sk 0123", "white space or control characters inside"),
         ("sk\x000123", "white space or control characters inside"),
         ("sk\n0123", "white space or control characters inside"),
@@ -190,6 +192,7 @@ def test_text_gives_keys_by_line_and_comma() -> None:
     ("text", "said"),
     [
         ("s-1\nprod=\n", "line 2: the API key is empty"),
+        ("s-secretxxxxxxx==", "line 1: nothing but '=' stands behind a name"),
         ("=s-secret", "line 1: the name of the API key is empty"),
         ("/prod=s-secret", "line 1: the account of the API key is empty"),
         ("a=s-1\n\n# x\nb=s secret", "line 4: the API key holds white space"),
@@ -229,6 +232,22 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="it is not UTF-8 text") as caught:
         keys_from_file(tmp_path / "binary")
     assert caught.value.__context__ is None
+    for path in ("a\0b", None, 5):
+        with pytest.raises(ConfigurationError, match="that is no path"):
+            keys_from_file(path)  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_a_pool_that_changes_while_it_is_read_is_read_as_it_was() -> None:
+    """And no frame shows its secrets."""
+    mapping, secrets = {"a": "s-1", "b": "s-2"}, {"s-3", "s-4"}
+    named, bare = as_keys(mapping), as_keys(secrets)
+    assert isinstance(named, Iterator)
+    assert isinstance(bare, Iterator)
+    next(named), next(bare)
+    mapping["c"] = "s-5"
+    secrets.add("s-6")
+    assert [key.name for key in named] == ["b"]
+    assert len(list(bare)) == 1
 
 
 def test_the_environment_holds_one_key_or_many() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.virtual
 PATH = "/user/credits"
 
 
-async def take(bucket: TokenBucket, log: list[Any], name: Any, deadline: float | None = None) -> None:
-    await bucket.acquire(deadline)
+async def take(bucket: TokenBucket, log: list[Any], name: Any, deadline: float | None = None, *, again: bool = False) -> None:
+    await bucket.acquire(deadline, again=again)
     log.append((name, now()))
 
 
@@ -174,7 +173,7 @@ async def test_everybody_leaving_at_once_is_cheap() -> None:
     await settle()
     results = await asyncio.gather(*crowd, return_exceptions=True)
     assert all(isinstance(result, RateLimitWaitError) for result in results)
-    assert bucket.quota(None, 0.0).waiting == 0
+    assert bucket.quota().waiting == 0
 
 
 # --- pauses
@@ -205,7 +204,7 @@ async def test_three_refused_accounts_pause_the_bucket_until_the_moment_they_wer
     await asyncio.sleep(35)
     assert log == [("probe", pytest.approx(29.6))]
     bucket.succeeded()
-    bucket.ended()
+    bucket.ended(bucket._probe)
     await asyncio.gather(*waiters)
     assert [name for name, _ in log] == ["probe", "second", "third"]
     assert log[1][1] == pytest.approx(35)
@@ -215,10 +214,10 @@ async def test_a_refused_probe_pauses_it_again() -> None:
     """Until the moment that the probe was told."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 5.0, 5.0, 5.0)
-    await bucket.acquire()
+    probe = await bucket.acquire()
     assert now() == pytest.approx(5)
-    bucket.refused("account 9", 7.0)
-    bucket.ended()
+    assert not bucket.refused("account 9", 7.0)
+    bucket.ended(probe)
     await bucket.acquire()
     assert now() == pytest.approx(12)
 
@@ -227,37 +226,109 @@ async def test_a_probe_that_says_nothing_is_followed_by_the_next() -> None:
     """A timeout proves neither; nobody waits for ever, and they still go one at a time."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 5.0, 5.0, 5.0)
-    await bucket.acquire()
+    probe = await bucket.acquire()
     log: list[Any] = []
     second = asyncio.create_task(take(bucket, log, "second"))
     third = asyncio.create_task(take(bucket, log, "third"))
     await asyncio.sleep(3)
     assert not log
-    bucket.abandoned()
+    bucket.abandoned(probe)
     await settle()
     assert [name for name, _ in log] == ["second"]
-    bucket.unused()
+    bucket.unused(bucket._probe)
     await asyncio.gather(second, third)
+
+
+async def test_a_request_that_hangs_does_not_hold_up_the_probe() -> None:
+    """What was on the wire before the pause is not waited for."""
+    bucket = TokenBucket(10, 60.0)
+    await bucket.acquire()
+    await refused(bucket, 5.0, 5.0, 5.0)
+    await bucket.acquire()
+    assert now() == pytest.approx(5)
+
+
+async def test_a_pause_is_never_shortened() -> None:
+    """Not by a request that was on the wire before and was told less."""
+    bucket = TokenBucket(10, 60.0)
+    await bucket.acquire()
+    await refused(bucket, 5.0, 5.0, 5.0)
+    bucket.refused("another", 1.0)
+    bucket.ended()
+    await bucket.acquire()
+    assert now() == pytest.approx(5)
+
+
+async def test_those_whom_a_pause_sends_back_go_before_those_who_had_no_token_yet() -> None:
+    """In the order in which they had had theirs."""
+    bucket = TokenBucket(5, 60.0)
+    for _ in range(2):
+        assert await bucket.acquire() == 0
+    await refused(bucket, 5.0, 5.0, 5.0)
+    log: list[Any] = []
+    tasks = [asyncio.create_task(take(bucket, log, "newcomer"))]
+    await settle()
+    for name in ("first", "second"):
+        assert bucket.held(0)
+        bucket.unused()
+        tasks.append(asyncio.create_task(take(bucket, log, name, again=True)))
+        await settle()
+    assert bucket.quota().waiting == 3
+    await asyncio.sleep(6)
+    assert [name for name, _ in log] == ["first"]
+    assert not bucket.held(bucket._probe)
+    bucket.succeeded()
+    bucket.ended(bucket._probe)
+    await asyncio.gather(*tasks)
+    assert [name for name, _ in log] == ["first", "second", "newcomer"]
+
+
+async def test_those_whom_a_pause_sent_back_have_deadlines_too() -> None:
+    """And a place in the queue."""
+    bucket = TokenBucket(1, 60.0)
+    await refused(bucket, 5.0)
+    bucket.refused("one", 5.0)
+    assert bucket.refused("two", 5.0)
+    first = asyncio.create_task(bucket.acquire(again=True))
+    await settle()
+    with pytest.raises(RateLimitWaitError) as caught:
+        await bucket.acquire(deadline=100.0, again=True)
+    assert caught.value.wait == pytest.approx(120)
+    hasty = asyncio.create_task(bucket.acquire(deadline=121.0))
+    await asyncio.sleep(1)
+    first.cancel()
+    assert await hasty
+    assert now() == pytest.approx(60)
 
 
 async def test_a_refused_probe_without_a_wait_lets_the_next_go() -> None:
     """Nothing says how long; the refused key itself backs off."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 5.0, 5.0, 5.0)
-    await bucket.acquire()
+    probe = await bucket.acquire()
     bucket.refused("account 9", None)
-    bucket.ended()
+    bucket.ended(probe)
     await bucket.acquire()
     assert now() == pytest.approx(5)
 
 
-@pytest.mark.parametrize("waits", [(30.0, 12.0, 51.0, 30.0), (None, None, None, None), (30.0, None, 30.0, 30.0)])
+@pytest.mark.parametrize("waits", [(30.0, 12.0, 51.0, 30.0), (None, None, None, None), (30.0, None, 30.0, 12.0)])
 async def test_refusals_that_name_different_moments_are_each_accounts_own(waits: tuple[float | None, ...]) -> None:
     """One shared window has one oldest request; accounts hammered from elsewhere have one each."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, *waits)
     await bucket.acquire()
     assert now() == 0
+
+
+async def test_one_account_of_its_own_trouble_does_not_hide_the_pattern() -> None:
+    """The last three count; and no more is remembered of a million."""
+    bucket = TokenBucket(10, 60.0)
+    await refused(bucket, 57.0, 20.0, 20.0, 20.0)
+    assert bucket.held(0)
+    for number in range(1000):
+        bucket.refused(number, None)
+    assert len(bucket._refused) == 3
 
 
 async def test_a_success_between_refusals_starts_the_count_again() -> None:
@@ -290,7 +361,7 @@ async def test_a_quota_is_a_value_of_that_moment() -> None:
     bucket.ended()
     waiter = asyncio.create_task(bucket.acquire())
     await asyncio.sleep(10)
-    quota = bucket.quota(None, 0.0)
+    quota = bucket.quota()
     assert (quota.limit, quota.free, quota.in_flight, quota.waiting) == (2, 0, 1, 1)
     assert quota.seconds_for(0) == pytest.approx(50)
     assert quota.seconds_for(1) == pytest.approx(60)
@@ -308,18 +379,20 @@ async def test_a_quota_knows_the_pace() -> None:
     assert quota.seconds_for(205) == pytest.approx(2.0)
     assert quota.seconds_for(301) == pytest.approx(60.0)
     assert quota.seconds_for(700) == pytest.approx(120.0 + 0.95, abs=0.06)
+    assert TokenBucket(300, 60.0).quota(100.0, 5.0, 245).seconds_for(0) == pytest.approx(2.45)
+    assert TokenBucket(300, 60.0).quota(100.0, 5.0, 245).seconds_for(20) == pytest.approx(2.6, abs=0.06)
     assert TokenBucket(300, 1.0).quota(100.0, 5.0).seconds_for(1005) == pytest.approx(10.0)
 
 
 async def test_a_quota_says_when_the_last_of_those_who_wait_can_start() -> None:
     """That is what no more checks take."""
     bucket = TokenBucket(1, 60.0)
-    assert bucket.quota(None, 0.0).seconds_for(0) == 0
+    assert bucket.quota().seconds_for(0) == 0
     await bucket.acquire()
     bucket.ended()
     waiters = [asyncio.create_task(bucket.acquire()) for _ in range(2)]
     await settle()
-    assert bucket.quota(None, 0.0).seconds_for(0) == pytest.approx(120)
+    assert bucket.quota().seconds_for(0) == pytest.approx(120)
     for waiter in waiters:
         waiter.cancel()
 
@@ -359,6 +432,21 @@ async def test_only_the_last_periods_buckets_are_remembered() -> None:
     assert len(buckets) <= 150
 
 
+async def test_after_a_rest_the_idle_are_forgotten_bit_by_bit() -> None:
+    """So that no call takes long for it."""
+    buckets = Buckets(RateLimit(period=60.0, scope="key"), late=10.0)
+    for key in keys(3000):
+        bucket = buckets.bucket(PATH, key)
+        await bucket.acquire()
+        bucket.ended()
+    await asyncio.sleep(86_400)
+    counts = []
+    for _ in range(3):
+        buckets.bucket(PATH, keys(1)[0])
+        counts.append(len(buckets))
+    assert counts == [2000, 1000, 1]
+
+
 async def test_a_bucket_in_use_is_never_forgotten() -> None:
     """However many others come after it, and however long its call takes."""
     buckets = Buckets(RateLimit(requests=1, period=1.0, scope="key"), late=0.0)
@@ -377,10 +465,10 @@ async def test_a_quota_needs_a_key_where_each_has_its_own() -> None:
     key = keys(1)[0]
     buckets = Buckets(RateLimit(scope="key"), late=1.0)
     with pytest.raises(ConfigurationError, match="name the key"):
-        buckets.quota(PATH, None)
-    assert buckets.quota(PATH, key).free == 300
+        buckets.quota(PATH, None, 0)
+    assert buckets.quota(PATH, key, 0).free == 300
     assert len(buckets) == 0
-    assert Buckets(RateLimit(pace=None), late=1.0).quota(PATH, None).seconds_for(300) == 0
+    assert Buckets(RateLimit(pace=None), late=1.0).quota(PATH, None, 0).seconds_for(300) == 0
 
 
 def test_accounts_are_told_apart_by_name_or_by_secret() -> None:
@@ -432,7 +520,6 @@ async def test_the_pace_spreads_calls_smoothly() -> None:
 async def test_giving_back_without_anyone_waiting_sets_no_timer() -> None:
     """The uncontended way costs nothing that it does not need."""
     bucket = TokenBucket(2, 60.0)
-    with contextlib.suppress(RateLimitWaitError):
-        await bucket.acquire()
+    await bucket.acquire()
     bucket.ended()
     assert bucket._timer is None

@@ -126,13 +126,13 @@ async def play(bucket: TokenBucket, tokens: int, callers: list[Caller]) -> World
         await watch
     await asyncio.sleep(PERIOD + LATE + 1)
     assert bucket.idle(now()), "a token is lost"
-    assert bucket.quota(None, 0.0).free == tokens
+    assert bucket.quota().free == tokens
     return world
 
 
 async def watch_for_idling(bucket: TokenBucket) -> None:
     while True:
-        quota = bucket.quota(None, 0.0)
+        quota = bucket.quota()
         assert not (quota.free and quota.waiting), "somebody waits while a token is free"
         await asyncio.sleep(0.37)
 
@@ -164,17 +164,18 @@ class CountsFromTheStart(TokenBucket):
 
     __slots__ = ("_starts",)
 
-    async def acquire(self, deadline: float | None = None) -> None:
-        await super().acquire(deadline)
+    async def acquire(self, deadline: float | None = None, *, again: bool = False) -> int:
+        token = await super().acquire(deadline, again=again)
         self._started().append(now())
+        return token
 
     def _started(self) -> list[float]:
         if not hasattr(self, "_starts"):
             self._starts: list[float] = []
         return self._starts
 
-    def ended(self) -> None:
-        self._give_back(self._period - (now() - self._started().pop(0)))
+    def ended(self, token: int = 0) -> None:
+        self._give_back(token, self._period - (now() - self._started().pop(0)))
 
 
 def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> None:

@@ -29,7 +29,15 @@ from crustcredits import (
     UnexpectedResponseError,
     __version__,
 )
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, read_response, request_headers
+from crustcredits._wire import (
+    ACCOUNT_CREDITS,
+    USER_CREDITS,
+    Response,
+    parse_base_url,
+    proxy_problem,
+    read_response,
+    request_headers,
+)
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod")
@@ -87,6 +95,7 @@ def test_a_request_carries_the_key_the_version_and_who_asks() -> None:
 def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
     """https, or http to this very machine."""
     assert parse_base_url(given) == origin
+    assert proxy_problem(given.strip()) is None
 
 
 @pytest.mark.parametrize(
@@ -103,14 +112,23 @@ def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
         ("https://", "has no http"),
         ("https://api crustdata.com", "has white space"),
         ("https://api.crustdata.com:port", "is not a URL"),
+        ("https://a..b", "is not a URL"),
         (b"https://api.crustdata.com", "is a str, not bytes"),
     ],
 )
 def test_any_other_base_url_is_refused_with_the_reason(given: str, said: str) -> None:
     """And not repeated, because it may hold credentials."""
-    with pytest.raises(ConfigurationError, match=f"base_url {said}") as caught:
-        parse_base_url(given)
-    assert "sk-secret" not in str(caught.value)
+    refusal = parse_base_url(given)
+    assert isinstance(refusal, ConfigurationError)
+    assert f"base_url {said}" in str(refusal)
+    assert "sk-secret" not in str(refusal)
+
+
+@pytest.mark.parametrize("given", [5, "", "proxy", "ftp://proxy", "http://[", "http://"])
+def test_a_proxy_that_is_no_url_is_refused(given: object) -> None:
+    """And not repeated, because it may hold credentials."""
+    assert "give it as http://host:port" in str(proxy_problem(given))
+    assert proxy_problem(None) is None
 
 
 def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +138,7 @@ def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CRUSTDATA_API_URL", "http://localhost:1")
     assert parse_base_url(None) == "http://localhost:1"
     assert parse_base_url("https://other.example") == "https://other.example"
-    with pytest.raises(ConfigurationError, match="CRUSTDATA_API_URL is plain http"):
-        parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"})
+    assert "CRUSTDATA_API_URL is plain http" in str(parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"}))
 
 
 # --- balances
@@ -158,6 +175,8 @@ def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
         ('{"credits": Infinity}', "a number that cannot be credits"),
         ('{"credits": 1E+999999999}', "a number that cannot be credits"),
         ('{"credits": 1e-99}', "a number that cannot be credits"),
+        ('{"credits": 1E+99999999999999999999}', "a number that cannot be credits"),
+        ('{"credits": 0E-50000000}', "a number that cannot be credits"),
         (f'{{"credits": {"9" * 5000}}}', "a number that cannot be credits"),
         (None, "more than 64 KiB"),
     ],
@@ -236,6 +255,28 @@ def test_a_field_of_another_kind_does_not_lose_the_balance(caplog: pytest.LogCap
     assert found.recurring_credits_refresh_date is None
     assert set(found.extra) == {"recurring_credits", "credit_rollover", "wallets", "recurring_credits_refresh_date"}
     assert len(caplog.records) == 4
+
+
+def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
+    """Neither in values nor in names, nor quoted or in another case."""
+    echo = KEY.secret
+    found = account(
+        api_key=echo, wallets=[{f"of {echo}": [echo.upper()]}], recurring_credits_frequency=f"x{echo}", credit_topups=[1]
+    )
+    assert "sk-0123456789" not in repr(found).lower()
+    assert found.extra == {"api_key": "***"}
+    quoted = ApiKey("sk/0123456789+x", name="prod")
+    refused = read_response(USER_CREDITS, quoted, Response(403, {}, b'{"message": "SK%2F0123456789%2bX"}'), now=NOW, period=60.0)
+    assert str(refused) == "prod: *** (HTTP 403)"
+
+
+def test_an_absurdly_nested_account_is_unexpected() -> None:
+    """What prints or copies it would fail on it."""
+    assert account(wallets=[[[[[[{"a": [1]}]]]]]]).wallets
+    nested: Any = 1
+    for _ in range(600):
+        nested = [nested]
+    assert "nested" in str(error(json.dumps({"account": {"credits": 1, "wallets": nested}}), path=ACCOUNT_CREDITS))
 
 
 @pytest.mark.parametrize("body", ['{"credits": 1}', '{"account": null}', '{"account": {}}', "[]"])
@@ -341,3 +382,4 @@ def test_what_the_server_says_is_fit_for_a_log_line() -> None:
     assert str(found).isprintable()
     assert len(found.message) <= 300
     assert found.request_id == "r ***"
+    assert error("{}", status=401, x_request_id="\x00 \x01").request_id is None
