@@ -104,8 +104,10 @@ class CreditsClient:
             CrustCreditsError: The class says what went wrong; the tree stands in the README.
         """
         key = as_key(key)
-        outcome: Outcome[Balance] = await self._ask(USER_CREDITS, self._deadline(timeout), key)
-        return outcome.result()
+        result, _ = await self._ask(USER_CREDITS, self._deadline(timeout), key)
+        if isinstance(result, Balance):
+            return result
+        raise result
 
     async def account(self, key: KeyLike, *, timeout: float | None = None) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
@@ -113,8 +115,11 @@ class CreditsClient:
         `timeout` and what it raises are as for `balance`. The two endpoints have a rate limit each.
         """
         key = as_key(key)
-        outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, self._deadline(timeout), key)
-        return outcome.result()
+        result, _ = await self._ask(ACCOUNT_CREDITS, self._deadline(timeout), key)
+        if isinstance(result, Account):
+            return result
+        assert isinstance(result, CrustCreditsError)
+        raise result
 
     @overload
     async def check(
@@ -178,7 +183,7 @@ class CreditsClient:
         self._check_open()
         pool = list(source)
         refuse_contradictions(pool)
-        ask = partial(self._ask, ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout))
+        ask = partial(self._ask_for_outcome, ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout))
         return Report(await self._gather(pool, ask, on_outcome))
 
     async def _gather(
@@ -248,7 +253,7 @@ class CreditsClient:
             check_number("timeout", timeout, above=0)
 
         def ask(key: ApiKey) -> Any:
-            return self._ask(ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout), key)
+            return self._ask_for_outcome(ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout), key)
 
         return self._fan_out(source, ask)
 
@@ -292,8 +297,14 @@ class CreditsClient:
 
     # --- one key
 
-    async def _ask(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
-        """The outcome for one key. Raises only when the client is closed, or used on a wrong loop."""
+    async def _ask_for_outcome(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
+        result, attempts = await self._ask(path, deadline, key)
+        if isinstance(result, Balance):
+            return Outcome(key=key, balance=result, checked_at=result.checked_at, attempts=attempts)
+        return Outcome(key=key, error=result, checked_at=_utc_now(), attempts=attempts)
+
+    async def _ask(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
+        """The balance or the error, and how many requests it took. Raises only when the client is closed, or on a wrong loop."""
         self._check_loop()
         self._check_open()
         task = asyncio.current_task()
@@ -301,21 +312,24 @@ class CreditsClient:
         cancelling = task.cancelling()
         self._calls.add(task)
         try:
-            outcome = await self._try(path, deadline, key)
+            answer = await self._try(path, deadline, key)
         except asyncio.CancelledError:
             # As with asyncio.timeout: it is close()'s, unless somebody else has asked for one too.
             if task not in self._interrupted or task.cancelling() - 1 > cancelling:
                 raise
-            outcome = None
+            answer = None
         finally:
             self._calls.discard(task)
             if self._closed:
                 self._settle(task)
-        if outcome is None:
+        if answer is None:
             raise _closed_error()
-        if isinstance(outcome.error, ClientClosedError):
-            raise outcome.error
-        return outcome
+        result, attempts = answer
+        if isinstance(result, CrustCreditsError):
+            result.attempts = attempts
+            if isinstance(result, ClientClosedError):
+                raise result
+        return answer
 
     def _settle(self, task: asyncio.Task[Any]) -> None:
         """After the client was closed: take close()'s cancellation back, and say when the last call has ended."""
@@ -325,22 +339,22 @@ class CreditsClient:
         if not self._calls:
             self._no_calls.set()
 
-    async def _try(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
+    async def _try(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
         """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
         if isinstance(key, RefusedKey):
-            return _outcome(key, key.error, 0)
+            return key.error, 0
         attempts = 0
         last: CrustCreditsError | None = None
         while True:
             result = await self._attempt(path, deadline, key)
             if isinstance(result, RateLimitWaitError):
-                return _outcome(key, last or result, attempts)
+                return last or result, attempts
             attempts += 1
             if isinstance(result, Balance):
-                return _outcome(key, result, attempts)
+                return result, attempts
             delay = self._retry.delay(result, attempts)
             if delay is None or (deadline is not None and _now() + delay >= deadline):
-                return _outcome(key, result, attempts)
+                return result, attempts
             _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
             last = result
             await asyncio.sleep(delay)
@@ -461,13 +475,6 @@ class CreditsClient:
 
 def _closed_error() -> ClientClosedError:
     return ClientClosedError("this client is closed; make a new one")
-
-
-def _outcome(key: ApiKey, result: Balance | CrustCreditsError, attempts: int) -> Outcome[Any]:
-    if isinstance(result, Balance):
-        return Outcome(key=key, balance=result, checked_at=result.checked_at, attempts=attempts)
-    result.attempts = attempts
-    return Outcome(key=key, error=result, checked_at=_utc_now(), attempts=attempts)
 
 
 def _late_error(wait: float) -> RateLimitWaitError:

@@ -232,7 +232,7 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     except (TypeError, ValueError):
         problem = "that is no path"
     if problem is not None:
-        raise ConfigurationError(f"the keys file {path!s} cannot be read: {problem}")
+        raise ConfigurationError(f"the keys file {str(path)!r} cannot be read: {problem}")
     text = _Lines(text)
     return _keys_from_text(text, source=f"{Path(path).name}, line")
 
@@ -327,9 +327,7 @@ def _secret_problem(secret: object) -> str | None:
 def _padding_problem(secret: str) -> str | None:
     # A bare secret in base64, whose end looks like an empty value; taken for a name, it would be printed.
     return (
-        None
-        if secret.strip().strip("=")
-        else "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it"
+        None if secret.strip().strip("=") else "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it"
     )
 
 

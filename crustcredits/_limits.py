@@ -184,7 +184,7 @@ class TokenBucket:
         self._waiters: _Queue = OrderedDict()
         self._again: _Queue = OrderedDict()  # those whom a pause sent back, before all others
         self._tickets = 0
-        self._timer: asyncio.TimerHandle | None = None  # one for all waiters: a timer for each costs more the more there are
+        self._timer: asyncio.TimerHandle | None = None  # one for all waiters
         self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
         self._paused: float | None = None  # until when, and then one probe at a time
         self._probe = 0  # the token of the probe that is out, if one is
@@ -303,9 +303,12 @@ class TokenBucket:
 
     def _give_back(self, token: int, after: float) -> None:
         self._in_flight -= 1
-        insort(self._home, asyncio.get_running_loop().time() + after)
+        home = asyncio.get_running_loop().time() + after
+        insort(self._home, home)
         self._end_probe(token)
-        self._wake()
+        # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
+        if self._timer is None or home < self._timer.when():
+            self._wake()
 
     def _end_probe(self, token: int) -> None:
         if token and token == self._probe:
@@ -360,6 +363,8 @@ class TokenBucket:
         queue[waiter] = self._tickets
         self._set_timer(loop, began)
         try:
+            if deadline is None:
+                return await waiter
             async with asyncio.timeout_at(deadline):
                 return await waiter
         except TimeoutError:

@@ -128,8 +128,6 @@ class Transport:
             return Failure(APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up)
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
-        if isinstance(error, aiohttp.InvalidURL):
-            return Failure(ConfigurationError("the proxy is no usable URL", **details), Fate.UNSENT)
         if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
             return Failure(APIConnectionError(f"could not connect ({_reason(error)})", **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):

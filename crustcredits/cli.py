@@ -36,11 +36,12 @@ from crustcredits._keys import ApiKey, keys_from_env, keys_from_file, keys_from_
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._report import Report
+from crustcredits._version import __version__
 from crustcredits.testing import Fault, SandboxServer
 
-_LOW, _USAGE, _FAILED, _INTERRUPTED, _CLOSED_PIPE = 1, 2, 3, 130, 141  # the last two are 128 and the signal's number
+_LOW, _USAGE, _FAILED = 1, 2, 3
+_UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = 74, 130, 141  # as sysexits.h has it, and 128 and the signal's number
 _NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
-_PACE = RateLimit().pace or math.inf  # calls a second
 _NARROWEST = 76  # columns; on fewer the terminal wraps the lines, so that no digit is cut
 _LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 
@@ -58,7 +59,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print local variables
     rich_markup_mode=None,  # its boxes keep their escape sequences with NO_COLOR
-    help="How many credits each of your Crustdata API keys has left.",
 )
 _SETTINGS = {"allow_extra_args": True}  # only to be refused without being repeated
 
@@ -67,6 +67,19 @@ def _positive(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < math.inf:
         raise typer.BadParameter("it is a finite number of seconds above 0.")
     return seconds
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _echo(f"crustcredits {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *, version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False
+) -> None:
+    """How many credits each of your Crustdata API keys has left."""
 
 
 @app.command(context_settings=_SETTINGS)
@@ -109,6 +122,7 @@ def check(
       1    some key is below --min-credits
       2    wrong usage, no keys, or keys or settings that cannot be used
       3    some key could not be checked, whatever the others hold
+      74   the result could not be written
       130  interrupted by Ctrl-C; what had landed is shown
     """  # noqa: D301  # \b keeps the lines below it as they are
     with _exit_statuses(context):
@@ -137,11 +151,14 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
         raise typer.Exit(_USAGE) from None
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
-    except BrokenPipeError:
+    except OSError as error:
         # Or the interpreter would try at its end to write what is left, and complain.
         with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        raise typer.Exit(_CLOSED_PIPE) from None
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(_CLOSED_PIPE) from None
+        _say(f"the result cannot be written: {error.strerror}")
+        raise typer.Exit(_UNWRITTEN) from None
 
 
 def _leave(run: _Run, status: int) -> None:
@@ -225,7 +242,6 @@ class _Bar(Progress):
         # Standard output may go elsewhere, so it is not led past the bar.
         super().__init__(BarColumn(24), MofNCompleteColumn(), _TimeLeft(), console=console, transient=True, redirect_stdout=False)
         self._client, self._run = client, run
-        self._end = 0.0
         self._total = len(set(run.pool))
         self._task = self.add_task("", total=self._total)
         self.move()
@@ -235,11 +251,8 @@ class _Bar(Progress):
         quota = self._client.quota(detail=self._run.detail)
         remaining = self._total - len(self._run.landed)
         to_come = max(0, remaining - quota.waiting - quota.in_flight)
-        now = self.get_time()
-        if to_come:  # else the end is known: all are in the queue
-            self._end = now + quota.seconds_for(to_come)
         held = quota.waiting + to_come if quota.waiting else 0
-        end = max(self._end, now + remaining / _PACE)
+        end = self.get_time() + quota.seconds_for(to_come)
         self.update(self._task, completed=len(self._run.landed), held=held, end=end)
 
 

@@ -18,7 +18,7 @@ import socket
 import struct
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from types import TracebackType
 from typing import Any, Literal, Self
 from weakref import WeakSet
@@ -26,14 +26,13 @@ from weakref import WeakSet
 import attrs
 from aiohttp import web
 
+from crustcredits._checks import check_number, check_whole
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys import ApiKey
 from crustcredits._models import credits_text
+from crustcredits._wire import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 
 __all__ = ["Arrival", "Fault", "SandboxServer"]
-
-_CREDITS = "/user/credits"
-_ACCOUNT = "/account/credits"
 
 
 class Fault(enum.Enum):
@@ -57,7 +56,7 @@ class Fault(enum.Enum):
     ENDLESS = "200 with a body that does not end"
     BOMB = "200 with a small compressed body that swells to 16 MiB"
     COOKIE = "the right answer, and a cookie with the key's name"
-    STALE = "the right answer; the next request on that connection finds it closed"
+    STALE = "the right answer, and the kept connection is lost just when the next request is on its way"
 
 
 @attrs.frozen(kw_only=True)
@@ -83,6 +82,7 @@ class Arrival:
 class _Order:
     fault: Fault
     times: int | None
+    retry_after: int | None
 
 
 class SandboxServer:
@@ -97,7 +97,7 @@ class SandboxServer:
         record: Whether to keep every arrival; without, memory does not grow with the requests.
 
     Raises:
-        ConfigurationError: `host` or `scope` is neither of those.
+        ConfigurationError: An argument is none of those.
     """
 
     def __init__(
@@ -112,6 +112,10 @@ class SandboxServer:
     ) -> None:
         if host not in {"127.0.0.1", "localhost"} or scope not in {"client", "account", "key"}:
             raise ConfigurationError("host is '127.0.0.1' or 'localhost', and scope is 'client', 'account' or 'key'")
+        check_whole("limit", limit, minimum=1)
+        check_number("period", period, above=0)
+        check_number("delay[0]", delay[0], minimum=0)
+        check_number("delay[1]", delay[1], minimum=delay[0])
         self.arrivals: list[Arrival] = []
         self.requests: int = 0
         self.refused: int = 0
@@ -166,17 +170,33 @@ class SandboxServer:
         return key
 
     def set_credits(self, key: ApiKey, credits: Decimal | int | str) -> None:
-        """Change the credits of the account that `key` draws from, as spending them would."""
-        _, owner = self._keys[key.secret]
-        self._accounts[owner]["credits"] = _credits(credits)
+        """Change the credits of the account that `key` draws from, as spending them would.
 
-    def fail(self, key: ApiKey, fault: Fault, *, times: int | None = None) -> None:
-        """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before."""
-        self._orders[key.digest].append(_Order(fault, times))
+        Raises:
+            ConfigurationError: The sandbox did not issue `key`, or the credits are not exact.
+        """
+        self._accounts[self._owner(key)]["credits"] = _credits(credits)
+
+    def fail(self, key: ApiKey, fault: Fault, *, times: int | None = None, retry_after: int | None = None) -> None:
+        """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before.
+
+        `retry_after` is what a `REFUSED` one is told to wait, in whole seconds; by default each is told another time within
+        the period, as accounts hammered from elsewhere would be.
+
+        Raises:
+            ConfigurationError: The sandbox did not issue `key`.
+        """
+        self._owner(key)
+        self._orders[key.digest].append(_Order(fault, times, retry_after))
 
     def heal(self, key: ApiKey) -> None:
         """Forget the faults ordered for `key`."""
         self._orders.pop(key.digest, None)
+
+    def _owner(self, key: ApiKey) -> str:
+        if key.secret not in self._keys:
+            raise ConfigurationError("the sandbox did not issue this key; make it with add_key()", key_name=key.name)
+        return self._keys[key.secret][1]
 
     # --- what it saw
 
@@ -192,7 +212,13 @@ class SandboxServer:
         return len(server.connections) if server is not None else 0
 
     def worst_window(self) -> int:
-        """The most arrivals on one endpoint within any one period. Needs `record`."""
+        """The most arrivals on one endpoint within any one period, whatever `scope` counts by.
+
+        Raises:
+            ConfigurationError: With `record=False` it is not known.
+        """
+        if not self._record:
+            raise ConfigurationError("without record=True the arrivals are not kept, so the worst window is unknown")
         return max((_worst_window(times, self._period) for times in self._times_by_path().values()), default=0)
 
     def _times_by_path(self) -> dict[str, list[float]]:
@@ -230,21 +256,22 @@ class SandboxServer:
             return _reset(request)
         if refused:
             return _json(429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, headers)
-        fault = self._next_fault(key)
-        if fault is None:
+        order = self._next_order(key)
+        if order is None:
             return self._answer(request, key, headers)
-        return await self._misbehave(fault, request, key, headers)
+        return await self._misbehave(order, request, key, headers)
 
     async def _misbehave(
-        self, fault: Fault, request: web.BaseRequest, key: ApiKey | None, headers: Mapping[str, str]
+        self, order: _Order, request: web.BaseRequest, key: ApiKey | None, headers: Mapping[str, str]
     ) -> web.StreamResponse:
+        fault = order.fault
         if fault in _PLAIN:
             status, kind, text = _PLAIN[fault]
             return web.Response(status=status, text=text, content_type=kind, headers=headers)
         if fault in _STREAMED:
             return await _STREAMED[fault](request, headers)
         if fault is Fault.REFUSED:
-            said = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(self._spread_reset())}
+            said = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(order.retry_after or self._spread_reset())}
             return _json(429, {"message": "Too many requests"}, {**headers, **said})
         if fault is Fault.REDIRECT:
             host = "localhost" if self._host == "127.0.0.1" else "127.0.0.1"
@@ -299,15 +326,15 @@ class SandboxServer:
             return request.headers.get("Authorization")
         return self._keys[key.secret][1] if self._scope == "account" else key.digest
 
-    def _next_fault(self, key: ApiKey | None) -> Fault | None:
+    def _next_order(self, key: ApiKey | None) -> _Order | None:
         orders = self._orders.get(key.digest) if key is not None else None
         while orders:
             order = orders[0]
             if order.times is None:
-                return order.fault
+                return order
             if order.times > 0:
                 order.times -= 1
-                return order.fault
+                return order
             orders.popleft()
         return None
 
@@ -315,13 +342,13 @@ class SandboxServer:
         if key is None:
             missing = "Authorization" not in request.headers
             return _json(401, {"message": f"{'Missing' if missing else 'Invalid'} API key in request"}, headers)
-        if request.method != "GET" or request.path not in {_CREDITS, _ACCOUNT}:
+        if request.method != "GET" or request.path not in {USER_CREDITS, ACCOUNT_CREDITS}:
             return _json(404, {"message": "Not found"}, headers)
         account = self._accounts[self._keys[key.secret][1]]
-        if request.path == _CREDITS:
+        if request.path == USER_CREDITS:
             return _json(200, {"credits": account["credits"]}, headers)
-        if not request.headers.get("x-api-version"):
-            error = {"type": "invalid_request", "message": "Missing x-api-version header", "metadata": {}}
+        if request.headers.get("x-api-version") != API_VERSION:
+            error = {"type": "invalid_request", "message": "Missing or wrong x-api-version header", "metadata": {}}
             return _json(400, {"error": error}, headers)
         return _json(200, {"account": account}, headers)
 
@@ -342,9 +369,10 @@ def _account_fields(credits: Decimal | int | str) -> dict[str, Any]:
 
 
 def _credits(credits: Decimal | int | str) -> Decimal:
-    if isinstance(credits, float):
-        raise ConfigurationError("credits are exact: give a Decimal, an int or text, not a float")
-    return Decimal(credits)
+    with contextlib.suppress(InvalidOperation):
+        if not isinstance(credits, float) and Decimal(credits).is_finite():
+            return Decimal(credits)
+    raise ConfigurationError(f"credits are exact: give a finite Decimal, an int or their text, not {credits!r}")
 
 
 def _worst_window(times: list[float], period: float) -> int:

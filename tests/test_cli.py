@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import pytest
 import typer
@@ -24,14 +25,14 @@ from rich.cells import cell_len
 from rich.progress import Task, TaskID
 from typer.testing import CliRunner
 
-from crustcredits import Account, ApiKey, CreditsClient, CrustCreditsError, Outcome, RateLimit, Report, cli
+from crustcredits import Account, ApiKey, CreditsClient, CrustCreditsError, Outcome, RateLimit, Report, __version__, cli
 from crustcredits.__main__ import main
 from crustcredits.testing import Fault, SandboxServer
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-Stream: TypeAlias = io.StringIO | None
+Stream: TypeAlias = TextIO | None
 
 
 class Terminal(io.StringIO):
@@ -354,7 +355,7 @@ def test_help_documents_the_exit_statuses() -> None:
     """`check --help` lists every status and fits 80 columns."""
     result = run("check", "--help")
     assert result.status == 0
-    assert [line.split()[0] for line in result.lines if line.startswith("    ")] == ["0", "1", "2", "3", "130"]
+    assert [line.split()[0] for line in result.lines if line.startswith("    ")] == ["0", "1", "2", "3", "74", "130"]
     assert widest(result.out) <= 80
 
 
@@ -619,3 +620,23 @@ def test_the_package_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0
     assert "demo" in out.getvalue()
     assert "check" in out.getvalue()
+
+
+async def test_a_result_that_cannot_be_written_has_a_status_of_its_own() -> None:
+    """Not that of a key below `--min-credits`."""
+    command = f"{shlex.quote(sys.executable)} -m crustcredits demo --keys 5 >/dev/full"
+    process = await asyncio.create_subprocess_shell(command, stderr=asyncio.subprocess.PIPE)
+    _, err = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 74
+    assert err.decode() == "crustcredits: the result cannot be written: No space left on device\n"
+
+
+def test_a_result_that_cannot_be_written_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and the interpreter has nothing left to write at its end."""
+    with Path("/dev/full").open("w") as full:
+        assert run_main(monkeypatch, "demo", "--keys", "5", out=full) == 74
+
+
+def test_the_version_is_shown() -> None:
+    """And nothing else is done."""
+    assert run("--version").out == f"crustcredits {__version__}\n"

@@ -200,6 +200,38 @@ async def test_the_clock_of_an_attempt_starts_when_it_may_go_out() -> None:
     assert {outcome.attempts for outcome in report} == {1}
 
 
+async def test_nothing_is_sent_once_the_deadline_is_over() -> None:
+    """Neither without a limit in the way: the rest of a pool is not begun."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.3))
+    async with fake_client(server, rate_limit=RateLimit(requests=100_000, pace=None)) as client:
+        report = await client.check(keys(2_000), timeout=1)
+    assert max(time for time, _ in server.arrivals) < 1
+    assert now() == pytest.approx(1, abs=0.01)
+    assert {type(outcome.error) for outcome in report.failed} == {APITimeoutError, RateLimitWaitError}
+    assert len(report.succeeded) == 96
+
+
+async def test_a_deadline_that_the_pace_cannot_meet_fails_at_once() -> None:
+    """And says how long it would be."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
+        others = [asyncio.create_task(client.balance(key)) for key in keys(50)]
+        await settle()
+        with pytest.raises(RateLimitWaitError, match="its turn") as caught:
+            await client.balance(KEY, timeout=5)
+        assert now() < 0.1
+        assert caught.value.wait == pytest.approx(48, abs=1)
+        assert client.quota().seconds_for(1) == pytest.approx(50, abs=1)
+        await asyncio.gather(*others)
+
+
+async def test_turns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """For whoever wonders where time goes, at DEBUG."""
+    caplog.set_level(logging.DEBUG, "crustcredits")
+    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=1)) as client:
+        await client.check(keys(2))
+    assert "k1: its turn came after 60.3" in caplog.text
+
+
 # --- many keys
 
 
@@ -329,8 +361,9 @@ async def test_hanging_keys_are_on_the_wire_beside_no_more_than_the_others() -> 
     assert server.most_on_wire <= 4 * 9
 
 
-async def test_a_bucket_refused_as_a_whole_pauses_for_all() -> None:
+async def test_a_bucket_refused_as_a_whole_pauses_for_all(caplog: pytest.LogCaptureFixture) -> None:
     """When the server counts somebody else's requests too, few more are wasted on it."""
+    caplog.set_level(logging.INFO, "crustcredits")
     freed = 20.0
     server = FakeServer(lambda name, times: Reply() if now() >= freed else refusal(freed - now()))
     async with fake_client(server) as client:
@@ -338,6 +371,23 @@ async def test_a_bucket_refused_as_a_whole_pauses_for_all() -> None:
     assert report.ok
     assert len([time for time, _ in server.arrivals if time < freed]) <= 32
     assert now() < 30
+    assert caplog.text.count("the rate limit is spent by others too: all calls wait") == 1
+    # Those whom the pause sent back keep their places.
+    served = [name for time, name in server.arrivals if time >= freed and server.asked[name] == 1]
+    assert served == sorted(served, key=lambda name: int(name[1:]))
+
+
+async def test_an_answer_that_is_no_balance_ends_a_pause_too() -> None:
+    """The server served it, so the window has room; but a gateway's failure says nothing."""
+    for status, seconds in ((403, 5.0), (503, 25.0)):
+        began = now()
+
+        def script(name: str, times: int, status: int = status) -> Reply:
+            return refusal(1) if int(name[1:]) < 3 and times == 0 else Reply(seconds=0.2, status=status, body="{}")
+
+        async with fake_client(FakeServer(script), retry=Retry(attempts=1)) as client:
+            await client.check(keys(100))
+        assert (now() - began < 5) is (seconds == 5.0)
 
 
 async def test_scope_key_gives_each_key_its_own_quota() -> None:
@@ -382,8 +432,9 @@ async def test_a_coroutine_function_for_a_callback_is_refused() -> None:
     async def callback(outcome: Outcome[Any]) -> None: ...
 
     async with fake_client(FakeServer()) as client:
-        with pytest.raises(ConfigurationError, match="use stream"):
-            await client.check(keys(1), on_outcome=callback)
+        for mistake in (callback, 5):
+            with pytest.raises(ConfigurationError, match="use stream"):
+                await client.check(keys(1), on_outcome=mistake)  # type: ignore[arg-type]  # the mistake under test
 
 
 # --- streams
@@ -496,11 +547,79 @@ async def _last(stream: Any) -> Any:
     return [outcome async for outcome in stream][-1]
 
 
-async def test_closing_while_a_call_returns_leaves_its_answer() -> None:
-    """What has come is not taken back."""
-    client = fake_client(FakeServer())
-    assert (await client.balance(KEY)).credits
+async def test_closing_waits_until_the_calls_have_ended() -> None:
+    """So that the session is closed after them; twice at once does no harm."""
+    server = FakeServer(lambda name, times: Reply(seconds=5))
+    client = fake_client(server)
+    call = asyncio.create_task(client.balance(KEY))
+    await asyncio.sleep(1)
     await asyncio.gather(client.close(), client.close())
+    assert server.on_wire == 0
+    with pytest.raises(ClientClosedError):
+        await call
+
+
+async def test_closing_and_cancelling_in_one_moment_is_a_cancellation() -> None:
+    """The caller's own wish is not lost, and nothing of the client's is left on his task."""
+    client = fake_client(FakeServer(lambda name, times: Reply(seconds=5)))
+    counts: list[int] = []
+
+    async def caller() -> None:
+        try:
+            await client.balance(KEY)
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            counts.append(task.cancelling())
+
+    call = asyncio.create_task(caller())
+    await asyncio.sleep(1)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await closing
+    assert counts == [1]
+
+
+async def test_closing_leaves_nothing_on_the_callers_task() -> None:
+    """Its cancellation is taken back, so that a timeout of the caller's still works."""
+    client = fake_client(FakeServer(lambda name, times: Reply(seconds=5)))
+
+    async def caller() -> int:
+        with pytest.raises(ClientClosedError):
+            await client.balance(KEY)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.sleep(5)
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    call = asyncio.create_task(caller())
+    await asyncio.sleep(1)
+    await client.close()
+    assert await call == 0
+
+
+async def test_closing_ends_a_stream_that_waits_for_its_source() -> None:
+    """Nothing is under way then but the stream itself."""
+
+    async def source() -> AsyncIterator[str]:
+        yield "secret-1"
+        await asyncio.sleep(3600)
+
+    client = fake_client(FakeServer())
+    stream = client.stream(source())
+    assert (await anext(stream)).ok
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(1)
+    await client.close()
+    with pytest.raises(ClientClosedError):
+        await waiting
+    assert now() == pytest.approx(1, abs=0.1)
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
@@ -552,6 +671,11 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"concurrency": 0}, "concurrency is a whole number of at least 1"),
         ({"request_timeout": 0}, "request_timeout is a finite number above 0"),
         ({"base_url": "http://example.com"}, "base_url is plain http"),
+        ({"proxy": 5}, "proxy is no http"),
+        ({"rate_limit": 5}, "rate_limit is a RateLimit, not int"),
+        ({"retry": None}, "retry is a Retry, not NoneType"),
+        ({"session": "x"}, "session is an aiohttp.ClientSession, not str"),
+        ({"request_timeout": 10**400}, "request_timeout is a finite number"),
     ],
 )
 def test_a_client_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:

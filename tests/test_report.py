@@ -104,7 +104,7 @@ def test_low_names_the_keys_below_a_threshold() -> None:
     assert names(report.low(0)) == []
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), Decimal("Infinity"), "5", None])
+@pytest.mark.parametrize("threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5", None])
 def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
     """Anything else is refused by its name."""
     with pytest.raises(ConfigurationError, match="threshold is a finite number"):

@@ -22,6 +22,15 @@ async def occupy(slots: Slots, seconds: float, log: list[float] | None = None) -
         slots.release(slot, answered=True)
 
 
+async def hold(slots: Slots, seconds: float, log: list[float] | None = None) -> None:
+    """Without an answer."""
+    slot = await slots.acquire()
+    if log is not None:
+        log.append(now())
+    await asyncio.sleep(seconds)
+    slots.release(slot, answered=False)
+
+
 async def test_no_more_are_on_the_wire_than_there_are_slots() -> None:
     """As long as answers come; the rest wait in order."""
     slots, log = Slots(2), list[float]()
@@ -72,11 +81,19 @@ async def test_a_cancelled_waiter_leaves_its_turn_to_the_next() -> None:
 async def test_the_watch_looks_again_when_the_oldest_has_ended_meanwhile() -> None:
     """Its one timer is for whoever was oldest when it was set."""
     slots, log = Slots(2), list[float]()
-    first = asyncio.create_task(occupy(slots, 0.2))
+    ended = asyncio.create_task(hold(slots, 0.3))
+    await asyncio.sleep(0.2)
+    hanging = [asyncio.create_task(hold(slots, 50)) for _ in range(1)]
     await asyncio.sleep(0)
-    hanging = asyncio.create_task(occupy(slots, 50))
-    await asyncio.sleep(0.1)
-    waiting = [asyncio.create_task(occupy(slots, 50, log)) for _ in range(2)]
-    await asyncio.gather(first, hanging, *waiting)
-    assert log == pytest.approx([0.2, 0.8], abs=0.41)
-    assert log[1] < 50
+    waiting = [asyncio.create_task(hold(slots, 50, log)) for _ in range(2)]
+    await asyncio.gather(ended, *hanging, *waiting)
+    # The first to wait follows the one that ended; the second follows the one that began at 0.2, not the younger one.
+    assert log == pytest.approx([0.3, 0.6], abs=1e-3)
+
+
+async def test_what_was_never_answered_says_nothing_of_how_long_answers_take() -> None:
+    """A timeout of ten seconds does not make anyone wait four times as long."""
+    slots, log = Slots(1), list[float]()
+    await hold(slots, 10)
+    await asyncio.gather(*(hold(slots, 5, log) for _ in range(2)))
+    assert log == pytest.approx([10, 10.4], abs=1e-3)

@@ -45,9 +45,10 @@ async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
     assert (await ask(sandbox))[:2] == (401, {"message": "Missing API key in request"})
     assert (await ask(sandbox, Authorization="Bearer x"))[:2] == (401, {"message": "Invalid API key in request"})
     assert (await ask(sandbox, Authorization=f"Token {key.secret}"))[0] == 401
-    status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.secret}")
-    assert status == 400
-    assert document["error"]["message"] == "Missing x-api-version header"
+    for version in ({}, {"x-api-version": "1999-01-01"}):
+        status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.secret}", **version)
+        assert status == 400
+        assert document["error"]["message"] == "Missing or wrong x-api-version header"
     assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.secret}"))[0] == 404
 
 
@@ -95,7 +96,9 @@ async def test_it_can_do_without_a_record() -> None:
     """Then memory does not grow with the requests."""
     async with SandboxServer(record=False) as sandbox, CreditsClient(base_url=sandbox.url) as client:
         await client.balance(sandbox.add_key())
-        assert (sandbox.requests, sandbox.arrivals, sandbox.worst_window()) == (1, [], 0)
+        assert (sandbox.requests, sandbox.arrivals) == (1, [])
+        with pytest.raises(ConfigurationError, match="unknown"):
+            sandbox.worst_window()
 
 
 async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServer) -> None:
@@ -119,6 +122,9 @@ async def test_ordered_refusals_name_moments_of_their_own(sandbox: SandboxServer
         sandbox.fail(key, Fault.REFUSED)
         resets.append(int((await ask(sandbox, Authorization=f"Bearer {key.secret}"))[2]["x-ratelimit-reset"]))
     assert all(1 <= reset <= 60 for reset in resets)
+    key = sandbox.add_key()
+    sandbox.fail(key, Fault.REFUSED, retry_after=7)
+    assert (await ask(sandbox, Authorization=f"Bearer {key.secret}"))[2]["x-ratelimit-reset"] == "7"
     assert all(abs(one - other) > 2 for one, other in pairwise(resets))
 
 
@@ -143,8 +149,17 @@ def test_what_makes_no_sense_is_refused() -> None:
     assert sandbox.connections == 0
     with pytest.raises(ConfigurationError, match="open it with add_account"):
         sandbox.add_key(account="acme")
-    with pytest.raises(ConfigurationError, match="not a float"):
-        sandbox.add_key(credits=0.1)  # type: ignore[arg-type]  # as above
+    for credits in (0.1, "NaN", "many"):
+        with pytest.raises(ConfigurationError, match="credits are exact"):
+            sandbox.add_key(credits=credits)  # type: ignore[arg-type]  # as above
+    stranger = ApiKey("sk-0123456789", name="stranger")
+    with pytest.raises(ConfigurationError, match="stranger: the sandbox did not issue this key"):
+        sandbox.fail(stranger, Fault.SILENCE)
+    with pytest.raises(ConfigurationError, match="stranger: the sandbox did not issue this key"):
+        sandbox.set_credits(stranger, 1)
+    for options in ({"limit": 0}, {"period": 0}, {"delay": (-1, 0)}, {"delay": (2, 1)}):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            SandboxServer(**options)
     assert sandbox.add_key(secret="sk-mine").secret == "sk-mine"
 
 

@@ -24,6 +24,7 @@ from crustcredits import (
     Retry,
     UnexpectedResponseError,
 )
+from crustcredits._transport import Failure, _client_timeout
 from crustcredits.testing import Fault, SandboxServer
 
 ONCE = Retry(attempts=1)
@@ -212,11 +213,43 @@ async def test_a_given_session_that_is_closed_says_so(sandbox: SandboxServer) ->
             await client.check([sandbox.add_key()])
 
 
-async def test_a_proxy_that_is_no_url_is_a_configuration_error(sandbox: SandboxServer) -> None:
-    """It shows when it is used."""
-    async with client_of(sandbox, proxy="http://[") as client:
-        with pytest.raises(ConfigurationError, match="proxy is no usable URL"):
+async def test_a_trace_that_raises_is_the_sessions_fault(sandbox: SandboxServer) -> None:
+    """Not the network's: it is not tried again, and no foreign exception escapes."""
+
+    async def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(fail)
+    async with (
+        aiohttp.ClientSession(trace_configs=[trace]) as session,
+        client_of(sandbox, session=session, retry=Retry()) as client,
+    ):
+        with pytest.raises(ConfigurationError, match=r"in the session \(ZeroDivisionError\)") as caught:
             await client.balance(sandbox.add_key())
+    assert caught.value.attempts == 1
+
+
+async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
+    """aiohttp would, above five seconds; and a deadline that is just over is no reason to wait without end."""
+    key = sandbox.add_key()
+    sandbox.fail(key, Fault.SILENCE)
+    async with client_of(sandbox) as client:
+        transport = client._transport
+        began = asyncio.get_running_loop().time()
+        failure = await transport.attempt("/user/credits", key, -1.0)
+        assert isinstance(failure, Failure)
+        assert isinstance(failure.error, APITimeoutError)
+        assert asyncio.get_running_loop().time() - began < 1
+    assert _client_timeout(5.25).ceil_threshold > 1e9
+
+
+async def test_a_proxy_that_cannot_be_reached_is_a_connection_error(sandbox: SandboxServer) -> None:
+    """And the request certainly never left."""
+    async with client_of(sandbox, proxy="http://127.0.0.1:9") as client:
+        with pytest.raises(APIConnectionError, match="could not connect"):
+            await client.balance(sandbox.add_key())
+        assert client.quota().free == 300
 
 
 async def test_cancelling_a_request_shows_nothing_of_its_inside(sandbox: SandboxServer) -> None:

@@ -1,0 +1,37 @@
+"""`python -m tests.benchmarks NAME`: measure the library against its peers, on this machine.
+
+Prints Markdown tables and the judged bounds; the exit status is 3 when one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from tests.benchmarks import bucket, call, pool
+from tests.benchmarks._measure import Benchmark
+
+_BENCHMARKS: Final[dict[str, Benchmark]] = {"pool": pool.BENCHMARK, "call": call.BENCHMARK, "bucket": bucket.BENCHMARK}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    bounds = _BENCHMARKS[options.name].run(options)
+    print("Judged:\n")
+    print(*bounds, sep="\n")
+    return 0 if all(bound.met for bound in bounds) else 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure against peers, on this machine.")
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, benchmark in _BENCHMARKS.items():
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        benchmark.add_options(names.add_parser(name, help=benchmark.about, description=benchmark.about, formatter_class=defaults))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

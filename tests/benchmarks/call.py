@@ -1,0 +1,100 @@
+"""One call: what the client adds to the bare aiohttp session in processor time, with no limit in the way."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeAlias
+
+import aiohttp
+
+from crustcredits import ApiKey, CreditsClient, RateLimit
+from crustcredits._wire import API_VERSION, USER_CREDITS
+from tests.benchmarks._measure import (
+    CONNECTIONS,
+    Benchmark,
+    Bound,
+    compare,
+    in_turns,
+    make_secrets,
+    print_machine,
+    print_table,
+    rounds_text,
+    server_process,
+    whole,
+)
+
+# More than any run sends; the short window keeps the server from remembering them all.
+_NO_LIMIT = 1_000_000
+_SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
+
+# So that opening the connections is not counted.
+_WARM_UP = 10 * CONNECTIONS
+
+Ask: TypeAlias = Callable[[], Awaitable[object]]
+
+
+async def _ours(url: str, secret: str, calls: int) -> float:
+    key = ApiKey(secret)
+    async with CreditsClient(base_url=url, rate_limit=RateLimit(requests=_NO_LIMIT, pace=None)) as client:
+        return await _cost(partial(client.balance, key), calls)
+
+
+async def _bare(url: str, secret: str, calls: int) -> float:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
+
+        async def ask() -> object:
+            headers = {"Authorization": f"Bearer {secret}", "x-api-version": API_VERSION}
+            async with session.get(url + USER_CREDITS, headers=headers) as response:
+                return (await response.json())["credits"]
+
+        return await _cost(ask, calls)
+
+
+async def _cost(ask: Ask, calls: int) -> float:
+    """Microseconds of this process's processor time for each call."""
+    await _call(ask, _WARM_UP)
+    began = time.process_time()
+    await _call(ask, calls)
+    return (time.process_time() - began) / calls * 1e6
+
+
+async def _call(ask: Ask, calls: int) -> None:
+    left = iter(range(calls))
+
+    async def work() -> None:
+        for _ in left:
+            await ask()
+
+    await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
+
+
+def run(options: argparse.Namespace) -> list[Bound]:
+    print_machine()
+    (secret,) = make_secrets(1)
+    with server_process() as server:
+        url = server.open([secret], **_SERVER)
+        contenders = {
+            "`CreditsClient.balance`": lambda: asyncio.run(_ours(url, secret, options.calls)),
+            "bare `ClientSession.get`": lambda: asyncio.run(_bare(url, secret, options.calls)),
+        }
+        costs = in_turns(contenders, options.rounds)
+        server.close()
+    ratio, rows = compare(costs)
+    print_table(
+        f"{options.calls:,} calls a round, {CONNECTIONS} at a time; {rounds_text(options.rounds)}.",
+        ("", "processor time a call, µs", "of the bare one's"),
+        rows,
+    )
+    return [Bound("processor time a call, of the bare session's", ratio, 1.25)]
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calls", type=whole(1), default=5000, help="calls of each round")
+    parser.add_argument("--rounds", type=whole(1), default=15, help="rounds")
+
+
+BENCHMARK = Benchmark("processor time of one call, against the bare aiohttp session", run, _add_options)
