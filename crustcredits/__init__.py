@@ -20,8 +20,8 @@ from crustcredits._errors import (
     RateLimitWaitError,
     UnexpectedResponseError,
 )
-from crustcredits._keys import ApiKey, keys_from_env, keys_from_file, keys_from_text
-from crustcredits._limits import Quota, RateLimit
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, keys_from_env, keys_from_file, keys_from_text
+from crustcredits._limits import Quota, RateLimit, Scope
 from crustcredits._models import Account, Balance, Outcome, RateLimitStatus
 from crustcredits._report import Report
 from crustcredits._retry import Retry
@@ -43,6 +43,8 @@ __all__ = [
     "InsufficientCreditsError",
     "InternalServerError",
     "InvalidKeyError",
+    "KeyLike",
+    "KeysLike",
     "MissingKeyError",
     "Outcome",
     "PaymentRequiredError",
@@ -54,6 +56,7 @@ __all__ = [
     "RateLimitWaitError",
     "Report",
     "Retry",
+    "Scope",
     "UnexpectedResponseError",
     "__version__",
     "keys_from_env",

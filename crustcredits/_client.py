@@ -1,13 +1,12 @@
-"""`CreditsClient`: token, pace, slot, attempt, retry; for one key or for many.
+"""`CreditsClient`: one key or many, deadlines, and what closing does to calls under way.
 
-How long to wait, what an answer means and how bytes travel is decided elsewhere; here is the order in which it happens.
+How one key is asked is `_asker`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -15,23 +14,21 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
+from crustcredits._asker import Asker
 from crustcredits._checks import check_number, check_whole
-from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError, RateLimitError, RateLimitWaitError
+from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._fanout import Ask, FanOut
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
-from crustcredits._limits import Buckets, Quota, RateLimit, TokenBucket, account_of
+from crustcredits._limits import Quota, RateLimit
 from crustcredits._models import Account, Balance, Outcome, outcome_for
 from crustcredits._report import Report
 from crustcredits._retry import Retry
-from crustcredits._slots import HANGING_SHARE, Slots
-from crustcredits._transport import Failure, Fate, Transport
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, parse_base_url, proxy_problem, read_response
+from crustcredits._slots import HANGING_SHARE
+from crustcredits._transport import Transport
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_problem
 
 if TYPE_CHECKING:
     import aiohttp
-    from aiolimiter import AsyncLimiter
-
-_log = logging.getLogger("crustcredits")
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
@@ -74,20 +71,14 @@ class CreditsClient:
         if isinstance(origin, ConfigurationError):
             del base_url, proxy  # They may hold credentials, and tracebacks are printed with local variables.
             raise origin
-        self._transport = Transport(origin, session=session, proxy=proxy)
+        transport = Transport(origin, session=session, proxy=proxy)
         del base_url, proxy
         check_whole("concurrency", concurrency, minimum=1)
         check_number("request_timeout", request_timeout, above=0)
         _check_kind("rate_limit", rate_limit, RateLimit)
         _check_kind("retry", retry, Retry)
-        self._buckets = Buckets(rate_limit, late=request_timeout)
-        self._rate_limit = rate_limit
-        self._pace = rate_limit.limiter()
-        self._pacing = 0  # calls that have a token and wait for the pace
-        self._slots = Slots(concurrency)
+        self._asker = Asker(transport, rate_limit=rate_limit, concurrency=concurrency, request_timeout=request_timeout, retry=retry)
         self._room = concurrency * (1 + HANGING_SHARE)
-        self._request_timeout = request_timeout
-        self._retry = retry
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._calls: set[asyncio.Task[Any]] = set()
@@ -267,7 +258,7 @@ class CreditsClient:
         if isinstance(key, RefusedKey):
             raise key.error
         self._check_loop()
-        return self._buckets.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._pacing)
+        return self._asker.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
     async def close(self) -> None:
         """End the calls under way with `ClientClosedError` and close the session, unless it was given. May be called twice."""
@@ -283,7 +274,7 @@ class CreditsClient:
             if self._calls:
                 await self._no_calls.wait()
         finally:
-            await self._transport.close()
+            await self._asker.transport.close()
 
     async def __aenter__(self) -> Self:
         self._check_loop()
@@ -301,18 +292,20 @@ class CreditsClient:
         result, attempts = await self._ask(path, deadline, key)
         if isinstance(result, Balance):
             return Outcome(key=key, balance=result, checked_at=result.checked_at, attempts=attempts)
-        return Outcome(key=key, error=result, checked_at=_utc_now(), attempts=attempts)
+        return Outcome(key=key, error=result, checked_at=datetime.now(UTC), attempts=attempts)
 
     async def _ask(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
         """The balance or the error, and how many requests it took. Raises only when the client is closed, or on a wrong loop."""
-        self._check_loop()
-        self._check_open()
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop or self._closed:
+            self._check_loop()
+            self._check_open()
+        task = asyncio.current_task(loop)
         assert task is not None, "a coroutine of asyncio runs in a task"
         cancelling = task.cancelling()
         self._calls.add(task)
         try:
-            answer = await self._try(path, deadline, key)
+            answer = await self._asker.ask(path, deadline, key)
         except asyncio.CancelledError:
             # As with asyncio.timeout: it is close()'s, unless somebody else has asked for one too.
             if task not in self._interrupted or task.cancelling() - 1 > cancelling:
@@ -339,115 +332,6 @@ class CreditsClient:
         if not self._calls:
             self._no_calls.set()
 
-    async def _try(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
-        """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
-        if isinstance(key, RefusedKey):
-            return key.error, 0
-        attempts = 0
-        last: CrustCreditsError | None = None
-        while True:
-            result = await self._attempt(path, deadline, key)
-            if isinstance(result, RateLimitWaitError):
-                return last or result, attempts
-            attempts += 1
-            if isinstance(result, Balance):
-                return result, attempts
-            delay = self._retry.delay(result, attempts)
-            if delay is None or (deadline is not None and _now() + delay >= deadline):
-                return result, attempts
-            _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
-            last = result
-            await asyncio.sleep(delay)
-
-    async def _attempt(self, path: str, deadline: float | None, key: ApiKey) -> Balance | CrustCreditsError:
-        """One request, with a token of its own; the errors are values. `RateLimitWaitError` means that none was sent."""
-        # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
-        bucket = self._buckets.bucket(path, key)
-        try:
-            token, slot = self._admit_at_once(bucket, deadline) or await self._admit(bucket, deadline, key)
-        except RateLimitWaitError as error:
-            error.key_name = key.name
-            return error.with_traceback(None)
-        fate = Fate.ABANDONED  # until an answer says otherwise
-        try:
-            sent = await self._transport.attempt(path, key, self._time_for_one(deadline))
-            fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
-            return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
-        finally:
-            self._slots.release(slot, answered=fate is Fate.ANSWERED)
-            _give_back(bucket, token, fate)
-
-    def _admit_at_once(self, bucket: TokenBucket, deadline: float | None) -> tuple[int, object] | None:
-        """The same where there is nothing to wait for, which is the short way of most calls without a pace."""
-        if self._pace is not None or deadline is not None or not bucket.try_acquire():
-            return None
-        slot = self._slots.try_acquire()
-        if slot is None:
-            bucket.unused()
-            return None
-        return 0, slot
-
-    async def _admit(self, bucket: TokenBucket, deadline: float | None, key: ApiKey) -> tuple[int, object]:
-        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place.
-
-        Raises:
-            RateLimitWaitError: They cannot all be had before the deadline.
-        """
-        began, again = _now(), False
-        while True:
-            self._refuse_late(began, deadline)
-            token = await bucket.acquire(deadline, again=again)
-            try:
-                slot = await self._start(began, deadline)
-            except BaseException:
-                bucket.unused(token)
-                raise
-            if not bucket.held(token):
-                _log.debug("%s: its turn came after %.3f s", key.name, _now() - began)
-                return token, slot
-            self._slots.release(slot, answered=False)
-            bucket.unused(token)
-            again = True
-
-    def _refuse_late(self, began: float, deadline: float | None) -> None:
-        """Refuse a call whose deadline is over, or comes before those ahead of it in the wait for the pace have gone."""
-        if deadline is None:
-            return
-        pace, now = self._rate_limit.pace, _now()
-        turn = now if pace is None else now + max(0, self._pacing - 1) / pace
-        if turn > deadline or now >= deadline:
-            raise _late_error(turn - began)
-
-    async def _start(self, began: float, deadline: float | None) -> object:
-        """Wait for the pace and a place on the wire."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                if self._pace is not None:
-                    await self._keep_pace(self._pace)
-                return self._slots.try_acquire() or await self._slots.acquire()
-        except TimeoutError:
-            pass
-        raise _late_error(_now() - began)
-
-    async def _keep_pace(self, pace: AsyncLimiter) -> None:
-        self._pacing += 1
-        try:
-            await pace.acquire()
-        finally:
-            self._pacing -= 1
-
-    def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
-        result = read_response(path, key, response, now=_utc_now(), period=self._rate_limit.period)
-        if not isinstance(result, RateLimitError):
-            if response.status < 500:  # a gateway's failure says nothing of the limit
-                bucket.succeeded()
-        elif bucket.refused(account_of(key), result.retry_after):
-            _log.info(
-                "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served",
-                result.retry_after,
-            )
-        return result
-
     # --- time and state
 
     def _deadline(self, timeout: float | None) -> float | None:
@@ -455,9 +339,6 @@ class CreditsClient:
             return None
         check_number("timeout", timeout, above=0)
         return _now() + timeout
-
-    def _time_for_one(self, deadline: float | None) -> float:
-        return self._request_timeout if deadline is None else min(self._request_timeout, deadline - _now())
 
     def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -477,27 +358,10 @@ def _closed_error() -> ClientClosedError:
     return ClientClosedError("this client is closed; make a new one")
 
 
-def _late_error(wait: float) -> RateLimitWaitError:
-    return RateLimitWaitError(f"its turn did not come before its deadline, after {wait:.1f} s; allow it more time", wait=wait)
-
-
 def _check_kind(what: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
 
 
-def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:
-    if fate is Fate.ANSWERED:
-        bucket.ended(token)
-    elif fate is Fate.ABANDONED:
-        bucket.abandoned(token)
-    else:
-        bucket.unused(token)
-
-
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)

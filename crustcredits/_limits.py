@@ -1,4 +1,4 @@
-"""The rate limit: `RateLimit` is what is asked for, `TokenBucket` what holds calls back, `Buckets` one for each scope.
+"""The rate limit: `RateLimit` is what is asked for, `TokenBucket` what holds calls back.
 
 A token comes back one period after its attempt has *ended*. The server counts arrivals; an attempt arrives somewhere
 between its start and its end; so the next use of the same token arrives more than one period later, whatever the delays,
@@ -22,7 +22,6 @@ from aiolimiter import AsyncLimiter
 
 from crustcredits._checks import Number, Whole, check_whole
 from crustcredits._errors import ConfigurationError, RateLimitWaitError
-from crustcredits._keys import ApiKey
 
 Scope = Literal["client", "account", "key"]
 _SCOPES = ("client", "account", "key")
@@ -31,8 +30,6 @@ _SCOPES = ("client", "account", "key")
 _REFUSALS_TO_PAUSE = 3
 # `x-ratelimit-reset` comes in whole seconds, so answers that mean one moment can differ by almost this much.
 _SAME_MOMENT = 1.0
-# How many idle buckets are forgotten at one time, so that no call takes long for it.
-_LOOKS = 1000
 
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -411,61 +408,3 @@ class TokenBucket:
             "allow it more time, or ask for fewer keys at once",
             wait=wait,
         )
-
-
-class Buckets:
-    """One bucket for each endpoint and scope. Those that are as good as new are forgotten."""
-
-    def __init__(self, limit: RateLimit, *, late: float) -> None:
-        self._limit = limit
-        self._period = limit.period * (1 + limit.margin)
-        self._late = late
-        self._buckets: OrderedDict[Hashable, TokenBucket] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def bucket(self, path: str, key: ApiKey) -> TokenBucket:
-        """The bucket that a request for `path` with `key` takes its token from."""
-        place = self._place(path, key)
-        if place is not path:
-            self._forget_idle()
-        bucket = self._buckets.get(place)
-        if bucket is None:
-            bucket = self._buckets[place] = TokenBucket(self._limit.requests, self._period, late=self._late)
-        self._buckets.move_to_end(place)
-        return bucket
-
-    def _place(self, path: str, key: ApiKey | None) -> Hashable:
-        if self._limit.scope == "client" or key is None:
-            return path
-        return path, key.digest if self._limit.scope == "key" else account_of(key)
-
-    def quota(self, path: str, key: ApiKey | None, pacing: int) -> Quota:
-        """What the bucket of `path` and `key` can still give, while `pacing` calls wait for the pace.
-
-        Raises:
-            ConfigurationError: Each key or account has a bucket of its own and no key was named.
-        """
-        if key is None and self._limit.scope != "client":
-            raise ConfigurationError(f"with scope {self._limit.scope!r} each has a quota of its own; name the key: quota(key=…)")
-        bucket = self._buckets.get(self._place(path, key)) or TokenBucket(self._limit.requests, self._period)
-        return bucket.quota(self._limit.pace, self._limit.burst, pacing)
-
-    def _forget_idle(self) -> None:
-        # The least recently used stand first. A busy one is looked at again later; a crowd of idle ones goes bit by bit.
-        now, busy = asyncio.get_running_loop().time(), 0
-        for _ in range(min(_LOOKS, len(self._buckets))):
-            place, bucket = next(iter(self._buckets.items()))
-            if bucket.idle(now):
-                del self._buckets[place]
-                continue
-            self._buckets.move_to_end(place)
-            busy += 1
-            if busy == 2:
-                return
-
-
-def account_of(key: ApiKey) -> Hashable:
-    """What tells accounts apart: the declared account, else the key itself."""
-    return key.digest if key.account is None else key.account

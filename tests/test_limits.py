@@ -9,7 +9,8 @@ import pytest
 from aiolimiter import AsyncLimiter
 
 from crustcredits import ApiKey, ConfigurationError, RateLimit, RateLimitWaitError
-from crustcredits._limits import Buckets, TokenBucket, account_of
+from crustcredits._buckets import Buckets, account_of
+from crustcredits._limits import TokenBucket
 from tests.virtual import VirtualLoop, keys, now
 
 pytestmark = pytest.mark.virtual

@@ -111,7 +111,7 @@ class FakeServer:
 
 def fake_client(server: FakeServer, **options: Any) -> CreditsClient:
     client = CreditsClient(**options)
-    client._transport = server  # type: ignore[assignment]  # it has the same two methods
+    client._asker.transport = server  # type: ignore[assignment]  # it has the same two methods
     return client
 
 

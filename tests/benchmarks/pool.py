@@ -191,7 +191,7 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(LIMIT + 1), default=1000, help="keys of the whole pool")
-    parser.add_argument("--rounds", type=whole(1), default=1, help="rounds with the whole pool; each takes well over a minute")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds with the whole pool; each takes well over a minute")
     parser.add_argument("--window-rounds", type=whole(1), default=25, help="rounds with the keys of one window")
 
 

@@ -15,6 +15,8 @@ from crustcredits import (
     Balance,
     CreditsClient,
     CrustCreditsError,
+    KeyLike,
+    KeysLike,
     Outcome,
     Quota,
     RateLimit,
@@ -23,6 +25,7 @@ from crustcredits import (
     RateLimitWaitError,
     Report,
     Retry,
+    Scope,
     keys_from_env,
     keys_from_file,
     keys_from_text,
@@ -71,6 +74,13 @@ async def made(session: aiohttp.ClientSession) -> None:
         takes_a_report(details)
     await CreditsClient(base_url="http://localhost:8080").close()
     keys_from_text("a=b")
+
+
+async def wrapped(client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope) -> Report:
+    """Whoever wraps the client can say what it takes."""
+    await client.balance(key)
+    RateLimit(scope=scope)
+    return await client.check(pool)
 
 
 def failures(error: CrustCreditsError) -> None:

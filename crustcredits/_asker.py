@@ -1,0 +1,178 @@
+"""`Asker`: one key's answer. Token, pace, place on the wire, attempt, retry, in this order.
+
+How long to wait, what an answer means and how bytes travel is decided elsewhere. Errors are values here: a pool has as many
+as it has bad keys, and what is never raised needs no traceback. It must not know of clients, pools or their closing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from crustcredits._buckets import Buckets, account_of
+from crustcredits._errors import CrustCreditsError, RateLimitError, RateLimitWaitError
+from crustcredits._keys import ApiKey, RefusedKey
+from crustcredits._limits import Quota, RateLimit, TokenBucket
+from crustcredits._models import Balance
+from crustcredits._retry import Retry
+from crustcredits._slots import Slots
+from crustcredits._transport import Failure, Fate, Transport
+from crustcredits._wire import Response, read_response
+
+if TYPE_CHECKING:
+    from aiolimiter import AsyncLimiter
+
+_log = logging.getLogger("crustcredits")
+
+
+class Asker:
+    """Asks the API about one key at a time, for as many callers as there are, within one rate limit."""
+
+    def __init__(
+        self, transport: Transport, *, rate_limit: RateLimit, concurrency: int, request_timeout: float, retry: Retry
+    ) -> None:
+        self.transport = transport
+        self._rate_limit = rate_limit
+        self._buckets = Buckets(rate_limit, late=request_timeout)
+        self._pace = rate_limit.limiter()
+        self._pacing = 0  # calls that have a token and wait for the pace
+        self._slots = Slots(concurrency)
+        self._request_timeout = request_timeout
+        self._retry = retry
+
+    def quota(self, path: str, key: ApiKey | None) -> Quota:
+        """What the rate limit still allows on `path`."""
+        return self._buckets.quota(path, key, self._pacing)
+
+    async def ask(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
+        """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
+        if isinstance(key, RefusedKey):
+            return key.error, 0
+        attempts = 0
+        last: CrustCreditsError | None = None
+        while True:
+            result = await self._attempt(path, deadline, key)
+            if isinstance(result, RateLimitWaitError):
+                return last or result, attempts
+            attempts += 1
+            if isinstance(result, Balance):
+                return result, attempts
+            delay = self._retry.delay(result, attempts)
+            if delay is None or (deadline is not None and _now() + delay >= deadline):
+                return result, attempts
+            _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
+            last = result
+            await asyncio.sleep(delay)
+
+    async def _attempt(self, path: str, deadline: float | None, key: ApiKey) -> Balance | CrustCreditsError:
+        """One request, with a token of its own; the errors are values. `RateLimitWaitError` means that none was sent."""
+        # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
+        bucket = self._buckets.bucket(path, key)
+        try:
+            token, slot = self._admit_at_once(bucket, deadline) or await self._admit(bucket, deadline, key)
+        except RateLimitWaitError as error:
+            error.key_name = key.name
+            return error.with_traceback(None)
+        fate = Fate.ABANDONED  # until an answer says otherwise
+        try:
+            timeout = self._request_timeout if deadline is None else min(self._request_timeout, deadline - _now())
+            sent = await self.transport.attempt(path, key, timeout)
+            fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
+            return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
+        finally:
+            self._slots.release(slot, answered=fate is Fate.ANSWERED)
+            _give_back(bucket, token, fate)
+
+    def _admit_at_once(self, bucket: TokenBucket, deadline: float | None) -> tuple[int, object] | None:
+        """The same where there is nothing to wait for, which is the short way of most calls without a pace."""
+        if self._pace is not None or deadline is not None or not bucket.try_acquire():
+            return None
+        slot = self._slots.try_acquire()
+        if slot is None:
+            bucket.unused()
+            return None
+        return 0, slot
+
+    async def _admit(self, bucket: TokenBucket, deadline: float | None, key: ApiKey) -> tuple[int, object]:
+        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place.
+
+        Raises:
+            RateLimitWaitError: They cannot all be had before the deadline.
+        """
+        began, again = _now(), False
+        while True:
+            self._refuse_late(began, deadline)
+            token = await bucket.acquire(deadline, again=again)
+            try:
+                slot = await self._start(began, deadline)
+            except BaseException:
+                bucket.unused(token)
+                raise
+            if not bucket.held(token):
+                _log.debug("%s: its turn came after %.3f s", key.name, _now() - began)
+                return token, slot
+            self._slots.release(slot, answered=False)
+            bucket.unused(token)
+            again = True
+
+    def _refuse_late(self, began: float, deadline: float | None) -> None:
+        """Refuse a call whose deadline is over, or comes before those ahead of it in the wait for the pace have gone."""
+        if deadline is None:
+            return
+        pace, now = self._rate_limit.pace, _now()
+        turn = now if pace is None else now + max(0, self._pacing - 1) / pace
+        if turn > deadline or now >= deadline:
+            raise _late_error(turn - began)
+
+    async def _start(self, began: float, deadline: float | None) -> object:
+        """Wait for the pace and a place on the wire."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                if self._pace is not None:
+                    await self._keep_pace(self._pace)
+                return self._slots.try_acquire() or await self._slots.acquire()
+        except TimeoutError:
+            pass
+        raise _late_error(_now() - began)
+
+    async def _keep_pace(self, pace: AsyncLimiter) -> None:
+        self._pacing += 1
+        try:
+            await pace.acquire()
+        finally:
+            self._pacing -= 1
+
+    def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
+        result = read_response(path, key, response, now=_utc_now(), period=self._rate_limit.period)
+        if not isinstance(result, RateLimitError):
+            if response.status < 500:  # a gateway's failure says nothing of the limit
+                bucket.succeeded()
+        elif bucket.refused(account_of(key), result.retry_after):
+            _log.info(
+                "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served",
+                result.retry_after,
+            )
+        return result
+
+
+def _late_error(wait: float) -> RateLimitWaitError:
+    return RateLimitWaitError(f"its turn did not come before its deadline, after {wait:.1f} s; allow it more time", wait=wait)
+
+
+def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:
+    if fate is Fate.ANSWERED:
+        bucket.ended(token)
+    elif fate is Fate.ABANDONED:
+        bucket.abandoned(token)
+    else:
+        bucket.unused(token)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
