@@ -326,7 +326,7 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 
 def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
     status = response.status
-    details = read_details(response.headers, key) | {"key_name": key.name}
+    details: dict[str, Any] = {"key_name": key.name, **read_details(response.headers, key)}
     if not 400 <= status <= 599:
         what = (
             "a redirect, which is not followed because it would take the key elsewhere"

@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
         return super().get_command(ctx, cmd_name) or ctx.fail("No such command.")
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
