@@ -33,6 +33,7 @@ class Caller:
     straggles: float  # an abandoned attempt arrives so long after its end; above LATE: never
     patience: float | None  # seconds to its deadline
     gives_up: float | None  # seconds until it is cancelled, wherever it is
+    told: float | None = None  # refused, and told to come back in so many seconds
 
 
 def seconds(most: int) -> st.SearchStrategy[float]:
@@ -50,6 +51,7 @@ CALLERS = st.lists(
         straggles=seconds(4),
         patience=st.none() | seconds(40).filter(bool),
         gives_up=st.none() | seconds(30),
+        told=st.none() | st.sampled_from([3.0, 3.0, 3.5, 9.0]),
     ),
     min_size=1,
     max_size=25,
@@ -83,24 +85,24 @@ class World:
         began = now()
         deadline = None if caller.patience is None else began + caller.patience
         try:
-            await self.bucket.acquire(deadline)
+            token = await self.bucket.acquire(deadline)
         except RateLimitWaitError as error:
             self.refused[number] = error
             self.overdue = max(self.overdue, now() - began - (caller.patience or 0))
             return
         self.granted.append(number)
-        await self._travel(caller)
+        await self._travel(number, caller, token)
 
-    async def _travel(self, caller: Caller) -> None:
+    async def _travel(self, number: int, caller: Caller, token: int) -> None:
         if caller.fate == "unused":
-            self.bucket.unused()
+            self.bucket.unused(token)
             return
         started = now()
         try:
             await asyncio.sleep(caller.travel)
             if caller.fate == "abandoned":
                 self._straggle(now() + caller.straggles)
-                self.bucket.abandoned()
+                self.bucket.abandoned(token)
                 return
             self.arrivals.append(now())
             await asyncio.sleep(caller.answer)
@@ -108,9 +110,13 @@ class World:
             # Given up on while under way: it arrives when it would have, if that is soon enough.
             if now() < started + caller.travel:
                 self._straggle(started + caller.travel)
-            self.bucket.abandoned()
+            self.bucket.abandoned(token)
             raise
-        self.bucket.ended()
+        if caller.told is None:
+            self.bucket.succeeded()
+        else:
+            self.bucket.refused(number, caller.told)
+        self.bucket.ended(token)
 
     def _straggle(self, arrives: float) -> None:
         if arrives <= now() + LATE:
@@ -125,6 +131,7 @@ async def play(bucket: TokenBucket, tokens: int, callers: list[Caller]) -> World
     with contextlib.suppress(asyncio.CancelledError):
         await watch
     await asyncio.sleep(PERIOD + LATE + 1)
+    bucket.succeeded()
     assert bucket.idle(now()), "a token is lost"
     assert bucket.quota().free == tokens
     return world
@@ -133,7 +140,8 @@ async def play(bucket: TokenBucket, tokens: int, callers: list[Caller]) -> World
 async def watch_for_idling(bucket: TokenBucket) -> None:
     while True:
         quota = bucket.quota()
-        assert not (quota.free and quota.waiting), "somebody waits while a token is free"
+        paused = bucket.held(0)
+        assert paused or not (quota.free and quota.waiting), "somebody waits while a token is free"
         await asyncio.sleep(0.37)
 
 
@@ -155,7 +163,7 @@ FEW_TOKENS = st.integers(1, 4)
 @given(tokens=FEW_TOKENS, callers=CALLERS)
 @example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0, None, None), Caller(0, 0, 0, "ended", 0, None, None)])
 def test_no_window_holds_more_than_the_tokens_and_nobody_is_lost_or_overtaken(tokens: int, callers: list[Caller]) -> None:
-    """Whatever delays, failures, cancellations and deadlines do, the server never sees more than the limit."""
+    """Whatever delays, failures, refusals, cancellations and deadlines do, the server never sees more than the limit."""
     check(TokenBucket, tokens, callers)
 
 
@@ -184,7 +192,7 @@ def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> No
     @settings(deadline=None, max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
     @given(tokens=FEW_TOKENS, callers=CALLERS)
     def property_of_the_broken(tokens: int, callers: list[Caller]) -> None:
-        only_ended = [attrs.evolve(caller, fate="ended", gives_up=None) for caller in callers]
+        only_ended = [attrs.evolve(caller, fate="ended", gives_up=None, told=None) for caller in callers]
         check(CountsFromTheStart, tokens, only_ended)
 
     with pytest.raises(AssertionError, match=r"arrivals within"):
