@@ -46,7 +46,8 @@ class CreditsClient:
             or for a free place on the wire is not counted.
         retry: How failures that may pass are tried again.
         session: An aiohttp session to use, for its connector, proxy and traces; it is never closed here. Its cookies,
-            credentials and middlewares are left out of these requests. By default the client opens and closes its own.
+            credentials and middlewares are left out of these requests. A wait for a place in its connector counts as time on
+            the wire. By default the client opens and closes its own.
         proxy: URL of an HTTP proxy.
 
     Making one needs no running loop and does no I/O. It belongs to the loop it is first used on. Use it with `async with`,
@@ -251,8 +252,10 @@ class CreditsClient:
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows, as this client counts it: for `/user/credits`, with `detail` for `/account/credits`.
 
+        To be called where the event loop runs, whose clock it reads.
+
         Raises:
-            ConfigurationError: The scope gives each key or account a quota of its own, and no `key` was named.
+            ConfigurationError: No loop runs here, or the scope gives each key or account a quota of its own, and no `key` was named.
         """
         key = None if key is None else as_key(key)
         if isinstance(key, RefusedKey):
@@ -341,7 +344,12 @@ class CreditsClient:
         return _now() + timeout
 
     def _check_loop(self) -> None:
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is None:
+            raise ConfigurationError("no event loop runs here; use the client from coroutines, or from what they call")
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:

@@ -89,9 +89,10 @@ class Account(Balance):
     recurring_credits_frequency: str | None = None
     recurring_credits_refresh_date: datetime | None = None
     credit_rollover: bool | None = None
-    wallets: list[Any] | None = None
-    credit_topups: list[Any] | None = None
-    extra: Mapping[str, Any] = attrs.field(factory=dict)
+    # Lists and mappings have no hash; accounts have one all the same.
+    wallets: list[Any] | None = attrs.field(default=None, hash=False)
+    credit_topups: list[Any] | None = attrs.field(default=None, hash=False)
+    extra: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: as `Balance.to_dict`, and every field of the account."""

@@ -98,6 +98,7 @@ def test_an_account_becomes_plain_data() -> None:
         wallets=[{"left": Decimal("1.50"), "kind": None}],
         extra={"plan": {"price": Decimal("9.99"), "seats": [Decimal(3)]}},
     )
+    assert hash(account) == hash(copy.copy(account))
     plain = account.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["credits"] == "1000"
