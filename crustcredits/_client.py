@@ -250,7 +250,7 @@ class CreditsClient:
         return self._fan_out(source, ask)
 
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
-        """What the rate limit still allows, as this client counts it: for `/user/credits`, with `detail` for `/account/credits`.
+        """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
 
         To be called where the event loop runs, whose clock it reads.
 
