@@ -255,7 +255,7 @@ class CreditsClient:
         To be called where the event loop runs, whose clock it reads.
 
         Raises:
-            ConfigurationError: No loop runs here, or the scope gives each key or account a quota of its own, and no `key` was named.
+            ConfigurationError: No loop runs here; or each key or account has a quota of its own, and no `key` was named.
         """
         key = None if key is None else as_key(key)
         if isinstance(key, RefusedKey):

@@ -153,7 +153,7 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
         raise typer.Exit(_INTERRUPTED) from None
     except OSError as error:
         # Or the interpreter would try at its end to write what is left, and complain.
-        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123
+        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123  # no path of a file is meant
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(_CLOSED_PIPE) from None
