@@ -83,7 +83,6 @@ class CreditsClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._calls: set[asyncio.Task[Any]] = set()
-        self._interrupted: set[asyncio.Task[Any]] = set()
         self._no_calls = asyncio.Event()
         self._fan_outs: set[FanOut] = set()
 
@@ -268,7 +267,6 @@ class CreditsClient:
         self._check_loop()
         if not self._closed:
             self._closed = True
-            self._interrupted |= self._calls
             for task in self._calls:
                 task.cancel()
             for run in self._fan_outs:
@@ -310,8 +308,8 @@ class CreditsClient:
         try:
             answer = await self._asker.ask(path, deadline, key)
         except asyncio.CancelledError:
-            # As with asyncio.timeout: it is close()'s, unless somebody else has asked for one too.
-            if task not in self._interrupted or task.cancelling() - 1 > cancelling:
+            # As with asyncio.timeout: once closed it is close()'s, unless somebody else has asked for one too.
+            if not self._closed or task.cancelling() - 1 > cancelling:
                 raise
             answer = None
         finally:
@@ -329,9 +327,7 @@ class CreditsClient:
 
     def _settle(self, task: asyncio.Task[Any]) -> None:
         """After the client was closed: take close()'s cancellation back, and say when the last call has ended."""
-        if task in self._interrupted:
-            self._interrupted.discard(task)
-            task.uncancel()
+        task.uncancel()
         if not self._calls:
             self._no_calls.set()
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import gzip
 import json
 import math
 import random
 import secrets
-import socket
-import struct
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from decimal import Decimal, InvalidOperation
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -28,35 +25,12 @@ from aiohttp import web
 
 from crustcredits._checks import check_number, check_whole
 from crustcredits._errors import ConfigurationError
+from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, reset, transport_of
 from crustcredits._keys import ApiKey
 from crustcredits._models import credits_text
 from crustcredits._wire import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 
 __all__ = ["Arrival", "Fault", "SandboxServer"]
-
-
-class Fault(enum.Enum):
-    """What can go wrong with the answer to a key; `SandboxServer.fail` orders it."""
-
-    REFUSED = "429, as when the account is hammered from elsewhere"
-    INTERNAL_ERROR = "500 with a JSON error"
-    BAD_GATEWAY = "502 with a gateway's HTML"
-    UNAVAILABLE = "503 with an empty body"
-    PAYMENT_REQUIRED = "402, out of credits"
-    FORBIDDEN = "403, the plan does not allow it"
-    RESET = "the connection is reset before an answer"
-    RESET_IN_BODY = "the connection is reset in the middle of the body"
-    CUT_SHORT = "the connection is closed before the announced end of the body"
-    SILENCE = "no answer, for ever"
-    DRIP = "the answer begins, and its body drips for ever"
-    NOT_JSON = "200 with text that is not JSON"
-    WRONG_SHAPE = "200 with JSON of another shape"
-    NAN = "200 with NaN for the credits"
-    REDIRECT = "302 to another origin"
-    ENDLESS = "200 with a body that does not end"
-    BOMB = "200 with a small compressed body that swells to 16 MiB"
-    COOKIE = "the right answer, and a cookie with the key's name"
-    STALE = "the right answer, and the kept connection is lost just when the next request is on its way"
 
 
 @attrs.frozen(kw_only=True)
@@ -253,7 +227,7 @@ class SandboxServer:
         if rest:
             await asyncio.sleep(rest)
         if request.transport in self._stale:
-            return _reset(request)
+            return reset(request)
         if refused:
             return _json(429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, headers)
         order = self._next_order(key)
@@ -265,11 +239,11 @@ class SandboxServer:
         self, order: _Order, request: web.BaseRequest, key: ApiKey | None, headers: Mapping[str, str]
     ) -> web.StreamResponse:
         fault = order.fault
-        if fault in _PLAIN:
-            status, kind, text = _PLAIN[fault]
+        if fault in PLAIN:
+            status, kind, text = PLAIN[fault]
             return web.Response(status=status, text=text, content_type=kind, headers=headers)
-        if fault in _STREAMED:
-            return await _STREAMED[fault](request, headers)
+        if fault in STREAMED:
+            return await STREAMED[fault](request, headers)
         if fault is Fault.REFUSED:
             said = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(order.retry_after or self._spread_reset())}
             return _json(429, {"message": "Too many requests"}, {**headers, **said})
@@ -278,12 +252,12 @@ class SandboxServer:
             return web.Response(status=302, headers={**headers, "Location": f"http://{host}:{self._port}/elsewhere"})
         if fault is Fault.BOMB:
             encoded = {**headers, "Content-Encoding": "gzip"}
-            return web.Response(body=gzip.compress(bytes(16 * 2**20)), headers=encoded, content_type=_JSON_TYPE)
+            return web.Response(body=gzip.compress(bytes(16 * 2**20)), headers=encoded, content_type=JSON_TYPE)
         answer = self._answer(request, key, headers)
         if fault is Fault.COOKIE and key is not None:
             answer.set_cookie("session", key.name)
         if fault is Fault.STALE:
-            self._stale.add(_transport(request))
+            self._stale.add(transport_of(request))
         return answer
 
     def _draw_delay(self) -> tuple[float, float]:
@@ -397,100 +371,3 @@ def _json_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_json_text, value)) + "]"
     return json.dumps(value)
-
-
-# --- faults
-
-
-def _reset(request: web.BaseRequest) -> web.Response:
-    # With a linger of nought the kernel sends a reset instead of a proper end.
-    _transport(request).get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    _transport(request).abort()
-    return web.Response()
-
-
-def _transport(request: web.BaseRequest) -> asyncio.Transport:
-    assert request.transport is not None, "a client that leaves cancels the handler"
-    return request.transport
-
-
-async def _begin(request: web.BaseRequest, headers: Mapping[str, str], *, length: int | None = None) -> web.StreamResponse:
-    response = web.StreamResponse(headers=headers)
-    response.content_type = "application/json"
-    if length is not None:
-        response.content_length = length
-    await response.prepare(request)
-    return response
-
-
-async def _silence(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    await asyncio.Event().wait()
-    raise AssertionError("unreachable: the client's leaving cancels this")
-
-
-async def _drip(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    return await _pour(request, headers, b" ", pause=0.02)
-
-
-async def _endless(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    return await _pour(request, headers, b" " * 16_384, pause=0.0)
-
-
-async def _pour(request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float) -> web.StreamResponse:
-    response = await _begin(request, headers)
-    # Until the client has had enough: then the handler is cancelled, or finds the connection gone first.
-    with contextlib.suppress(ConnectionError):
-        while True:
-            await response.write(chunk)
-            await asyncio.sleep(pause)
-    return response  # pragma: no cover  # reached in the second case only, by chance
-
-
-async def _reset_in_body(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    response = await _begin(request, headers, length=1000)
-    await response.write(b'{"credits": ')
-    # What was written must have been read by the client's side before the reset discards it.
-    await asyncio.sleep(0.01)
-    _reset(request)
-    return response
-
-
-async def _cut_short(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    response = await _begin(request, headers, length=1000)
-    await response.write(b'{"credits": 9406}')
-    _transport(request).close()
-    return response
-
-
-async def _reset_at_once(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
-    return _reset(request)
-
-
-_STREAMED: dict[Fault, Callable[[web.BaseRequest, Mapping[str, str]], Awaitable[web.StreamResponse]]] = {
-    Fault.SILENCE: _silence,
-    Fault.DRIP: _drip,
-    Fault.ENDLESS: _endless,
-    Fault.RESET: _reset_at_once,
-    Fault.RESET_IN_BODY: _reset_in_body,
-    Fault.CUT_SHORT: _cut_short,
-}
-
-_JSON_TYPE = "application/json"
-_PLAIN: dict[Fault, tuple[int, str, str]] = {
-    Fault.INTERNAL_ERROR: (
-        500,
-        _JSON_TYPE,
-        '{"error": {"type": "internal_error", "message": "Something went wrong", "metadata": {}}}',
-    ),
-    Fault.BAD_GATEWAY: (502, "text/html", "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"),
-    Fault.UNAVAILABLE: (503, "text/plain", ""),
-    Fault.PAYMENT_REQUIRED: (
-        402,
-        _JSON_TYPE,
-        '{"error": {"type": "insufficient_credits", "message": "Out of credits", "metadata": {}}}',
-    ),
-    Fault.FORBIDDEN: (403, _JSON_TYPE, '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}'),
-    Fault.NOT_JSON: (200, _JSON_TYPE, "credits: plenty"),
-    Fault.WRONG_SHAPE: (200, _JSON_TYPE, '{"credits": {"left": 9406}, "account": []}'),
-    Fault.NAN: (200, _JSON_TYPE, '{"credits": NaN, "account": {"credits": NaN}}'),
-}

@@ -469,6 +469,26 @@ async def test_a_stream_without_end_is_answered_as_it_comes() -> None:
     assert now() == pytest.approx(4, abs=0.1)
 
 
+async def test_any_asynchronous_iterable_is_a_source() -> None:
+    """Also one that cannot be closed."""
+
+    class Source:
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __aiter__(self) -> Source:
+            return self
+
+        async def __anext__(self) -> str:
+            self.left -= 1
+            if self.left < 0:
+                raise StopAsyncIteration
+            return f"secret-{self.left}"
+
+    async with fake_client(FakeServer()) as client:
+        assert len([outcome async for outcome in client.stream(Source())]) == 3
+
+
 async def test_a_streams_timeout_is_for_each_key() -> None:
     """A source without end has no whole."""
     server = FakeServer(lambda name, times: Reply(seconds=99) if name == "k1" else Reply())
