@@ -86,7 +86,7 @@ class Asker:
             _give_back(bucket, token, fate)
 
     def _admit_at_once(self, bucket: TokenBucket, deadline: float | None) -> tuple[int, object] | None:
-        """The same where there is nothing to wait for, which is the short way of most calls without a pace."""
+        """What `_admit` does, where there is nothing to wait for: the short way of most calls without a pace."""
         if self._pace is not None or deadline is not None or not bucket.try_acquire():
             return None
         slot = self._slots.try_acquire()
@@ -134,7 +134,7 @@ class Asker:
                     await self._keep_pace(self._pace)
                 return self._slots.try_acquire() or await self._slots.acquire()
         except TimeoutError:
-            pass
+            pass  # raised below, where no `except` block links it to asyncio's
         raise _late_error(_now() - began)
 
     async def _keep_pace(self, pace: AsyncLimiter) -> None:
