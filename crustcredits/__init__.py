@@ -21,8 +21,9 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, keys_from_env, keys_from_file, keys_from_text
-from crustcredits._limits import Quota, RateLimit, Scope
+from crustcredits._limits import RateLimit, Scope
 from crustcredits._models import Account, Balance, Outcome, RateLimitStatus
+from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
 from crustcredits._version import __version__

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from crustcredits._buckets import Buckets, account_of
 from crustcredits._errors import CrustCreditsError, RateLimitError, RateLimitWaitError
 from crustcredits._keys import ApiKey, RefusedKey
-from crustcredits._limits import Quota, RateLimit, TokenBucket
+from crustcredits._limits import RateLimit, TokenBucket
 from crustcredits._models import Balance
+from crustcredits._quota import Quota
 from crustcredits._retry import Retry
 from crustcredits._slots import Slots
 from crustcredits._transport import Failure, Fate, Transport

@@ -8,7 +8,8 @@ from collections.abc import Hashable
 
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys import ApiKey
-from crustcredits._limits import Quota, RateLimit, TokenBucket
+from crustcredits._limits import RateLimit, TokenBucket
+from crustcredits._quota import Quota
 
 # How many idle buckets are forgotten at one time, so that no call takes long for it.
 _LOOKS = 1000

@@ -31,9 +31,9 @@ def check_number(
         and minimum <= value <= maximum
     ):
         return
-    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"of at least {minimum:g}"] * (minimum > -math.inf)
-    bounds += [f"at most {maximum:g}"] * (maximum < math.inf)
-    raise ConfigurationError(" ".join([f"{what} is a finite number", *" and ".join(bounds).split()]) + f", not {value!r:.80}")
+    bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (minimum > -math.inf)
+    bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
+    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {value!r:.80}")
 
 
 class Whole:

@@ -19,12 +19,13 @@ from crustcredits._checks import check_number, check_whole
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._fanout import Ask, FanOut
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
-from crustcredits._limits import Quota, RateLimit
+from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome, outcome_for
+from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE
-from crustcredits._transport import Transport
+from crustcredits._transport import Transport, session_problem
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_problem
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class CreditsClient:
         session: aiohttp.ClientSession | None = None,
         proxy: str | None = None,
     ) -> None:
-        origin = proxy_problem(proxy) or parse_base_url(base_url)
+        origin = proxy_problem(proxy) or session_problem(session) or parse_base_url(base_url)
         if isinstance(origin, ConfigurationError):
             del base_url, proxy  # They may hold credentials, and tracebacks are printed with local variables.
             raise origin

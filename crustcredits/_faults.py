@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
+import gzip
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
@@ -58,6 +60,12 @@ async def _begin(request: web.BaseRequest, headers: Mapping[str, str], *, length
         response.content_length = length
     await response.prepare(request)
     return response
+
+
+@functools.cache
+def bomb() -> bytes:
+    """The 16 MiB, compressed to 16 KiB."""
+    return gzip.compress(bytes(16 * 2**20))
 
 
 async def _silence(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:

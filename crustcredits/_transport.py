@@ -28,7 +28,6 @@ from crustcredits._errors import (
 from crustcredits._wire import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS, Response, read_details, request_headers
 
 if TYPE_CHECKING:
-    from aiohttp.client import _RequestOptions
     from aiohttp.client_middlewares import ClientHandlerType
 
     from crustcredits._keys import ApiKey
@@ -64,8 +63,6 @@ class Transport:
 
     def __init__(self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None) -> None:
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
-        if session is not None and not isinstance(session, aiohttp.ClientSession):
-            raise ConfigurationError(f"session is an aiohttp.ClientSession, not {type(session).__name__}")
         self._session = session
         self._proxy = proxy
         self._owned = session is None
@@ -98,7 +95,7 @@ class Transport:
         if self._owned and self._session is not None:
             await self._session.close()
 
-    def _options(self, session: aiohttp.ClientSession, key: ApiKey, timeout: float) -> _RequestOptions:
+    def _options(self, session: aiohttp.ClientSession, key: ApiKey, timeout: float) -> dict[str, Any]:
         """Everything is said for each request, so that a caller's session cannot surprise."""
         headers = request_headers(key)
         guard = _once if self._owned else _guard(headers[hdrs.AUTHORIZATION])
@@ -135,6 +132,13 @@ class Transport:
             return Failure(ConfigurationError(f"the request failed in the session ({type(error).__name__})", **details), given_up)
         when = "while the answer came" if answers else "before an answer"
         return Failure(APIConnectionError(f"the connection failed {when} ({_reason(error)})", **details), given_up)
+
+
+def session_problem(session: object) -> ConfigurationError | None:
+    """Why requests cannot be sent over what a caller gave; not raised, because other arguments may hold credentials."""
+    if session is None or isinstance(session, aiohttp.ClientSession):
+        return None
+    return ConfigurationError(f"session is an aiohttp.ClientSession, not {type(session).__name__}")
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:

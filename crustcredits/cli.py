@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import sys
 import textwrap
 import time
@@ -31,13 +30,14 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from crustcredits._client import CreditsClient
+from crustcredits._demo import demo_pool
 from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._keys import ApiKey, keys_from_env, keys_from_file, keys_from_text
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._report import Report
 from crustcredits._version import __version__
-from crustcredits.testing import Fault, SandboxServer
+from crustcredits.testing import SandboxServer
 
 _LOW, _USAGE, _FAILED = 1, 2, 3
 _UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = 74, 130, 141  # as sysexits.h has it, and 128 and the signal's number
@@ -92,7 +92,7 @@ def demo(
     """Check a made-up pool, broken here and there, on a stand-in for the API. Needs no key and no network; exits with 0."""
     with _exit_statuses(context):
         sandbox = SandboxServer(period=window, delay=(0.01, 0.12))
-        run = _Run(_demo_pool(sandbox, keys), detail=True)
+        run = _Run(demo_pool(sandbox, keys), detail=True)
         began = time.monotonic()
         run.finish(_rehearse(sandbox, run, RateLimit(period=window)))
         sent = f"Requests: {sandbox.requests} in {time.monotonic() - began:.1f} s, at most {sandbox.worst_window()} of 300 allowed"
@@ -372,39 +372,3 @@ def _echo(text: str) -> None:
 
 def _say(text: str) -> None:
     typer.echo(f"crustcredits: {_printable(text)}", err=True)
-
-
-_COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines
-    "acme adatum alpine boreal brooks cascade cedar contoso corvid delta dune ember everline fabrikam fjord globex "
-    "granite harbor hooli initech juniper keystone lumen maple meridian monarch nimbus norden orchard oscorp pinnacle "
-    "quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
-).split()
-
-
-def _demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
-    """The same pool every time, but for its secrets and for dates that stay ahead."""
-    draw = random.Random(11)
-    for place, company in enumerate(_COMPANIES):
-        credits = 0 if place % 13 == 5 else Decimal(draw.randint(1_000, 25_000_000)).scaleb(-2 * (place % 4 == 0))
-        sandbox.add_account(company, credits=credits, **(_demo_grant(draw) if place % 3 else {}))
-    return sorted((_demo_key(sandbox, place) for place in range(count)), key=lambda key: key.account or "")
-
-
-def _demo_grant(draw: random.Random) -> dict[str, Any]:
-    grant = {"recurring_credits": draw.choice((2_500, 10_000, 50_000)), "recurring_credits_frequency": "monthly"}
-    date = datetime.now(UTC) + timedelta(days=draw.randint(1, 30))
-    return grant | {"recurring_credits_refresh_date": f"{date:%Y-%m-%d}T00:00:00Z"}
-
-
-def _demo_key(sandbox: SandboxServer, place: int) -> ApiKey:
-    cycle, company = divmod(place, len(_COMPANIES))
-    account = _COMPANIES[company]
-    name = f"{account}-{('prod', 'dev', 'batch')[cycle % 3]}" + f"-{cycle // 3 + 1}" * (cycle > 2)
-    if place % 29 == 7:
-        return ApiKey(f"sandbox-revoked-{place}", name=name, account=account)
-    key = sandbox.add_key(name, account=account)
-    if account == "waystar":
-        sandbox.fail(key, Fault.FORBIDDEN)
-    elif place % 17 == 3:
-        sandbox.fail(key, (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)[place % 3], times=1 + place % 2)
-    return key

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
 import json
 import math
 import random
@@ -25,7 +24,7 @@ from aiohttp import web
 
 from crustcredits._checks import check_number, check_whole
 from crustcredits._errors import ConfigurationError
-from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, reset, transport_of
+from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, bomb, reset, transport_of
 from crustcredits._keys import ApiKey
 from crustcredits._models import credits_text
 from crustcredits._wire import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
@@ -69,6 +68,12 @@ class SandboxServer:
         delay: Seconds that an answer takes, drawn evenly between the two, part of it before the request is counted.
         host: The host in `url`, `127.0.0.1` or `localhost`.
         record: Whether to keep every arrival; without, memory does not grow with the requests.
+
+    Attributes:
+        arrivals: Every request, in the order they came; empty without `record`.
+        requests: How many came.
+        refused: How many were answered 429 because the window was full. Refusals that were ordered do not count.
+        peak_connections: The most connections that were open when a request came.
 
     Raises:
         ConfigurationError: An argument is none of those.
@@ -252,7 +257,7 @@ class SandboxServer:
             return web.Response(status=302, headers={**headers, "Location": f"http://{host}:{self._port}/elsewhere"})
         if fault is Fault.BOMB:
             encoded = {**headers, "Content-Encoding": "gzip"}
-            return web.Response(body=gzip.compress(bytes(16 * 2**20)), headers=encoded, content_type=JSON_TYPE)
+            return web.Response(body=bomb(), headers=encoded, content_type=JSON_TYPE)
         answer = self._answer(request, key, headers)
         if fault is Fault.COOKIE and key is not None:
             answer.set_cookie("session", key.name)

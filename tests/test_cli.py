@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from crustcredits import Account, ApiKey, CreditsClient, CrustCreditsError, Outcome, RateLimit, Report, __version__, cli
 from crustcredits.__main__ import main
+from crustcredits._demo import demo_pool
 from crustcredits.testing import Fault, SandboxServer
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -147,7 +148,7 @@ def test_the_demo_shows_every_kind_of_key() -> None:
 
 def test_the_demo_pool_is_the_same_every_time() -> None:
     """Names, accounts and their order do not change from run to run."""
-    first, again = (cli._demo_pool(SandboxServer(), 250) for _ in range(2))
+    first, again = (demo_pool(SandboxServer(), 250) for _ in range(2))
     assert [(key.name, key.account) for key in first] == [(key.name, key.account) for key in again]
     assert len({key.name for key in first}) == 250
     assert len({key.account for key in first}) == 40

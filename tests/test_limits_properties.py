@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from crustcredits import RateLimitWaitError
-from crustcredits._limits import TokenBucket, grant_time
+from crustcredits._limits import TokenBucket
+from crustcredits._quota import grant_time
 from tests.virtual import now, run
 
 PERIOD = 10.0
