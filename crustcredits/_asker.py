@@ -146,7 +146,7 @@ class Asker:
             self._pacing -= 1
 
     def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
-        result = read_response(path, key, response, now=_utc_now(), period=self._rate_limit.period)
+        result = read_response(path, key, response, now=datetime.now(UTC), period=self._rate_limit.period)
         if not isinstance(result, RateLimitError):
             if response.status < 500:  # a gateway's failure says nothing of the limit
                 bucket.succeeded()
@@ -173,7 +173,3 @@ def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)

@@ -236,13 +236,14 @@ class TokenBucket:
         self._in_flight -= 1
         home = asyncio.get_running_loop().time() + after
         insort(self._home, home)
-        self._end_probe(token)
+        if token:
+            self._end_probe(token)
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
-        if self._timer is None or home < self._timer.when():
+        if (self._waiters or self._again) and (self._timer is None or home < self._timer.when()):
             self._wake()
 
     def _end_probe(self, token: int) -> None:
-        if token and token == self._probe:
+        if token == self._probe:
             self._probe = 0
 
     def _collect(self, now: float) -> None:

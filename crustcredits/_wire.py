@@ -48,6 +48,7 @@ MAX_EXPONENT: Final = 64
 MAX_DEPTH: Final = 16
 
 _MAX_MESSAGE = 300
+_USER_AGENT = f"crustcredits/{__version__}"
 
 
 @attrs.frozen(slots=True)
@@ -64,8 +65,7 @@ def request_headers(key: ApiKey) -> dict[str, str]:
     return {
         "Authorization": f"Bearer {key.secret}",
         "x-api-version": API_VERSION,
-        "user-agent": f"crustcredits/{__version__}",
-        "accept": "application/json",
+        "user-agent": _USER_AGENT,
     }
 
 

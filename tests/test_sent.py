@@ -17,7 +17,6 @@ SENT = {
     "Authorization": "Bearer sk-0123456789",
     "x-api-version": "2025-11-01",
     "user-agent": f"crustcredits/{__version__}",
-    "accept": "application/json",
 }
 
 

@@ -77,7 +77,6 @@ def test_a_request_carries_the_key_the_version_and_who_asks() -> None:
         "Authorization": "Bearer sk-0123456789",
         "x-api-version": "2025-11-01",
         "user-agent": f"crustcredits/{__version__}",
-        "accept": "application/json",
     }
 
 
