@@ -97,7 +97,6 @@ class TokenBucket:
         "_paused",
         "_period",
         "_probe",
-        "_probes",
         "_refused",
         "_requests",
         "_tickets",
@@ -118,8 +117,7 @@ class TokenBucket:
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters
         self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
         self._paused: float | None = None  # until when, and then one probe at a time
-        self._probe = 0  # the token of the probe that is out, if one is
-        self._probes = 0
+        self._probe = 0  # 1 while a probe is out: there is never more than one
 
     def try_acquire(self) -> bool:
         """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
@@ -130,7 +128,7 @@ class TokenBucket:
         return False
 
     async def acquire(self, deadline: float | None = None, *, again: bool = False) -> int:
-        """Take a token, waiting for one if need be. Returns what tells a probe's token from the others, to be given back.
+        """Take a token, waiting for one if need be. Returns 1 for a probe's token and 0 for any other, to be given back.
 
         With `again`, for one that gave its token back because of a pause, it waits before those who have had none.
 
@@ -161,7 +159,8 @@ class TokenBucket:
         """The attempt certainly never left: its token is free at once."""
         self._in_flight -= 1
         self._free += 1
-        self._end_probe(token)
+        if token:
+            self._probe = 0
         self._wake()
 
     def succeeded(self) -> None:
@@ -198,7 +197,7 @@ class TokenBucket:
 
     def held(self, token: int) -> bool:
         """Whether a pause has begun since the token was taken: then it had better go back unused."""
-        return self._paused is not None and not (token and token == self._probe)
+        return self._paused is not None and not token
 
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
@@ -228,8 +227,7 @@ class TokenBucket:
         self._in_flight += 1
         if self._paused is None:
             return 0
-        self._probes += 1
-        self._probe = self._probes
+        self._probe = 1
         return self._probe
 
     def _give_back(self, token: int, after: float) -> None:
@@ -237,14 +235,10 @@ class TokenBucket:
         home = asyncio.get_running_loop().time() + after
         insort(self._home, home)
         if token:
-            self._end_probe(token)
+            self._probe = 0
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
         if (self._waiters or self._again) and (self._timer is None or home < self._timer.when()):
             self._wake()
-
-    def _end_probe(self, token: int) -> None:
-        if token == self._probe:
-            self._probe = 0
 
     def _collect(self, now: float) -> None:
         home = bisect_right(self._home, now)
