@@ -20,9 +20,10 @@ from crustcredits._errors import (
     RateLimitWaitError,
     UnexpectedResponseError,
 )
+from crustcredits._freshness import FreshnessOptions, Seconds
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, keys_from_env, keys_from_file, keys_from_text
 from crustcredits._limits import RateLimit, Scope
-from crustcredits._models import Account, Balance, Outcome, RateLimitStatus
+from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Source
 from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigurationError",
     "CreditsClient",
     "CrustCreditsError",
+    "FreshnessOptions",
     "InsufficientCreditsError",
     "InternalServerError",
     "InvalidKeyError",
@@ -58,6 +60,8 @@ __all__ = [
     "Report",
     "Retry",
     "Scope",
+    "Seconds",
+    "Source",
     "UnexpectedResponseError",
     "__version__",
     "keys_from_env",

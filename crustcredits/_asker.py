@@ -1,7 +1,7 @@
 """`Asker`: one key's answer. Token, pace, place on the wire, attempt, retry, in this order.
 
 How long to wait, what an answer means and how bytes travel is decided elsewhere. Errors are values here: a pool has as many
-as it has bad keys, and what is never raised needs no traceback. It must not know of clients, pools or their closing.
+as it has bad keys, and what is never raised needs no traceback. It must not know who waits, for how long, or what is kept.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from crustcredits._buckets import Buckets, account_of
-from crustcredits._errors import CrustCreditsError, RateLimitError, RateLimitWaitError
-from crustcredits._keys import ApiKey, RefusedKey
+from crustcredits._errors import CrustCreditsError, RateLimitError
+from crustcredits._keys import ApiKey
 from crustcredits._limits import RateLimit, TokenBucket
 from crustcredits._models import Balance
 from crustcredits._quota import Quota
 from crustcredits._retry import Retry
 from crustcredits._slots import Slots
 from crustcredits._transport import Failure, Fate, Transport
+from crustcredits._turn import Turn
 from crustcredits._wire import Response, read_response
 
 if TYPE_CHECKING:
@@ -47,48 +48,40 @@ class Asker:
         """What the rate limit still allows on `path`."""
         return self._buckets.quota(path, key, self._pacing)
 
-    async def ask(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
-        """Attempt after attempt, until there is a balance, an error that stays, or no time left."""
-        if isinstance(key, RefusedKey):
-            return key.error, 0
-        attempts = 0
-        last: CrustCreditsError | None = None
+    async def ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
+        """Attempt after attempt, until there is a balance or an error that stays. What nobody wants is tried once."""
         while True:
-            result = await self._attempt(path, deadline, key)
-            if isinstance(result, RateLimitWaitError):
-                return last or result, attempts
-            attempts += 1
+            result = await self._attempt(path, key, turn)
             if isinstance(result, Balance):
-                return result, attempts
-            delay = self._retry.delay(result, attempts)
-            if delay is None or (deadline is not None and _now() + delay >= deadline):
-                return result, attempts
-            _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
-            last = result
+                return result
+            delay = self._retry.delay(result, turn.attempts) if turn.wanted else None
+            if delay is None:
+                return result
+            _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, turn.attempts, self._retry.attempts, delay)
+            turn.last = result
+            turn.waits(_now() + delay)
             await asyncio.sleep(delay)
 
-    async def _attempt(self, path: str, deadline: float | None, key: ApiKey) -> Balance | CrustCreditsError:
-        """One request, with a token of its own; the errors are values. `RateLimitWaitError` means that none was sent."""
+    async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
+        """One request, with a token of its own; the errors are values."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         bucket = self._buckets.bucket(path, key)
-        try:
-            token, slot = self._admit_at_once(bucket, deadline) or await self._admit(bucket, deadline, key)
-        except RateLimitWaitError as error:
-            error.key_name = key.name
-            return error.with_traceback(None)
+        token, slot = self._admit_at_once(bucket, turn) or await self._admit(bucket, key, turn)
         fate = Fate.ABANDONED  # until an answer says otherwise
+        turn.attempts += 1
+        turn.on_wire = True
         try:
-            timeout = self._request_timeout if deadline is None else min(self._request_timeout, deadline - _now())
-            sent = await self.transport.attempt(path, key, timeout)
+            sent = await self.transport.attempt(path, key, self._request_timeout)
             fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
             return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
         finally:
+            turn.on_wire = False
             self._slots.release(slot, answered=fate is Fate.ANSWERED)
             _give_back(bucket, token, fate)
 
-    def _admit_at_once(self, bucket: TokenBucket, deadline: float | None) -> tuple[int, object] | None:
+    def _admit_at_once(self, bucket: TokenBucket, turn: Turn) -> tuple[int, object] | None:
         """What `_admit` does, where there is nothing to wait for: the short way of most calls without a pace."""
-        if self._pace is not None or deadline is not None or not bucket.try_acquire():
+        if self._pace is not None or not turn.wanted or not bucket.try_acquire():
             return None
         slot = self._slots.try_acquire()
         if slot is None:
@@ -96,18 +89,15 @@ class Asker:
             return None
         return 0, slot
 
-    async def _admit(self, bucket: TokenBucket, deadline: float | None, key: ApiKey) -> tuple[int, object]:
-        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place.
-
-        Raises:
-            RateLimitWaitError: They cannot all be had before the deadline.
-        """
+    async def _admit(self, bucket: TokenBucket, key: ApiKey, turn: Turn) -> tuple[int, object]:
+        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place."""
         began, again = _now(), False
         while True:
-            self._refuse_late(began, deadline)
-            token = await bucket.acquire(deadline, again=again)
+            token = await bucket.acquire(turn, again=again)
             try:
-                slot = await self._start(began, deadline)
+                if self._pace is not None:
+                    await self._keep_pace(self._pace, turn)
+                slot = self._slots.try_acquire() or await self._slots.acquire()
             except BaseException:
                 bucket.unused(token)
                 raise
@@ -118,29 +108,12 @@ class Asker:
             bucket.unused(token)
             again = True
 
-    def _refuse_late(self, began: float, deadline: float | None) -> None:
-        """Refuse a call whose deadline is over, or comes before those ahead of it in the wait for the pace have gone."""
-        if deadline is None:
-            return
-        pace, now = self._rate_limit.pace, _now()
-        turn = now if pace is None else now + max(0, self._pacing - 1) / pace
-        if turn > deadline or now >= deadline:
-            raise _late_error(turn - began)
-
-    async def _start(self, began: float, deadline: float | None) -> object:
-        """Wait for the pace and a place on the wire."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                if self._pace is not None:
-                    await self._keep_pace(self._pace)
-                return self._slots.try_acquire() or await self._slots.acquire()
-        except TimeoutError:
-            pass  # raised below, where no `except` block links it to asyncio's
-        raise _late_error(_now() - began)
-
-    async def _keep_pace(self, pace: AsyncLimiter) -> None:
+    async def _keep_pace(self, pace: AsyncLimiter, turn: Turn) -> None:
+        ahead = self._pacing
         self._pacing += 1
         try:
+            if ahead:
+                turn.waits(_now() + (ahead - 1) * pace.time_period / pace.max_rate)
             await pace.acquire()
         finally:
             self._pacing -= 1
@@ -156,10 +129,6 @@ class Asker:
                 result.retry_after,
             )
         return result
-
-
-def _late_error(wait: float) -> RateLimitWaitError:
-    return RateLimitWaitError(f"its turn did not come before its deadline, after {wait:.1f} s; allow it more time", wait=wait)
 
 
 def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:

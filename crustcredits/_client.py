@@ -6,23 +6,25 @@ How one key is asked is `_asker`'s, how many are asked at a time `_fanout`'s; no
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
-from datetime import UTC, datetime
-from functools import partial
+from decimal import Decimal
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from crustcredits._asker import Asker
+from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import check_number, check_whole
-from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._fanout import Ask, FanOut
+from crustcredits._errors import ClientClosedError, ConfigurationError
+from crustcredits._fanout import Ask, FanOut, in_order
+from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
 from crustcredits._limits import RateLimit
-from crustcredits._models import Account, Balance, Outcome, outcome_for
+from crustcredits._models import Account, Balance, BalanceT, Outcome
 from crustcredits._quota import Quota
-from crustcredits._report import Report
+from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE
 from crustcredits._transport import Transport, session_problem
@@ -50,9 +52,23 @@ class CreditsClient:
             credentials and middlewares are left out of these requests. A wait for a place in its connector counts as time on
             the wire. By default the client opens and closes its own.
         proxy: URL of an HTTP proxy.
+        max_age: Seconds, or a timedelta: an answer that came less long ago is given again instead of asking. This and the
+            next two are what calls go by that do not say otherwise.
+        stale_while_revalidate: Seconds, or a timedelta: an answer that is older than `max_age` by less than this is given at
+            once, marked `stale`, and refreshed behind. Refreshes give way to calls that somebody waits for, leave a tenth of
+            the limit alone, and are spread evenly; so when more is asked than the limit allows, answers get older, not slower.
+        stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection, timeouts, 5xx, 429, the rate
+            limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
+            `Outcome`. While the last attempt within a minute has failed it is given at once, and refreshed behind. What the
+            API says of the key itself (401, 402, 403) is never hidden so.
+        max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first.
 
-    Making one needs no running loop and does no I/O. It belongs to the loop it is first used on. Use it with `async with`,
-    or call `close()`.
+    Those who ask for one key on one endpoint at the same time share one call, whatever their `max_age`: an answer's age counts
+    from its receipt, and a call already under way may be joined. It is nobody's own: whoever gives up ends it for no one
+    else. When the last one has given up, a call that still waits is dropped; one on the wire is finished, and its answer kept.
+
+    Making a client needs no running loop and does no I/O. It belongs to the loop it is first used on. Use it with
+    `async with`, or call `close()`.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -68,6 +84,10 @@ class CreditsClient:
         retry: Retry = _RETRY,
         session: aiohttp.ClientSession | None = None,
         proxy: str | None = None,
+        max_age: Seconds = 0.0,
+        stale_while_revalidate: Seconds = 0.0,
+        stale_if_error: Seconds = 0.0,
+        max_entries: int = 10_000,
     ) -> None:
         origin = proxy_problem(proxy) or session_problem(session) or parse_base_url(base_url)
         if isinstance(origin, ConfigurationError):
@@ -77,41 +97,59 @@ class CreditsClient:
         del base_url, proxy
         check_whole("concurrency", concurrency, minimum=1)
         check_number("request_timeout", request_timeout, above=0)
+        check_whole("max_entries", max_entries, minimum=1)
         _check_kind("rate_limit", rate_limit, RateLimit)
         _check_kind("retry", retry, Retry)
+        how_old = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
+        self._freshness = NEW if how_old == NEW else how_old
         self._asker = Asker(transport, rate_limit=rate_limit, concurrency=concurrency, request_timeout=request_timeout, retry=retry)
+        self._calls = Calls(self._asker, room=max_entries, retry=retry)
         self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._no_calls = asyncio.Event()
         self._fan_outs: set[FanOut] = set()
 
-    async def balance(self, key: KeyLike, *, timeout: float | None = None) -> Balance:
+    async def balance(
+        self,
+        key: KeyLike,
+        *,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
 
-        `timeout` is in seconds, for the whole call: waiting and retries included.
+        `timeout` is in seconds, for the whole call: waiting and retries included. `max_age`, `stale_while_revalidate` and
+        `stale_if_error` say how old the answer may be; by default what the client says. Also with `max_age=0` a call already
+        under way may be joined. A balance older than `max_age` is marked `stale`.
 
         Raises:
             CrustCreditsError: The class says what went wrong; the tree stands in the README.
         """
         key = as_key(key)
-        result, _ = await self._ask(USER_CREDITS, self._deadline(timeout), key)
-        if isinstance(result, Balance):
-            return result
-        raise result
+        how_old = self._freshness.given(**freshness) if freshness else self._freshness
+        deadline = None if timeout is None else self._deadline(timeout)
+        self._check_usable()
+        outcome: Outcome[Balance] | None = self._calls.known(USER_CREDITS, key, how_old)
+        if outcome is None:
+            outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
+        return _balance_of(outcome)
 
-    async def account(self, key: KeyLike, *, timeout: float | None = None) -> Account:
+    async def account(
+        self,
+        key: KeyLike,
+        *,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
 
-        `timeout` and what it raises are as for `balance`. The two endpoints have a rate limit each.
+        The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
         """
         key = as_key(key)
-        result, _ = await self._ask(ACCOUNT_CREDITS, self._deadline(timeout), key)
-        if isinstance(result, Account):
-            return result
-        assert isinstance(result, CrustCreditsError)
-        raise result
+        outcome: Outcome[Account] = await self._ask(
+            ACCOUNT_CREDITS, key, self._freshness.given(**freshness), self._deadline(timeout)
+        )
+        return _balance_of(outcome)
 
     @overload
     async def check(
@@ -121,6 +159,7 @@ class CreditsClient:
         detail: Literal[False] = False,
         timeout: float | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]: ...
     @overload
     async def check(
@@ -130,6 +169,7 @@ class CreditsClient:
         detail: Literal[True],
         timeout: float | None = None,
         on_outcome: Callable[[Outcome[Account]], object] | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> Report[Account]: ...
     @overload
     async def check(
@@ -139,6 +179,7 @@ class CreditsClient:
         detail: bool,
         timeout: float | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]: ...
     async def check(
         self,
@@ -147,6 +188,7 @@ class CreditsClient:
         detail: bool = False,
         timeout: float | None = None,
         on_outcome: Callable[[Outcome[Any]], object] | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> Report[Any]:
         """Check every key of a pool; one bad key never sinks the rest.
 
@@ -158,6 +200,7 @@ class CreditsClient:
             timeout: Seconds for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
                 `APITimeoutError` for its error, or its last failure; what has come is kept.
             on_outcome: A plain function, called with each outcome as it lands.
+            freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
 
         Raises:
             ConfigurationError: This is no pool, or two different keys have one name, or one secret two accounts. A key that
@@ -172,32 +215,73 @@ class CreditsClient:
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
-        self._check_open()
+        how_old = self._freshness.given(**freshness)
+        self._check_usable()
         pool = list(source)
         refuse_contradictions(pool)
-        ask = partial(self._ask_for_outcome, ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout))
-        return Report(await self._gather(pool, ask, on_outcome))
+        path, deadline = ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout)
+        return Report(
+            await in_order(
+                pool,
+                lambda key: self._calls.known(path, key, how_old),
+                lambda keys: self._fan_out(keys, lambda key: self._ask(path, key, how_old, deadline)),
+                on_outcome,
+            )
+        )
 
-    async def _gather(
-        self, pool: list[ApiKey], ask: Ask, on_outcome: Callable[[Outcome[Any]], object] | None
-    ) -> list[Outcome[Any]]:
-        places: dict[bytes, list[int]] = {}
-        for place, key in enumerate(pool):
-            places.setdefault(key.digest, []).append(place)
-        outcomes: dict[int, Outcome[Any]] = {}
-        first_of_each = iter([pool[same[0]] for same in places.values()])
-        async with aclosing(self._fan_out(first_of_each, ask)) as landed:
-            async for outcome in landed:
-                for place in places[outcome.key.digest]:
-                    outcomes[place] = outcome_for(pool[place], outcome)
-                    if on_outcome is not None:
-                        on_outcome(outcomes[place])
-        return [outcomes[place] for place in range(len(pool))]
+    async def require(
+        self,
+        credits: Decimal | float,
+        keys: KeysLike,
+        *,
+        margin: Decimal | float = 1.0,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Report[Balance]:
+        """Check a pool before a batch that needs `credits`, and raise unless they are certainly there.
+
+        A check and no reservation: what others spend meanwhile is gone, so ask right before the batch, and with a `margin`.
+        Each account counts once, and so do `lookalikes`, undeclared keys whose answers are the same; a key that could not be
+        checked counts as nothing. Stale balances count, and are named. The report's `available_credits` is what was found.
+
+        Args:
+            credits: Credits that the batch needs.
+            keys: As for `check`.
+            margin: What `credits` is multiplied by: 1.2 wants a fifth more than the batch needs.
+            timeout: As for `check`.
+            freshness: As for `check`.
+
+        Raises:
+            InsufficientCreditsError: Fewer are known to be there.
+            ConfigurationError: As for `check`; or `credits` or `margin` is no finite number of at least 0.
+            ClientClosedError: The client was closed meanwhile.
+        """
+        needed = needed_credits(credits, margin)
+        pending = self.check(keys, timeout=timeout, **freshness)
+        del keys  # No frame of ours holds a secret when something is raised.
+        report = await pending
+        report.require(needed)
+        return report
+
+    def peek(self, key: KeyLike, *, detail: bool = False, max_age: Seconds | None = None) -> Outcome | None:
+        """What is known of `key` without asking: the last answer, however old, or the last failure; None when there is neither.
+
+        No I/O is done, and nothing is refreshed. With a balance that is older than `max_age` it is `stale`; the failure since
+        then, if any, stands beside it. To be called where the event loop runs, whose clock it reads.
+
+        Raises:
+            ConfigurationError: The key or `max_age` cannot be used, or no loop runs here.
+        """
+        key = as_key(key)
+        if isinstance(key, RefusedKey):
+            raise key.error
+        self._check_loop()
+        return self._calls.last(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._freshness.given(max_age=max_age))
 
     async def _fan_out(
         self, source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None], ask: Ask
     ) -> AsyncGenerator[Outcome[Any], None]:
-        self._check_open()
+        self._check_usable()
         run = FanOut(ask, room=self._room)
         self._fan_outs.add(run)
         try:
@@ -209,31 +293,52 @@ class CreditsClient:
 
     @overload
     def stream(
-        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: Literal[False] = False, timeout: float | None = None
+        self,
+        keys: KeysLike | AsyncIterable[KeyLike],
+        *,
+        detail: Literal[False] = False,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     @overload
     def stream(
-        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: Literal[True], timeout: float | None = None
+        self,
+        keys: KeysLike | AsyncIterable[KeyLike],
+        *,
+        detail: Literal[True],
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Account], None]: ...
     @overload
     def stream(
-        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: bool, timeout: float | None = None
+        self,
+        keys: KeysLike | AsyncIterable[KeyLike],
+        *,
+        detail: bool,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     def stream(
-        self, keys: KeysLike | AsyncIterable[KeyLike], *, detail: bool = False, timeout: float | None = None
+        self,
+        keys: KeysLike | AsyncIterable[KeyLike],
+        *,
+        detail: bool = False,
+        timeout: float | None = None,
+        **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Any], None]:
         """Check keys and yield each outcome as it lands, in memory that does not grow with their number.
 
-        `keys` is as for `check`, or an asynchronous iterable, which may have no end. Equal secrets under way at the same
-        time are asked once. Left early, the rest is cancelled: at once when the generator is closed (`contextlib.aclosing`).
+        `keys` is as for `check`, or an asynchronous iterable, which may have no end. Left early, the rest is given up: at once
+        when the generator is closed (`contextlib.aclosing`).
 
         Args:
             keys: Where the keys come from. What it raises is raised here, after the outcomes of those it gave before.
             detail: As for `check`.
             timeout: Seconds for each key, from when it is taken from `keys`.
+            freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
 
         Raises:
-            ConfigurationError: This is no source of keys.
+            ConfigurationError: This is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
         source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None] | ConfigurationError
@@ -243,11 +348,9 @@ class CreditsClient:
             raise source
         if timeout is not None:
             check_number("timeout", timeout, above=0)
-
-        def ask(key: ApiKey) -> Any:
-            return self._ask_for_outcome(ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout), key)
-
-        return self._fan_out(source, ask)
+        how_old = self._freshness.given(**freshness)
+        path = ACCOUNT_CREDITS if detail else USER_CREDITS
+        return self._fan_out(source, lambda key: self._ask(path, key, how_old, self._deadline(timeout)))
 
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
@@ -264,23 +367,22 @@ class CreditsClient:
         return self._asker.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
     async def close(self) -> None:
-        """End the calls under way with `ClientClosedError` and close the session, unless it was given. May be called twice."""
+        """End the calls under way with `ClientClosedError`, refreshes too, and close the session, unless it was given.
+
+        May be called twice.
+        """
         self._check_loop()
-        if not self._closed:
-            self._closed = True
-            for task in self._calls:
-                task.cancel()
-            for run in self._fan_outs:
-                run.end(_closed_error())
+        self._closed = True
+        for run in self._fan_outs:
+            run.end(closed_error())
         try:
-            if self._calls:
-                await self._no_calls.wait()
+            await self._calls.close()
         finally:
             await self._asker.transport.close()
 
     async def __aenter__(self) -> Self:
         self._check_loop()
-        self._check_open()
+        self._check_usable()
         return self
 
     async def __aexit__(
@@ -288,57 +390,27 @@ class CreditsClient:
     ) -> None:
         await self.close()
 
-    # --- one key
+    # --- inside
 
-    async def _ask_for_outcome(self, path: str, deadline: float | None, key: ApiKey) -> Outcome[Any]:
-        result, attempts = await self._ask(path, deadline, key)
-        if isinstance(result, Balance):
-            return Outcome(key=key, balance=result, checked_at=result.checked_at, attempts=attempts)
-        return Outcome(key=key, error=result, checked_at=datetime.now(UTC), attempts=attempts)
-
-    async def _ask(self, path: str, deadline: float | None, key: ApiKey) -> tuple[Balance | CrustCreditsError, int]:
-        """The balance or the error, and how many requests it took. Raises only when the client is closed, or on a wrong loop."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop or self._closed:
-            self._check_loop()
-            self._check_open()
-        task = asyncio.current_task(loop)
-        assert task is not None, "a coroutine of asyncio runs in a task"
-        cancelling = task.cancelling()
-        self._calls.add(task)
-        try:
-            answer = await self._asker.ask(path, deadline, key)
-        except asyncio.CancelledError:
-            # As with asyncio.timeout: once closed it is close()'s, unless somebody else has asked for one too.
-            if not self._closed or task.cancelling() - 1 > cancelling:
-                raise
-            answer = None
-        finally:
-            self._calls.discard(task)
-            if self._closed:
-                self._settle(task)
-        if answer is None:
-            raise _closed_error()
-        result, attempts = answer
-        if isinstance(result, CrustCreditsError):
-            result.attempts = attempts
-            if isinstance(result, ClientClosedError):
-                raise result
-        return answer
-
-    def _settle(self, task: asyncio.Task[Any]) -> None:
-        """After the client was closed: take close()'s cancellation back, and say when the last call has ended."""
-        task.uncancel()
-        if not self._calls:
-            self._no_calls.set()
-
-    # --- time and state
+    async def _ask(self, path: str, key: ApiKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+        """What came of one key. Raises only when the client, or the session it was given, is closed, or on a wrong loop."""
+        self._check_usable()
+        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline)
+        if isinstance(outcome.error, ClientClosedError):
+            raise copy.copy(outcome.error)
+        return outcome
 
     def _deadline(self, timeout: float | None) -> float | None:
         if timeout is None:
             return None
         check_number("timeout", timeout, above=0)
-        return _now() + timeout
+        return asyncio.get_running_loop().time() + timeout
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise closed_error()
+        if asyncio.get_running_loop() is not self._loop:
+            self._check_loop()
 
     def _check_loop(self) -> None:
         try:
@@ -354,19 +426,15 @@ class CreditsClient:
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise _closed_error()
 
-
-def _closed_error() -> ClientClosedError:
-    return ClientClosedError("this client is closed; make a new one")
+def _balance_of(outcome: Outcome[BalanceT]) -> BalanceT:
+    if outcome.balance is not None:
+        return outcome.balance
+    assert outcome.error is not None
+    # Others who shared the call raise theirs: a traceback is of one of them only.
+    raise copy.copy(outcome.error)
 
 
 def _check_kind(what: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

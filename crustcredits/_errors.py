@@ -164,17 +164,30 @@ class RateLimitWaitError(CrustCreditsError):
 
 
 class InsufficientCreditsError(CrustCreditsError):
-    """A pool holds fewer credits than a batch needs; for the gate before a batch, as in `examples/preflight.py`.
+    """A pool holds fewer credits than a batch needs; `CreditsClient.require` raises it.
 
     Attributes:
-        needed: Credits the batch needs.
+        needed: Credits that were asked for, with the margin.
         available: Credits known to be there; what is unknown counts as nothing.
+        unknown: The names of the keys that could not be checked.
+        stale: The names of the keys whose balance is an old one.
     """
 
-    def __init__(self, message: str, *, needed: Decimal, available: Decimal, **details: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: Decimal,
+        available: Decimal,
+        unknown: tuple[str, ...] = (),
+        stale: tuple[str, ...] = (),
+        **details: Any,
+    ) -> None:
         super().__init__(message, **details)
         self.needed = needed
         self.available = available
+        self.unknown = unknown
+        self.stale = stale
 
 
 class ClientClosedError(CrustCreditsError):

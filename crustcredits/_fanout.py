@@ -7,7 +7,7 @@ grows with `room`, never with the number of keys.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -20,15 +20,14 @@ Ask: TypeAlias = Callable[[ApiKey], Awaitable[Outcome[Any]]]
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
-    Equal secrets under way at the same time are asked once. What `ask` raises ends it all; what the source of keys raises
-    comes once those already asked have landed. However it ends, it leaves no task behind and the source closed.
+    What `ask` raises ends it all; what the source of keys raises comes once those already asked have landed. However it
+    ends, it leaves no task behind and the source closed.
     """
 
     def __init__(self, ask: Ask, *, room: int) -> None:
         self._ask = ask
         self._room = asyncio.Semaphore(room)
         self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
-        self._under_way: dict[bytes, list[ApiKey]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: BaseException | None = None
 
@@ -61,18 +60,13 @@ class FanOut:
                 await self._start(key)
 
     async def _start(self, key: ApiKey) -> None:
-        askers = self._under_way.setdefault(key.digest, [])
-        askers.append(key)
-        if len(askers) == 1:
-            task = asyncio.create_task(self._ask_one(key))
-            self._tasks.add(task)
-            task.add_done_callback(self._on_asked)
+        task = asyncio.create_task(self._ask_one(key))
+        self._tasks.add(task)
+        task.add_done_callback(self._on_asked)
         await self._room.acquire()
 
     async def _ask_one(self, key: ApiKey) -> None:
-        outcome = await self._ask(key)
-        for asker in self._under_way.pop(key.digest):
-            self._landed.put_nowait(outcome_for(asker, outcome))
+        self._landed.put_nowait(await self._ask(key))
 
     def _on_fed(self, feeder: asyncio.Task[None]) -> None:
         self._ending = _raised_by(feeder)
@@ -95,6 +89,36 @@ class FanOut:
         for task in remaining:
             task.cancel()
         await asyncio.gather(*remaining, return_exceptions=True)
+
+
+async def in_order(
+    pool: Sequence[ApiKey],
+    known: Callable[[ApiKey], Outcome[Any] | None],
+    fan_out: Callable[[Iterator[ApiKey]], AsyncGenerator[Outcome[Any], None]],
+    on_outcome: Callable[[Outcome[Any]], object] | None,
+) -> list[Outcome[Any]]:
+    """One outcome for each key of a pool, in its order: what is known, and what a fan-out over the rest, each secret once, brings.
+
+    `on_outcome` is called with each as it lands.
+    """
+    outcomes: dict[int, Outcome[Any]] = {}
+    unknown: dict[bytes, list[int]] = {}
+    for place, key in enumerate(pool):
+        outcome = known(key)
+        if outcome is None:
+            unknown.setdefault(key.digest, []).append(place)
+            continue
+        outcomes[place] = outcome
+        if on_outcome is not None:
+            on_outcome(outcome)
+    if unknown:
+        async with aclosing(fan_out(iter([pool[same[0]] for same in unknown.values()]))) as landed:
+            async for outcome in landed:
+                for place in unknown[outcome.key.digest]:
+                    outcomes[place] = outcome_for(pool[place], outcome)
+                    if on_outcome is not None:
+                        on_outcome(outcomes[place])
+    return [outcomes[place] for place in range(len(pool))]
 
 
 def _raised_by(task: asyncio.Task[None]) -> BaseException | None:

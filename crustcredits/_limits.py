@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Hashable
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import attrs
 from aiolimiter import AsyncLimiter
 
 from crustcredits._checks import Number, Whole
-from crustcredits._errors import ConfigurationError, RateLimitWaitError
+from crustcredits._errors import ConfigurationError
 from crustcredits._quota import Quota, grant_time
+from crustcredits._turn import Turn
 
 Scope = Literal["client", "account", "key"]
 _SCOPES = ("client", "account", "key")
@@ -73,14 +75,19 @@ class RateLimit:
 
 
 # Who waits, in order, each with its ticket.
-_Queue: TypeAlias = "OrderedDict[asyncio.Future[int], int]"
+_Queue: TypeAlias = "OrderedDict[Turn, int]"
+
+# A share of the tokens that what nobody waits for leaves alone, so that whoever comes next need not wait: one in so many.
+_RESERVE = 10
 
 
 class TokenBucket:
     """Tokens for the requests of one scope on one endpoint: one for each attempt that goes onto the wire.
 
     Whoever takes a token with `acquire` gives it back in exactly one of three ways: `ended`, `abandoned` or `unused`.
-    First come, first served; nobody waits while a token is free, but for a pause.
+    First come, first served; nobody waits while a token is free, but for a pause. Turns that nobody wants, because they
+    only refresh what is known, go behind all others: the oldest first, one at a time and evenly over the period, so that
+    what was asked in one burst is not refreshed in one; and they leave a tenth of the tokens alone.
 
     Args:
         requests: How many tokens there are.
@@ -94,11 +101,14 @@ class TokenBucket:
         "_home",
         "_in_flight",
         "_late",
+        "_next_refresh",
         "_paused",
         "_period",
         "_probe",
+        "_refreshes",
         "_refused",
         "_requests",
+        "_reserve",
         "_tickets",
         "_timer",
         "_waiters",
@@ -109,10 +119,13 @@ class TokenBucket:
         self._period = period
         self._late = late
         self._free = requests
+        self._reserve = requests // _RESERVE
         self._in_flight = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
         self._waiters: _Queue = OrderedDict()
         self._again: _Queue = OrderedDict()  # those whom a pause sent back, before all others
+        self._refreshes: list[tuple[float, int, Turn]] = []  # those that nobody wants; ascending by age and ticket
+        self._next_refresh = 0.0
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters
         self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
@@ -127,25 +140,32 @@ class TokenBucket:
             return True
         return False
 
-    async def acquire(self, deadline: float | None = None, *, again: bool = False) -> int:
+    async def acquire(self, turn: Turn | None = None, *, again: bool = False) -> int:
         """Take a token, waiting for one if need be. Returns 1 for a probe's token and 0 for any other, to be given back.
 
-        With `again`, for one that gave its token back because of a pause, it waits before those who have had none.
-
-        Raises:
-            RateLimitWaitError: The token cannot come before `deadline`, a loop time; at once where that is certain.
+        `turn` is who waits, and told so. With `again`, for one that gave its token back because of a pause, it waits before
+        those who have had none.
         """
-        if self.try_acquire():
+        if (turn is None or turn.wanted) and self.try_acquire():
             return 0
+        turn = turn or Turn()
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        self._collect(began)
-        ahead = len(self._again) + (0 if again else len(self._waiters))
-        if not ahead and self._may_grant(began):
-            return self._take()
-        if deadline is not None:
-            self._refuse_hopeless(began, began, deadline, ahead)
-        return await self._wait(loop, began, deadline, self._again if again else self._waiters)
+        now = loop.time()
+        self._collect(now)
+        self._enqueue(turn, again=again)
+        self._wake()
+        waiter = turn.waiter
+        assert waiter is not None
+        try:
+            if not waiter.done():
+                turn.joins(self)
+            return await waiter
+        except asyncio.CancelledError:
+            self._leave(turn, waiter)
+            raise
+        finally:
+            turn.waiter = None
+            turn.leaves()
 
     def ended(self, token: int = 0) -> None:
         """The attempt has ended with an answer: the server counted it before now."""
@@ -202,7 +222,7 @@ class TokenBucket:
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
         self._collect(now)
-        return self._free == self._requests and not (self._waiters or self._again or self._paused)
+        return self._free == self._requests and not (self._waiters or self._again or self._refreshes or self._paused)
 
     def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0) -> Quota:
         """What it can still give; `pacing` calls have their token and wait for the pace."""
@@ -213,6 +233,7 @@ class TokenBucket:
             free=self._free,
             in_flight=self._in_flight,
             waiting=len(self._waiters) + len(self._again),
+            refreshing=len(self._refreshes),
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
             pace=pace,
@@ -220,7 +241,31 @@ class TokenBucket:
             pacing=pacing,
         )
 
+    def expected(self, turn: Turn, now: float) -> float:
+        """When a turn that waits here gets its token, as things stand: those ahead stay, what is under way ends now."""
+        waiter = turn.waiter
+        return (
+            now if waiter is None or waiter.done() else max(now, grant_time(self._returns(now), self._ahead_of(turn), self._period))
+        )
+
+    def move_up(self, turn: Turn) -> None:
+        """Somebody wants it now: it goes to the end of those that are wanted."""
+        if self._drop_refresh(turn):
+            self._waiters[turn] = self._ticket()
+            self._wake()
+
     # --- inside
+
+    def _enqueue(self, turn: Turn, *, again: bool) -> None:
+        turn.waiter = asyncio.get_running_loop().create_future()
+        if turn.wanted:
+            (self._again if again else self._waiters)[turn] = self._ticket()
+        else:
+            insort(self._refreshes, (turn.since, self._ticket(), turn))
+
+    def _ticket(self) -> int:
+        self._tickets += 1
+        return self._tickets
 
     def _take(self) -> int:
         self._free -= 1
@@ -237,7 +282,7 @@ class TokenBucket:
         if token:
             self._probe = 0
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
-        if (self._waiters or self._again) and (self._timer is None or home < self._timer.when()):
+        if self._timer is None or home < self._timer.when():
             self._wake()
 
     def _collect(self, now: float) -> None:
@@ -246,26 +291,34 @@ class TokenBucket:
             del self._home[:home]
             self._free += home
 
-    def _may_grant(self, now: float) -> bool:
+    def _may_grant(self, now: float, reserve: int = 0) -> bool:
         if self._paused is not None and (now < self._paused or self._probe):
             return False
-        return self._free > 0
+        return self._free > reserve
 
     def _wake(self) -> None:
         """Hand free tokens to those who wait, in order, and set the one timer for the next that comes home."""
-        if not (self._again or self._waiters):
+        if not (self._again or self._waiters or self._refreshes):
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
         while (queue := self._again or self._waiters) and self._may_grant(now):
-            waiter = queue.popitem(last=False)[0]
-            if not waiter.done():  # cancelled in this very turn of the loop
-                waiter.set_result(self._take())
+            self._grant(queue.popitem(last=False)[0])
+        while self._refreshes and not queue and now >= self._next_refresh and self._may_grant(now, self._reserve):
+            if self._grant(self._refreshes.pop(0)[2]):
+                self._next_refresh = now + self._period / (self._requests - self._reserve)
         self._set_timer(loop, now)
 
+    def _grant(self, turn: Turn) -> bool:
+        waiter = turn.waiter
+        if waiter is None or waiter.done():  # cancelled in this very turn of the loop
+            return False
+        waiter.set_result(self._take())
+        return True
+
     def _set_timer(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
-        when = self._next_chance(now) if self._again or self._waiters else None
+        when = self._next_chance(now)
         if self._timer is not None:
             if self._timer.when() == when:
                 return
@@ -277,44 +330,44 @@ class TokenBucket:
         self._wake()
 
     def _next_chance(self, now: float) -> float | None:
-        # None: an attempt under way has to end first, and that will wake us.
-        token = now if self._free else self._home[0] if self._home else None
-        if token is None or self._paused is None:
-            return token
-        return None if self._probe else max(token, self._paused)
+        """When whoever is next could have a token. None: nobody waits, or an attempt under way has to end first."""
+        if self._again or self._waiters:
+            missing, earliest = 1 - self._free, now
+        elif self._refreshes:
+            missing, earliest = self._reserve + 1 - self._free, max(now, self._next_refresh)
+        else:
+            return None
+        if missing > len(self._home) or (self._paused is not None and self._probe):
+            return None
+        return max(earliest, self._home[missing - 1] if missing > 0 else now, self._paused or now)
 
-    async def _wait(self, loop: asyncio.AbstractEventLoop, began: float, deadline: float | None, queue: _Queue) -> int:
-        waiter: asyncio.Future[int] = loop.create_future()
-        self._tickets += 1
-        queue[waiter] = self._tickets
-        self._set_timer(loop, began)
-        try:
-            if deadline is None:
-                return await waiter
-            async with asyncio.timeout_at(deadline):
-                return await waiter
-        except TimeoutError:
-            ahead = self._ahead_of(waiter, queue)
-            self._leave(waiter, queue)
-        except asyncio.CancelledError:
-            self._leave(waiter, queue)
-            raise
-        raise self._wait_error(began, loop.time(), ahead)
-
-    def _ahead_of(self, waiter: asyncio.Future[int], queue: _Queue) -> int:
+    def _ahead_of(self, turn: Turn) -> int:
         # By tickets, because counting would cost more the more there are; those who left in between are counted too.
-        ticket = queue.get(waiter)
-        ahead = 0 if ticket is None else ticket - next(iter(queue.values()))
-        return ahead if queue is self._again else ahead + len(self._again)
+        if turn in self._again:
+            return self._again[turn] - next(iter(self._again.values()))
+        ahead = self._waiters[turn] - next(iter(self._waiters.values())) if turn in self._waiters else len(self._waiters)
+        return len(self._again) + ahead
 
-    def _leave(self, waiter: asyncio.Future[int], queue: _Queue) -> None:
+    def _leave(self, turn: Turn, waiter: asyncio.Future[int]) -> None:
         """Give up waiting, and hand on a token that came in the same moment."""
-        queue.pop(waiter, None)
+        self._again.pop(turn, None)
+        self._waiters.pop(turn, None)
+        self._drop_refresh(turn)
         if waiter.done() and not waiter.cancelled():
             self.unused(waiter.result())
-        elif not (self._again or self._waiters) and self._timer is not None:
+        elif not (self._again or self._waiters or self._refreshes) and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _drop_refresh(self, turn: Turn) -> bool:
+        # Those of one age stand together, in the order of their tickets.
+        place = bisect_left(self._refreshes, turn.since, key=itemgetter(0))
+        while place < len(self._refreshes) and self._refreshes[place][0] == turn.since:
+            if self._refreshes[place][2] is turn:
+                del self._refreshes[place]
+                return True
+            place += 1
+        return False
 
     def _returns(self, now: float) -> list[float]:
         """When each token comes home, ascending, taking what is under way to end now and a pause to end in time."""
@@ -322,18 +375,3 @@ class TokenBucket:
         if self._paused is not None:
             times = [max(time, self._paused) for time in times]
         return sorted(times)
-
-    def _grant_time(self, now: float, ahead: int) -> float:
-        return grant_time(self._returns(now), ahead, self._period)
-
-    def _refuse_hopeless(self, began: float, now: float, deadline: float, ahead: int) -> None:
-        if self._grant_time(now, ahead) > deadline:
-            raise self._wait_error(began, now, ahead)
-
-    def _wait_error(self, began: float, now: float, ahead: int) -> RateLimitWaitError:
-        wait = max(self._grant_time(now, ahead), now) - began
-        return RateLimitWaitError(
-            f"the rate limit of {self._requests} requests would hold this call back for {wait:.1f} s, beyond its deadline; "
-            "allow it more time, or ask for fewer keys at once",
-            wait=wait,
-        )

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias
 
 import attrs
 
@@ -50,6 +50,8 @@ class Balance:
         checked_at: When the answer came, in UTC, by this machine's clock.
         request_id: The server's `x-request-id`, or None.
         rate_limit: The server's count as the answer told it, or None.
+        stale: Whether it is older than the `max_age` that was asked for, and was given all the same: while it is refreshed,
+            or because the API gave no newer one. `checked_at` tells how old.
     """
 
     key: ApiKey
@@ -57,6 +59,7 @@ class Balance:
     checked_at: datetime
     request_id: str | None = None
     rate_limit: RateLimitStatus | None = None
+    stale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the key by name, credits as text, times as ISO 8601 in UTC."""
@@ -65,6 +68,7 @@ class Balance:
             "account": self.key.account,
             "credits": credits_text(self.credits),
             "checked_at": time_text(self.checked_at),
+            "stale": self.stale,
             "request_id": self.request_id,
             "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
         }
@@ -114,16 +118,20 @@ else:
     BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True)
 
 
+Source: TypeAlias = Literal["fetched", "shared", "kept"]
+
+
 @attrs.frozen(kw_only=True)
 class Outcome(Generic[BalanceT]):
-    """What came of checking one key: a balance, or the error that stands in its place.
+    """What came of checking one key: a balance, or the error that stands in its place, or a stale balance and its error.
 
     Attributes:
         key: The key that was asked, as it was given.
         balance: The answer, or None. With `detail=True` it is an `Account`.
-        error: Why there is no balance, or None.
-        checked_at: When this became known, in UTC.
-        attempts: How many requests were put on the wire for it.
+        error: Why there is no balance; or, beside a stale one, why there is no newer; or None.
+        checked_at: When this became known, in UTC; with a balance, when that came.
+        attempts: How many requests were put on the wire for it; for a kept answer none.
+        source: `"fetched"` by this call; `"shared"` with another that was under way for the same key; or `"kept"` from before.
     """
 
     key: ApiKey
@@ -131,11 +139,17 @@ class Outcome(Generic[BalanceT]):
     error: CrustCreditsError | None = None
     checked_at: datetime
     attempts: int
+    source: Source = "fetched"
 
     @property
     def ok(self) -> bool:
-        """Whether there is a balance."""
+        """Whether there is a balance, be it a stale one."""
         return self.balance is not None
+
+    @property
+    def stale(self) -> bool:
+        """Whether there is a balance that is older than was asked for."""
+        return self.balance is not None and self.balance.stale
 
     @property
     def credits(self) -> Decimal | None:
@@ -167,21 +181,24 @@ class Outcome(Generic[BalanceT]):
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the balance under its key's name, or the error as its type's name and text."""
-        shared = {"key": self.key.name, "account": self.key.account, "ok": self.ok, "attempts": self.attempts}
-        if self.balance is not None:
-            return shared | self.balance.to_dict() | {"error": None}
-        return shared | {
-            "credits": None,
-            "checked_at": time_text(self.checked_at),
-            "request_id": self.request_id,
-            "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
-            "error": {"type": type(self.error).__name__, "message": str(self.error)},
-        }
+        balance = self.balance
+        known = {"credits": None, "checked_at": time_text(self.checked_at)} if balance is None else balance.to_dict()
+        return (
+            {"key": self.key.name, "account": self.key.account, "ok": self.ok, "stale": self.stale}
+            | known
+            | {
+                "request_id": self.request_id,
+                "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
+                "attempts": self.attempts,
+                "source": self.source,
+                "error": None if self.error is None else {"type": type(self.error).__name__, "message": str(self.error)},
+            }
+        )
 
 
 def outcome_for(key: ApiKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
     """The outcome of an equal secret, under `key`'s own name and account."""
-    if key is outcome.key:
+    if key is outcome.key or key == outcome.key:
         return outcome
     balance = None if outcome.balance is None else attrs.evolve(outcome.balance, key=key)
     error = copy.copy(outcome.error)

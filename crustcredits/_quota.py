@@ -18,12 +18,14 @@ class Quota:
         free: Tokens that can be taken now.
         in_flight: Tokens taken by calls under way.
         waiting: Calls that wait for a token.
+        refreshing: Calls behind those, that nobody waits for: they only refresh an answer that is kept.
     """
 
     limit: int
     free: int
     in_flight: int
     waiting: int
+    refreshing: int
     _returns: tuple[float, ...] = attrs.field(alias="returns", repr=False)
     _period: float = attrs.field(alias="period", repr=False)
     _pace: float | None = attrs.field(alias="pace", repr=False)

@@ -12,10 +12,14 @@ from typing import Any, Generic, overload
 import attrs
 
 from crustcredits._checks import check_number
+from crustcredits._errors import InsufficientCreditsError
 from crustcredits._models import Account, Balance, BalanceT, Outcome, credits_text
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
 _EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
+
+# How many names a message lists.
+_NAMED = 10
 
 
 class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
@@ -39,7 +43,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return len(self._outcomes)
 
     def __repr__(self) -> str:
-        return f"<Report of {len(self)} keys: {len(self.succeeded)} checked, {len(self.failed)} failed>"
+        stale = f" ({len(self.stale)} stale)" if self.stale else ""
+        return f"<Report of {len(self)} keys: {len(self.succeeded)} checked{stale}, {len(self.failed)} failed>"
 
     @property
     def ok(self) -> bool:
@@ -56,11 +61,17 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """The outcomes with an error: their credits are unknown."""
         return tuple(outcome for outcome in self if not outcome.ok)
 
+    @cached_property
+    def stale(self) -> tuple[Outcome[BalanceT], ...]:
+        """The outcomes with a balance that is older than was asked for. They count among the succeeded, and in all sums."""
+        return tuple(outcome for outcome in self if outcome.stale)
+
     @property
     def total_credits(self) -> Decimal | None:
         """Credits of all accounts whose balance is known, exact to the last digit; each account once.
 
-        What failed is left out, so look at `ok` too. None when there were keys and nothing is known of any.
+        What failed is left out, so look at `ok` too; what is `stale` is in it. None when there were keys and nothing is known
+        of any.
         """
         if self and not self.succeeded:
             return None
@@ -75,14 +86,14 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Outcome[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
 
-        Failed keys are left out.
+        Stale ones come last, failed ones are left out.
 
         Raises:
             ConfigurationError: `min_credits` is not a finite number.
         """
         floor = _decimal("min_credits", min_credits)
         rich = (outcome for outcome in self.succeeded if self.credits_of(outcome) >= floor)
-        return tuple(sorted(rich, key=self.credits_of, reverse=True))
+        return tuple(sorted(rich, key=lambda outcome: (not outcome.stale, self.credits_of(outcome)), reverse=True))
 
     def low(self, threshold: Decimal | float) -> tuple[Outcome[BalanceT], ...]:
         """The keys whose account holds less than `threshold` credits, in the order given. Failed keys are left out.
@@ -106,6 +117,35 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
                 groups[_answer(outcome.balance)].setdefault(outcome.key.digest, outcome)
         return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
 
+    @property
+    def available_credits(self) -> Decimal:
+        """Credits that are certainly there: as `total_credits`, without what may be counted twice; 0 when nothing is known.
+
+        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing.
+        """
+        known = [(account, balance) for account, balance in self._newest.items() if balance is not None]
+        # A declared account, known by a str, counts for itself, whatever others answer.
+        declared = [balance for account, balance in known if isinstance(account, str)]
+        answers = {_answer(balance) for balance in declared}
+        apart = {_answer(balance): balance for account, balance in known if not isinstance(account, str)}
+        return _sum(balance.credits for balance in [*declared, *(apart[answer] for answer in apart.keys() - answers)])
+
+    def require(self, credits: Decimal | float) -> None:
+        """Do nothing when so many credits are certainly there.
+
+        Raises:
+            InsufficientCreditsError: `available_credits` is less.
+            ConfigurationError: `credits` is no finite number of at least 0.
+        """
+        needed, available = needed_credits(credits), self.available_credits
+        if available >= needed:
+            return
+        unknown = tuple(outcome.key.name for outcome in self.failed)
+        stale = tuple(outcome.key.name for outcome in self.stale)
+        message = f"{credits_text(needed)} credits are needed and {credits_text(available)} are certain"
+        message += _listed("; unknown", unknown) + _listed("; stale", stale)
+        raise InsufficientCreditsError(message, needed=needed, available=available, unknown=unknown, stale=stale)
+
     def raise_on_error(self) -> None:
         """Do nothing when every key has a balance.
 
@@ -122,6 +162,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             "ok": self.ok,
             "checked": len(self.succeeded),
             "failed": len(self.failed),
+            "stale": len(self.stale),
             "total_credits": _text(self.total_credits),
             "accounts": {name: _text(credits) for name, credits in self.accounts.items()},
             "lookalikes": [[outcome.key.name for outcome in group] for group in self.lookalikes],
@@ -143,15 +184,32 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return self._declared.get(outcome.key.digest, outcome.key.digest)
 
     @cached_property
-    def _credits(self) -> Mapping[Hashable, Decimal | None]:
-        """Credits of each account, declared or not, by its newest answer; None where nothing is known."""
+    def _newest(self) -> Mapping[Hashable, Balance | None]:
+        """The newest answer of each account, declared or not; None where nothing is known."""
         newest: dict[Hashable, Balance | None] = {}
         for outcome in self:
             account = self._account(outcome)
             known = newest.setdefault(account, None)
             if outcome.balance is not None and (known is None or outcome.balance.checked_at >= known.checked_at):
                 newest[account] = outcome.balance
-        return {account: None if balance is None else balance.credits for account, balance in newest.items()}
+        return newest
+
+    @cached_property
+    def _credits(self) -> Mapping[Hashable, Decimal | None]:
+        """The credits of that."""
+        return {account: None if balance is None else balance.credits for account, balance in self._newest.items()}
+
+
+def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
+    """What a batch of so many credits needs, with its margin.
+
+    Raises:
+        ConfigurationError: One of them is no finite number of at least 0.
+    """
+    factors = _decimal("credits", credits), _decimal("margin", margin)
+    for what, factor in zip(("credits", "margin"), factors, strict=True):
+        check_number(what, float(factor), minimum=0)
+    return _EXACT.multiply(*factors)
 
 
 def _sum(numbers: Iterable[Decimal]) -> Decimal:
@@ -170,13 +228,24 @@ def _decimal(what: str, number: Decimal | float) -> Decimal:
     return number
 
 
+def _listed(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{what}: {', '.join(names[:_NAMED])}{more}"
+
+
 def _text(credits: Decimal | None) -> str | None:
     return None if credits is None else credits_text(credits)
 
 
+# What differs between two answers about one account.
+_OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale"}
+
+
 def _answer(balance: Balance) -> str:
-    """What the server said of the account, without what differs between two answers about one account."""
+    """What the server said of the account."""
     if not isinstance(balance, Account):
         return credits_text(balance.credits)
     fields = attrs.asdict(balance, recurse=False)
-    return repr({name: value for name, value in fields.items() if name not in {"key", "checked_at", "request_id", "rate_limit"}})
+    return repr({name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER})

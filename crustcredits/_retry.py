@@ -48,9 +48,17 @@ class Retry:
         """
         if attempts >= self.attempts or not isinstance(error, _TRANSIENT):
             return None
-        # The exponent is bounded because 2.0**1024 overflows.
-        jitter = uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(attempts - 1, 60)))
+        jitter = self._jitter(attempts, uniform)
         asked = error.retry_after if isinstance(error, RateLimitError) else None
         if asked is None:
             return jitter
         return asked + jitter if asked <= self.wait_max else None
+
+    def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+        """Seconds before an answer is refreshed again after so many failures in a row. There is no end to these."""
+        asked = error.retry_after if isinstance(error, RateLimitError) else None
+        return (asked or 0.0) + self._jitter(failures, uniform)
+
+    def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
+        # The exponent is bounded because 2.0**1024 overflows.
+        return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))

@@ -5,22 +5,9 @@ credits that others spend meanwhile are gone. A sandbox stands in for the API.
 """
 
 import asyncio
-from decimal import Decimal
 
-from crustcredits import CreditsClient, InsufficientCreditsError, Report
+from crustcredits import CreditsClient, InsufficientCreditsError
 from crustcredits.testing import Fault, SandboxServer
-
-
-def require(report: Report, needed: Decimal) -> None:
-    """Raise unless the pool holds `needed` credits for certain."""
-    available = report.total_credits or Decimal(0)
-    # Undeclared keys with the very same answer may share an account: count only one of each such group.
-    available -= sum((group[0].result().credits * (len(group) - 1) for group in report.lookalikes), Decimal(0))
-    if available < needed:
-        unknown = ", ".join(outcome.key.name for outcome in report.failed) or "none"
-        raise InsufficientCreditsError(
-            f"the batch needs {needed} credits and {available} are certain (unknown: {unknown})", needed=needed, available=available
-        )
 
 
 async def main() -> None:
@@ -30,13 +17,15 @@ async def main() -> None:
         keys.append(sandbox.add_key("globex", credits=9000))
         sandbox.fail(keys[-1], Fault.INTERNAL_ERROR)
 
-        report = await client.check(keys, timeout=30)
-        for needed in (Decimal(5000), Decimal(6000)):
+        # 4000 and a fifth more are there; 5000 and a fifth more are not.
+        for needed in (4000, 5000):
             try:
-                require(report, needed)
-                print(f"{needed}: go")
+                report = await client.require(needed, keys, margin=1.2, timeout=30, max_age=10)
             except InsufficientCreditsError as error:
                 print(f"{needed}: stop, {error}")
+                print(f"    {error.needed - error.available} more would do, or an answer for {', '.join(error.unknown)}")
+            else:
+                print(f"{needed}: go, {report.available_credits} are there")
 
 
 if __name__ == "__main__":

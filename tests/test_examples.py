@@ -18,7 +18,17 @@ SAID = {
         "total        138940.37 (1 of 4",
     ],
     "stream_pool.py": ["customer-4 has only 400 credits", "5 customers have fewer than 500 credits"],
-    "preflight.py": ["5000: go", "6000: stop, the batch needs 6000 credits and 5000.50 are certain (unknown: globex)"],
+    "preflight.py": [
+        "4000: go, 5000.50 are there",
+        "5000: stop, 6000.0 credits are needed and 5000.50 are certain; unknown: globex",
+        "999.50 more would do, or an answer for globex",
+    ],
+    "choose_key.py": [
+        "acme runs low: 70",
+        "small job, 50 credits: globex",
+        "huge job, 5000 credits: no key has enough",
+        "3 requests for three jobs",
+    ],
 }
 
 

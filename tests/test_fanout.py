@@ -72,25 +72,6 @@ async def test_a_slow_consumer_holds_back_the_asking() -> None:
         assert len(ask.asked) == 5
 
 
-async def test_an_equal_secret_under_way_is_joined_under_its_own_name() -> None:
-    """One question, two outcomes."""
-    ask = Asker()
-    twins = [ApiKey("secret-1", name="one"), ApiKey("secret-1", name="other", account="acme")]
-    outcomes = [outcome async for outcome in FanOut(ask, room=4).outcomes(iter(twins))]
-    assert ask.asked == ["one"]
-    assert [(outcome.key.name, outcome.balance.key.name) for outcome in outcomes if outcome.balance] == [
-        ("one", "one"),
-        ("other", "other"),
-    ]
-
-
-async def test_an_equal_secret_that_comes_later_is_asked_again() -> None:
-    """What has landed is not kept."""
-    ask = Asker()
-    await names(FanOut(ask, room=1).outcomes(iter(keys(1) * 3)))
-    assert ask.asked == ["k0"] * 3
-
-
 async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
     """Nothing that was asked is lost, and the caller sees his own error."""
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from aiolimiter import AsyncLimiter
 
-from crustcredits import ApiKey, ConfigurationError, RateLimit, RateLimitWaitError
+from crustcredits import ApiKey, ConfigurationError, RateLimit
 from crustcredits._buckets import Buckets, account_of
 from crustcredits._limits import TokenBucket
+from crustcredits._turn import Turn
 from tests.virtual import VirtualLoop, keys, now
 
 pytestmark = pytest.mark.virtual
@@ -18,9 +19,14 @@ pytestmark = pytest.mark.virtual
 PATH = "/user/credits"
 
 
-async def take(bucket: TokenBucket, log: list[Any], name: Any, deadline: float | None = None, *, again: bool = False) -> None:
-    await bucket.acquire(deadline, again=again)
+async def take(bucket: TokenBucket, log: list[Any], name: Any, *, turn: Turn | None = None, again: bool = False) -> None:
+    await bucket.acquire(turn, again=again)
     log.append((name, now()))
+
+
+def waits(bucket: TokenBucket, *, again: bool = False) -> tuple[Turn, asyncio.Task[int]]:
+    turn = Turn()
+    return turn, asyncio.create_task(bucket.acquire(turn, again=again))
 
 
 async def settle() -> None:
@@ -120,61 +126,199 @@ async def test_the_last_waiter_to_leave_takes_the_timer_along() -> None:
     assert bucket._timer is None
 
 
-async def test_a_wait_that_cannot_end_in_time_fails_at_once_and_says_how_long_it_would_be() -> None:
+async def test_it_says_when_a_turn_is_to_come_as_things_stand() -> None:
     """Two tokens, both out until 60; the third in the queue needs one for the second time."""
     bucket = TokenBucket(2, 60.0)
     for _ in range(2):
         await bucket.acquire()
         bucket.ended()
-    log: list[Any] = []
-    waiters = [asyncio.create_task(take(bucket, log, place)) for place in range(2)]
+    waiting = [waits(bucket) for _ in range(3)]
     await settle()
-    with pytest.raises(RateLimitWaitError, match=r"limit of 2 requests would hold this call back for 120\.0 s") as caught:
-        await bucket.acquire(deadline=119.0)
-    assert caught.value.wait == pytest.approx(120)
-    assert now() == 0
-    await asyncio.gather(*waiters)
-    assert [time for _, time in log] == pytest.approx([60, 60])
+    assert [turn.earliest(now()) for turn, _ in waiting] == pytest.approx([60, 60, 120])
+    for _, task in waiting:
+        await task
+        bucket.ended()
+    assert now() == pytest.approx(120)
+    assert waiting[2][0].earliest(now()) == now()
 
 
-async def test_a_deadline_that_passes_in_the_queue_says_how_long_it_would_have_been() -> None:
-    """As things stood the token could have come in time, and then it did not."""
-    bucket = TokenBucket(1, 60.0, late=10.0)
-    await bucket.acquire()
-    late = asyncio.create_task(bucket.acquire(deadline=61.0))
-    await asyncio.sleep(5)
-    bucket.ended()
-    with pytest.raises(RateLimitWaitError) as caught:
-        await late
-    assert now() == pytest.approx(61)
-    assert caught.value.wait == pytest.approx(65)
-
-
-async def test_a_deadline_behind_others_counts_those_who_are_still_ahead() -> None:
-    """The place in the queue is known when time is over."""
+async def test_what_is_to_come_takes_what_is_under_way_to_end_now() -> None:
+    """And counts those who are still ahead."""
     bucket = TokenBucket(2, 60.0)
     await bucket.acquire()
     await bucket.acquire()
-    patient = asyncio.create_task(bucket.acquire())
-    hasty = asyncio.create_task(bucket.acquire(deadline=61.0))
-    await asyncio.sleep(10)
+    (patient, first), (hasty, second) = waits(bucket), waits(bucket)
+    await asyncio.sleep(5)
+    assert (patient.earliest(now()), hasty.earliest(now())) == pytest.approx((65, 65))
     bucket.ended()
+    await asyncio.sleep(5)
+    assert (patient.earliest(now()), hasty.earliest(now())) == pytest.approx((65, 70))
+    first.cancel()
+    await settle()
+    assert hasty.earliest(now()) == pytest.approx(65)
+    second.cancel()
+
+
+async def test_whoever_begins_to_wait_is_told() -> None:
+    """Once it has its place, and only if it has to wait."""
+    told: list[float] = []
+
+    class Told(Turn):
+        def on_wait(self) -> None:
+            told.append(self.earliest(now()))
+
+    bucket = TokenBucket(1, 60.0)
+    await bucket.acquire(Told())
     bucket.ended()
-    with pytest.raises(RateLimitWaitError) as caught:
-        await hasty
-    assert caught.value.wait == pytest.approx(70)
-    await patient
+    await bucket.acquire(Told())
+    assert told == [pytest.approx(60)]
 
 
 async def test_everybody_can_leave_at_once() -> None:
-    """20,000 waiters with one deadline leave in one go, each with its error, and nobody is left in the queue."""
+    """20,000 waiters leave in one go, and nobody is left in the queue."""
     bucket = TokenBucket(1, 1.0)
     await bucket.acquire()
-    crowd = [asyncio.create_task(bucket.acquire(deadline=30_000.0)) for _ in range(20_000)]
+    crowd = [asyncio.create_task(bucket.acquire()) for _ in range(20_000)]
     await settle()
-    results = await asyncio.gather(*crowd, return_exceptions=True)
-    assert all(isinstance(result, RateLimitWaitError) for result in results)
+    for waiter in crowd:
+        waiter.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
     assert bucket.quota().waiting == 0
+
+
+# --- refreshes: turns that nobody wants
+
+
+def refreshes(bucket: TokenBucket, log: list[Any], name: str, since: float) -> tuple[Turn, asyncio.Task[None]]:
+    turn = Turn()
+    turn.wanted, turn.since = False, since
+    return turn, asyncio.create_task(take(bucket, log, name, turn=turn))
+
+
+async def test_refreshes_are_spread_evenly_the_oldest_first() -> None:
+    """Nine tenths of the tokens over the period, one after the other; in the order of the age of what they refresh."""
+    bucket = TokenBucket(10, 90.0)
+    log: list[Any] = []
+    tasks = [refreshes(bucket, log, name, since)[1] for name, since in (("first", 9.0), ("old", 1.0), ("older", -7.0))]
+    await asyncio.gather(*tasks)
+    assert log == [("first", 0.0), ("older", pytest.approx(10)), ("old", pytest.approx(20))]
+
+
+async def test_a_refresh_leaves_a_tenth_of_the_tokens_alone() -> None:
+    """And takes the next when one more has come home."""
+    bucket = TokenBucket(20, 60.0)
+    for _ in range(18):
+        await bucket.acquire()
+    log: list[Any] = []
+    _, task = refreshes(bucket, log, "refresh", 0.0)
+    await asyncio.sleep(5)
+    assert not log
+    assert bucket.quota().refreshing == 1
+    await bucket.acquire()
+    bucket.ended()
+    bucket.ended()
+    await task
+    assert log == [("refresh", pytest.approx(65))]
+    assert bucket.quota().refreshing == 0
+
+
+async def test_a_refresh_goes_behind_all_who_are_waited_for() -> None:
+    """Also those who come later."""
+    bucket = TokenBucket(1, 60.0)
+    await bucket.acquire()
+    bucket.ended()
+    log: list[Any] = []
+    _, refresh = refreshes(bucket, log, "refresh", 0.0)
+    await settle()
+    tasks = [asyncio.create_task(take(bucket, log, name)) for name in ("one", "two")]
+    for expected in ("one", "two", "refresh"):
+        await asyncio.sleep(61)
+        assert log[-1][0] == expected
+        bucket.ended()
+    await asyncio.gather(refresh, *tasks)
+
+
+async def test_a_refresh_that_somebody_wants_moves_up() -> None:
+    """To the end of those who are waited for: it needs no spare token, and overtakes no one."""
+    bucket = TokenBucket(20, 60.0)
+    for _ in range(20):
+        await bucket.acquire()
+    log: list[Any] = []
+    turn, refresh = refreshes(bucket, log, "refresh", 1.0)
+    _, other = refreshes(bucket, log, "same age", 1.0)
+    first = asyncio.create_task(take(bucket, log, "first"))
+    await settle()
+    turn.want()
+    last = asyncio.create_task(take(bucket, log, "last"))
+    await settle()
+    assert turn.earliest(now()) == pytest.approx(60)
+    bucket.move_up(turn)  # it has moved already
+    for _ in range(3):
+        bucket.unused()
+    await asyncio.gather(first, refresh, last)
+    assert [name for name, _ in log] == ["first", "refresh", "last"]
+    other.cancel()
+    await settle()
+    assert bucket.quota().refreshing == 0
+    assert bucket._timer is None
+
+
+async def test_a_refresh_that_is_wanted_takes_of_the_tenth_at_once() -> None:
+    """Nobody who is waited for waits while a token is free."""
+    bucket = TokenBucket(10, 60.0)
+    for _ in range(9):
+        await bucket.acquire()
+    log: list[Any] = []
+    turn, refresh = refreshes(bucket, log, "refresh", 0.0)
+    await settle()
+    turn.want()
+    await refresh
+    assert log == [("refresh", 0.0)]
+
+
+async def test_a_refresh_cancelled_in_the_moment_of_its_grant_gives_the_token_back() -> None:
+    """Or just before it."""
+    bucket = TokenBucket(1, 60.0)
+    log: list[Any] = []
+    await bucket.acquire()
+    refresh, late = refreshes(bucket, log, "refresh", 0.0)[1], refreshes(bucket, log, "late", 1.0)[1]
+    await settle()
+    bucket.unused()
+    refresh.cancel()
+    await settle()
+    assert bucket.quota().free == 1
+    await asyncio.sleep(59)
+    late.cancel()
+    await asyncio.sleep(2)
+    assert not log
+    assert bucket.idle(now())
+
+
+async def test_a_refresh_cancelled_just_before_its_grant_is_passed_over() -> None:
+    """The next one has it."""
+    bucket = TokenBucket(1, 60.0)
+    log: list[Any] = []
+    await bucket.acquire()
+    first, second = refreshes(bucket, log, "first", 0.0)[1], refreshes(bucket, log, "second", 1.0)[1]
+    await settle()
+    first.cancel()
+    bucket.unused()
+    await second
+    assert log == [("second", 0.0)]
+
+
+async def test_a_refresh_may_be_the_probe_that_ends_a_pause() -> None:
+    """Where nobody else is there to go first."""
+    bucket = TokenBucket(10, 60.0)
+    await refused(bucket, 30.0, 30.0, 30.0)
+    log: list[Any] = []
+    first, second = refreshes(bucket, log, "probe", 0.0)[1], refreshes(bucket, log, "next", 1.0)[1]
+    await asyncio.sleep(40)
+    assert log == [("probe", pytest.approx(30))]
+    await first
+    bucket.succeeded()
+    bucket.ended(bucket._probe)
+    await second
 
 
 # --- pauses
@@ -284,21 +428,20 @@ async def test_those_whom_a_pause_sends_back_go_before_those_who_had_no_token_ye
     assert [name for name, _ in log] == ["first", "second", "newcomer"]
 
 
-async def test_those_whom_a_pause_sent_back_have_deadlines_too() -> None:
-    """And a place in the queue."""
+async def test_those_whom_a_pause_sent_back_know_their_turn_too() -> None:
+    """And others count them as ahead."""
     bucket = TokenBucket(1, 60.0)
     await refused(bucket, 5.0)
     bucket.refused("one", 5.0)
     assert bucket.refused("two", 5.0)
-    first = asyncio.create_task(bucket.acquire(again=True))
+    (_, first), (second, again), (newcomer, last) = waits(bucket, again=True), waits(bucket, again=True), waits(bucket)
     await settle()
-    with pytest.raises(RateLimitWaitError) as caught:
-        await bucket.acquire(deadline=100.0, again=True)
-    assert caught.value.wait == pytest.approx(120)
-    hasty = asyncio.create_task(bucket.acquire(deadline=121.0))
-    await asyncio.sleep(1)
+    assert (second.earliest(now()), newcomer.earliest(now())) == pytest.approx((120, 180))
     first.cancel()
-    assert await hasty
+    await settle()
+    assert (second.earliest(now()), newcomer.earliest(now())) == pytest.approx((60, 120))
+    again.cancel()
+    assert await last
     assert now() == pytest.approx(60)
 
 
@@ -342,13 +485,14 @@ async def test_a_success_between_refusals_starts_the_count_again() -> None:
     assert now() == 0
 
 
-async def test_a_pause_counts_in_what_a_deadline_can_expect() -> None:
-    """A call that cannot start before the pause ends fails at once."""
+async def test_a_pause_counts_in_what_can_be_expected() -> None:
+    """No call can start before it ends."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 30.0, 30.0, 30.0)
-    with pytest.raises(RateLimitWaitError) as caught:
-        await bucket.acquire(deadline=20.0)
-    assert caught.value.wait == pytest.approx(30)
+    turn, task = waits(bucket)
+    await settle()
+    assert turn.earliest(now()) == pytest.approx(30)
+    task.cancel()
 
 
 # --- quota
@@ -367,7 +511,7 @@ async def test_a_quota_is_a_value_of_that_moment() -> None:
     assert quota.seconds_for(0) == pytest.approx(50)
     assert quota.seconds_for(1) == pytest.approx(60)
     assert quota.seconds_for(2) == pytest.approx(50 + 60)
-    assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1)"
+    assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1, refreshing=0)"
     with pytest.raises(ConfigurationError, match="at least 0, not -1"):
         quota.seconds_for(-1)
     await waiter

@@ -1,4 +1,4 @@
-"""The bucket under random delays, failures, cancellations and deadlines, in virtual time."""
+"""The bucket under random delays, failures, refreshes and cancellations, in virtual time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from crustcredits import RateLimitWaitError
 from crustcredits._limits import TokenBucket
 from crustcredits._quota import grant_time
+from crustcredits._turn import Turn
 from tests.virtual import now, run
 
 PERIOD = 10.0
@@ -32,9 +32,10 @@ class Caller:
     answer: float  # from arrival to end
     fate: Literal["ended", "abandoned", "unused"]
     straggles: float  # an abandoned attempt arrives so long after its end; above LATE: never
-    patience: float | None  # seconds to its deadline
-    gives_up: float | None  # seconds until it is cancelled, wherever it is
+    gives_up: float | None = None  # seconds until it is cancelled, wherever it is
     told: float | None = None  # refused, and told to come back in so many seconds
+    since: float | None = None  # only a refresh of what is so old
+    wanted_after: float | None = None  # a refresh that somebody wants after so many seconds
 
 
 def seconds(most: int) -> st.SearchStrategy[float]:
@@ -50,9 +51,10 @@ CALLERS = st.lists(
         answer=seconds(4),
         fate=st.sampled_from(["ended", "ended", "ended", "abandoned", "unused"]),
         straggles=seconds(4),
-        patience=st.none() | seconds(40).filter(bool),
         gives_up=st.none() | seconds(30),
         told=st.none() | st.sampled_from([3.0, 3.0, 3.5, 9.0]),
+        since=st.none() | st.integers(0, 3).map(float),
+        wanted_after=st.none() | seconds(20),
     ),
     min_size=1,
     max_size=25,
@@ -65,11 +67,10 @@ class World:
     def __init__(self, bucket: TokenBucket) -> None:
         self.bucket = bucket
         self.arrivals: list[float] = []
-        self.joined: list[int] = []
+        self.wanted: list[int] = []  # in the order in which somebody came to wait for them
         self.granted: list[int] = []
-        self.refused: dict[int, RateLimitWaitError] = {}
+        self.refreshed: list[int] = []
         self.cancelled: set[int] = set()
-        self.overdue = 0.0
 
     async def call(self, number: int, caller: Caller) -> None:
         await asyncio.sleep(caller.joins)
@@ -82,17 +83,20 @@ class World:
             self.cancelled.add(number)
 
     async def _attempt(self, number: int, caller: Caller) -> None:
-        self.joined.append(number)
-        began = now()
-        deadline = None if caller.patience is None else began + caller.patience
-        try:
-            token = await self.bucket.acquire(deadline)
-        except RateLimitWaitError as error:
-            self.refused[number] = error
-            self.overdue = max(self.overdue, now() - began - (caller.patience or 0))
-            return
-        self.granted.append(number)
+        turn = Turn()
+        turn.wanted, turn.since = caller.since is None, caller.since or 0.0
+        if caller.since is None:
+            self.wanted.append(number)
+        elif caller.wanted_after is not None:
+            asyncio.get_running_loop().call_later(caller.wanted_after, self._want, number, turn)
+        token = await self.bucket.acquire(turn)
+        (self.granted if turn.wanted else self.refreshed).append(number)
         await self._travel(number, caller, token)
+
+    def _want(self, number: int, turn: Turn) -> None:
+        if turn.waiter is not None and not turn.waiter.done():
+            self.wanted.append(number)
+            turn.want()
 
     async def _travel(self, number: int, caller: Caller, token: int) -> None:
         if caller.fate == "unused":
@@ -146,26 +150,41 @@ async def watch_for_idling(bucket: TokenBucket) -> None:
         await asyncio.sleep(0.37)
 
 
+class Watched(TokenBucket):
+    """Looks at each refresh in the moment of its grant."""
+
+    __slots__ = ("_last",)
+
+    def _grant(self, turn: Turn) -> bool:
+        granted = super()._grant(turn)
+        if granted and not turn.wanted:
+            assert not self._waiters, "a refresh went before somebody who waits"
+            assert not self._again, "a refresh went before somebody who was sent back"
+            assert self._free >= self._requests // 10, "a refresh took of the last tenth"
+            assert turn.since <= min((since for since, _, _ in self._refreshes), default=turn.since), "a younger one went first"
+            assert now() - getattr(self, "_last", -PERIOD) >= PERIOD / self._requests, "refreshes are not spread"
+            self._last = now()
+        return granted
+
+
 def check(bucket: type[TokenBucket], tokens: int, callers: list[Caller]) -> None:
     world = run(play(bucket(tokens, PERIOD, late=LATE), tokens, callers))
     arrivals = sorted(world.arrivals)
     for first, last in zip(arrivals, arrivals[tokens:], strict=False):
         assert last - first >= PERIOD - EPSILON, f"{tokens + 1} arrivals within {last - first} s"
-    waited = [number for number in world.joined if number in set(world.granted)]
-    assert world.overdue < EPSILON * 10, "a deadline passed without a word"
-    assert world.granted == waited, "somebody was overtaken"
-    assert set(world.granted) | set(world.refused) | world.cancelled == set(range(len(callers))), "somebody starved"
+    assert world.granted == [number for number in world.wanted if number in set(world.granted)], "somebody was overtaken"
+    assert {*world.granted, *world.refreshed, *world.cancelled} == set(range(len(callers))), "somebody starved"
 
 
-FEW_TOKENS = st.integers(1, 4)
+FEW_TOKENS = st.integers(1, 4) | st.sampled_from([10, 20])
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(tokens=FEW_TOKENS, callers=CALLERS)
-@example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0, None, None), Caller(0, 0, 0, "ended", 0, None, None)])
+@example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0), Caller(0, 0, 0, "ended", 0)])
 def test_no_window_holds_more_than_the_tokens_and_nobody_is_lost_or_overtaken(tokens: int, callers: list[Caller]) -> None:
-    """Whatever delays, failures, refusals, cancellations and deadlines do, the server never sees more than the limit."""
-    check(TokenBucket, tokens, callers)
+    """Whatever delays, failures, refusals, cancellations and refreshes do, the server never sees more than the limit."""
+    check(Watched, tokens, callers)
 
 
 class CountsFromTheStart(TokenBucket):
@@ -173,8 +192,8 @@ class CountsFromTheStart(TokenBucket):
 
     __slots__ = ("_starts",)
 
-    async def acquire(self, deadline: float | None = None, *, again: bool = False) -> int:
-        token = await super().acquire(deadline, again=again)
+    async def acquire(self, turn: Turn | None = None, *, again: bool = False) -> int:
+        token = await super().acquire(turn, again=again)
         self._started().append(now())
         return token
 
@@ -193,7 +212,7 @@ def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> No
     @settings(deadline=None, max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
     @given(tokens=FEW_TOKENS, callers=CALLERS)
     def property_of_the_broken(tokens: int, callers: list[Caller]) -> None:
-        only_ended = [attrs.evolve(caller, fate="ended", gives_up=None, told=None) for caller in callers]
+        only_ended = [attrs.evolve(caller, fate="ended", gives_up=None, told=None, since=None) for caller in callers]
         check(CountsFromTheStart, tokens, only_ended)
 
     with pytest.raises(AssertionError, match=r"arrivals within"):

@@ -82,6 +82,7 @@ def test_a_balance_becomes_plain_data() -> None:
         "account": "acme",
         "credits": "138940.37",
         "checked_at": "2026-01-01T12:00:00Z",
+        "stale": False,
         "request_id": "r-1",
         "rate_limit": {"limit": 300, "remaining": 299, "reset": 60.0},
     }
@@ -140,13 +141,26 @@ def test_an_outcome_with_a_balance_is_ok() -> None:
         "key": "prod",
         "account": "acme",
         "ok": True,
+        "stale": False,
         "attempts": 2,
+        "source": "fetched",
         "credits": "7",
         "checked_at": "2026-01-01T12:00:00Z",
         "request_id": "r-1",
         "rate_limit": None,
         "error": None,
     }
+
+
+def test_a_stale_balance_stands_beside_its_error() -> None:
+    """Both true: there is a balance, and it is an old one."""
+    outcome = attrs.evolve(good(), balance=attrs.evolve(good().result(), stale=True), error=bad().error, source="kept")
+    assert outcome.ok
+    assert outcome.stale
+    assert not attrs.evolve(bad()).stale
+    plain = outcome.to_dict()
+    assert (plain["credits"], plain["ok"], plain["stale"], plain["source"]) == ("7", True, True, "kept")
+    assert plain["error"] == {"type": "InvalidKeyError", "message": "prod: no such key (HTTP 401)"}
 
 
 def test_an_outcome_with_an_error_has_unknown_credits() -> None:

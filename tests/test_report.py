@@ -8,9 +8,21 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from typing import Any
 
+import attrs
 import pytest
 
-from crustcredits import Account, ApiKey, Balance, ConfigurationError, InvalidKeyError, Outcome, Report
+from crustcredits import (
+    Account,
+    ApiKey,
+    Balance,
+    ConfigurationError,
+    InsufficientCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    Outcome,
+    Report,
+)
+from crustcredits._report import needed_credits
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -142,6 +154,62 @@ def test_lookalike_accounts_agree_in_everything_they_say() -> None:
     assert [names(group) for group in report.lookalikes] == [["a", "c"]]
 
 
+def old(name: str, credits: str, **options: Any) -> Outcome[Balance]:
+    outcome = good(name, credits, **options)
+    error = InternalServerError("down", status=503, key_name=name)
+    return attrs.evolve(outcome, balance=attrs.evolve(outcome.result(), stale=True), error=error)
+
+
+def test_a_stale_balance_counts_and_is_told() -> None:
+    """It is known, only not of now: in all sums, not among the failed, and last in the ranking."""
+    report = Report([old("a", "9"), good("b", "5"), bad("c"), old("d", "10")])
+    assert report.total_credits == report.available_credits == 24
+    assert not report.ok
+    assert names(report.stale) == ["a", "d"]
+    assert names(report.succeeded) == ["a", "b", "d"]
+    assert names(report.ranked()) == ["b", "d", "a"]
+    assert names(report.low(10)) == ["a", "b"]
+    assert repr(report) == "<Report of 4 keys: 3 checked (2 stale), 1 failed>"
+    assert report.to_dict()["stale"] == 2
+    assert Report([old("a", "1"), good("b", "1")]).lookalikes
+
+
+def test_available_credits_count_once_what_may_be_counted_twice() -> None:
+    """Undeclared keys with one answer, also with that of a declared account; declared accounts are different ones."""
+    twins = [good("a", "5"), good("b", "5.0"), good("c", "7"), good("d", "7", account="x"), good("e", "7", account="y")]
+    report = Report(twins)
+    assert report.total_credits == 31
+    assert report.available_credits == 24
+    assert Report([bad("a")]).available_credits == 0
+    assert Report([good("a", "5", account="x"), good("b", "3", account="x", later=1)]).available_credits == 3
+    assert Report([good("a", "5"), good("b", "5")]).available_credits == 5
+
+
+def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
+    """Exactly what is needed is enough."""
+    report = Report([good("a", "5"), old("b", "4.5"), bad("c"), *(bad(f"other-{number}") for number in range(12))])
+    report.require(Decimal("9.5"))
+    report.require(0)
+    with pytest.raises(InsufficientCreditsError) as caught:
+        report.require(10)
+    error = caught.value
+    assert error.needed == 10
+    assert error.available == Decimal("9.5")
+    assert (error.stale, error.unknown[0], error.unknown[-1]) == (("b",), "c", "other-11")
+    assert len(error.unknown) == 13
+    listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
+    assert str(error) == f"10 credits are needed and 9.5 are certain; unknown: {listed} and 3 more; stale: b"
+
+
+@pytest.mark.parametrize("mistake", [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")])
+def test_what_is_required_is_a_number_of_at_least_0(mistake: Any) -> None:
+    """And so is the margin."""
+    with pytest.raises(ConfigurationError, match="credits is a finite number"):
+        Report([]).require(mistake)
+    with pytest.raises(ConfigurationError, match="margin is a finite number"):
+        needed_credits(5, mistake)
+
+
 def test_raise_on_error_raises_all_errors_together() -> None:
     """And nothing when there are none."""
     Report([good("a", "1")]).raise_on_error()
@@ -160,6 +228,7 @@ def test_a_report_becomes_plain_data() -> None:
         "ok": False,
         "checked": 3,
         "failed": 1,
+        "stale": 0,
         "total_credits": "5.50",
         "accounts": {"acme": "1.50", "x": None},
         "lookalikes": [["c", "d"]],

@@ -68,3 +68,12 @@ def test_a_retry_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None
     """At once, by name."""
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         Retry(**options)
+
+
+def test_a_refresh_pauses_after_each_failure() -> None:
+    """For what the server asked and a jitter whose bound doubles up to the cap; there is no last time."""
+    retry = Retry(attempts=1, backoff=1.0, backoff_max=8.0, wait_max=5.0)
+    down = InternalServerError("down", status=503)
+    assert [retry.pause(down, failures, longest) for failures in (1, 2, 3, 4, 5, 2000)] == [1, 2, 4, 8, 8, 8]
+    assert retry.pause(RateLimitError("slow", retry_after=50.0), 1, longest) == 51
+    assert retry.pause(RateLimitError("slow"), 1, longest) == 1

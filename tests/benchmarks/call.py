@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -37,49 +37,50 @@ _WARM_UP = 10 * CONNECTIONS
 Ask: TypeAlias = Callable[[], Awaitable[object]]
 
 
-async def _ours(url: str, secret: str, calls: int) -> float:
-    key = ApiKey(secret)
+async def _ours(url: str, secrets: Sequence[str], calls: int) -> float:
+    keys = [ApiKey(secret) for secret in secrets]
     async with CreditsClient(base_url=url, rate_limit=RateLimit(requests=_NO_LIMIT, pace=None)) as client:
-        return await _cost(partial(client.balance, key), calls)
+        return await _cost([partial(client.balance, key) for key in keys], calls)
 
 
-async def _bare(url: str, secret: str, calls: int) -> float:
+async def _bare(url: str, secrets: Sequence[str], calls: int) -> float:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
 
-        async def ask() -> object:
+        async def ask(secret: str) -> object:
             headers = {"Authorization": f"Bearer {secret}", "x-api-version": API_VERSION}
             async with session.get(url + USER_CREDITS, headers=headers) as response:
                 return (await response.json())["credits"]
 
-        return await _cost(ask, calls)
+        return await _cost([partial(ask, secret) for secret in secrets], calls)
 
 
-async def _cost(ask: Ask, calls: int) -> float:
+async def _cost(asks: Sequence[Ask], calls: int) -> float:
     """Microseconds of this process's processor time for each call."""
-    await _call(ask, _WARM_UP)
+    await _call(asks, _WARM_UP)
     began = time.process_time()
-    await _call(ask, calls)
+    await _call(asks, calls)
     return (time.process_time() - began) / calls * 1e6
 
 
-async def _call(ask: Ask, calls: int) -> None:
+async def _call(asks: Sequence[Ask], calls: int) -> None:
+    """Each with a key of its own, because calls for one key at the same time would be one call."""
     left = iter(range(calls))
 
-    async def work() -> None:
+    async def work(ask: Ask) -> None:
         for _ in left:
             await ask()
 
-    await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
+    await asyncio.gather(*map(work, asks))
 
 
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine()
-    (secret,) = make_secrets(1)
+    secrets = make_secrets(CONNECTIONS)
     with server_process() as server:
-        url = server.open([secret], **_SERVER)
+        url = server.open(secrets, **_SERVER)
         contenders = {
-            "`CreditsClient.balance`": lambda: asyncio.run(_ours(url, secret, options.calls)),
-            "bare `ClientSession.get`": lambda: asyncio.run(_bare(url, secret, options.calls)),
+            "`CreditsClient.balance`": lambda: asyncio.run(_ours(url, secrets, options.calls)),
+            "bare `ClientSession.get`": lambda: asyncio.run(_bare(url, secrets, options.calls)),
         }
         costs = in_turns(contenders, options.rounds)
         server.close()

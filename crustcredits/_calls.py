@@ -1,0 +1,235 @@
+"""`Calls`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
+
+A call belongs to nobody who asks. Whoever does has a seat, with a deadline of his own, and may leave; when the last one has
+left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_asker`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TypeAlias
+
+import attrs
+
+from crustcredits._answers import Answers, Place
+from crustcredits._asker import Asker
+from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
+from crustcredits._freshness import NEW, Freshness
+from crustcredits._keys import ApiKey, RefusedKey
+from crustcredits._models import Balance, Outcome, outcome_for
+from crustcredits._retry import Retry
+from crustcredits._turn import Turn
+
+Seat: TypeAlias = "asyncio.Future[Outcome[Any]]"
+
+
+class _Patience(NamedTuple):
+    """Since when one has waited, and until when, in the loop's time."""
+
+    began: float
+    deadline: float
+
+
+class _Call(Turn):
+    """One call under way, and who waits for it."""
+
+    task: asyncio.Task[None]
+    first: Seat | None = None  # of whoever began it
+
+    def __init__(self, calls: Calls, place: Place, key: ApiKey) -> None:
+        self.calls = calls
+        self.place = place
+        self.key = key
+        self.seats: dict[Seat, _Patience | None] = {}
+
+    def waiting(self) -> list[Seat]:
+        """The seats without those that were given up in this very turn of the loop."""
+        return [seat for seat in self.seats if not seat.done()]
+
+    def on_wait(self) -> None:
+        self.calls.refuse_hopeless(self)
+
+
+class Calls:
+    """The calls under way, and the answers that are kept: at most `room`."""
+
+    def __init__(self, asker: Asker, *, room: int, retry: Retry) -> None:
+        self._asker = asker
+        self._retry = retry
+        self._answers = Answers(room)
+        self._under_way: dict[Place, _Call] = {}
+        self._dropped: set[asyncio.Task[None]] = set()
+
+    def known(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
+        """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
+        if freshness is NEW:
+            return None
+        place = path, key.digest
+        kept = self._answers.find(place)
+        if kept is None:
+            return None
+        now = _now()
+        outcome = kept.answer(freshness, now)
+        if outcome is None:
+            return None
+        if outcome.stale and now >= kept.refresh_at and place not in self._under_way:
+            refresh = self._start(place, key)
+            refresh.wanted, refresh.since = False, kept.tried
+        return outcome if outcome.key is key else outcome_for(key, outcome)
+
+    def last(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
+        """What was heard last of `key`, however long ago, or None."""
+        kept = self._answers.find((path, key.digest))
+        outcome = None if kept is None else kept.last(freshness, _now())
+        return None if outcome is None else outcome_for(key, outcome)
+
+    async def ask(self, path: str, key: ApiKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
+        if isinstance(key, RefusedKey):
+            return _failure(key, key.error)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        seat: Seat = loop.create_future()
+        call = self._join((path, key.digest), key, seat, None if deadline is None else _Patience(began, deadline))
+        timer = None if deadline is None else loop.call_at(deadline, self._time_out, call, seat)
+        try:
+            outcome = await seat
+        except asyncio.CancelledError:
+            self._leave(call, seat)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if outcome.balance is None and freshness.if_error:
+            kept = self._answers.find(call.place)
+            outcome = (kept and kept.instead_of(outcome, freshness, began, loop.time())) or outcome
+        return outcome if outcome.key is key else outcome_for(key, outcome)
+
+    async def close(self) -> None:
+        """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
+        calls = list(self._under_way.values())
+        tasks = [*self._dropped, *(call.task for call in calls)]
+        for call in calls:
+            self._settle(call, _failure(call.key, closed_error()))
+            call.task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def refuse_hopeless(self, call: _Call) -> None:
+        """Send away those whose deadline is before the next attempt of `call` can start."""
+        patient = [(seat, patience.deadline) for seat, patience in call.seats.items() if patience is not None]
+        if not patient:
+            return
+        earliest = call.earliest(_now())
+        for seat, deadline in patient:
+            if deadline < earliest:
+                self._time_out(call, seat)
+
+    # --- seats
+
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None) -> _Call:
+        call = self._under_way.get(place)
+        if call is None:
+            call = self._start(place, key)
+            call.first = seat
+        elif not call.wanted:
+            call.want()
+        call.seats[seat] = patience
+        if patience is not None and not patience.began < patience.deadline >= call.earliest(patience.began):
+            self._time_out(call, seat)
+        return call
+
+    def _time_out(self, call: _Call, seat: Seat) -> None:
+        patience = call.seats.get(seat)
+        if patience is None or seat.done():
+            return
+        seat.set_result(_failure(call.key, _why_late(call, patience, _now())))
+        self._leave(call, seat)
+
+    def _leave(self, call: _Call, seat: Seat) -> None:
+        call.seats.pop(seat, None)
+        if call.seats or self._under_way.get(call.place) is not call:
+            return
+        call.wanted = False
+        if not call.on_wire:
+            del self._under_way[call.place]
+            self._dropped.add(call.task)
+            call.task.add_done_callback(self._dropped.discard)
+            call.task.cancel()
+
+    # --- one call
+
+    def _start(self, place: Place, key: ApiKey) -> _Call:
+        call = self._under_way[place] = _Call(self, place, key)
+        call.task = asyncio.get_running_loop().create_task(self._run(call))
+        return call
+
+    async def _run(self, call: _Call) -> None:
+        try:
+            result = await self._asker.ask(call.place[0], call.key, call)
+        except BaseException as error:
+            self._break_off(call, error)
+            raise
+        kept = self._answers.at(call.place)
+        if isinstance(result, Balance):
+            outcome = Outcome(key=call.key, balance=result, checked_at=result.checked_at, attempts=call.attempts)
+            kept.succeeded(result, _now())
+        else:
+            result.attempts = call.attempts
+            outcome = _failure(call.key, result)
+            kept.failed(outcome, self._retry.pause(result, kept.failures + 1), _now())
+        self._settle(call, outcome)
+
+    def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
+        """End the call, with this outcome for all who wait."""
+        del self._under_way[call.place]
+        shared: Outcome[Any] | None = None
+        for seat in call.waiting():
+            if seat is call.first:
+                seat.set_result(outcome)
+            else:
+                shared = shared or attrs.evolve(outcome, source="shared")
+                seat.set_result(shared)
+
+    def _break_off(self, call: _Call, error: BaseException) -> None:
+        """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
+        if self._under_way.get(call.place) is not call:
+            return
+        del self._under_way[call.place]
+        for seat in call.waiting():
+            if isinstance(error, asyncio.CancelledError):
+                seat.cancel()
+            else:
+                seat.set_exception(error)
+
+
+def closed_error() -> ClientClosedError:
+    """What those are told who wait for, or begin, a call of a client that was closed."""
+    return ClientClosedError("this client is closed; make a new one")
+
+
+def _failure(key: ApiKey, error: CrustCreditsError) -> Outcome[Any]:
+    return Outcome(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts)
+
+
+def _why_late(call: _Call, patience: _Patience, now: float) -> CrustCreditsError:
+    """The error of one whose time is over: what kept him waiting."""
+    if call.on_wire:
+        seconds = patience.deadline - patience.began
+        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.key.name, attempts=call.attempts)
+    if call.last is not None:
+        last = copy.copy(call.last)
+        last.attempts = call.attempts
+        return last
+    wait = call.earliest(now) - patience.began
+    return RateLimitWaitError(
+        f"its turn did not come before its deadline: the rate limit, or requests without an answer, hold it back for {wait:.1f} s; "
+        "allow it more time, or ask for fewer keys at once",
+        key_name=call.key.name,
+        wait=wait,
+    )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,71 @@
+"""`Freshness`: how old an answer may be. Arithmetic only; it knows no clock and no answers."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import NamedTuple, TypeAlias, TypedDict
+
+from crustcredits._checks import check_number
+
+#: Seconds, or a timedelta.
+Seconds: TypeAlias = float | timedelta
+
+_SENSIBLE = 1e9
+
+
+class FreshnessOptions(TypedDict, total=False):
+    """What calls say of how old an answer may be, as keyword arguments; None is what the client says.
+
+    Attributes:
+        max_age: As old as this an answer is given again instead of asking.
+        stale_while_revalidate: Older than `max_age` by less than this it is given too, and refreshed behind.
+        stale_if_error: Older than `max_age` by less than this it stands in while the API gives none.
+    """
+
+    max_age: Seconds | None
+    stale_while_revalidate: Seconds | None
+    stale_if_error: Seconds | None
+
+
+class Freshness(NamedTuple):
+    """How old an answer may be, in seconds, and beyond that for how long it stands in.
+
+    Attributes:
+        max_age: As old as this it is as good as a new one.
+        revalidate: So much older it is good while it is refreshed.
+        if_error: So much older than `max_age` it is good while the API gives none.
+    """
+
+    max_age: float = 0.0
+    revalidate: float = 0.0
+    if_error: float = 0.0
+
+    def given(
+        self,
+        *,
+        max_age: Seconds | None = None,
+        stale_while_revalidate: Seconds | None = None,
+        stale_if_error: Seconds | None = None,
+    ) -> Freshness:
+        """What a call says, and where it says nothing what stands here.
+
+        Raises:
+            ConfigurationError: One of them is no number of seconds of at least 0.
+        """
+        return Freshness(
+            self.max_age if max_age is None else _seconds("max_age", max_age),
+            self.revalidate if stale_while_revalidate is None else _seconds("stale_while_revalidate", stale_while_revalidate),
+            self.if_error if stale_if_error is None else _seconds("stale_if_error", stale_if_error),
+        )
+
+
+#: No answer from before will do.
+NEW = Freshness()
+
+
+def _seconds(what: str, value: Seconds) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if type(value) is not float or not 0.0 <= value <= _SENSIBLE:  # the short way of most calls
+        check_number(what, value, minimum=0)
+    return value

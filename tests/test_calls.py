@@ -1,0 +1,569 @@
+"""Calls that are shared and answers that are kept, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from crustcredits import (
+    Account,
+    APIConnectionError,
+    ApiKey,
+    APITimeoutError,
+    Balance,
+    ClientClosedError,
+    ConfigurationError,
+    CreditsClient,
+    InsufficientCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    Outcome,
+    RateLimit,
+    RateLimitError,
+    RateLimitWaitError,
+    Report,
+    Retry,
+)
+from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
+
+pytestmark = pytest.mark.virtual
+
+KEY = ApiKey("secret-0", name="prod")
+BROKEN = Reply(status=503, body="")
+UNKNOWN_KEY = Reply(status=401, body='{"message": "Invalid API key in request"}')
+ONCE = Retry(attempts=1, backoff=0.0)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def counting(*replies: Reply) -> Callable[[str, int], Reply]:
+    """Each key's answers in turn, the last one for ever; without any, one more credit each time."""
+    return lambda name, times: replies[min(times, len(replies) - 1)] if replies else Reply(credits=str(times + 1))
+
+
+async def outcome(client: CreditsClient, key: ApiKey = KEY, **options: Any) -> Outcome[Any]:
+    report: Report[Any] = await client.check([key], **options)
+    return report[0]
+
+
+# --- many askers, one call
+
+
+async def test_those_who_ask_at_the_same_time_share_one_call() -> None:
+    """Also without `max_age`; each endpoint apart."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        balances = await asyncio.gather(*(client.balance(KEY) for _ in range(100)), client.account(KEY))
+    assert len(server.arrivals) == 2
+    assert len({id(balance) for balance in balances}) == 2
+    assert type(balances[0]) is Balance
+    assert type(balances[-1]) is Account
+
+
+async def test_without_a_max_age_an_answer_is_not_given_again() -> None:
+    """Not even in the same moment."""
+    server = FakeServer(counting())
+    async with fake_client(server) as client:
+        assert [(await client.balance(KEY)).credits for _ in range(3)] == [1, 2, 3]
+
+
+async def test_an_outcome_says_where_it_came_from() -> None:
+    """Fetched by this call, shared with another's, or kept from before."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        both = await asyncio.gather(outcome(client), outcome(client))
+        kept = await outcome(client, max_age=5)
+    assert [(each.source, each.attempts) for each in (*both, kept)] == [("fetched", 1), ("shared", 1), ("kept", 0)]
+    assert kept.checked_at == both[0].checked_at
+
+
+async def test_each_asker_has_its_answer_under_its_own_name() -> None:
+    """Whatever the others call the same secret."""
+    server = FakeServer()
+    other = ApiKey("secret-0", name="other", account="acme")
+    async with fake_client(server) as client:
+        shared = await asyncio.gather(client.balance(KEY), client.balance(other))
+        kept = await client.balance(other, max_age=9)
+        again = await client.balance(KEY, max_age=9)
+    assert [balance.key.name for balance in (*shared, kept, again)] == ["prod", "other", "other", "prod"]
+    assert len(server.arrivals) == 1
+
+
+async def test_an_asker_that_gives_up_ends_it_for_no_one_else() -> None:
+    """By cancellation or timeout, whoever began the call."""
+    server = FakeServer(lambda name, times: Reply(seconds=2))
+    async with fake_client(server) as client:
+        first = asyncio.create_task(client.balance(KEY))
+        hasty = asyncio.create_task(client.balance(KEY, timeout=1.5))
+        patient = asyncio.create_task(client.balance(KEY, timeout=3))
+        await asyncio.sleep(1)
+        first.cancel()
+        assert (await patient).credits == 9406
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        with pytest.raises(APITimeoutError, match=r"prod: no whole answer within 1\.5 s"):
+            await hasty
+    assert len(server.arrivals) == 1
+    assert now() == pytest.approx(2, abs=0.01)
+
+
+async def test_a_call_that_waits_is_dropped_when_its_last_asker_has_gone() -> None:
+    """It is never sent, and costs no token; whoever asks in the same moment begins another."""
+    server = FakeServer()
+    async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
+        await client.balance("another")
+        askers = [asyncio.create_task(client.balance(KEY)) for _ in range(2)]
+        await asyncio.sleep(1)
+        askers[0].cancel()
+        await asyncio.sleep(1)
+        assert client.quota().waiting == 1
+        askers[1].cancel()
+        await settle()
+        assert client.quota().waiting == 0
+        assert len(asyncio.all_tasks()) == 1
+        last = asyncio.create_task(client.balance(KEY))
+        await settle()
+        last.cancel()
+        await asyncio.sleep(0)
+        assert (await client.balance(KEY)).credits == 9406
+    assert len(server.arrivals) == 2
+
+
+async def test_a_call_on_the_wire_is_finished_when_its_last_asker_has_gone() -> None:
+    """And its answer kept; but it is not tried again for nobody."""
+    server = FakeServer(counting(Reply(seconds=2), Reply(seconds=2, status=503, body="")))
+    async with fake_client(server) as client:
+        for _ in range(2):
+            asker = asyncio.create_task(client.balance(KEY))
+            await asyncio.sleep(1)
+            asker.cancel()
+            await asyncio.sleep(9)
+        assert (await client.balance(KEY, max_age=60)).credits == 9406
+    assert len(server.arrivals) == 2
+
+
+async def test_a_call_on_the_wire_without_askers_can_be_joined_again() -> None:
+    """Then it is tried again for them."""
+    server = FakeServer(counting(Reply(seconds=2, status=503, body=""), Reply()))
+    async with fake_client(server) as client:
+        asker = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(1)
+        asker.cancel()
+        await settle()
+        assert (await client.balance(KEY)).credits == 9406
+    assert len(server.arrivals) == 2
+
+
+async def test_errors_are_shared_by_those_who_wait_and_not_kept() -> None:
+    """Each has one of its own, so that no traceback mixes two of them."""
+    server = FakeServer(counting(UNKNOWN_KEY, Reply()))
+    other = ApiKey("secret-0", name="other")
+    async with fake_client(server) as client:
+        results = await asyncio.gather(*(client.balance(key) for key in (KEY, other, KEY)), return_exceptions=True)
+        assert (await client.balance(KEY, max_age=60)).credits == 9406
+    assert [str(error) for error in results] == [
+        f"{name}: Invalid API key in request (HTTP 401)" for name in ("prod", "other", "prod")
+    ]
+    assert len({id(error) for error in results}) == 3
+    assert len(server.arrivals) == 2
+
+
+async def test_a_deadline_that_a_joined_call_cannot_meet_fails_at_once() -> None:
+    """Whether it waits for a token or until it is tried again; the call goes on for the others."""
+    server = FakeServer(counting(BROKEN, Reply()))
+    async with fake_client(server, rate_limit=RateLimit(requests=1), retry=Retry(backoff=0.0)) as client:
+        await asyncio.gather(client.balance("another"), return_exceptions=True)
+        began = now()
+        patient = asyncio.create_task(client.balance(KEY))
+        await settle()
+        with pytest.raises(RateLimitWaitError) as caught:
+            await client.balance(KEY, timeout=9)
+        assert now() == began
+        assert caught.value.wait == pytest.approx(60.3, abs=0.1)
+        await asyncio.sleep(61)
+        with pytest.raises(InternalServerError):  # it has been tried once, and waits again
+            await client.balance(KEY, timeout=9)
+        assert (await patient).credits == 9406
+
+
+async def test_a_deadline_in_a_backoff_ends_with_the_failure_at_once() -> None:
+    """For those whose time would be over before the next attempt, and for no others."""
+    server = FakeServer(counting(refusal(30), Reply()))
+    async with fake_client(server) as client:
+        askers = [asyncio.create_task(client.balance(KEY, timeout=timeout)) for timeout in (10, None, 40)]
+        await asyncio.sleep(1)
+        assert [asker.done() for asker in askers] == [True, False, False]
+        with pytest.raises(RateLimitError) as caught:
+            await client.balance(KEY, timeout=10)
+        assert caught.value.attempts == 1
+        results = await asyncio.gather(*askers, return_exceptions=True)
+    assert [type(result) for result in results] == [RateLimitError, Balance, Balance]
+
+
+async def test_giving_up_in_the_moment_of_the_answer_or_of_the_deadline_is_giving_up() -> None:
+    """Whatever comes first in that moment, the asker is cancelled, and the others have the answer."""
+    for moment in (2.0, 2.0 - 1e-9, 1.5):
+        server = FakeServer(lambda name, times: Reply(seconds=2))
+        async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
+            asker = asyncio.create_task(client.balance(KEY, timeout=1.5 if moment == 1.5 else None))
+            other = asyncio.create_task(client.balance(KEY))
+            asyncio.get_running_loop().call_later(moment, asker.cancel)
+            assert (await other).credits == 9406
+            with pytest.raises(asyncio.CancelledError):
+                await asker
+
+
+async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> None:
+    """Its task may be cancelled by whoever cancels all tasks; and an error of a kind that never should be is told too."""
+    server = FakeServer(lambda name, times: Reply(seconds=5))
+    async with fake_client(server) as client:
+        asker = asyncio.create_task(client.balance(KEY))
+        await settle()
+        for task in asyncio.all_tasks() - {asyncio.current_task(), asker}:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        assert (await client.balance(KEY)).credits == 9406
+
+        async def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        server.attempt = broken  # type: ignore[assignment]  # the defect under test
+        results = await asyncio.gather(client.balance(KEY), client.balance(KEY), return_exceptions=True)
+        assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError]
+
+
+# --- max_age
+
+
+async def test_an_answer_younger_than_max_age_is_given_again() -> None:
+    """In seconds or as a timedelta; the age counts from its receipt."""
+    server = FakeServer(lambda name, times: Reply(seconds=3, credits=str(times)))
+    async with fake_client(server) as client:
+        assert (await client.balance(KEY, max_age=5)).credits == 0
+        await asyncio.sleep(4.9)
+        assert (await client.balance(KEY, max_age=timedelta(seconds=5))).credits == 0
+        await asyncio.sleep(0.2)
+        assert (await client.balance(KEY, max_age=5.5)).credits == 0
+        assert (await client.balance(KEY, max_age=5)).credits == 1
+
+
+async def test_a_client_has_a_max_age_for_all_who_say_nothing() -> None:
+    """Of one key, of a pool or of a stream; a call can say otherwise."""
+    server = FakeServer(counting())
+    async with fake_client(server, max_age=timedelta(minutes=1)) as client:
+        assert (await client.balance(KEY)).credits == 1
+        assert (await client.check([KEY])).total_credits == 1
+        assert [each.credits async for each in client.stream([KEY])] == [1]
+        assert (await client.balance(KEY, max_age=0)).credits == 2
+        assert [each.credits async for each in client.stream([KEY], max_age=0)] == [3]
+        assert (await client.check([KEY], max_age=0)).total_credits == 4
+        assert (await client.account(KEY)).credits == 5  # the other endpoint
+
+
+async def test_a_pool_is_asked_only_for_what_is_not_known() -> None:
+    """And its outcomes still come in order, each to the callback."""
+    server = FakeServer(counting())
+    seen: list[str] = []
+    pool = keys(6)
+    async with fake_client(server) as client:
+        await client.check(pool[::2])
+        report = await client.check([*pool, pool[0]], max_age=60, on_outcome=lambda each: seen.append(each.key.name))
+    assert [each.source for each in report] == ["kept", "fetched"] * 3 + ["kept"]
+    assert seen == ["k0", "k2", "k4", "k0", "k1", "k3", "k5"]
+    assert len(server.arrivals) == 6
+
+
+@pytest.mark.parametrize("name", ["max_age", "stale_while_revalidate", "stale_if_error"])
+@pytest.mark.parametrize("mistake", [-1, float("nan"), float("inf"), "5", True, timedelta(seconds=-1)])
+async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistake: Any) -> None:
+    """Anything else is refused before any request, by its name."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        for call in (client.balance(KEY, **{name: mistake}), client.check([KEY], **{name: mistake})):
+            with pytest.raises(ConfigurationError, match=f"{name} is a finite number of at least 0"):
+                await call
+        with pytest.raises(ConfigurationError, match=name):
+            client.stream([KEY], **{name: mistake})
+        with pytest.raises(TypeError, match="maxage"):
+            await client.balance(KEY, maxage=5)  # type: ignore[call-arg]  # the mistake under test
+    with pytest.raises(ConfigurationError, match=name):
+        CreditsClient(**{name: mistake})
+    assert not server.arrivals
+
+
+async def test_at_most_so_many_answers_are_kept() -> None:
+    """The least recently used go first; failures count too."""
+    server = FakeServer(lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY)
+    one, two, three = keys(3)
+    async with fake_client(server, max_entries=2) as client:
+        await client.check([one, two])
+        await client.balance(one, max_age=60)
+        await client.balance(three)
+        assert (await outcome(client, one, max_age=60)).source == "kept"
+        assert (await outcome(client, two, max_age=60)).source == "fetched"
+        await outcome(client, ApiKey("secret-bad", name="bad"))
+        assert client.peek(one) is None
+    with pytest.raises(ConfigurationError, match="max_entries is a whole number of at least 1"):
+        CreditsClient(max_entries=0)
+
+
+async def test_no_secret_is_what_an_answer_is_found_by() -> None:
+    """A dump of the dictionary shows digests."""
+    async with fake_client(FakeServer()) as client:
+        await client.balance("a-secret-that-shows")
+        assert "a-secret-that-shows" not in repr(list(client._calls._answers._kept))
+        gc.collect()
+        found = [each for each in gc.get_referrers(ApiKey) if isinstance(each, dict) and "a-secret-that-shows" in each]
+        assert not found
+
+
+# --- stale_while_revalidate
+
+
+async def test_a_stale_answer_is_given_at_once_and_refreshed_behind() -> None:
+    """Once, however many ask; it is marked, and the next has the new one."""
+    server = FakeServer(counting())
+    async with fake_client(server, max_age=5, stale_while_revalidate=60) as client:
+        await client.balance(KEY)
+        await asyncio.sleep(10)
+        balances = await asyncio.gather(*(client.balance(KEY) for _ in range(10)))
+        assert {(str(balance.credits), balance.stale) for balance in balances} == {("1", True)}
+        assert now() == pytest.approx(10, abs=0.1)
+        again = await outcome(client)
+        assert (again.ok, again.stale, again.error, again.source, again.attempts) == (True, True, None, "kept", 0)
+        await asyncio.sleep(1)
+        fresh = await client.balance(KEY)
+        assert fresh.credits == 2
+        assert not fresh.stale
+    assert len(server.arrivals) == 2
+
+
+async def test_an_answer_older_than_that_is_waited_for() -> None:
+    """Nobody is given what is older than he asked for."""
+    server = FakeServer(counting())
+    async with fake_client(server) as client:
+        await client.balance(KEY)
+        await asyncio.sleep(20)
+        assert (await client.balance(KEY, max_age=5, stale_while_revalidate=10)).credits == 2
+
+
+async def test_an_asker_who_needs_the_refresh_moves_it_up() -> None:
+    """Behind those who waited before, and it is tried again like any other."""
+    server = FakeServer(counting(Reply(), BROKEN, Reply(credits="7")))
+    async with fake_client(server, rate_limit=RateLimit(requests=10, pace=None), retry=Retry(backoff=0.0)) as client:
+        await client.check([KEY, *keys(8, "other")])
+        await asyncio.sleep(1)
+        assert (await client.balance(KEY, stale_while_revalidate=60)).stale
+        await settle()
+        assert client.quota().refreshing == 1  # one token is left, and that is the last tenth
+        fresh = await outcome(client)
+        assert fresh.credits == 7
+        assert (fresh.source, fresh.attempts) == ("shared", 2)
+
+
+async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead_of_slower() -> None:
+    """50 keys asked for every second at 30 a minute: at once, always; no older than a round of refreshes."""
+    server = FakeServer()
+    oldest: list[float] = []
+    pool = keys(50)
+    limit = RateLimit(requests=30, period=60.0)
+    async with fake_client(server, rate_limit=limit, max_age=1, stale_while_revalidate=600) as client:
+        await client.check(pool)
+        began = now()
+        for _ in range(600):
+            report = await client.check(pool)
+            assert report.ok
+            received = [kept._received for kept in client._calls._answers._kept.values()]
+            oldest.append(now() - min(received))
+            await asyncio.sleep(1)
+        assert now() - began == pytest.approx(600, abs=1)
+    # 27 a period: a round of the pool takes 50 / 27 periods, and the first burst is over after one.
+    assert max(oldest[300:]) <= 50 / 27 * 60.3 + 5
+    late = [time for time, _ in server.arrivals if time > 300]
+    gaps = [after - before for before, after in pairwise(late)]
+    assert max(gaps) < 2 * 60.3 / 27, "a burst echoes"
+
+
+async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_it() -> None:
+    """It is tried once, and again by itself, after a while that grows, as long as somebody asks."""
+    server = FakeServer(lambda name, times: BROKEN if 1 <= times <= 5 else Reply(credits=str(times)))
+    async with fake_client(server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=1.0)) as client:
+        await client.balance(KEY)
+        seen: list[Outcome[Any]] = []
+        for _ in range(120):
+            await asyncio.sleep(0.5)
+            seen.append(await outcome(client))
+    assert all(each.ok for each in seen)
+    failing = [each for each in seen if each.error is not None]
+    assert {type(each.error) for each in failing} == {InternalServerError}
+    assert all(each.stale for each in failing)
+    assert seen[-1].error is None
+    assert seen[-1].result().credits >= 6
+
+
+async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
+    """Nobody is kept waiting by it."""
+    server = FakeServer(counting(Reply(), refusal(20), Reply(credits="7")))
+    async with fake_client(server, max_age=1, stale_while_revalidate=600) as client:
+        await client.balance(KEY)
+        for _ in range(30):
+            await asyncio.sleep(1)
+            await client.balance(KEY)
+        assert (await client.balance(KEY)).credits == 7
+    assert [time for time, _ in server.arrivals][2] - server.arrivals[1][0] >= 20
+
+
+async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
+    """A key that is revoked has no balance, however recent its last one; a server that is down changes nothing."""
+    for reply, kind in ((UNKNOWN_KEY, InvalidKeyError), (BROKEN, None)):
+        server = FakeServer(counting(Reply(), reply))
+        async with fake_client(server, retry=ONCE) as client:
+            await client.balance(KEY)
+            await asyncio.sleep(1)
+            assert (await client.balance(KEY, stale_while_revalidate=60)).stale
+            await asyncio.sleep(1)
+            again = await outcome(client, stale_while_revalidate=60, stale_if_error=60)
+            assert (type(again.error) if kind else again.ok) == (kind or True)
+
+
+async def test_closing_ends_refreshes() -> None:
+    """Those that wait and those on the wire."""
+    server = FakeServer(lambda name, times: Reply(seconds=5 * times))
+    client = fake_client(server, rate_limit=RateLimit(requests=10, pace=None))
+    pool = keys(4)
+    await client.check(pool)
+    await client.check(pool, stale_while_revalidate=60)
+    await asyncio.sleep(2)
+    assert server.on_wire == 1
+    assert client.quota().refreshing == 3
+    await client.close()
+    assert len(asyncio.all_tasks()) == 1
+    assert server.on_wire == 0
+    with pytest.raises(ClientClosedError):
+        await client.balance(pool[0], max_age=60)
+
+
+# --- stale_if_error
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [BROKEN, refusal(100), Reply(seconds=1e6), lost(APIConnectionError("reset")), Reply(body="<html>maintenance</html>")],
+    ids=["5xx", "429", "timeout", "connection", "maintenance"],
+)
+async def test_while_the_api_is_down_the_last_good_answer_stands_in(trouble: Reply) -> None:
+    """`ok` and `stale` both true, the error beside it."""
+    server = FakeServer(counting(Reply(credits="7"), trouble))
+    async with fake_client(server, retry=Retry(attempts=2), request_timeout=2) as client:
+        await client.balance(KEY)
+        stand_in = await outcome(client, stale_if_error=600)
+        assert stand_in.credits == 7
+        assert (stand_in.ok, stand_in.stale, stand_in.source) == (True, True, "kept")
+        assert stand_in.error is not None
+        assert stand_in.attempts == stand_in.error.attempts >= 1
+        assert (await client.balance(KEY, stale_if_error=600)).stale
+        await asyncio.sleep(300)
+        later = await outcome(client, max_age=60, stale_if_error=100)
+        assert not later.ok
+
+
+async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
+    """Whether the rate limit or the wire uses it up."""
+    server = FakeServer(counting(Reply(), Reply(seconds=5)))
+    async with fake_client(server, rate_limit=RateLimit(requests=2)) as client:
+        await client.balance(KEY)
+        on_wire = await outcome(client, timeout=1, stale_if_error=600)
+        assert isinstance(on_wire.error, APITimeoutError)
+        await asyncio.sleep(10)
+        waiting = await outcome(client, timeout=1, stale_if_error=600)
+        assert isinstance(waiting.error, RateLimitWaitError)
+    assert on_wire.ok
+    assert waiting.ok
+
+
+async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
+    """The first waits and sees; for a minute after a failure the others have the old answer at once, and it is refreshed."""
+    server = FakeServer(lambda name, times: Reply(seconds=1e6) if 10 < now() < 100 else Reply(credits=str(times)))
+    async with fake_client(server, retry=Retry(attempts=2, backoff=0.1), stale_if_error=600) as client:
+        await client.balance(KEY)
+        await asyncio.sleep(20)
+        began = now()
+        assert (await client.balance(KEY)).stale
+        assert now() - began > 19
+        began = now()
+        for _ in range(60):
+            assert (await client.balance(KEY)).stale
+            await asyncio.sleep(1)
+        assert now() - began == pytest.approx(60, abs=0.5)
+        await asyncio.sleep(80)  # longer than a failure tells of what is now
+        assert not (await client.balance(KEY)).stale
+
+
+async def test_without_an_answer_from_before_the_error_is_the_answer() -> None:
+    """Unknown is never zero."""
+    async with fake_client(FakeServer(lambda name, times: BROKEN), retry=ONCE, stale_if_error=600) as client:
+        failed = await outcome(client)
+        assert (failed.ok, failed.credits, failed.stale) == (False, None, False)
+        with pytest.raises(InternalServerError):
+            await client.balance(KEY)
+
+
+# --- peek
+
+
+async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
+    """The last answer with its age, or the last failure, or nothing."""
+    server = FakeServer(lambda name, times: BROKEN if name == "bad" else Reply())
+    bad = ApiKey("secret-bad", name="bad")
+    async with fake_client(server, retry=ONCE) as client:
+        assert client.peek(KEY) is None
+        await client.check([KEY, bad])
+        await asyncio.sleep(30)
+        fresh, stale, failed = client.peek(KEY, max_age=60), client.peek("secret-0"), client.peek(bad)
+        assert fresh is not None
+        assert (fresh.ok, fresh.stale, fresh.source) == (True, False, "kept")
+        assert stale is not None
+        assert (stale.ok, stale.stale, stale.key.name) == (True, True, ApiKey("secret-0").name)
+        assert failed is not None
+        assert isinstance(failed.error, InternalServerError)
+        assert client.peek(KEY, detail=True) is None
+        with pytest.raises(ConfigurationError, match="is empty"):
+            client.peek("")
+    assert len(server.arrivals) == 2
+    assert client.quota().in_flight == 0
+
+
+# --- require
+
+
+async def test_a_pool_that_holds_enough_gives_its_report() -> None:
+    """After one check, with the margin on top."""
+    server = FakeServer(lambda name, times: Reply(credits="100.5" if name == "k0" else "50"))
+    async with fake_client(server) as client:
+        report = await client.require(125, keys(2), margin=1.2)
+        assert report.available_credits == Decimal("150.5")
+        assert len(server.arrivals) == 2
+        with pytest.raises(InsufficientCreditsError, match=r"150\.60 credits are needed and 150\.5 are certain") as caught:
+            await client.require(Decimal("125.5"), keys(2), margin=Decimal("1.2"), max_age=60)
+    assert caught.value.needed == Decimal("150.60")
+    assert len(server.arrivals) == 2
+
+
+async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, not once for each who waits."""
+    caplog.set_level(logging.INFO, "crustcredits")
+    async with fake_client(FakeServer(counting(BROKEN, Reply()))) as client:
+        await asyncio.gather(*(client.balance(KEY) for _ in range(10)))
+    assert caplog.text.count("that was attempt 1 of 4") == 1
