@@ -23,7 +23,7 @@ from crustcredits._errors import (
 from crustcredits._freshness import FreshnessOptions, Seconds
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, keys_from_env, keys_from_file, keys_from_text
 from crustcredits._limits import RateLimit, Scope
-from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Source
+from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Source, State
 from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
@@ -62,6 +62,7 @@ __all__ = [
     "Scope",
     "Seconds",
     "Source",
+    "State",
     "UnexpectedResponseError",
     "__version__",
     "keys_from_env",

@@ -101,13 +101,13 @@ class Account(Balance):
     def to_dict(self) -> dict[str, Any]:
         """For JSON: as `Balance.to_dict`, and every field of the account."""
         return super().to_dict() | {
-            "recurring_credits": _plain(self.recurring_credits),
+            "recurring_credits": plain(self.recurring_credits),
             "recurring_credits_frequency": self.recurring_credits_frequency,
-            "recurring_credits_refresh_date": _plain(self.recurring_credits_refresh_date),
+            "recurring_credits_refresh_date": plain(self.recurring_credits_refresh_date),
             "credit_rollover": self.credit_rollover,
-            "wallets": _plain(self.wallets),
-            "credit_topups": _plain(self.credit_topups),
-            "extra": _plain(self.extra),
+            "wallets": plain(self.wallets),
+            "credit_topups": plain(self.credit_topups),
+            "extra": plain(self.extra),
         }
 
 
@@ -119,6 +119,7 @@ else:
 
 
 Source: TypeAlias = Literal["fetched", "shared", "kept"]
+State: TypeAlias = Literal["fresh", "stale", "failed"]
 
 
 @attrs.frozen(kw_only=True)
@@ -150,6 +151,11 @@ class Outcome(Generic[BalanceT]):
     def stale(self) -> bool:
         """Whether there is a balance that is older than was asked for."""
         return self.balance is not None and self.balance.stale
+
+    @property
+    def state(self) -> State:
+        """`"fresh"` or `"stale"` where there is a balance, else `"failed"`."""
+        return "failed" if self.balance is None else "stale" if self.balance.stale else "fresh"
 
     @property
     def credits(self) -> Decimal | None:
@@ -217,13 +223,14 @@ def time_text(time: datetime) -> str:
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Data for JSON of what came in JSON: numbers as text, times as ISO 8601."""
     if isinstance(value, Decimal):
         return credits_text(value)
     if isinstance(value, datetime):
         return time_text(value)
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value

@@ -67,6 +67,7 @@ class SandboxServer:
         scope: What it counts by: all requests together (`"client"`), each account or each key.
         delay: Seconds that an answer takes, drawn evenly between the two, part of it before the request is counted.
         host: The host in `url`, `127.0.0.1` or `localhost`.
+        port: The port to listen on; by default one that is free.
         record: Whether to keep every arrival; without, memory does not grow with the requests.
 
     Attributes:
@@ -87,12 +88,14 @@ class SandboxServer:
         scope: Literal["client", "account", "key"] = "client",
         delay: tuple[float, float] = (0.0, 0.0),
         host: Literal["127.0.0.1", "localhost"] = "127.0.0.1",
+        port: int = 0,
         record: bool = True,
     ) -> None:
         if host not in {"127.0.0.1", "localhost"} or scope not in {"client", "account", "key"}:
             raise ConfigurationError("host is '127.0.0.1' or 'localhost', and scope is 'client', 'account' or 'key'")
         check_whole("limit", limit, minimum=1)
         check_number("period", period, above=0)
+        check_whole("port", port, minimum=0)
         check_number("delay[0]", delay[0], minimum=0)
         check_number("delay[1]", delay[1], minimum=delay[0])
         self.arrivals: list[Arrival] = []
@@ -112,7 +115,7 @@ class SandboxServer:
         self._stale: WeakSet[asyncio.BaseTransport] = WeakSet()
         self._refusals = 0
         self._runner: web.ServerRunner | None = None
-        self._port = 0
+        self._port = port
 
     # --- what it holds
 
@@ -212,7 +215,7 @@ class SandboxServer:
         # A client that goes away ends its handler, or silence would outlive it.
         self._runner = web.ServerRunner(web.Server(self._handle, handler_cancellation=True, access_log=None), shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         self._port = self._runner.addresses[0][1]
         return self

@@ -1,0 +1,110 @@
+"""What a service answers when a check failed, without I/O: an HTTP status, and words that are ours alone.
+
+What the API said stays in the log: neither its text nor its status is the business of the service's own callers. It must
+not know FastAPI.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import attrs
+
+from crustcredits._errors import (
+    APIConnectionError,
+    APITimeoutError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    CrustCreditsError,
+    InsufficientCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    MissingKeyError,
+    PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimitError,
+    RateLimitWaitError,
+    UnexpectedResponseError,
+)
+from crustcredits._models import credits_text
+
+
+@attrs.frozen(kw_only=True)
+class Problem:
+    """A problem document of RFC 9457.
+
+    Attributes:
+        status: The HTTP status of the service's answer.
+        type: `urn:crustcredits:` and the name of the error's class.
+        title: What went wrong, the same for all errors of a class.
+        key: The name of the key it happened to, or None.
+        retry_after: Whole seconds after which it is worth asking again; None where nobody knows.
+        more: Further members.
+    """
+
+    status: int
+    type: str
+    title: str
+    key: str | None = None
+    retry_after: int | None = None
+    more: dict[str, Any] = attrs.field(factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """For JSON; what is None is left out."""
+        members = {"type": self.type, "title": self.title, "status": self.status, "key": self.key, "retry_after": self.retry_after}
+        return {name: value for name, value in members.items() if value is not None} | self.more
+
+
+# The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its own callers have done nothing
+# wrong, so for them it is a bad gateway.
+_ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
+    (InsufficientCreditsError, 409, "The pool does not hold enough credits"),
+    (RateLimitError, 503, "The credits API refuses more requests for now"),
+    (RateLimitWaitError, 503, "The rate limit of the credits API leaves no room in time"),
+    (APITimeoutError, 504, "The credits API did not answer in time"),
+    (APIConnectionError, 503, "The credits API cannot be reached"),
+    (ClientClosedError, 503, "The service is shutting down"),
+    (ConfigurationError, 500, "The service, or one of its keys, is not set up right"),
+    (InvalidKeyError, 502, "The credits API does not know the key"),
+    (MissingKeyError, 502, "No key reached the credits API"),
+    (PaymentRequiredError, 502, "The key's account is out of credits"),
+    (PermissionDeniedError, 502, "The key's plan does not allow this"),
+    (BadRequestError, 502, "The credits API rejects the request"),
+    (InternalServerError, 502, "The credits API failed"),
+    (UnexpectedResponseError, 502, "The credits API answered with something unexpected"),
+    (CrustCreditsError, 502, "The credits could not be checked"),
+)
+
+# A refusal that does not say how long: by then every slot of a one-minute window is free.
+_WINDOW = 60
+
+
+def problem_of(error: CrustCreditsError) -> Problem:
+    """What to answer for `error`."""
+    status, title = next((status, title) for kind, status, title in _ANSWERS if isinstance(error, kind))
+    more: dict[str, Any] = {}
+    if isinstance(error, InsufficientCreditsError):
+        more = {
+            "needed": credits_text(error.needed),
+            "available": credits_text(error.available),
+            "unknown": list(error.unknown),
+            "stale": list(error.stale),
+        }
+    return Problem(
+        status=status,
+        type=f"urn:crustcredits:{type(error).__name__}",
+        title=title,
+        key=error.key_name,
+        retry_after=_retry_after(error),
+        more=more,
+    )
+
+
+def _retry_after(error: CrustCreditsError) -> int | None:
+    if isinstance(error, RateLimitWaitError):
+        return max(1, math.ceil(error.wait))
+    if isinstance(error, RateLimitError):
+        return _WINDOW if error.retry_after is None else max(1, math.ceil(error.retry_after))
+    return None

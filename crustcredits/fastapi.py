@@ -1,0 +1,330 @@
+"""crustcredits in a FastAPI service: a lifespan, a dependency, a router and exception handlers. Needs the extra `fastapi`.
+
+The client lives as long as the app and is found through its dependency only, so that a test can put another in its place.
+Keys appear by their names. What is answered stands in `_responses`, and what becomes of errors in `_problems`.
+"""
+
+import inspect
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated, Any, Literal, TypeAlias
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.params import Depends as DependsParam
+from fastapi.responses import JSONResponse
+from starlette.requests import HTTPConnection
+
+from crustcredits._checks import check_number
+from crustcredits._client import CreditsClient
+from crustcredits._errors import ConfigurationError, CrustCreditsError
+from crustcredits._freshness import NEW, Freshness, Seconds
+from crustcredits._keys import ApiKey, KeysLike, RefusedKey, as_keys, refuse_contradictions
+from crustcredits._models import Outcome, State, time_text
+from crustcredits._problems import Problem, problem_of
+from crustcredits._report import Report
+from crustcredits._responses import (
+    AccountResponse,
+    BalanceResponse,
+    ErrorResponse,
+    HealthResponse,
+    KeyResponse,
+    PoolResponse,
+    ProblemResponse,
+)
+
+__all__ = [
+    "AccountResponse",
+    "BalanceResponse",
+    "CreditsDep",
+    "ErrorResponse",
+    "HealthResponse",
+    "KeyResponse",
+    "Lifespan",
+    "PoolResponse",
+    "ProblemResponse",
+    "credits_client_of",
+    "credits_lifespan",
+    "credits_router",
+    "get_credits_client",
+    "install_exception_handlers",
+]
+
+_log = logging.getLogger("crustcredits")
+
+_STATE = "crustcredits_client"
+
+#: What FastAPI takes for a lifespan.
+Lifespan: TypeAlias = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+
+
+# --- the client
+
+
+def credits_lifespan(make_client: Callable[[], CreditsClient] = CreditsClient, *, lifespan: Lifespan | None = None) -> Lifespan:
+    """A lifespan for `FastAPI(lifespan=…)` that opens a client with the app and closes it with the app.
+
+    Args:
+        make_client: Makes the client, each time the app starts: `CreditsClient`, or a `functools.partial` or `lambda` of it
+            with arguments.
+        lifespan: Your own. It runs inside: the client is there before it starts and until it has ended. To nest the
+            other way, enter this one in yours: `async with credits_lifespan()(app): yield`.
+
+    Raises:
+        ConfigurationError: `make_client` is a client and no function that makes one.
+    """
+    if isinstance(make_client, CreditsClient) or not callable(make_client):
+        raise ConfigurationError(
+            "make_client is a function that makes a client, because each start of the app needs a new one; "
+            "give CreditsClient itself, or functools.partial(CreditsClient, …)"
+        )
+    inner = lifespan or _no_lifespan
+    if inspect.isasyncgenfunction(inner):
+        inner = asynccontextmanager(inner)
+
+    @asynccontextmanager
+    async def with_client(app: FastAPI) -> AsyncGenerator[Mapping[str, Any], None]:
+        async with make_client() as client:
+            setattr(app.state, _STATE, client)
+            try:
+                async with inner(app) as state:
+                    # In the lifespan's state too, which reaches the apps that are mounted below this one.
+                    yield {**(state or {}), _STATE: client}
+            finally:
+                delattr(app.state, _STATE)
+
+    return with_client
+
+
+@asynccontextmanager
+async def _no_lifespan(app: Any) -> AsyncIterator[None]:
+    yield
+
+
+async def get_credits_client(connection: HTTPConnection) -> CreditsClient:
+    """The dependency: the app's client, for requests and web sockets. What to override in tests.
+
+    Raises:
+        ConfigurationError: The lifespan did not run.
+    """
+    client = getattr(connection.app.state, _STATE, None) or getattr(connection.state, _STATE, None)
+    return _client_or_error(client)
+
+
+#: The parameter of a route that wants the client.
+CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
+
+
+def credits_client_of(app: Any) -> CreditsClient:
+    """The client of a running app, or of the app in a `TestClient`: for tests, and for tasks beside the requests.
+
+    Raises:
+        ConfigurationError: The lifespan did not run, or has ended.
+    """
+    return _client_or_error(getattr(getattr(app, "app", app).state, _STATE, None))
+
+
+def _client_or_error(client: CreditsClient | None) -> CreditsClient:
+    if client is None:
+        raise ConfigurationError(
+            "the app has no credits client, because its lifespan did not run: make it with FastAPI(lifespan=credits_lifespan()), "
+            "and in tests use `with TestClient(app)` or override get_credits_client"
+        )
+    return client
+
+
+# --- errors
+
+
+def install_exception_handlers(app: FastAPI) -> None:
+    """Answer this library's errors, wherever a route raises them, with `application/problem+json`.
+
+    Timeouts are 504; out of reach is 503; refused or held back by the rate limit is 503 with `Retry-After`; not enough credits
+    is 409; a mistake in the service's own set-up is 500; and the rest, also the API's 401, 402 and 403, is 502. What the
+    API said goes to the log, and none of it into the answer.
+    """
+    app.add_exception_handler(CrustCreditsError, _on_error)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, CrustCreditsError)
+    problem = problem_of(error)
+    _log.log(logging.INFO if problem.status == 409 else logging.WARNING, "answered with %d: %s", problem.status, error)
+    return _problem_response(problem)
+
+
+def _problem_response(problem: Problem) -> JSONResponse:
+    headers = {} if problem.retry_after is None else {"Retry-After": str(problem.retry_after)}
+    return JSONResponse(problem.document(), status_code=problem.status, headers=headers, media_type="application/problem+json")
+
+
+# --- the router
+
+
+def credits_router(
+    keys: KeysLike,
+    *,
+    public: bool = False,
+    dependencies: Sequence[DependsParam] = (),
+    max_age: Seconds = 5.0,
+    stale_while_revalidate: Seconds = 120.0,
+    stale_if_error: Seconds = 3600.0,
+    timeout: float = 10.0,
+    prefix: str = "",
+    tags: Sequence[str] = ("credits",),
+) -> APIRouter:
+    """A router that shows a pool: `GET /keys`, `GET /keys/{name}` and `GET /healthz`, below `prefix`.
+
+    `/healthz` never does I/O: it tells from kept answers whether the pool is `ok`, `degraded` or `unknown`, with status 200.
+    A key that cannot be used is listed as failed.
+
+    Args:
+        keys: The pool; keys are shown by their names.
+        public: Say `True` to let everybody see it.
+        dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
+        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers, not for newer ones, so
+            that they cannot use up the rate limit.
+        stale_while_revalidate: The same, as for `CreditsClient`.
+        stale_if_error: The same, as for `CreditsClient`.
+        timeout: Seconds that a caller waits at the most.
+        prefix: As for `APIRouter`.
+        tags: As for `APIRouter`.
+
+    Raises:
+        ConfigurationError: Neither or both of `public` and `dependencies` are given; this is no pool, or two different keys have
+            one name, or one secret two accounts; or another argument cannot be used.
+    """
+    pool = as_keys(keys)
+    del keys  # No frame of ours holds a secret when something is raised.
+    if isinstance(pool, ConfigurationError):
+        raise pool
+    if public is bool(dependencies):
+        raise ConfigurationError("say who may see the credits: give dependencies=[Depends(…)], or public=True for everybody")
+    freshness = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
+    shown = _Pool(pool, freshness, timeout)
+    router = APIRouter(prefix=prefix, tags=list(tags), dependencies=list(dependencies))
+    _add_routes(router, shown, freshness.max_age)
+    return router
+
+
+def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    content = {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}}
+    return {status: {"description": description, "content": content} for status, description in answers.items()}
+
+
+_HELD_BACK = {
+    502: "The API says no to the service's key, or something that is no balance",
+    503: "The API cannot be reached, or the rate limit leaves no room; see `Retry-After`",
+    504: "The API does not answer in time",
+}
+
+Sort: TypeAlias = Literal["given", "name", "credits", "-credits", "age", "-age"]
+
+
+def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
+    MaxAge = Annotated[float, Query(ge=floor, le=1e9, description="Seconds that a balance may be old without being stale.")]  # noqa: N806  # a type
+
+    @router.get("/keys", response_model=PoolResponse, summary="The pool, by name")
+    async def get_keys(
+        client: CreditsDep,
+        state: Annotated[State | None, Query(description="Only keys in this state.")] = None,
+        account: Annotated[str | None, Query(description="Only keys that declare this account.")] = None,
+        sort: Annotated[Sort, Query(description="`-` for the largest first; what is unknown comes last.")] = "given",
+        max_age: MaxAge = floor,
+    ) -> Any:
+        return await pool.report(client, state, account, sort, max_age)
+
+    @router.get(
+        "/keys/{name:path}",
+        response_model=KeyResponse,
+        responses=_documented({404: "No key of the pool has this name"} | _HELD_BACK),
+        summary="One key, by name",
+    )
+    async def get_key(name: str, client: CreditsDep, max_age: MaxAge = floor) -> Any:
+        return await pool.outcome(client, name, max_age)
+
+    @router.get("/healthz", response_model=HealthResponse, summary="What is known of the pool without asking")
+    async def get_health(client: CreditsDep) -> Any:
+        return pool.health(client)
+
+
+class _Pool:
+    """The keys of a router, and what its routes answer."""
+
+    def __init__(self, keys: Iterable[ApiKey], freshness: Freshness, timeout: float) -> None:
+        self._keys = list(keys)
+        refuse_contradictions(self._keys)
+        self._by_name = {key.name: key for key in self._keys}
+        self._freshness = freshness
+        self._timeout = timeout
+        check_number("timeout", timeout, above=0)
+
+    async def report(
+        self, client: CreditsClient, state: State | None, account: str | None, sort: Sort, max_age: float
+    ) -> Report[Any]:
+        keys = self._keys if account is None else [key for key in self._keys if key.account == account]
+        report = await self._check(client, keys, max_age)
+        if state is None and sort == "given":
+            return report
+        return Report(_sorted((outcome for outcome in report if state in {None, outcome.state}), sort))
+
+    async def outcome(self, client: CreditsClient, name: str, max_age: float) -> Outcome[Any] | JSONResponse:
+        key = self._by_name.get(name)
+        if key is None:
+            # The name is not repeated: whoever mistakes a secret for one shall not find it in an answer.
+            return _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
+        outcome = (await self._check(client, [key], max_age))[0]
+        if outcome.balance is None and outcome.error is not None:
+            return _problem_response(problem_of(outcome.error))
+        return outcome
+
+    async def _check(self, client: CreditsClient, keys: list[ApiKey], max_age: float) -> Report[Any]:
+        return await client.check(
+            keys,
+            timeout=self._timeout,
+            max_age=max_age,
+            stale_while_revalidate=self._freshness.revalidate,
+            stale_if_error=self._freshness.if_error,
+        )
+
+    def health(self, client: CreditsClient) -> HealthResponse:
+        recent = self._freshness.max_age + self._freshness.revalidate
+        outcomes = [(key, None if isinstance(key, RefusedKey) else client.peek(key, max_age=recent)) for key in self._keys]
+        known = sum(outcome is not None and outcome.ok for _, outcome in outcomes)
+        never = sum(outcome is None and not isinstance(key, RefusedKey) for key, outcome in outcomes)
+        reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
+        reasons += [f"{never} of {len(outcomes)} keys have not been checked yet"] * bool(never)
+        reasons = reasons or ["the pool is empty"] * (not outcomes)
+        if len(reasons) > _REASONS:
+            reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
+        status: Literal["ok", "degraded", "unknown"] = "unknown" if not known else "degraded" if reasons else "ok"
+        return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
+
+
+# How many reasons a health check lists.
+_REASONS = 20
+
+
+def _reasons(key: ApiKey, outcome: Outcome[Any] | None) -> list[str]:
+    """What is wrong with a key, if anything."""
+    if isinstance(key, RefusedKey):
+        return [f"{key.name}: the key cannot be used"]
+    if outcome is None:
+        return []
+    reasons = [] if outcome.error is None else [problem_of(outcome.error).title]
+    if outcome.stale:
+        reasons.append(f"the balance of {time_text(outcome.checked_at)} is old")
+    return [f"{key.name}: {'; '.join(reasons)}"] if reasons else []
+
+
+def _sorted(outcomes: Iterable[Outcome[Any]], sort: Sort) -> list[Outcome[Any]]:
+    listed = list(outcomes)
+    if sort == "name":
+        listed.sort(key=lambda outcome: outcome.key.name)
+    elif sort in {"age", "-age"}:
+        listed.sort(key=lambda outcome: outcome.checked_at, reverse=sort == "age")
+    elif sort in {"credits", "-credits"}:
+        known = [outcome for outcome in listed if outcome.ok]
+        known.sort(key=lambda outcome: outcome.result().credits, reverse=sort == "-credits")
+        listed = [*known, *(outcome for outcome in listed if not outcome.ok)]
+    return listed
