@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -47,14 +47,15 @@ Plain: TypeAlias = Annotated[Any, BeforeValidator(plain)]
 
 
 class _Response(BaseModel):
-    model_config = ConfigDict(from_attributes=True, validate_by_name=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(from_attributes=True, validate_by_name=True, frozen=True)
 
 
 class _Dated(_Response):
     if TYPE_CHECKING:
         checked_at: datetime  # each has it where it reads best
 
-    @computed_field(description="Seconds since `checked_at`.")
+    @computed_field(description="Seconds since `checked_at`.")  # type: ignore[prop-decorator]  # mypy knows no such property
+    @property
     def age(self) -> float:
         """Seconds since `checked_at`."""
         return round(max(0.0, (datetime.now(UTC) - self.checked_at).total_seconds()), 3)
@@ -77,7 +78,7 @@ class BalanceResponse(_Dated):
     checked_at: CheckedAt
     stale: Annotated[bool, Field(description="Whether it is older than was asked for.")]
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -114,9 +115,9 @@ class KeyResponse(_Dated):
     credits: Credits | None
     checked_at: CheckedAt
     source: Source
-    error: Annotated[ErrorResponse | None, BeforeValidator(_problem_of)]
+    error: Annotated[ErrorResponse | None, BeforeValidator(_problem_of)] = None
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -174,7 +175,7 @@ class HealthResponse(_Response):
     known: Annotated[int, Field(description="Keys with a balance, however old.")]
     reasons: list[str]
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [{"status": "degraded", "keys": 2, "known": 1, "reasons": ["dev: the credits API does not know the key"]}]
         }
@@ -190,7 +191,7 @@ class ProblemResponse(BaseModel):
     key: str | None = None
     retry_after: int | None = None
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {"type": "urn:crustcredits:APITimeoutError", "title": "The credits API did not answer in time", "status": 504}

@@ -7,13 +7,14 @@ Keys appear by their names. What is answered stands in `_responses`, and what be
 import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.params import Depends as DependsParam
 from fastapi.responses import JSONResponse
 from starlette.requests import HTTPConnection
+from starlette.types import Lifespan
 
 from crustcredits._checks import check_number
 from crustcredits._client import CreditsClient
@@ -40,7 +41,6 @@ __all__ = [
     "ErrorResponse",
     "HealthResponse",
     "KeyResponse",
-    "Lifespan",
     "PoolResponse",
     "ProblemResponse",
     "credits_client_of",
@@ -54,14 +54,13 @@ _log = logging.getLogger("crustcredits")
 
 _STATE = "crustcredits_client"
 
-#: What FastAPI takes for a lifespan.
-Lifespan: TypeAlias = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
-
 
 # --- the client
 
 
-def credits_lifespan(make_client: Callable[[], CreditsClient] = CreditsClient, *, lifespan: Lifespan | None = None) -> Lifespan:
+def credits_lifespan(
+    make_client: Callable[[], CreditsClient] = CreditsClient, *, lifespan: Lifespan[FastAPI] | None = None
+) -> Lifespan[FastAPI]:
     """A lifespan for `FastAPI(lifespan=…)` that opens a client with the app and closes it with the app.
 
     Args:
@@ -73,7 +72,7 @@ def credits_lifespan(make_client: Callable[[], CreditsClient] = CreditsClient, *
     Raises:
         ConfigurationError: `make_client` is a client and no function that makes one.
     """
-    if isinstance(make_client, CreditsClient) or not callable(make_client):
+    if not callable(make_client):
         raise ConfigurationError(
             "make_client is a function that makes a client, because each start of the app needs a new one; "
             "give CreditsClient itself, or functools.partial(CreditsClient, …)"
@@ -222,7 +221,7 @@ Sort: TypeAlias = Literal["given", "name", "credits", "-credits", "age", "-age"]
 
 
 def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
-    MaxAge = Annotated[float, Query(ge=floor, le=1e9, description="Seconds that a balance may be old without being stale.")]  # noqa: N806  # a type
+    bounds = Query(ge=floor, le=1e9, description="Seconds that a balance may be old without being stale.")
 
     @router.get("/keys", response_model=PoolResponse, summary="The pool, by name")
     async def get_keys(
@@ -230,7 +229,7 @@ def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
         state: Annotated[State | None, Query(description="Only keys in this state.")] = None,
         account: Annotated[str | None, Query(description="Only keys that declare this account.")] = None,
         sort: Annotated[Sort, Query(description="`-` for the largest first; what is unknown comes last.")] = "given",
-        max_age: MaxAge = floor,
+        max_age: Annotated[float, bounds] = floor,
     ) -> Any:
         return await pool.report(client, state, account, sort, max_age)
 
@@ -240,7 +239,7 @@ def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
         responses=_documented({404: "No key of the pool has this name"} | _HELD_BACK),
         summary="One key, by name",
     )
-    async def get_key(name: str, client: CreditsDep, max_age: MaxAge = floor) -> Any:
+    async def get_key(name: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
         return await pool.outcome(client, name, max_age)
 
     @router.get("/healthz", response_model=HealthResponse, summary="What is known of the pool without asking")

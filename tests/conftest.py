@@ -40,3 +40,12 @@ def mocked() -> Iterator[aioresponses]:
     """aioresponses, for what was sent; whatever has to do with sockets has the sandbox."""
     with aioresponses() as mock:
         yield mock
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """The other side of a socket learns of it a moment later."""
+    for _ in range(100):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to that within a second")

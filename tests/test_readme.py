@@ -23,6 +23,7 @@ PROGRAMS = {
         ["prod: 9406", "total: 9416", "best key: ['prod']", "spare: 10", "broken: unknown, broken: Not in your plan"],
     ),
     "Errors": (PYTHON[1], ["is not known to the API, request sandbox-1"]),
+    "In a service": (PYTHON[2], ["prod has 9406, stale: False", "go with prod"]),
 }
 
 
@@ -37,8 +38,9 @@ async def run(*command: str, **environ: str) -> tuple[int | None, str]:
 
 def test_every_block_is_known() -> None:
     """A new one needs a test of its own."""
-    assert [language for language, _ in BLOCKS] == ["console", "python", "python", "python", "python", "console"]
+    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 6, "console"]
     assert len(PYTHON[0].splitlines()) <= 30
+    assert len([line for line in PYTHON[3].splitlines() if line.strip()]) <= 15
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
@@ -55,33 +57,31 @@ async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, title: str) -
 
 
 async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The app opens the client, answers with the report and closes it."""
+    """The app opens the client, shows the pool and closes it."""
     monkeypatch.setenv("CRUSTDATA_API_URL", sandbox.url)
     monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').secret}")
     namespace: dict[str, object] = {}
-    exec(compile(PYTHON[2], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
+    exec(compile(PYTHON[3], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
 
-    def ask() -> object:
+    def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
-            return client.get("/credits").json()["total_credits"]
+            return [client.get(path).json() for path in ("/total", "/credits/keys/prod", "/credits/healthz")]
 
-    assert await asyncio.to_thread(ask) == "9406.50"
+    total, key, health = await asyncio.to_thread(ask)
+    assert total == "9406.50"
+    assert isinstance(key, dict)
+    assert (key["state"], key["source"]) == ("fresh", "kept")
+    assert health == {"status": "ok", "keys": 1, "known": 1, "reasons": []}
 
 
-async def test_the_part_on_testing_runs_as_it_stands(tmp_path: Path) -> None:
-    """Under pytest, in an empty directory."""
-    (tmp_path / "test_service.py").write_text(PYTHON[3])
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "error",
-        "-o",
-        "asyncio_mode=auto",
-        "-o",
-        "asyncio_default_fixture_loop_scope=function",
-    ]
+@pytest.mark.parametrize("block", [4, 5])
+async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int) -> None:
+    """Under pytest, in a directory that holds nothing but the README's service."""
+    (tmp_path / "service.py").write_text(PYTHON[3])
+    (tmp_path / "test_service.py").write_text(PYTHON[block])
+    options = ["-q", "-p", "no:cacheprovider", "-W", "error"]
+    for option in ("asyncio_mode=auto", "asyncio_default_fixture_loop_scope=function", "pythonpath=."):
+        options += ["-o", option]
     status, out = await run(sys.executable, "-m", "pytest", *options, HOME=str(tmp_path))
     assert status == 0, out
     assert "1 passed" in out

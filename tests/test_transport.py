@@ -26,6 +26,7 @@ from crustcredits import (
 )
 from crustcredits._transport import Failure, _client_timeout
 from crustcredits.testing import Fault, SandboxServer
+from tests.conftest import eventually
 
 ONCE = Retry(attempts=1)
 
@@ -49,15 +50,6 @@ async def test_a_closed_client_leaves_no_connection_open(sandbox: SandboxServer)
         await client.balance(sandbox.add_key())
         assert sandbox.connections == 1
     await eventually(lambda: sandbox.connections == 0)
-
-
-async def eventually(condition: Any) -> None:
-    """The other side of a socket learns of it a moment later."""
-    for _ in range(100):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to that within a second")
 
 
 async def test_a_connection_found_closed_is_not_sent_over_again_by_aiohttp(sandbox: SandboxServer) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from datetime import datetime
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import assert_type
+from functools import partial
+from typing import Unpack, assert_type
 
 import aiohttp
+from fastapi import Depends, FastAPI
 
 from crustcredits import (
     Account,
@@ -15,6 +18,8 @@ from crustcredits import (
     Balance,
     CreditsClient,
     CrustCreditsError,
+    FreshnessOptions,
+    InsufficientCreditsError,
     KeyLike,
     KeysLike,
     Outcome,
@@ -26,9 +31,21 @@ from crustcredits import (
     Report,
     Retry,
     Scope,
+    Seconds,
+    Source,
+    State,
     keys_from_env,
     keys_from_file,
     keys_from_text,
+)
+from crustcredits.fastapi import (
+    CreditsDep,
+    KeyResponse,
+    credits_client_of,
+    credits_lifespan,
+    credits_router,
+    get_credits_client,
+    install_exception_handlers,
 )
 from crustcredits.testing import Arrival, Fault, SandboxServer
 
@@ -38,6 +55,13 @@ async def one(client: CreditsClient, key: ApiKey) -> None:
     account = await client.account(key, timeout=5)
     assert_type(account, Account)
     assert_type(account.credits, Decimal)
+    assert_type(await client.account(key, max_age=timedelta(minutes=1)), Account)
+    kept = client.peek(key, max_age=60)
+    assert_type(kept, Outcome[Balance] | None)
+    if kept is not None:
+        assert_type(kept.source, Source)
+        assert_type(kept.state, State)
+        assert_type(kept.stale, bool)
     assert_type(account.recurring_credits, Decimal | None)
     assert_type(account.recurring_credits_refresh_date, datetime | None)
     assert_type(account.rate_limit, RateLimitStatus | None)
@@ -52,7 +76,11 @@ async def many(client: CreditsClient, secrets: Mapping[str, str], more: AsyncIte
     assert_type(report.total_credits, Decimal | None)
     assert_type(report.accounts, Mapping[str, Decimal | None])
     assert_type(report[0].error, CrustCreditsError | None)
-    async for outcome in client.stream(more, detail=True):
+    assert_type(await client.require(5000, secrets, margin=Decimal("1.2"), timeout=5, max_age=30), Report[Balance])
+    assert_type(report.available_credits, Decimal)
+    report.require(Decimal(5))
+    assert_type(await client.check(secrets, detail=True, stale_while_revalidate=timedelta(minutes=2)), Report[Account])
+    async for outcome in client.stream(more, detail=True, max_age=5, stale_if_error=3600):
         assert_type(outcome, Outcome[Account])
     async for each in client.stream(("a", "b"), timeout=3):
         assert_type(each, Outcome[Balance])
@@ -76,11 +104,32 @@ async def made(session: aiohttp.ClientSession) -> None:
     keys_from_text("a=b")
 
 
-async def wrapped(client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope) -> Report:
+async def wrapped(
+    client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope, age: Seconds, **freshness: Unpack[FreshnessOptions]
+) -> Report:
     """Whoever wraps the client can say what it takes."""
-    await client.balance(key)
+    await client.balance(key, max_age=age)
     RateLimit(scope=scope)
-    return await client.check(pool)
+    return await client.check(pool, **freshness)
+
+
+def served(pool: KeysLike) -> FastAPI:
+    app = FastAPI(lifespan=credits_lifespan(partial(CreditsClient, max_age=5), lifespan=own_lifespan))
+    app.include_router(credits_router(pool, dependencies=[Depends(own_lifespan)], max_age=timedelta(seconds=5)), prefix="/credits")
+    install_exception_handlers(app)
+    assert_type(credits_client_of(app), CreditsClient)
+    app.dependency_overrides[get_credits_client] = CreditsClient
+
+    @app.get("/", response_model=KeyResponse)
+    async def route(client: CreditsDep) -> Outcome:
+        return (await client.check(pool))[0]
+
+    return app
+
+
+@asynccontextmanager
+async def own_lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    yield
 
 
 def failures(error: CrustCreditsError) -> None:
@@ -89,6 +138,8 @@ def failures(error: CrustCreditsError) -> None:
         assert_type(error.retry_after, float | None)
     if isinstance(error, RateLimitWaitError):
         assert_type(error.wait, float)
+    if isinstance(error, InsufficientCreditsError):
+        assert_type(error.unknown, tuple[str, ...])
 
 
 async def tested(sandbox: SandboxServer) -> None:

@@ -1,0 +1,629 @@
+"""The FastAPI part on the real loop: the app is called in process, and the sandbox is the API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.testclient import TestClient
+from httpx2 import ASGITransport, AsyncClient
+
+from crustcredits import (
+    Account,
+    APIConnectionError,
+    ApiKey,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    Balance,
+    ClientClosedError,
+    ConfigurationError,
+    CreditsClient,
+    CrustCreditsError,
+    InsufficientCreditsError,
+    InternalServerError,
+    InvalidKeyError,
+    MissingKeyError,
+    Outcome,
+    PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimit,
+    RateLimitError,
+    RateLimitWaitError,
+    Report,
+    Retry,
+    UnexpectedResponseError,
+)
+from crustcredits.fastapi import (
+    AccountResponse,
+    BalanceResponse,
+    CreditsDep,
+    KeyResponse,
+    PoolResponse,
+    credits_client_of,
+    credits_lifespan,
+    credits_router,
+    get_credits_client,
+    install_exception_handlers,
+)
+from crustcredits.testing import Fault, SandboxServer
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+KEY = ApiKey("sk-0123456789", name="prod", account="acme")
+QUICK = Retry(attempts=1)
+
+
+@asynccontextmanager
+async def calling(app: FastAPI) -> AsyncIterator[AsyncClient]:
+    """A caller of the app while it runs."""
+    async with (
+        app.router.lifespan_context(app),
+        AsyncClient(transport=ASGITransport(app, raise_app_exceptions=False), base_url="http://test") as caller,
+    ):
+        yield caller
+
+
+def app_of(sandbox: SandboxServer, *keys: Any, client: dict[str, Any] | None = None, **options: Any) -> FastAPI:
+    app = FastAPI(lifespan=credits_lifespan(partial(CreditsClient, base_url=sandbox.url, retry=QUICK, **(client or {}))))
+    app.include_router(credits_router(keys, **({"public": True, "max_age": 0} | options)), prefix="/credits")
+    return app
+
+
+# --- lifespan and dependency
+
+
+def test_the_client_opens_and_closes_with_the_app() -> None:
+    """Each start of the app has a new one."""
+    app = FastAPI(lifespan=credits_lifespan())
+
+    @app.get("/")
+    async def closed(client: CreditsDep) -> bool:
+        return client._closed
+
+    seen = []
+    for _ in range(2):
+        with TestClient(app) as caller:
+            assert caller.get("/").json() is False
+            seen.append(credits_client_of(caller))
+            assert credits_client_of(app) is seen[-1]
+    assert [client._closed for client in seen] == [True, True]
+    assert seen[0] is not seen[1]
+
+
+def test_ones_own_lifespan_runs_inside_and_its_state_stays() -> None:
+    """The client is there from its start to its end."""
+    log: list[Any] = []
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        log.append(credits_client_of(app)._closed)
+        yield {"database": 7}
+        log.append(credits_client_of(app)._closed)
+
+    app = FastAPI(lifespan=credits_lifespan(lifespan=own))
+
+    @app.get("/")
+    async def state(client: CreditsDep, request: Request) -> int:
+        database: int = request.state.database
+        return database
+
+    with TestClient(app) as caller:
+        assert caller.get("/").json() == 7
+    assert log == [False, False]
+
+
+def test_it_can_be_entered_in_ones_own_lifespan_too() -> None:
+    """The other way round, also where that is a bare generator function."""
+
+    async def bare(app: FastAPI) -> AsyncGenerator[None, None]:
+        assert not credits_client_of(app)._closed
+        yield
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncIterator[None]:
+        async with credits_lifespan(lifespan=bare)(app):  # type: ignore[arg-type]  # which FastAPI took for one, once
+            yield
+
+    app = FastAPI(lifespan=own)
+
+    @app.get("/")
+    async def found(client: CreditsDep) -> str:
+        return type(client).__name__
+
+    with TestClient(app) as caller:
+        assert caller.get("/").json() == "CreditsClient"
+
+
+def test_a_mounted_app_and_a_web_socket_find_the_client_too() -> None:
+    """Only the outermost app has a lifespan."""
+    inner, outer = FastAPI(), FastAPI(lifespan=credits_lifespan())
+    outer.mount("/inner", inner)
+
+    @inner.get("/")
+    async def found(client: CreditsDep) -> bool:
+        return client is credits_client_of(outer)
+
+    @outer.websocket("/socket")
+    async def talk(socket: WebSocket, client: CreditsDep) -> None:
+        await socket.accept()
+        await socket.send_json(client is credits_client_of(outer))
+        await socket.close()
+
+    with TestClient(outer) as caller:
+        assert caller.get("/inner/").json() is True
+        with caller.websocket_connect("/socket") as socket:
+            assert socket.receive_json() is True
+
+
+def test_without_the_lifespan_an_error_says_what_to_do() -> None:
+    """In a request and in the accessor; also after the app has ended."""
+    app = FastAPI(lifespan=credits_lifespan())
+
+    @app.get("/")
+    async def never(client: CreditsDep) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="its lifespan did not run: make it with"):
+        TestClient(app).get("/")
+    with TestClient(app):
+        pass
+    with pytest.raises(ConfigurationError, match="override get_credits_client"):
+        credits_client_of(app)
+
+
+async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
+    """It could serve one start of the app only."""
+    for mistake in (CreditsClient(), None, 5):
+        with pytest.raises(ConfigurationError, match=r"give CreditsClient itself, or functools\.partial"):
+            credits_lifespan(mistake)  # type: ignore[arg-type]  # the mistake under test
+
+
+async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+    """The router asks it, without a lifespan."""
+    app = FastAPI()
+    app.include_router(credits_router([sandbox.add_key("prod", credits="7.50")], public=True))
+    app.dependency_overrides[get_credits_client] = lambda: credits_client
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as caller:
+        assert (await caller.get("/keys/prod")).json()["credits"] == "7.50"
+
+
+# --- models
+
+
+def outcome(credits: str) -> Outcome[Balance]:
+    return Outcome(key=KEY, balance=Balance(key=KEY, credits=Decimal(credits), checked_at=NOON), checked_at=NOON, attempts=1)
+
+
+@pytest.mark.parametrize("credits", ["138940.37", "0.10", "1E+3", "9" * 64, "-0.5", "0." + "0" * 60 + "1"])
+def test_credits_are_text_exact_to_the_digit(credits: str) -> None:
+    """Without an exponent, and they come back the same."""
+    response = KeyResponse.model_validate(outcome(credits))
+    text = json.loads(response.model_dump_json())["credits"]
+    assert text == format(Decimal(credits), "f")
+    again = KeyResponse.model_validate_json(response.model_dump_json())
+    assert again.credits == Decimal(credits)
+    assert (again.key, again.account) == ("prod", "acme")
+
+
+def test_times_are_in_utc_and_the_age_counts_from_them() -> None:
+    """Whatever zone the clock was in; never below 0."""
+    east = NOON.astimezone(timezone(timedelta(hours=5)))
+    balance = BalanceResponse.model_validate(Balance(key=KEY, credits=Decimal(1), checked_at=east))
+    plain = json.loads(balance.model_dump_json())
+    assert plain["checked_at"] == "2026-01-01T12:00:00Z"
+    assert plain["age"] == pytest.approx((datetime.now(UTC) - NOON).total_seconds(), abs=60)
+    ahead = BalanceResponse.model_validate(Balance(key=KEY, credits=Decimal(1), checked_at=datetime.now(UTC) + timedelta(days=1)))
+    assert ahead.age == 0
+
+
+def test_an_account_keeps_what_it_says() -> None:
+    """Numbers in its loose parts are text too."""
+    account = Account(
+        key=KEY,
+        credits=Decimal("5.0"),
+        checked_at=NOON,
+        recurring_credits=Decimal("1E+2"),
+        recurring_credits_frequency="monthly",
+        recurring_credits_refresh_date=NOON,
+        credit_rollover=True,
+        wallets=[{"left": Decimal("1E+1")}],
+        extra={"plan": Decimal("9.99")},
+    )
+    plain = json.loads(AccountResponse.model_validate(account).model_dump_json())
+    assert plain.pop("age") > 0
+    assert plain == {
+        "key": "prod",
+        "account": "acme",
+        "credits": "5.0",
+        "checked_at": "2026-01-01T12:00:00Z",
+        "stale": False,
+        "recurring_credits": "100",
+        "recurring_credits_frequency": "monthly",
+        "recurring_credits_refresh_date": "2026-01-01T12:00:00Z",
+        "credit_rollover": True,
+        "wallets": [{"left": "10"}],
+        "credit_topups": None,
+        "extra": {"plan": "9.99"},
+    }
+
+
+async def test_routes_of_ones_own_return_what_the_client_gave(sandbox: SandboxServer) -> None:
+    """The response model makes the rest of it."""
+    sandbox.add_account("acme", credits="9.5", recurring_credits=10)
+    key = sandbox.add_key("prod", account="acme")
+    app = app_of(sandbox)
+
+    @app.get("/balance", response_model=BalanceResponse)
+    async def balance(client: CreditsDep) -> Any:
+        return await client.balance(key)
+
+    @app.get("/account", response_model=AccountResponse)
+    async def account(client: CreditsDep) -> Any:
+        return await client.account(key)
+
+    @app.get("/pool", response_model=PoolResponse)
+    async def pool(client: CreditsDep) -> Any:
+        return await client.check([key])
+
+    async with calling(app) as caller:
+        answers = [(await caller.get(path)).json() for path in ("/balance", "/account", "/pool")]
+    assert [answers[0]["credits"], answers[1]["recurring_credits"], answers[2]["total_credits"]] == ["9.5", "10", "9.5"]
+    assert answers[2]["accounts"] == {"acme": "9.5"}
+
+
+def test_a_pool_response_can_be_read_back() -> None:
+    """A client in Python has the same models."""
+    error = InvalidKeyError("no such key", status=401, key_name="prod")
+    failed: Outcome[Balance] = Outcome(key=ApiKey("sk-2", name="dev"), error=error, checked_at=NOON, attempts=1)
+    report = Report([outcome("5"), failed])
+    response = PoolResponse.model_validate(report)
+    again = PoolResponse.model_validate_json(response.model_dump_json(exclude={"keys": {"__all__": {"age"}}}))
+    assert again == response
+    assert again.keys[1].error is not None
+    assert again.keys[1].error.title == "The credits API does not know the key"
+
+
+# --- the router
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "say who may see the credits"),
+        ({"dependencies": []}, "say who may see the credits"),
+        ({"public": True, "dependencies": [Depends(list)]}, "say who may see the credits"),
+        ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
+        ({"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}}, "two different keys have this name"),
+        ({"public": True, "max_age": -1}, "max_age is a finite number of at least 0"),
+        ({"public": True, "stale_if_error": "1h"}, "stale_if_error is a finite number"),
+        ({"public": True, "timeout": 0}, "timeout is a finite number above 0"),
+    ],
+)
+def test_a_router_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
+    """When it is made, and first of all one that does not say who may see it."""
+    with pytest.raises(ConfigurationError, match=said):
+        credits_router(**({"keys": [KEY]} | options))
+
+
+async def test_the_pool_by_name(sandbox: SandboxServer) -> None:
+    """With totals; a key that is broken or cannot be used is unknown, not zero."""
+    broken = sandbox.add_key("broken")
+    sandbox.fail(broken, Fault.FORBIDDEN)
+    app = app_of(sandbox, sandbox.add_key("prod", credits="7.50"), broken, "two words")
+    async with calling(app) as caller:
+        pool = (await caller.get("/credits/keys")).json()
+    assert [(key["key"], key["state"], key["credits"]) for key in pool["keys"]] == [
+        ("prod", "fresh", "7.50"),
+        ("broken", "failed", None),
+        ("keys[2]", "failed", None),
+    ]
+    assert {name: pool[name] for name in ("ok", "checked", "failed", "stale", "total_credits")} == {
+        "ok": False,
+        "checked": 1,
+        "failed": 2,
+        "stale": 0,
+        "total_credits": "7.50",
+    }
+    assert pool["keys"][1]["error"] == {
+        "type": "urn:crustcredits:PermissionDeniedError",
+        "title": "The key's plan does not allow this",
+        "retry_after": None,
+    }
+
+
+async def test_the_pool_can_be_filtered_and_sorted(sandbox: SandboxServer) -> None:
+    """By state and account; by name, credits and age. The totals are those of the keys listed."""
+    sandbox.add_account("acme", credits=20)
+    broken = sandbox.add_key("broken")
+    sandbox.fail(broken, Fault.FORBIDDEN)
+    pool = [broken, sandbox.add_key("b", account="acme"), sandbox.add_key("c", credits=3), sandbox.add_key("a", credits=100)]
+
+    async with calling(app_of(sandbox, *pool, max_age=60)) as caller:
+
+        async def names(query: str) -> list[str]:
+            return [key["key"] for key in (await caller.get(f"/credits/keys{query}")).json()["keys"]]
+
+        for key in pool:
+            await caller.get(f"/credits/keys/{key.name}")
+        assert await names("") == ["broken", "b", "c", "a"]
+        assert await names("?sort=name") == ["a", "b", "broken", "c"]
+        assert await names("?sort=credits") == ["c", "b", "a", "broken"]
+        assert await names("?sort=-credits") == ["a", "b", "c", "broken"]
+        assert (await names("?sort=-age"))[:3] == ["b", "c", "a"]
+        assert (await names("?sort=age&state=fresh")) == ["a", "c", "b"]
+        assert await names("?state=failed") == ["broken"]
+        assert await names("?state=stale") == []
+        filtered = (await caller.get("/credits/keys?account=acme")).json()
+        assert [key["key"] for key in filtered["keys"]] == ["b"]
+        assert filtered["total_credits"] == "20"
+        assert (await caller.get("/credits/keys?state=nice")).status_code == 422
+        assert (await caller.get("/credits/keys?sort=nice")).status_code == 422
+
+
+async def test_one_key_by_name(sandbox: SandboxServer) -> None:
+    """Also where the name has slashes; an unknown one is not repeated."""
+    app = app_of(sandbox, sandbox.add_key("acme/prod", credits="0.10"))
+    async with calling(app) as caller:
+        answer = await caller.get("/credits/keys/acme/prod")
+        assert (answer.status_code, answer.json()["credits"]) == (200, "0.10")
+        assert (await caller.get("/credits/keys/acme%2Fprod")).json()["key"] == "acme/prod"
+        unknown = await caller.get("/credits/keys/sk-0123456789")
+    assert unknown.status_code == 404
+    assert unknown.headers["content-type"] == "application/problem+json"
+    assert "sk-0123456789" not in unknown.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        (Fault.FORBIDDEN, 502),
+        (Fault.PAYMENT_REQUIRED, 502),
+        (Fault.BAD_GATEWAY, 502),
+        (Fault.NOT_JSON, 502),
+        (Fault.RESET, 503),
+        (Fault.REFUSED, 503),
+        (Fault.SILENCE, 504),
+    ],
+)
+async def test_a_key_that_cannot_be_checked_is_a_problem(sandbox: SandboxServer, fault: Fault, status: int) -> None:
+    """With a status that says whose it is, and no word of the API's."""
+    key = sandbox.add_key("prod")
+    sandbox.fail(key, fault, retry_after=7)
+    async with calling(app_of(sandbox, key, timeout=0.2)) as caller:
+        answer = await caller.get("/credits/keys/prod")
+    assert answer.status_code == answer.json()["status"] == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers.get("retry-after") == ("7" if fault is Fault.REFUSED else None)
+    assert answer.json()["key"] == "prod"
+    assert "plan" not in answer.text or fault is Fault.FORBIDDEN
+    assert "nginx" not in answer.text
+
+
+async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(sandbox: SandboxServer) -> None:
+    """Or they could use up the rate limit."""
+    app = app_of(sandbox, sandbox.add_key("prod"), max_age=timedelta(seconds=5))
+    async with calling(app) as caller:
+        for _ in range(3):
+            assert (await caller.get("/credits/keys/prod?max_age=60")).status_code == 200
+            assert (await caller.get("/credits/keys")).status_code == 200
+        for path in ("/credits/keys", "/credits/keys/prod"):
+            for wrong in ("1", "nan", "inf", "x"):
+                assert (await caller.get(f"{path}?max_age={wrong}")).status_code == 422
+    assert sandbox.requests == 1
+
+
+async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) -> None:
+    """While the API is down."""
+    key = sandbox.add_key("prod", credits=5)
+    async with calling(app_of(sandbox, key, stale_while_revalidate=0)) as caller:
+        await caller.get("/credits/keys/prod")
+        sandbox.fail(key, Fault.UNAVAILABLE)
+        answer = (await caller.get("/credits/keys/prod")).json()
+    assert (answer["state"], answer["credits"], answer["source"]) == ("stale", "5", "kept")
+    assert answer["error"]["title"] == "The credits API failed"
+
+
+async def test_who_may_not_see_it_does_not(sandbox: SandboxServer) -> None:
+    """None of the routes."""
+
+    async def nobody() -> None:
+        raise HTTPException(403)
+
+    app = app_of(sandbox, sandbox.add_key("prod"), public=False, dependencies=[Depends(nobody)])
+    async with calling(app) as caller:
+        for path in ("keys", "keys/prod", "healthz"):
+            assert (await caller.get(f"/credits/{path}")).status_code == 403
+    assert sandbox.requests == 0
+
+
+# --- health
+
+
+async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
+    """`unknown`, then `degraded` with reasons, then `ok`, and never a request for it."""
+    keys = [sandbox.add_key("prod"), sandbox.add_key("dev")]
+    sandbox.fail(keys[1], Fault.FORBIDDEN)
+    async with calling(app_of(sandbox, *keys, max_age=60)) as caller:
+
+        async def health() -> dict[str, Any]:
+            answer = await caller.get("/credits/healthz")
+            assert answer.status_code == 200
+            health: dict[str, Any] = answer.json()
+            return health
+
+        assert await health() == {
+            "status": "unknown",
+            "keys": 2,
+            "known": 0,
+            "reasons": ["2 of 2 keys have not been checked yet"],
+        }
+        await caller.get("/credits/keys/prod")
+        assert (await health())["status"] == "degraded"
+        await caller.get("/credits/keys/dev")
+        assert await health() == {
+            "status": "degraded",
+            "keys": 2,
+            "known": 1,
+            "reasons": ["dev: The key's plan does not allow this"],
+        }
+        sandbox.heal(keys[1])
+        asked = sandbox.requests
+        await caller.get("/credits/keys/dev")
+        assert await health() == {"status": "ok", "keys": 2, "known": 2, "reasons": []}
+        assert sandbox.requests == asked + 1
+
+
+async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> None:
+    """A balance that was not refreshed in time, and why."""
+    key = sandbox.add_key("prod")
+    async with calling(app_of(sandbox, key, "two words", max_age=0.01, stale_while_revalidate=0)) as caller:
+        await caller.get("/credits/keys/prod")
+        await asyncio.sleep(0.02)
+        health = (await caller.get("/credits/healthz")).json()
+        assert health["status"] == "degraded"
+        assert health["reasons"][0].startswith("prod: the balance of 20")
+        assert health["reasons"][1] == "keys[1]: the key cannot be used"
+        sandbox.fail(key, Fault.UNAVAILABLE)
+        await caller.get("/credits/keys/prod")
+        assert (await caller.get("/credits/healthz")).json()["reasons"][0].startswith("prod: The credits API failed; the balance")
+
+
+async def test_health_of_many_lists_some_reasons(sandbox: SandboxServer) -> None:
+    """And an empty pool is unknown."""
+    async with calling(app_of(sandbox, *["two words"] * 30)) as caller:
+        health = (await caller.get("/credits/healthz")).json()
+    assert health["status"] == "unknown"
+    assert len(health["reasons"]) == 20
+    assert health["reasons"][-1] == "and 11 more"
+    async with calling(app_of(sandbox)) as caller:
+        assert (await caller.get("/credits/healthz")).json() == {
+            "status": "unknown",
+            "keys": 0,
+            "known": 0,
+            "reasons": ["the pool is empty"],
+        }
+
+
+# --- errors of ones own routes
+
+SAID = "the API said: sk-0123456789 is on fire"
+ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
+    (BadRequestError(SAID, status=400, key_name="prod"), 502, None),
+    (AuthenticationError(SAID, status=401, key_name="prod"), 502, None),
+    (MissingKeyError(SAID, status=401, key_name="prod"), 502, None),
+    (InvalidKeyError(SAID, status=401, key_name="prod"), 502, None),
+    (PaymentRequiredError(SAID, status=402, key_name="prod"), 502, None),
+    (PermissionDeniedError(SAID, status=403, key_name="prod"), 502, None),
+    (APIStatusError(SAID, status=418, key_name="prod"), 502, None),
+    (InternalServerError(SAID, status=503, key_name="prod"), 502, None),
+    (UnexpectedResponseError(SAID, status=200, key_name="prod"), 502, None),
+    (RateLimitError(SAID, retry_after=6.2, key_name="prod"), 503, "7"),
+    (RateLimitError(SAID, key_name="prod"), 503, "60"),
+    (RateLimitWaitError(SAID, wait=0.01, key_name="prod"), 503, "1"),
+    (APIConnectionError(SAID, key_name="prod"), 503, None),
+    (APITimeoutError(SAID, key_name="prod"), 504, None),
+    (ClientClosedError(SAID), 503, None),
+    (ConfigurationError(SAID), 500, None),
+    (InsufficientCreditsError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), unknown=("dev",)), 409, None),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "retry_after"), ERRORS, ids=[type(error).__name__ for error, *_ in ERRORS])
+def test_an_error_becomes_a_problem_document(
+    error: CrustCreditsError, status: int, retry_after: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a status of the service's own, words of ours, and what the API said in the log only."""
+    app = FastAPI()
+    install_exception_handlers(app)
+
+    @app.get("/")
+    async def fail() -> None:
+        raise error
+
+    with caplog.at_level(logging.INFO, "crustcredits"):
+        answer = TestClient(app).get("/")
+    assert answer.status_code == answer.json()["status"] == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers.get("retry-after") == retry_after
+    assert answer.json()["type"] == f"urn:crustcredits:{type(error).__name__}"
+    assert answer.json()["title"]
+    assert "on fire" not in answer.text
+    assert f"answered with {status}: " in caplog.text
+    if status == 409:
+        assert (answer.json()["needed"], answer.json()["available"], answer.json()["unknown"]) == ("100", "0.5", ["dev"])
+
+
+def test_every_error_has_an_answer() -> None:
+    """None was forgotten when it was added to the tree."""
+    kinds = {type(error) for error, *_ in ERRORS} | {CrustCreditsError}
+
+    def below(kind: type) -> set[type]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    assert {kind for kind in below(CrustCreditsError) if kind.__module__ == "crustcredits._errors"} == kinds
+
+
+# --- the schema, and secrets
+
+
+def test_the_openapi_document_is_right() -> None:
+    """Credits are text, times are times, every model has an example, and problems have their media type."""
+    app = FastAPI(lifespan=credits_lifespan())
+    app.include_router(credits_router([KEY], public=True), prefix="/credits")
+
+    @app.get("/account", response_model=AccountResponse)
+    async def account() -> None: ...
+
+    document = TestClient(app).get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    key = schemas["KeyResponse"]
+    assert list(key["properties"]) == ["key", "account", "state", "credits", "checked_at", "source", "error", "age"]
+    assert key["properties"]["credits"]["anyOf"][0] == {
+        "type": "string",
+        "pattern": r"^-?\d+(\.\d+)?$",
+        "description": "Credits, exact to the last digit.",
+    }
+    assert key["properties"]["checked_at"]["format"] == "date-time"
+    for name in ("KeyResponse", "AccountResponse", "HealthResponse"):
+        assert schemas[name]["examples"]
+    KeyResponse.model_validate(key["examples"][0])
+    BalanceResponse.model_validate(schemas["AccountResponse"]["examples"][0])
+    assert set(document["paths"]) == {"/credits/keys", "/credits/keys/{name}", "/credits/healthz", "/account"}
+    answers = document["paths"]["/credits/keys/{name}"]["get"]["responses"]
+    assert set(answers) == {"200", "404", "422", "502", "503", "504"}
+    assert list(answers["504"]["content"]) == ["application/problem+json"]
+    assert answers["504"]["content"]["application/problem+json"]["schema"]["properties"]["title"]["type"] == "string"
+    assert KEY.secret not in json.dumps(document)
+
+
+async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever goes wrong."""
+    caplog.set_level(logging.DEBUG)
+    keys = []
+    for fault in (None, *Fault):
+        keys.append(sandbox.add_key(fault.name if fault else "fine"))
+        if fault is not None:
+            sandbox.fail(keys[-1], fault)
+    app = app_of(sandbox, *keys, timeout=0.3, client={"rate_limit": RateLimit(pace=None)})
+    install_exception_handlers(app)
+
+    @app.get("/raises")
+    async def raises(client: CreditsDep) -> None:
+        (await client.check(keys, timeout=0.3)).failed[0].result()
+
+    async with calling(app) as caller:
+        paths = ["/openapi.json", "/raises", "/credits/keys", "/credits/healthz", *(f"/credits/keys/{key.name}" for key in keys)]
+        answers = [await caller.get(path) for path in paths]
+    shown = [caplog.text, *(answer.text + repr(answer.headers) for answer in answers)]
+    assert {answer.status_code for answer in answers} >= {200, 502, 503, 504}
+    for text in shown:
+        assert not [key.name for key in keys if key.secret in text]
