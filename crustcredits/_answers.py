@@ -6,38 +6,63 @@ A secret is no part of what answers are found by.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Any, TypeAlias
 
 import attrs
 
 from crustcredits._errors import (
-    APIConnectionError,
-    APITimeoutError,
-    InternalServerError,
-    RateLimitError,
-    RateLimitWaitError,
-    UnexpectedResponseError,
+    AuthenticationError,
+    ClientClosedError,
+    CrustCreditsError,
+    PaymentRequiredError,
+    PermissionDeniedError,
 )
 from crustcredits._freshness import Freshness
 from crustcredits._models import Balance, Outcome
+from crustcredits._retry import Retry
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS
 
 #: The path of an endpoint and the digest of a key.
 Place: TypeAlias = tuple[str, bytes]
 
-# These say that no answer was to be had, and nothing of the key. Any other error is the API's word on it: then what it said
-# before holds no longer.
-_SILENT = (
-    APIConnectionError,
-    APITimeoutError,
-    InternalServerError,
-    RateLimitError,
-    RateLimitWaitError,
-    UnexpectedResponseError,
-)
+# What the API says of the key itself: then what it said before holds no longer. Any other error tells only that there was no
+# answer to be had.
+_OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
+# These of them hold on both endpoints: no such key, no credits. What a key may ask differs.
+_OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
-# Seconds for which a failure tells that the API is down. After that nobody knows, and whoever asks has to wait and see.
+# Failures in a row, of whatever keys, after which an endpoint is taken to be down, and seconds for which it then is. After
+# that nobody knows, and whoever asks has to wait and see.
+_FAILURES = 3
 _DOWN = 60.0
+
+
+class _Silence:
+    """Failures in a row on one endpoint that say nothing of the keys."""
+
+    __slots__ = ("error", "failures", "last", "refresh_at")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.error: CrustCreditsError | None = None
+        self.last = 0.0
+        self.refresh_at = 0.0
+
+    def heard(self) -> None:
+        """It answered."""
+        self.failures = 0
+        self.refresh_at = 0.0
+
+    def failed(self, error: CrustCreditsError, retry: Retry, now: float) -> None:
+        self.failures += 1
+        self.error, self.last = error, now
+        if self.failures >= _FAILURES:
+            self.refresh_at = now + retry.pause(error, self.failures - _FAILURES + 1)
+
+    def reason(self, now: float) -> CrustCreditsError | None:
+        """Why the endpoint is down, if it is."""
+        return self.error if self.failures >= _FAILURES and now - self.last < _DOWN else None
 
 
 class Kept:
@@ -45,12 +70,13 @@ class Kept:
 
     Attributes:
         tried: When something was last heard of it, good or bad; the order of refreshing goes by it.
-        refresh_at: When it may be refreshed again.
+        refresh_at: When it may be refreshed again, as far as its own failures go.
     """
 
-    __slots__ = ("_balance", "_failure", "_failures", "_fresh", "_received", "_stale", "refresh_at", "tried")
+    __slots__ = ("_balance", "_failure", "_failures", "_fresh", "_received", "_silence", "_stale", "refresh_at", "tried")
 
-    def __init__(self) -> None:
+    def __init__(self, silence: _Silence) -> None:
+        self._silence = silence
         self._balance: Balance | None = None
         self._received = 0.0
         self._failure: Outcome[Any] | None = None  # the last one, since the balance
@@ -68,20 +94,24 @@ class Kept:
         self._failures = 0
         self._fresh = self._stale = None
 
-    def failed(self, failure: Outcome[Any], pause: float, now: float) -> None:
+    def failed(self, failure: Outcome[Any], retry: Retry, now: float) -> None:
         """None came. Where that is the API's word on the key, the balance from before holds no longer."""
+        assert failure.error is not None
         self._failure = attrs.evolve(failure, attempts=0, source="kept")
         self._failures += 1
         self.tried = now
-        self.refresh_at = now + pause
+        self.refresh_at = now + retry.pause(failure.error, self._failures)
         self._stale = None
-        if not isinstance(failure.error, _SILENT):
+        if isinstance(failure.error, _OF_THE_KEY):
             self._balance = self._fresh = None
 
-    @property
-    def failures(self) -> int:
-        """How often in a row none came."""
-        return self._failures
+    def claim_refresh(self, now: float) -> bool:
+        """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
+        if now < self.refresh_at or now < self._silence.refresh_at:
+            return False
+        if self._silence.reason(now) is not None:
+            self._silence.refresh_at = now + _DOWN
+        return True
 
     def answer(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
         """The balance, if it is young enough to be given without asking. If it is stale, it is to be refreshed."""
@@ -91,9 +121,10 @@ class Kept:
         age = now - self._received
         if age < freshness.max_age:
             return self._fresh or self._make_fresh(balance)
-        is_down = self._failure is not None and now - self.tried < _DOWN
-        if age < freshness.max_age + max(freshness.revalidate, freshness.if_error if is_down else 0.0):
-            return self._stale or self._make_stale(balance)
+        if age < freshness.max_age + freshness.revalidate:
+            return self._stale_now(balance, now)
+        if age < freshness.max_age + freshness.if_error and self._is_down(now):
+            return self._stale_now(balance, now)
         return None
 
     def instead_of(self, failure: Outcome[Any], freshness: Freshness, began: float, now: float) -> Outcome[Any] | None:
@@ -101,7 +132,7 @@ class Kept:
 
         For one who asks since `began`: an answer that came meanwhile, in the moment of the failure, is what was asked for.
         """
-        if self._balance is None or not isinstance(failure.error, _SILENT):
+        if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
         if self._received > began or now - self._received < freshness.max_age:
             return self._fresh or self._make_fresh(self._balance)
@@ -110,12 +141,24 @@ class Kept:
         return attrs.evolve(self._stale or self._make_stale(self._balance), error=failure.error, attempts=failure.attempts)
 
     def last(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
-        """What was heard last, however long ago."""
-        if self._balance is None:
-            return self._failure
-        if now - self._received < freshness.max_age:
-            return self._fresh or self._make_fresh(self._balance)
-        return self._stale or self._make_stale(self._balance)
+        """What was heard last, however long ago: the balance, with the failure since then beside it, or the failure."""
+        balance, failure = self._balance, self._failure
+        if balance is None:
+            return failure
+        if now - self._received >= freshness.max_age:
+            return self._stale_now(balance, now)
+        fresh = self._fresh or self._make_fresh(balance)
+        return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
+
+    def _is_down(self, now: float) -> bool:
+        own = self._failure is not None and now - self.tried < _DOWN
+        return own or self._silence.reason(now) is not None
+
+    def _stale_now(self, balance: Balance, now: float) -> Outcome[Any]:
+        """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
+        stale = self._stale or self._make_stale(balance)
+        reason = self._silence.reason(now) if stale.error is None else None
+        return stale if reason is None else attrs.evolve(stale, error=reason.under(balance.key.name))
 
     def _make_fresh(self, balance: Balance) -> Outcome[Any]:
         self._fresh = Outcome(key=balance.key, balance=balance, checked_at=balance.checked_at, attempts=0, source="kept")
@@ -136,9 +179,11 @@ class Kept:
 class Answers:
     """At most `room` of them, found by place."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, retry: Retry) -> None:
         self._room = room
+        self._retry = retry
         self._kept: OrderedDict[Place, Kept] = OrderedDict()
+        self._silences: defaultdict[str, _Silence] = defaultdict(_Silence)
 
     def find(self, place: Place) -> Kept | None:
         """What is known there; looking is using."""
@@ -147,11 +192,33 @@ class Answers:
             self._kept.move_to_end(place)
         return kept
 
-    def at(self, place: Place) -> Kept:
-        """The same, to be written to; the least recently used goes for it if need be."""
+    def succeeded(self, place: Place, balance: Balance, now: float) -> Place | None:
+        """A balance came. Returns the place whose answer had to go for it, if any."""
         kept = self.find(place)
+        self._silences[place[0]].heard()
+        evicted = None
         if kept is None:
-            kept = self._kept[place] = Kept()
-            if len(self._kept) > self._room:
-                self._kept.popitem(last=False)
-        return kept
+            kept, evicted = self._make(place)
+        kept.succeeded(balance, now)
+        return evicted
+
+    def failed(self, place: Place, failure: Outcome[Any], now: float) -> Place | None:
+        """None came. Returns the same."""
+        assert failure.error is not None
+        kept, evicted = self.find(place), None
+        if kept is None:
+            kept, evicted = self._make(place)
+        kept.failed(failure, self._retry, now)
+        if isinstance(failure.error, _OF_ALL_ENDPOINTS):
+            for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
+                self._kept.pop((path, place[1]), None)
+        silence = self._silences[place[0]]
+        if isinstance(failure.error, _OF_THE_KEY):
+            silence.heard()
+        else:
+            silence.failed(failure.error, self._retry, now)
+        return evicted
+
+    def _make(self, place: Place) -> tuple[Kept, Place | None]:
+        kept = self._kept[place] = Kept(self._silences[place[0]])
+        return kept, self._kept.popitem(last=False)[0] if len(self._kept) > self._room else None

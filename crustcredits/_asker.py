@@ -17,16 +17,20 @@ from crustcredits._keys import ApiKey
 from crustcredits._limits import RateLimit, TokenBucket
 from crustcredits._models import Balance
 from crustcredits._quota import Quota
+from crustcredits._refreshes import RefreshGate
 from crustcredits._retry import Retry
 from crustcredits._slots import Slots
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._turn import Turn
-from crustcredits._wire import Response, read_response
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, read_response
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
 
 _log = logging.getLogger("crustcredits")
+
+# Of the places on the wire, refreshes may have one in so many, and stand in the way of others nowhere else.
+_REFRESHES = 4
 
 
 class Asker:
@@ -41,15 +45,27 @@ class Asker:
         self._pace = rate_limit.limiter()
         self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
+        room = max(1, concurrency // _REFRESHES)
+        self._gates = {path: RefreshGate(room) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._request_timeout = request_timeout
         self._retry = retry
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """What the rate limit still allows on `path`."""
-        return self._buckets.quota(path, key, self._pacing)
+        return self._buckets.quota(path, key, pacing=self._pacing, refreshing=len(self._gates[path]))
 
     async def ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """Attempt after attempt, until there is a balance or an error that stays. What nobody wants is tried once."""
+        if turn.wanted:
+            return await self._ask(path, key, turn)
+        gate = self._gates[path]
+        await gate.enter(turn)
+        try:
+            return await self._ask(path, key, turn)
+        finally:
+            gate.leave(turn)
+
+    async def _ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         while True:
             result = await self._attempt(path, key, turn)
             if isinstance(result, Balance):
@@ -112,7 +128,7 @@ class Asker:
         ahead = self._pacing
         self._pacing += 1
         try:
-            if ahead:
+            if ahead and not pace.has_capacity():
                 turn.waits(_now() + (ahead - 1) * pace.time_period / pace.max_rate)
             await pace.acquire()
         finally:

@@ -43,7 +43,7 @@ class Buckets:
             return path
         return path, key.digest if self._limit.scope == "key" else account_of(key)
 
-    def quota(self, path: str, key: ApiKey | None, pacing: int) -> Quota:
+    def quota(self, path: str, key: ApiKey | None, *, pacing: int, refreshing: int) -> Quota:
         """What the bucket of `path` and `key` can still give, while `pacing` calls wait for the pace.
 
         Raises:
@@ -52,7 +52,7 @@ class Buckets:
         if key is None and self._limit.scope != "client":
             raise ConfigurationError(f"with scope {self._limit.scope!r} each has a quota of its own; name the key: quota(key=…)")
         bucket = self._buckets.get(self._place(path, key)) or TokenBucket(self._limit.requests, self._period)
-        return bucket.quota(self._limit.pace, self._limit.burst, pacing)
+        return bucket.quota(self._limit.pace, self._limit.burst, pacing, refreshing)
 
     def _forget_idle(self) -> None:
         # The least recently used stand first. A busy one is looked at again later; a crowd of idle ones goes bit by bit.

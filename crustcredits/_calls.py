@@ -7,6 +7,7 @@ left, a call that waits is dropped, and one on the wire goes on and is kept. How
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +20,6 @@ from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCredit
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, RefusedKey
 from crustcredits._models import Balance, Outcome, outcome_for
-from crustcredits._retry import Retry
 from crustcredits._turn import Turn
 
 Seat: TypeAlias = "asyncio.Future[Outcome[Any]]"
@@ -51,14 +51,16 @@ class _Call(Turn):
     def on_wait(self) -> None:
         self.calls.refuse_hopeless(self)
 
+    def on_done(self, task: asyncio.Task[None]) -> None:
+        self.calls.break_off(self)
+
 
 class Calls:
-    """The calls under way, and the answers that are kept: at most `room`."""
+    """The calls under way, and the answers that are kept."""
 
-    def __init__(self, asker: Asker, *, room: int, retry: Retry) -> None:
+    def __init__(self, asker: Asker, answers: Answers) -> None:
         self._asker = asker
-        self._retry = retry
-        self._answers = Answers(room)
+        self._answers = answers
         self._under_way: dict[Place, _Call] = {}
         self._dropped: set[asyncio.Task[None]] = set()
 
@@ -74,9 +76,11 @@ class Calls:
         outcome = kept.answer(freshness, now)
         if outcome is None:
             return None
-        if outcome.stale and now >= kept.refresh_at and place not in self._under_way:
-            refresh = self._start(place, key)
+        if outcome.stale and place not in self._under_way and kept.claim_refresh(now):
+            refresh = _Call(self, place, key)
             refresh.wanted, refresh.since = False, kept.tried
+            # It is no request's own, so it keeps none's context alive.
+            self._start(refresh, contextvars.Context())
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def last(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
@@ -131,11 +135,14 @@ class Calls:
     def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None) -> _Call:
         call = self._under_way.get(place)
         if call is None:
-            call = self._start(place, key)
+            call = _Call(self, place, key)
             call.first = seat
-        elif not call.wanted:
-            call.want()
-        call.seats[seat] = patience
+            call.seats[seat] = patience
+            self._start(call)
+        else:
+            call.seats[seat] = patience
+            if not call.wanted:
+                call.want()
         if patience is not None and not patience.began < patience.deadline >= call.earliest(patience.began):
             self._time_out(call, seat)
         return call
@@ -153,33 +160,35 @@ class Calls:
             return
         call.wanted = False
         if not call.on_wire:
-            del self._under_way[call.place]
-            self._dropped.add(call.task)
-            call.task.add_done_callback(self._dropped.discard)
-            call.task.cancel()
+            self._drop(call)
+
+    def _drop(self, call: _Call) -> None:
+        del self._under_way[call.place]
+        self._dropped.add(call.task)
+        call.task.add_done_callback(self._dropped.discard)
+        call.task.cancel()
 
     # --- one call
 
-    def _start(self, place: Place, key: ApiKey) -> _Call:
-        call = self._under_way[place] = _Call(self, place, key)
-        call.task = asyncio.get_running_loop().create_task(self._run(call))
-        return call
+    def _start(self, call: _Call, context: contextvars.Context | None = None) -> None:
+        self._under_way[call.place] = call
+        # Not by the loop's task factory, which might run its first step at once.
+        call.task = asyncio.Task(self._run(call), loop=asyncio.get_running_loop(), context=context)
+        call.task.add_done_callback(call.on_done)
 
     async def _run(self, call: _Call) -> None:
-        try:
-            result = await self._asker.ask(call.place[0], call.key, call)
-        except BaseException as error:
-            self._break_off(call, error)
-            raise
-        kept = self._answers.at(call.place)
+        result = await self._asker.ask(call.place[0], call.key, call)
         if isinstance(result, Balance):
             outcome = Outcome(key=call.key, balance=result, checked_at=result.checked_at, attempts=call.attempts)
-            kept.succeeded(result, _now())
+            evicted = self._answers.succeeded(call.place, result, _now())
         else:
             result.attempts = call.attempts
             outcome = _failure(call.key, result)
-            kept.failed(outcome, self._retry.pause(result, kept.failures + 1), _now())
+            evicted = self._answers.failed(call.place, outcome, _now())
         self._settle(call, outcome)
+        left = None if evicted is None else self._under_way.get(evicted)
+        if left is not None and not (left.wanted or left.on_wire):
+            self._drop(left)  # it would refresh what is no longer kept
 
     def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
         """End the call, with this outcome for all who wait."""
@@ -192,13 +201,14 @@ class Calls:
                 shared = shared or attrs.evolve(outcome, source="shared")
                 seat.set_result(shared)
 
-    def _break_off(self, call: _Call, error: BaseException) -> None:
+    def break_off(self, call: _Call) -> None:
         """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
         if self._under_way.get(call.place) is not call:
             return
         del self._under_way[call.place]
+        error = None if call.task.cancelled() else call.task.exception()
         for seat in call.waiting():
-            if isinstance(error, asyncio.CancelledError):
+            if error is None:
                 seat.cancel()
             else:
                 seat.set_exception(error)

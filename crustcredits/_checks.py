@@ -36,6 +36,12 @@ def check_number(
     raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {value!r:.80}")
 
 
+def check_kind(what: str, value: object, kind: type) -> None:
+    """Raise `ConfigurationError` unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
+
+
 class Whole:
     """An attrs validator: a whole number of at least `minimum`."""
 

@@ -9,20 +9,21 @@ import asyncio
 import copy
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
+from crustcredits._answers import Answers
 from crustcredits._asker import Asker
 from crustcredits._calls import Calls, closed_error
-from crustcredits._checks import check_number, check_whole
+from crustcredits._checks import check_kind, check_number, check_whole
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
 from crustcredits._limits import RateLimit
-from crustcredits._models import Account, Balance, BalanceT, Outcome
+from crustcredits._models import Account, Balance, Outcome
 from crustcredits._quota import Quota
 from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
@@ -59,9 +60,10 @@ class CreditsClient:
             the limit alone, and are spread evenly; so when more is asked than the limit allows, answers get older, not slower.
         stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection, timeouts, 5xx, 429, the rate
             limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
-            `Outcome`. While the last attempt within a minute has failed it is given at once, and refreshed behind. What the
-            API says of the key itself (401, 402, 403) is never hidden so.
-        max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first.
+            `Outcome`. For a minute after a failure it is given at once, and refreshed behind; also where the last three calls
+            for other keys have failed. What the API says of the key itself (401, 402, 403) is never hidden so.
+        max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
+            pools that are asked again and again.
 
     Those who ask for one key on one endpoint at the same time share one call, whatever their `max_age`: an answer's age counts
     from its receipt, and a call already under way may be joined. It is nobody's own: whoever gives up ends it for no one
@@ -98,24 +100,18 @@ class CreditsClient:
         check_whole("concurrency", concurrency, minimum=1)
         check_number("request_timeout", request_timeout, above=0)
         check_whole("max_entries", max_entries, minimum=1)
-        _check_kind("rate_limit", rate_limit, RateLimit)
-        _check_kind("retry", retry, Retry)
+        check_kind("rate_limit", rate_limit, RateLimit)
+        check_kind("retry", retry, Retry)
         how_old = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
         self._freshness = NEW if how_old == NEW else how_old
         self._asker = Asker(transport, rate_limit=rate_limit, concurrency=concurrency, request_timeout=request_timeout, retry=retry)
-        self._calls = Calls(self._asker, room=max_entries, retry=retry)
+        self._calls = Calls(self._asker, Answers(max_entries, retry))
         self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._fan_outs: set[FanOut] = set()
 
-    async def balance(
-        self,
-        key: KeyLike,
-        *,
-        timeout: float | None = None,
-        **freshness: Unpack[FreshnessOptions],
-    ) -> Balance:
+    async def balance(self, key: KeyLike, *, timeout: float | None = None, **freshness: Unpack[FreshnessOptions]) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
 
         `timeout` is in seconds, for the whole call: waiting and retries included. `max_age`, `stale_while_revalidate` and
@@ -129,27 +125,21 @@ class CreditsClient:
         how_old = self._freshness.given(**freshness) if freshness else self._freshness
         deadline = None if timeout is None else self._deadline(timeout)
         self._check_usable()
+        # As `_ask` does; without it a kept answer costs a coroutine less.
         outcome: Outcome[Balance] | None = self._calls.known(USER_CREDITS, key, how_old)
         if outcome is None:
             outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
-        return _balance_of(outcome)
+        return outcome.result()
 
-    async def account(
-        self,
-        key: KeyLike,
-        *,
-        timeout: float | None = None,
-        **freshness: Unpack[FreshnessOptions],
-    ) -> Account:
+    async def account(self, key: KeyLike, *, timeout: float | None = None, **freshness: Unpack[FreshnessOptions]) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
 
         The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
         """
         key = as_key(key)
-        outcome: Outcome[Account] = await self._ask(
-            ACCOUNT_CREDITS, key, self._freshness.given(**freshness), self._deadline(timeout)
-        )
-        return _balance_of(outcome)
+        how_old, deadline = self._freshness.given(**freshness), self._deadline(timeout)
+        outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, key, how_old, deadline)
+        return outcome.result()
 
     @overload
     async def check(
@@ -223,9 +213,9 @@ class CreditsClient:
         return Report(
             await in_order(
                 pool,
-                lambda key: self._calls.known(path, key, how_old),
-                lambda keys: self._fan_out(keys, lambda key: self._ask(path, key, how_old, deadline)),
-                on_outcome,
+                known=lambda key: self._calls.known(path, key, how_old),
+                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline)),
+                on_outcome=on_outcome,
             )
         )
 
@@ -235,31 +225,37 @@ class CreditsClient:
         keys: KeysLike,
         *,
         margin: Decimal | float = 1.0,
+        detail: bool = False,
         timeout: float | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]:
-        """Check a pool before a batch that needs `credits`, and raise unless they are certainly there.
+        """Check a pool before a batch that needs `credits`, and raise unless they were there as last answered.
 
         A check and no reservation: what others spend meanwhile is gone, so ask right before the batch, and with a `margin`.
-        Each account counts once, and so do `lookalikes`, undeclared keys whose answers are the same; a key that could not be
-        checked counts as nothing. Stale balances count, and are named. The report's `available_credits` is what was found.
+        Each account counts once, and so do `lookalikes`, undeclared keys whose answers are the same; where others spend
+        between two answers about one account they differ, so declare accounts. A key that could not be checked counts as
+        nothing. Stale balances count, with `stale_if_error`; the error names them, and so does the report. The report's
+        `available_credits` is what was found.
 
         Args:
             credits: Credits that the batch needs.
             keys: As for `check`.
             margin: What `credits` is multiplied by: 1.2 wants a fifth more than the batch needs.
+            detail: As for `check`.
             timeout: As for `check`.
-            freshness: As for `check`.
+            freshness: As for `check`; but for `stale_while_revalidate`, which is 0 unless it is said here: a gate waits.
 
         Raises:
             InsufficientCreditsError: Fewer are known to be there.
             ConfigurationError: As for `check`; or `credits` or `margin` is no finite number of at least 0.
             ClientClosedError: The client was closed meanwhile.
         """
-        needed = needed_credits(credits, margin)
-        pending = self.check(keys, timeout=timeout, **freshness)
+        freshness.setdefault("stale_while_revalidate", 0.0)
+        pending = self.check(keys, detail=detail, timeout=timeout, **freshness)
         del keys  # No frame of ours holds a secret when something is raised.
-        report = await pending
+        with closing(pending):
+            needed = needed_credits(credits, margin)
+            report = await pending
         report.require(needed)
         return report
 
@@ -425,16 +421,3 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
-
-
-def _balance_of(outcome: Outcome[BalanceT]) -> BalanceT:
-    if outcome.balance is not None:
-        return outcome.balance
-    assert outcome.error is not None
-    # Others who shared the call raise theirs: a traceback is of one of them only.
-    raise copy.copy(outcome.error)
-
-
-def _check_kind(what: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")

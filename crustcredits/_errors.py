@@ -21,7 +21,8 @@ CrustCreditsError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -58,6 +59,12 @@ class CrustCreditsError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.key_name is None else f"{self.key_name}: {self.message}"
+
+    def under(self, key_name: str | None) -> Self:
+        """A copy that names this key, without a traceback."""
+        error = copy.copy(self)
+        error.key_name = key_name
+        return error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args` alone, and keyword-only arguments without defaults would be missing.

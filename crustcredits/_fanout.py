@@ -93,6 +93,7 @@ class FanOut:
 
 async def in_order(
     pool: Sequence[ApiKey],
+    *,
     known: Callable[[ApiKey], Outcome[Any] | None],
     fan_out: Callable[[Iterator[ApiKey]], AsyncGenerator[Outcome[Any], None]],
     on_outcome: Callable[[Outcome[Any]], object] | None,

@@ -153,7 +153,8 @@ def as_keys(keys: object) -> Iterator[ApiKey] | ConfigurationError:
 
 def _each(keys: Iterator[Any]) -> Iterator[ApiKey]:
     for number, key in enumerate(keys):
-        key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
+        if type(key) is not ApiKey:
+            key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         yield key
 
 

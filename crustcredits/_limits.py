@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Hashable
-from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -79,6 +78,8 @@ _Queue: TypeAlias = "OrderedDict[Turn, int]"
 
 # A share of the tokens that what nobody waits for leaves alone, so that whoever comes next need not wait: one in so many.
 _RESERVE = 10
+# Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each other.
+_LOOKS = 100
 
 
 class TokenBucket:
@@ -86,8 +87,8 @@ class TokenBucket:
 
     Whoever takes a token with `acquire` gives it back in exactly one of three ways: `ended`, `abandoned` or `unused`.
     First come, first served; nobody waits while a token is free, but for a pause. Turns that nobody wants, because they
-    only refresh what is known, go behind all others: the oldest first, one at a time and evenly over the period, so that
-    what was asked in one burst is not refreshed in one; and they leave a tenth of the tokens alone.
+    only refresh what is known, go behind all others: one at a time and evenly over the period, so that what was asked in
+    one burst is not refreshed in one; and they leave a tenth of the tokens alone, of more than one.
 
     Args:
         requests: How many tokens there are.
@@ -119,12 +120,12 @@ class TokenBucket:
         self._period = period
         self._late = late
         self._free = requests
-        self._reserve = requests // _RESERVE
+        self._reserve = math.ceil(requests / _RESERVE) if requests > 1 else 0
         self._in_flight = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
         self._waiters: _Queue = OrderedDict()
         self._again: _Queue = OrderedDict()  # those whom a pause sent back, before all others
-        self._refreshes: list[tuple[float, int, Turn]] = []  # those that nobody wants; ascending by age and ticket
+        self._refreshes: _Queue = OrderedDict()  # those that nobody wants, behind all others
         self._next_refresh = 0.0
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters
@@ -224,8 +225,8 @@ class TokenBucket:
         self._collect(now)
         return self._free == self._requests and not (self._waiters or self._again or self._refreshes or self._paused)
 
-    def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0) -> Quota:
-        """What it can still give; `pacing` calls have their token and wait for the pace."""
+    def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0, refreshing: int = 0) -> Quota:
+        """What it can still give; `pacing` calls have their token and wait for the pace, `refreshing` ones are refreshes."""
         now = asyncio.get_running_loop().time()
         self._collect(now)
         return Quota(
@@ -233,7 +234,7 @@ class TokenBucket:
             free=self._free,
             in_flight=self._in_flight,
             waiting=len(self._waiters) + len(self._again),
-            refreshing=len(self._refreshes),
+            refreshing=refreshing,
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
             pace=pace,
@@ -250,7 +251,7 @@ class TokenBucket:
 
     def move_up(self, turn: Turn) -> None:
         """Somebody wants it now: it goes to the end of those that are wanted."""
-        if self._drop_refresh(turn):
+        if self._refreshes.pop(turn, None):
             self._waiters[turn] = self._ticket()
             self._wake()
 
@@ -258,10 +259,8 @@ class TokenBucket:
 
     def _enqueue(self, turn: Turn, *, again: bool) -> None:
         turn.waiter = asyncio.get_running_loop().create_future()
-        if turn.wanted:
-            (self._again if again else self._waiters)[turn] = self._ticket()
-        else:
-            insort(self._refreshes, (turn.since, self._ticket(), turn))
+        queue = self._refreshes if not turn.wanted else self._again if again else self._waiters
+        queue[turn] = self._ticket()
 
     def _ticket(self) -> int:
         self._tickets += 1
@@ -306,9 +305,19 @@ class TokenBucket:
         while (queue := self._again or self._waiters) and self._may_grant(now):
             self._grant(queue.popitem(last=False)[0])
         while self._refreshes and not queue and now >= self._next_refresh and self._may_grant(now, self._reserve):
-            if self._grant(self._refreshes.pop(0)[2]):
-                self._next_refresh = now + self._period / (self._requests - self._reserve)
+            if self._grant(self._refreshes.popitem(last=False)[0]):
+                self._next_refresh = now + self._refresh_gap(now)
         self._set_timer(loop, now)
+
+    def _refresh_gap(self, now: float) -> float:
+        """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and come home for them.
+
+        Sooner, and after a burst of others they would use up what is left and then stop until the burst comes home.
+        """
+        spare = self._free - self._reserve + 1
+        step = 1 + len(self._home) // _LOOKS
+        gap = self._period / (self._requests - self._reserve)
+        return max([gap, *((self._home[place] - now) / (spare + place) for place in range(0, len(self._home), step))])
 
     def _grant(self, turn: Turn) -> bool:
         waiter = turn.waiter
@@ -352,22 +361,12 @@ class TokenBucket:
         """Give up waiting, and hand on a token that came in the same moment."""
         self._again.pop(turn, None)
         self._waiters.pop(turn, None)
-        self._drop_refresh(turn)
+        self._refreshes.pop(turn, None)
         if waiter.done() and not waiter.cancelled():
             self.unused(waiter.result())
         elif not (self._again or self._waiters or self._refreshes) and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _drop_refresh(self, turn: Turn) -> bool:
-        # Those of one age stand together, in the order of their tickets.
-        place = bisect_left(self._refreshes, turn.since, key=itemgetter(0))
-        while place < len(self._refreshes) and self._refreshes[place][0] == turn.since:
-            if self._refreshes[place][2] is turn:
-                del self._refreshes[place]
-                return True
-            place += 1
-        return False
 
     def _returns(self, now: float) -> list[float]:
         """When each token comes home, ascending, taking what is under way to end now and a pause to end in time."""

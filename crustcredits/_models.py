@@ -84,7 +84,8 @@ class Account(Balance):
         recurring_credits_frequency: For example `monthly`.
         recurring_credits_refresh_date: When the next grant comes, in UTC; None when not said or not a date.
         credit_rollover: Whether unused recurring credits carry over; None when not said.
-        wallets: As sent, numbers as `Decimal`; informational. None when absent.
+        wallets: As sent, numbers as `Decimal`; informational. None when absent. Like the next two not to be changed: the
+            same account may be given to others.
         credit_topups: As sent, numbers as `Decimal`, soonest expiry first. None when absent.
         extra: Fields this version does not know, and known ones of a kind it cannot read, as sent.
     """
@@ -183,7 +184,8 @@ class Outcome(Generic[BalanceT]):
         if self.balance is not None:
             return self.balance
         assert self.error is not None
-        raise self.error
+        # Others may hold this outcome too: a traceback is of one of them only.
+        raise copy.copy(self.error)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the balance under its key's name, or the error as its type's name and text."""
@@ -207,9 +209,7 @@ def outcome_for(key: ApiKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
     if key is outcome.key or key == outcome.key:
         return outcome
     balance = None if outcome.balance is None else attrs.evolve(outcome.balance, key=key)
-    error = copy.copy(outcome.error)
-    if error is not None:
-        error.key_name = key.name
+    error = None if outcome.error is None else outcome.error.under(key.name)
     return attrs.evolve(outcome, key=key, balance=balance, error=error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, Generic, overload
@@ -12,7 +12,7 @@ from typing import Any, Generic, overload
 import attrs
 
 from crustcredits._checks import check_number
-from crustcredits._errors import InsufficientCreditsError
+from crustcredits._errors import ConfigurationError, InsufficientCreditsError, PaymentRequiredError
 from crustcredits._models import Account, Balance, BalanceT, Outcome, credits_text
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
@@ -42,6 +42,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def __len__(self) -> int:
         return len(self._outcomes)
 
+    def __iter__(self) -> Iterator[Outcome[BalanceT]]:
+        return iter(self._outcomes)
+
     def __repr__(self) -> str:
         stale = f" ({len(self.stale)} stale)" if self.stale else ""
         return f"<Report of {len(self)} keys: {len(self.succeeded)} checked{stale}, {len(self.failed)} failed>"
@@ -54,12 +57,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @cached_property
     def succeeded(self) -> tuple[Outcome[BalanceT], ...]:
         """The outcomes with a balance."""
-        return tuple(outcome for outcome in self if outcome.ok)
+        return tuple(outcome for outcome in self._outcomes if outcome.balance is not None)
 
     @cached_property
     def failed(self) -> tuple[Outcome[BalanceT], ...]:
         """The outcomes with an error: their credits are unknown."""
-        return tuple(outcome for outcome in self if not outcome.ok)
+        return tuple(outcome for outcome in self._outcomes if outcome.balance is None)
 
     @cached_property
     def stale(self) -> tuple[Outcome[BalanceT], ...]:
@@ -80,8 +83,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @property
     def accounts(self) -> Mapping[str, Decimal | None]:
         """Credits of each declared account, in the order of their first keys; None where all its keys failed."""
-        declared = {key.account for key in (outcome.key for outcome in self)} - {None}
-        return {name: self._credits[name] for name in self._credits if name in declared and isinstance(name, str)}
+        return {account: credits for account, credits in self._credits.items() if isinstance(account, str)}
 
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Outcome[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
@@ -113,17 +115,24 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """
         groups: defaultdict[Hashable, dict[bytes, Outcome[BalanceT]]] = defaultdict(dict)
         for outcome in self.succeeded:
-            if self._account(outcome) == outcome.key.digest and outcome.balance is not None:
-                groups[_answer(outcome.balance)].setdefault(outcome.key.digest, outcome)
+            digest = outcome.key.digest
+            if digest not in self._declared and outcome.balance is not None:
+                groups[_answer(outcome.balance)].setdefault(digest, outcome)
         return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
 
     @property
     def available_credits(self) -> Decimal:
-        """Credits that are certainly there: as `total_credits`, without what may be counted twice; 0 when nothing is known.
+        """Credits to count on: as `total_credits`, without what may be counted twice; 0 when nothing is known.
 
-        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing.
+        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing; nor does
+        an account of which another key has since been told that it is out of credits (402).
         """
-        known = [(account, balance) for account, balance in self._newest.items() if balance is not None]
+        spent = {self._account(each): each.checked_at for each in self.failed if isinstance(each.error, PaymentRequiredError)}
+        known = [
+            (account, balance)
+            for account, balance in self._newest.items()
+            if balance is not None and not (account in spent and spent[account] > balance.checked_at)
+        ]
         # A declared account, known by a str, counts for itself, whatever others answer.
         declared = [balance for account, balance in known if isinstance(account, str)]
         answers = {_answer(balance) for balance in declared}
@@ -131,7 +140,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return _sum(balance.credits for balance in [*declared, *(apart[answer] for answer in apart.keys() - answers)])
 
     def require(self, credits: Decimal | float) -> None:
-        """Do nothing when so many credits are certainly there.
+        """Do nothing when there are so many `available_credits`.
 
         Raises:
             InsufficientCreditsError: `available_credits` is less.
@@ -142,7 +151,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             return
         unknown = tuple(outcome.key.name for outcome in self.failed)
         stale = tuple(outcome.key.name for outcome in self.stale)
-        message = f"{credits_text(needed)} credits are needed and {credits_text(available)} are certain"
+        message = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
         message += _listed("; unknown", unknown) + _listed("; stale", stale)
         raise InsufficientCreditsError(message, needed=needed, available=available, unknown=unknown, stale=stale)
 
@@ -178,20 +187,21 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @cached_property
     def _declared(self) -> Mapping[bytes, str]:
         # The same secret may stand in the pool with its account and without.
-        return {outcome.key.digest: outcome.key.account for outcome in self if outcome.key.account is not None}
+        return {outcome.key.digest: outcome.key.account for outcome in self._outcomes if outcome.key.account is not None}
 
     def _account(self, outcome: Outcome[Any]) -> Hashable:
-        return self._declared.get(outcome.key.digest, outcome.key.digest)
+        digest = outcome.key.digest
+        return self._declared.get(digest, digest)
 
     @cached_property
     def _newest(self) -> Mapping[Hashable, Balance | None]:
         """The newest answer of each account, declared or not; None where nothing is known."""
         newest: dict[Hashable, Balance | None] = {}
-        for outcome in self:
-            account = self._account(outcome)
-            known = newest.setdefault(account, None)
-            if outcome.balance is not None and (known is None or outcome.balance.checked_at >= known.checked_at):
-                newest[account] = outcome.balance
+        for outcome in self._outcomes:
+            account, balance = self._account(outcome), outcome.balance
+            known = newest.setdefault(account, balance)
+            if balance is not None and (known is None or balance.checked_at >= known.checked_at):
+                newest[account] = balance
         return newest
 
     @cached_property
@@ -209,14 +219,16 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
     factors = _decimal("credits", credits), _decimal("margin", margin)
     for what, factor in zip(("credits", "margin"), factors, strict=True):
         check_number(what, float(factor), minimum=0)
-    return _EXACT.multiply(*factors)
+    try:
+        return _EXACT.multiply(*factors)
+    except decimal.Inexact:
+        pass  # raised below, where no `except` block links it
+    raise ConfigurationError("credits and margin have too many digits; round them up")
 
 
 def _sum(numbers: Iterable[Decimal]) -> Decimal:
-    total = Decimal(0)
-    for number in numbers:
-        total = _EXACT.add(total, number)
-    return total
+    with decimal.localcontext(_EXACT):
+        return sum(numbers, Decimal(0))
 
 
 def _decimal(what: str, number: Decimal | float) -> Decimal:
@@ -246,6 +258,6 @@ _OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale"}
 def _answer(balance: Balance) -> str:
     """What the server said of the account."""
     if not isinstance(balance, Account):
-        return credits_text(balance.credits)
+        return str(balance.credits)
     fields = attrs.asdict(balance, recurse=False)
     return repr({name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER})

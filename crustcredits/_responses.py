@@ -42,7 +42,7 @@ KeyName: TypeAlias = Annotated[str, BeforeValidator(_name_of)]
 Credits: TypeAlias = Annotated[Decimal, PlainSerializer(credits_text, return_type=str), WithJsonSchema(_CREDITS_SCHEMA)]
 Utc: TypeAlias = Annotated[AwareDatetime, AfterValidator(lambda time: time.astimezone(UTC))]
 CheckedAt: TypeAlias = Annotated[Utc, Field(description="When this became known, in UTC.")]
-AccountName: TypeAlias = Annotated[str | None, Field(validation_alias=AliasChoices("account", AliasPath("key", "account")))]
+AccountName: TypeAlias = Annotated[str | None, Field(validation_alias=AliasChoices(AliasPath("key", "account"), "account"))]
 Plain: TypeAlias = Annotated[Any, BeforeValidator(plain)]
 
 
@@ -66,7 +66,6 @@ class ErrorResponse(_Response):
 
     type: str
     title: str
-    retry_after: int | None = None
 
 
 class BalanceResponse(_Dated):
@@ -142,7 +141,9 @@ class PoolResponse(_Response):
     checked: int
     failed: int
     stale: int
-    total_credits: Annotated[Credits | None, Field(description="Of the keys listed, each declared account once.")]
+    total_credits: Annotated[
+        Credits | None, Field(description="Of the keys listed, each declared account once; null where none is known.")
+    ]
     accounts: dict[str, Credits | None]
     lookalikes: Annotated[list[list[str]], Field(description="Undeclared keys whose answers are the same.")]
     keys: list[KeyResponse]
@@ -157,7 +158,7 @@ class PoolResponse(_Response):
             "checked": len(report.succeeded),
             "failed": len(report.failed),
             "stale": len(report.stale),
-            "total_credits": report.total_credits,
+            "total_credits": report.total_credits if report else None,
             "accounts": report.accounts,
             "lookalikes": [[outcome.key.name for outcome in group] for group in report.lookalikes],
             "keys": list(report),

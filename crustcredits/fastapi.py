@@ -8,17 +8,19 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, WebSocket, status
 from fastapi.params import Depends as DependsParam
 from fastapi.responses import JSONResponse
 from starlette.requests import HTTPConnection
 from starlette.types import Lifespan
+from starlette.websockets import WebSocketState
 
 from crustcredits._checks import check_number
 from crustcredits._client import CreditsClient
-from crustcredits._errors import ConfigurationError, CrustCreditsError
+from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._freshness import NEW, Freshness, Seconds
 from crustcredits._keys import ApiKey, KeysLike, RefusedKey, as_keys, refuse_contradictions
 from crustcredits._models import Outcome, State, time_text
@@ -84,13 +86,14 @@ def credits_lifespan(
     @asynccontextmanager
     async def with_client(app: FastAPI) -> AsyncGenerator[Mapping[str, Any], None]:
         async with make_client() as client:
+            outer = getattr(app.state, _STATE, None)
             setattr(app.state, _STATE, client)
             try:
                 async with inner(app) as state:
                     # In the lifespan's state too, which reaches the apps that are mounted below this one.
                     yield {**(state or {}), _STATE: client}
             finally:
-                delattr(app.state, _STATE)
+                setattr(app.state, _STATE, outer)
 
     return with_client
 
@@ -106,7 +109,8 @@ async def get_credits_client(connection: HTTPConnection) -> CreditsClient:
     Raises:
         ConfigurationError: The lifespan did not run.
     """
-    client = getattr(connection.app.state, _STATE, None) or getattr(connection.state, _STATE, None)
+    # The lifespan's state is that of this very start of the app; a server may know none.
+    client = getattr(connection.state, _STATE, None) or getattr(connection.app.state, _STATE, None)
     return _client_or_error(client)
 
 
@@ -115,12 +119,17 @@ CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 
 
 def credits_client_of(app: Any) -> CreditsClient:
-    """The client of a running app, or of the app in a `TestClient`: for tests, and for tasks beside the requests.
+    """The client of a running app, or of the app in a `TestClient`: for your own lifespan, and for tasks beside the requests.
+
+    It belongs to the app's loop, which under `TestClient` is another than the test's. To put another client in its place,
+    override `get_credits_client`.
 
     Raises:
         ConfigurationError: The lifespan did not run, or has ended.
     """
-    return _client_or_error(getattr(getattr(app, "app", app).state, _STATE, None))
+    while not hasattr(app, "state") and hasattr(app, "app"):  # a TestClient, and middlewares around the app
+        app = app.app
+    return _client_or_error(getattr(getattr(app, "state", None), _STATE, None))
 
 
 def _client_or_error(client: CreditsClient | None) -> CreditsClient:
@@ -136,19 +145,22 @@ def _client_or_error(client: CreditsClient | None) -> CreditsClient:
 
 
 def install_exception_handlers(app: FastAPI) -> None:
-    """Answer this library's errors, wherever a route raises them, with `application/problem+json`.
+    """Answer this library's errors, wherever a route raises them, with `application/problem+json`; web sockets are closed.
 
     Timeouts are 504; out of reach is 503; refused or held back by the rate limit is 503 with `Retry-After`; not enough credits
     is 409; a mistake in the service's own set-up is 500; and the rest, also the API's 401, 402 and 403, is 502. What the
     API said goes to the log, and none of it into the answer.
     """
-    app.add_exception_handler(CrustCreditsError, _on_error)
+    app.add_exception_handler(CrustCreditsError, _on_error)  # type: ignore[arg-type]  # typed for requests or for web sockets
 
 
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_error(connection: HTTPConnection, error: Exception) -> JSONResponse | None:
     assert isinstance(error, CrustCreditsError)
     problem = problem_of(error)
     _log.log(logging.INFO if problem.status == 409 else logging.WARNING, "answered with %d: %s", problem.status, error)
+    if isinstance(connection, WebSocket) and connection.application_state is WebSocketState.CONNECTED:
+        await connection.close(status.WS_1011_INTERNAL_ERROR, problem.title)
+        return None
     return _problem_response(problem)
 
 
@@ -181,8 +193,8 @@ def credits_router(
         keys: The pool; keys are shown by their names.
         public: Say `True` to let everybody see it.
         dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
-        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers, not for newer ones, so
-            that they cannot use up the rate limit.
+        max_age: Seconds, or a timedelta, as for `CreditsClient`; failures are shown again for so long too. Callers may ask for
+            older answers, not for newer ones, so that they cannot use up the rate limit.
         stale_while_revalidate: The same, as for `CreditsClient`.
         stale_if_error: The same, as for `CreditsClient`.
         timeout: Seconds that a caller waits at the most.
@@ -197,7 +209,8 @@ def credits_router(
     del keys  # No frame of ours holds a secret when something is raised.
     if isinstance(pool, ConfigurationError):
         raise pool
-    if public is bool(dependencies):
+    # Nothing but True makes it public: a setting that is missing, or a text, is no such word.
+    if (public is True) is bool(dependencies):
         raise ConfigurationError("say who may see the credits: give dependencies=[Depends(…)], or public=True for everybody")
     freshness = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
     shown = _Pool(pool, freshness, timeout)
@@ -207,13 +220,21 @@ def credits_router(
 
 
 def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document."""
     content = {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}}
-    return {status: {"description": description, "content": content} for status, description in answers.items()}
+    documented: dict[int | str, dict[str, Any]] = {
+        status: {"description": description, "content": content} for status, description in answers.items()
+    }
+    documented[503]["headers"] = {"Retry-After": {"description": "Seconds, where known.", "schema": {"type": "integer"}}}
+    return documented
 
 
-_HELD_BACK = {
+_CLOSING = {503: "The service is shutting down"}
+_UNKNOWN = {
+    404: "No key of the pool has this name",
+    500: "The key cannot be used",
     502: "The API says no to the service's key, or something that is no balance",
-    503: "The API cannot be reached, or the rate limit leaves no room; see `Retry-After`",
+    503: "The API cannot be reached, or the rate limit leaves no room, or the service is shutting down",
     504: "The API does not answer in time",
 }
 
@@ -223,7 +244,7 @@ Sort: TypeAlias = Literal["given", "name", "credits", "-credits", "age", "-age"]
 def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
     bounds = Query(ge=floor, le=1e9, description="Seconds that a balance may be old without being stale.")
 
-    @router.get("/keys", response_model=PoolResponse, summary="The pool, by name")
+    @router.get("/keys", response_model=PoolResponse, responses=_documented(_CLOSING), summary="The pool, by name")
     async def get_keys(
         client: CreditsDep,
         state: Annotated[State | None, Query(description="Only keys in this state.")] = None,
@@ -236,7 +257,7 @@ def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
     @router.get(
         "/keys/{name:path}",
         response_model=KeyResponse,
-        responses=_documented({404: "No key of the pool has this name"} | _HELD_BACK),
+        responses=_documented(_UNKNOWN),
         summary="One key, by name",
     )
     async def get_key(name: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
@@ -253,16 +274,21 @@ class _Pool:
     def __init__(self, keys: Iterable[ApiKey], freshness: Freshness, timeout: float) -> None:
         self._keys = list(keys)
         refuse_contradictions(self._keys)
+        check_number("timeout", timeout, above=0)
         self._by_name = {key.name: key for key in self._keys}
         self._freshness = freshness
         self._timeout = timeout
-        check_number("timeout", timeout, above=0)
+        # A client keeps no errors; but callers of a service shall not make it ask the more for a key that fails.
+        self._failed: dict[str, Outcome[Any]] = {}
 
     async def report(
         self, client: CreditsClient, state: State | None, account: str | None, sort: Sort, max_age: float
-    ) -> Report[Any]:
+    ) -> Report[Any] | JSONResponse:
         keys = self._keys if account is None else [key for key in self._keys if key.account == account]
-        report = await self._check(client, keys, max_age)
+        try:
+            report = await self._check(client, keys, max_age)
+        except ClientClosedError as error:
+            return _problem_response(problem_of(error))
         if state is None and sort == "given":
             return report
         return Report(_sorted((outcome for outcome in report if state in {None, outcome.state}), sort))
@@ -272,19 +298,30 @@ class _Pool:
         if key is None:
             # The name is not repeated: whoever mistakes a secret for one shall not find it in an answer.
             return _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
-        outcome = (await self._check(client, [key], max_age))[0]
-        if outcome.balance is None and outcome.error is not None:
-            return _problem_response(problem_of(outcome.error))
-        return outcome
+        try:
+            return _known((await self._check(client, [key], max_age))[0])
+        except CrustCreditsError as error:
+            return _problem_response(problem_of(error))
 
     async def _check(self, client: CreditsClient, keys: list[ApiKey], max_age: float) -> Report[Any]:
-        return await client.check(
-            keys,
+        failed = self._still_failed(keys) if self._failed else {}
+        report = await client.check(
+            [key for key in keys if key.name not in failed] if failed else keys,
             timeout=self._timeout,
             max_age=max_age,
             stale_while_revalidate=self._freshness.revalidate,
             stale_if_error=self._freshness.if_error,
         )
+        self._failed |= {outcome.key.name: outcome for outcome in report.failed}
+        if not failed:
+            return report
+        checked = iter(report)
+        return Report([failed.get(key.name) or next(checked) for key in keys])
+
+    def _still_failed(self, keys: list[ApiKey]) -> dict[str, Outcome[Any]]:
+        since = datetime.now(UTC) - timedelta(seconds=self._freshness.max_age)
+        self._failed = {name: outcome for name, outcome in self._failed.items() if outcome.checked_at > since}
+        return {key.name: self._failed[key.name] for key in keys if key.name in self._failed}
 
     def health(self, client: CreditsClient) -> HealthResponse:
         recent = self._freshness.max_age + self._freshness.revalidate
@@ -316,14 +353,20 @@ def _reasons(key: ApiKey, outcome: Outcome[Any] | None) -> list[str]:
     return [f"{key.name}: {'; '.join(reasons)}"] if reasons else []
 
 
+def _known(outcome: Outcome[Any]) -> Outcome[Any]:
+    outcome.result()
+    return outcome
+
+
 def _sorted(outcomes: Iterable[Outcome[Any]], sort: Sort) -> list[Outcome[Any]]:
     listed = list(outcomes)
     if sort == "name":
         listed.sort(key=lambda outcome: outcome.key.name)
-    elif sort in {"age", "-age"}:
-        listed.sort(key=lambda outcome: outcome.checked_at, reverse=sort == "age")
-    elif sort in {"credits", "-credits"}:
+    elif sort != "given":
         known = [outcome for outcome in listed if outcome.ok]
-        known.sort(key=lambda outcome: outcome.result().credits, reverse=sort == "-credits")
+        if sort in {"age", "-age"}:
+            known.sort(key=lambda outcome: outcome.checked_at, reverse=sort == "age")
+        else:
+            known.sort(key=lambda outcome: outcome.result().credits, reverse=sort == "-credits")
         listed = [*known, *(outcome for outcome in listed if not outcome.ok)]
     return listed

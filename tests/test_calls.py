@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -32,7 +33,9 @@ from crustcredits import (
     Report,
     Retry,
 )
-from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
+from crustcredits._transport import Fate
+from crustcredits._wire import Response
+from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal
 
 pytestmark = pytest.mark.virtual
 
@@ -244,6 +247,56 @@ async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> Non
         assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError]
 
 
+async def test_a_call_cancelled_before_its_first_step_leaves_nobody_waiting() -> None:
+    """Its coroutine has never run; the key can be asked again."""
+    async with fake_client(FakeServer()) as client:
+        asker = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(0)  # the asker has begun the call, whose task is to run next
+        assert client._calls._under_way
+        for task in asyncio.all_tasks() - {asyncio.current_task(), asker}:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        assert (await client.balance(KEY)).credits == 9406
+
+
+async def test_a_loop_whose_tasks_begin_at_once_changes_nothing() -> None:
+    """As from Python 3.12 on they can."""
+    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory", None))
+    server = FakeServer(counting())
+
+    async def at_once(path: str, key: ApiKey, timeout: float) -> Any:
+        server.arrivals.append((now(), key.name))
+        return Response(200, {}, b'{"credits": 7}')
+
+    async with fake_client(server, rate_limit=RateLimit(requests=20, pace=None)) as client:
+        pool = keys(18)
+        await client.check(pool)
+        began = now()
+        await asyncio.sleep(1)
+        assert all(outcome.stale for outcome in await client.check(pool, stale_while_revalidate=600))
+        await asyncio.sleep(10)
+        assert len(server.arrivals) == 18, "refreshes left nothing of the limit alone"
+        await asyncio.sleep(60.3 - (now() - began))
+        assert len(server.arrivals) > 18
+        server.attempt = at_once  # type: ignore[method-assign]  # an answer without waiting
+        assert (await client.balance(KEY)).credits == 7
+
+
+async def test_a_call_that_is_refused_for_the_pace_is_not_sent() -> None:
+    """Nor is one sent that was refused: while the loop stood still, the pace has come to have room."""
+    server = FakeServer()
+    async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
+        others = [asyncio.create_task(client.balance(key)) for key in keys(3)]
+        await settle()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop._virtual.now += 1.0
+        assert (await client.balance(KEY, timeout=0.05)).credits == 9406
+        await asyncio.gather(*others)
+    assert len(server.arrivals) == 4
+
+
 # --- max_age
 
 
@@ -320,13 +373,13 @@ async def test_at_most_so_many_answers_are_kept() -> None:
 
 
 async def test_no_secret_is_what_an_answer_is_found_by() -> None:
-    """A dump of the dictionary shows digests."""
+    """No dictionary of the process has it for a key."""
+    secret = f"a-secret-{id(counting)}"  # made here, so that this module's own dictionaries do not hold it
     async with fake_client(FakeServer()) as client:
-        await client.balance("a-secret-that-shows")
-        assert "a-secret-that-shows" not in repr(list(client._calls._answers._kept))
-        gc.collect()
-        found = [each for each in gc.get_referrers(ApiKey) if isinstance(each, dict) and "a-secret-that-shows" in each]
-        assert not found
+        await client.balance(secret)
+        dictionaries: list[dict[Any, Any]] = [each for each in gc.get_objects() if isinstance(each, dict)]
+        assert any(each is client._calls._answers._kept for each in dictionaries)
+        assert not [each for each in dictionaries if any(secret in str(key) for key in list(each) if isinstance(key, (str, tuple)))]
 
 
 # --- stale_while_revalidate
@@ -438,6 +491,76 @@ async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
             assert (type(again.error) if kind else again.ok) == (kind or True)
 
 
+async def test_what_does_not_speak_of_the_key_leaves_its_balance() -> None:
+    """A gateway's 404 or 408, a request that the API rejects, or trouble in the session, is not the API's word on the key."""
+    for trouble in (400, 404, 408, 451):
+        server = FakeServer(counting(Reply(credits="7"), Reply(status=trouble, body="{}")))
+        async with fake_client(server) as client:
+            await client.balance(KEY)
+            stand_in = await outcome(client, stale_if_error=60)
+            assert stand_in.credits == 7
+            assert stand_in.error is not None
+
+
+async def test_no_such_key_and_no_credits_hold_on_both_endpoints() -> None:
+    """What a key may ask does not."""
+    for status, is_left in ((401, False), (402, False), (403, True)):
+        server = FakeServer(counting(Reply(), Reply(status=status, body="{}")))
+        async with fake_client(server) as client:
+            await client.balance(KEY)
+            assert not (await outcome(client, detail=True)).ok
+            assert (client.peek(KEY) is not None) is is_left
+
+
+async def test_an_answer_that_is_dropped_takes_its_refresh_along() -> None:
+    """So that no more refreshes wait than answers are kept."""
+    server = FakeServer()
+    async with fake_client(server, rate_limit=RateLimit(requests=40, pace=None), max_entries=5) as client:
+        for number in range(100):
+            key = ApiKey(f"secret-new-{number}", name=f"n{number}")
+            await client.balance(key)
+            await asyncio.sleep(1)
+            assert (await client.balance(key, stale_while_revalidate=600)).stale
+            assert client.quota().refreshing <= 5
+            assert len(asyncio.all_tasks()) <= 1 + 5 + 1
+
+
+async def test_a_refresh_runs_in_no_ones_context() -> None:
+    """It belongs to no request, and keeps none alive; a call that somebody waits for has that one's."""
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    def script(name: str, times: int) -> Reply:
+        seen.append(request.get())
+        return Reply()
+
+    async with fake_client(FakeServer(script)) as client:
+        request.set("one")
+        await client.balance(KEY)
+        await asyncio.sleep(1)
+        await client.balance(KEY, stale_while_revalidate=60)
+        await asyncio.sleep(1)
+    assert seen == ["one", "none"]
+
+
+async def test_many_refreshes_stand_in_the_way_of_nobody() -> None:
+    """Also where each key has a quota of its own, and only the pace is shared."""
+    limit = RateLimit(scope="key")
+    server = FakeServer(lambda name, times: Reply(seconds=0.05))
+    async with fake_client(server, rate_limit=limit, concurrency=32) as client:
+        pool = keys(1000)
+        await client.check(pool)
+        await asyncio.sleep(1)
+        await client.check(pool, stale_while_revalidate=600)
+        began = now()
+        for number in range(20):
+            await client.balance(f"newcomer-{number}", timeout=0.3)
+        assert now() - began < 20 * 0.15
+        await asyncio.sleep(20)
+        assert client.quota(key=pool[0]).refreshing == 0
+        assert len(server.arrivals) == 2020
+
+
 async def test_closing_ends_refreshes() -> None:
     """Those that wait and those on the wire."""
     server = FakeServer(lambda name, times: Reply(seconds=5 * times))
@@ -447,7 +570,7 @@ async def test_closing_ends_refreshes() -> None:
     await client.check(pool, stale_while_revalidate=60)
     await asyncio.sleep(2)
     assert server.on_wire == 1
-    assert client.quota().refreshing == 3
+    assert client.quota().refreshing == 4
     await client.close()
     assert len(asyncio.all_tasks()) == 1
     assert server.on_wire == 0
@@ -511,6 +634,40 @@ async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
         assert not (await client.balance(KEY)).stale
 
 
+@pytest.mark.parametrize("trouble", ["hang", "refused"])
+async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(trouble: str) -> None:
+    """The endpoint is known to be down, also by those whose own last failure is long ago; and it is hardly asked meanwhile."""
+
+    def script(name: str, times: int) -> Reply:
+        if not 100 < now() < 700:
+            return Reply()
+        return Reply(seconds=1e6) if trouble == "hang" else lost(APIConnectionError("refused"), Fate.UNSENT)
+
+    server = FakeServer(script)
+    pool = keys(600)
+    options = {"max_age": 5.0, "stale_while_revalidate": 60.0, "stale_if_error": 3600.0}
+    async with fake_client(server, rate_limit=RateLimit(requests=1000), **options) as client:
+        await client.check(pool)
+        while now() < 200:  # when it is known, and what had been queued before has been tried
+            await client.check(pool)
+            await asyncio.sleep(5)
+        asked, began, slow = len(server.arrivals), now(), 0
+        while now() < 650:
+            started = now()
+            report = await client.check(pool, timeout=10)
+            slow += now() - started > 0.1
+            assert report.ok
+            assert len(report.stale) == 600
+            assert all(each.error is not None for each in report)
+            await asyncio.sleep(5)
+        assert slow == 0
+        assert (len(server.arrivals) - asked) / (now() - began) < 1
+        while now() < 790:
+            await client.check(pool)
+            await asyncio.sleep(5)
+        assert not [each for each in await client.check(pool) if each.error is not None]
+
+
 async def test_without_an_answer_from_before_the_error_is_the_answer() -> None:
     """Unknown is never zero."""
     async with fake_client(FakeServer(lambda name, times: BROKEN), retry=ONCE, stale_if_error=600) as client:
@@ -539,9 +696,14 @@ async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
         assert failed is not None
         assert isinstance(failed.error, InternalServerError)
         assert client.peek(KEY, detail=True) is None
+        server.script = lambda name, times: BROKEN
+        await outcome(client)
+        again = client.peek(KEY, max_age=60)
+        assert again is not None
+        assert (again.ok, again.stale, type(again.error)) == (True, False, InternalServerError)
         with pytest.raises(ConfigurationError, match="is empty"):
             client.peek("")
-    assert len(server.arrivals) == 2
+    assert len(server.arrivals) == 3
     assert client.quota().in_flight == 0
 
 
@@ -555,10 +717,35 @@ async def test_a_pool_that_holds_enough_gives_its_report() -> None:
         report = await client.require(125, keys(2), margin=1.2)
         assert report.available_credits == Decimal("150.5")
         assert len(server.arrivals) == 2
-        with pytest.raises(InsufficientCreditsError, match=r"150\.60 credits are needed and 150\.5 are certain") as caught:
+        with pytest.raises(
+            InsufficientCreditsError, match=r"150\.60 credits are needed and 150\.5 are known to be there"
+        ) as caught:
             await client.require(Decimal("125.5"), keys(2), margin=Decimal("1.2"), max_age=60)
     assert caught.value.needed == Decimal("150.60")
     assert len(server.arrivals) == 2
+
+
+async def test_a_gate_waits_for_what_is_true_now() -> None:
+    """A stale balance would do for a dashboard; only `stale_if_error`, or a word of its own, lets it through the gate."""
+    server = FakeServer(counting(Reply(credits="5000"), Reply(credits="10"), BROKEN))
+    options = {"max_age": 5, "stale_while_revalidate": 600, "stale_if_error": 3600}
+    async with fake_client(server, retry=ONCE, **options) as client:
+        await client.require(5000, [KEY])
+        await asyncio.sleep(100)
+        assert (await client.require(5000, [KEY], stale_while_revalidate=600)).stale
+        await asyncio.sleep(100)
+        with pytest.raises(InsufficientCreditsError, match="10 are known to be there"):
+            await client.require(5000, [KEY])
+        await asyncio.sleep(100)
+        report = await client.require(5, [KEY])
+        assert [each.key.name for each in report.stale] == ["prod"]
+
+
+async def test_the_gate_can_ask_for_the_whole_account() -> None:
+    """Whose credits are those that spending draws from; then equal credits alone are no likeness."""
+    server = FakeServer(lambda name, times: Reply(body=f'{{"account": {{"credits": 5, "recurring_credits": {name[1:]}}}}}'))
+    async with fake_client(server) as client:
+        assert (await client.require(10, keys(2), detail=True)).available_credits == 10
 
 
 async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureFixture) -> None:

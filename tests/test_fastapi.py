@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.testclient import TestClient
 from httpx2 import ASGITransport, AsyncClient
+from starlette.testclient import WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
 
 from crustcredits import (
     Account,
@@ -57,6 +60,7 @@ from crustcredits.fastapi import (
     install_exception_handlers,
 )
 from crustcredits.testing import Fault, SandboxServer
+from tests.conftest import eventually
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod", account="acme")
@@ -187,6 +191,37 @@ async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
             credits_lifespan(mistake)  # type: ignore[arg-type]  # the mistake under test
 
 
+def test_two_starts_of_one_app_beside_each_other_have_a_client_each() -> None:
+    """As with two `TestClient`s; each start has its own loop."""
+    app = FastAPI(lifespan=credits_lifespan(lifespan=credits_lifespan()))
+
+    @app.get("/")
+    async def ask(client: CreditsDep) -> str:
+        with pytest.raises(APIConnectionError):
+            await client.balance(KEY)
+        return "on the right loop"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRUSTDATA_API_URL", "http://127.0.0.1:9")
+        with TestClient(app) as one:
+            with TestClient(app) as two:
+                assert [caller.get("/").status_code for caller in (one, two)] == [200, 200]
+                inner = credits_client_of(app)
+            assert credits_client_of(app) is not inner
+            assert one.get("/").status_code == 200
+    with pytest.raises(ConfigurationError):
+        credits_client_of(app)
+
+
+def test_the_accessor_sees_through_what_is_around_the_app() -> None:
+    """A `TestClient`, and middlewares; of what holds no app it says that there is no client."""
+    app = FastAPI(lifespan=credits_lifespan())
+    with TestClient(CORSMiddleware(app)) as caller:
+        assert credits_client_of(caller) is credits_client_of(app)
+    with pytest.raises(ConfigurationError, match="no credits client"):
+        credits_client_of(object())
+
+
 async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
     """The router asks it, without a lifespan."""
     app = FastAPI()
@@ -301,6 +336,9 @@ def test_a_pool_response_can_be_read_back() -> None:
         ({}, "say who may see the credits"),
         ({"dependencies": []}, "say who may see the credits"),
         ({"public": True, "dependencies": [Depends(list)]}, "say who may see the credits"),
+        ({"public": None}, "say who may see the credits"),
+        ({"public": 1}, "say who may see the credits"),
+        ({"public": "no"}, "say who may see the credits"),
         ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
         ({"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}}, "two different keys have this name"),
         ({"public": True, "max_age": -1}, "max_age is a finite number of at least 0"),
@@ -336,7 +374,6 @@ async def test_the_pool_by_name(sandbox: SandboxServer) -> None:
     assert pool["keys"][1]["error"] == {
         "type": "urn:crustcredits:PermissionDeniedError",
         "title": "The key's plan does not allow this",
-        "retry_after": None,
     }
 
 
@@ -358,8 +395,9 @@ async def test_the_pool_can_be_filtered_and_sorted(sandbox: SandboxServer) -> No
         assert await names("?sort=name") == ["a", "b", "broken", "c"]
         assert await names("?sort=credits") == ["c", "b", "a", "broken"]
         assert await names("?sort=-credits") == ["a", "b", "c", "broken"]
-        assert (await names("?sort=-age"))[:3] == ["b", "c", "a"]
-        assert (await names("?sort=age&state=fresh")) == ["a", "c", "b"]
+        assert await names("?sort=-age") == ["b", "c", "a", "broken"]
+        assert await names("?sort=age") == ["a", "c", "b", "broken"]
+        assert await names("?sort=age&state=fresh") == ["a", "c", "b"]
         assert await names("?state=failed") == ["broken"]
         assert await names("?state=stale") == []
         filtered = (await caller.get("/credits/keys?account=acme")).json()
@@ -421,6 +459,42 @@ async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(sandbox:
     assert sandbox.requests == 1
 
 
+async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: SandboxServer) -> None:
+    """Its failure is shown again for `max_age`, alone and in the pool, and the others are right beside it."""
+    broken = sandbox.add_key("broken")
+    sandbox.fail(broken, Fault.FORBIDDEN)
+    app = app_of(sandbox, sandbox.add_key("a", credits=1), broken, sandbox.add_key("b", credits=2), max_age=0.05)
+    async with calling(app) as caller:
+        for _ in range(5):
+            assert (await caller.get("/credits/keys/broken?max_age=60")).status_code == 502
+            pool = (await caller.get("/credits/keys?max_age=60")).json()
+            assert [key["credits"] for key in pool["keys"]] == ["1", None, "2"]
+        assert sandbox.requests == 3
+        sandbox.heal(broken)
+        await asyncio.sleep(0.05)
+        assert (await caller.get("/credits/keys/broken?max_age=60")).status_code == 200
+        assert (await caller.get("/credits/keys?max_age=60")).json()["ok"] is True
+        assert sandbox.requests == 4
+
+
+async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServer) -> None:
+    """Also without the exception handlers."""
+    app = app_of(sandbox, sandbox.add_key("prod"))
+    async with calling(app) as caller:
+        await credits_client_of(app).close()
+        for path in ("keys", "keys/prod"):
+            answer = await caller.get(f"/credits/{path}")
+            assert (answer.status_code, answer.json()["title"]) == (503, "The service is shutting down")
+
+
+async def test_nothing_listed_is_nothing_known(sandbox: SandboxServer) -> None:
+    """Not zero credits."""
+    async with calling(app_of(sandbox, sandbox.add_key("prod", account=None))) as caller:
+        for query in ("account=typo", "state=stale"):
+            pool = (await caller.get(f"/credits/keys?{query}")).json()
+            assert (pool["keys"], pool["total_credits"]) == ([], None)
+
+
 async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) -> None:
     """While the API is down."""
     key = sandbox.add_key("prod", credits=5)
@@ -452,7 +526,7 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
     """`unknown`, then `degraded` with reasons, then `ok`, and never a request for it."""
     keys = [sandbox.add_key("prod"), sandbox.add_key("dev")]
     sandbox.fail(keys[1], Fault.FORBIDDEN)
-    async with calling(app_of(sandbox, *keys, max_age=60)) as caller:
+    async with calling(app_of(sandbox, *keys)) as caller:
 
         async def health() -> dict[str, Any]:
             answer = await caller.get("/credits/healthz")
@@ -495,6 +569,24 @@ async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> No
         sandbox.fail(key, Fault.UNAVAILABLE)
         await caller.get("/credits/keys/prod")
         assert (await caller.get("/credits/healthz")).json()["reasons"][0].startswith("prod: The credits API failed; the balance")
+
+
+async def test_health_sees_a_failure_beside_a_balance_that_is_recent(sandbox: SandboxServer) -> None:
+    """An outage shows before the balances are old."""
+    key = sandbox.add_key("prod")
+    async with calling(app_of(sandbox, key)) as caller:
+        await caller.get("/credits/keys/prod")
+        assert (await caller.get("/credits/healthz")).json()["status"] == "ok"
+        sandbox.fail(key, Fault.UNAVAILABLE)
+        await caller.get("/credits/keys/prod")  # refreshes it behind
+        await eventually(lambda: sandbox.requests == 2)
+        await asyncio.sleep(0.01)
+        assert (await caller.get("/credits/healthz")).json() == {
+            "status": "degraded",
+            "keys": 1,
+            "known": 1,
+            "reasons": ["prod: The credits API failed"],
+        }
 
 
 async def test_health_of_many_lists_some_reasons(sandbox: SandboxServer) -> None:
@@ -562,6 +654,29 @@ def test_an_error_becomes_a_problem_document(
         assert (answer.json()["needed"], answer.json()["available"], answer.json()["unknown"]) == ("100", "0.5", ["dev"])
 
 
+def test_a_web_socket_is_closed_with_a_reason() -> None:
+    """An answer of HTTP has no place in it once it is open; before that it is the answer."""
+    app = FastAPI()
+    install_exception_handlers(app)
+
+    @app.websocket("/open")
+    async def fail_open(socket: WebSocket) -> None:
+        await socket.accept()
+        raise APITimeoutError(SAID)
+
+    @app.websocket("/door")
+    async def fail_at_the_door(socket: WebSocket) -> None:
+        raise APITimeoutError(SAID)
+
+    caller = TestClient(app)
+    with caller.websocket_connect("/open") as socket, pytest.raises(WebSocketDisconnect) as closed:
+        socket.receive_text()
+    assert (closed.value.code, closed.value.reason) == (1011, "The credits API did not answer in time")
+    with pytest.raises(WebSocketDenialResponse) as denied, caller.websocket_connect("/door"):
+        pass
+    assert denied.value.status_code == 504
+
+
 def test_every_error_has_an_answer() -> None:
     """None was forgotten when it was added to the tree."""
     kinds = {type(error) for error, *_ in ERRORS} | {CrustCreditsError}
@@ -599,7 +714,9 @@ def test_the_openapi_document_is_right() -> None:
     BalanceResponse.model_validate(schemas["AccountResponse"]["examples"][0])
     assert set(document["paths"]) == {"/credits/keys", "/credits/keys/{name}", "/credits/healthz", "/account"}
     answers = document["paths"]["/credits/keys/{name}"]["get"]["responses"]
-    assert set(answers) == {"200", "404", "422", "502", "503", "504"}
+    assert set(answers) == {"200", "404", "422", "500", "502", "503", "504"}
+    assert answers["503"]["headers"]["Retry-After"]["schema"] == {"type": "integer"}
+    assert set(document["paths"]["/credits/keys"]["get"]["responses"]) == {"200", "422", "503"}
     assert list(answers["504"]["content"]) == ["application/problem+json"]
     assert answers["504"]["content"]["application/problem+json"]["schema"]["properties"]["title"]["type"] == "string"
     assert KEY.secret not in json.dumps(document)

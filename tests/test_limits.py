@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -189,37 +190,52 @@ async def test_everybody_can_leave_at_once() -> None:
 # --- refreshes: turns that nobody wants
 
 
-def refreshes(bucket: TokenBucket, log: list[Any], name: str, since: float) -> tuple[Turn, asyncio.Task[None]]:
+def refreshes(bucket: TokenBucket, log: list[Any], name: str) -> tuple[Turn, asyncio.Task[None]]:
     turn = Turn()
-    turn.wanted, turn.since = False, since
+    turn.wanted = False
     return turn, asyncio.create_task(take(bucket, log, name, turn=turn))
 
 
-async def test_refreshes_are_spread_evenly_the_oldest_first() -> None:
-    """Nine tenths of the tokens over the period, one after the other; in the order of the age of what they refresh."""
+async def test_refreshes_are_spread_evenly() -> None:
+    """Nine tenths of the tokens over the period, one after the other."""
     bucket = TokenBucket(10, 90.0)
     log: list[Any] = []
-    tasks = [refreshes(bucket, log, name, since)[1] for name, since in (("first", 9.0), ("old", 1.0), ("older", -7.0))]
-    await asyncio.gather(*tasks)
-    assert log == [("first", 0.0), ("older", pytest.approx(10)), ("old", pytest.approx(20))]
+    await asyncio.gather(*(refreshes(bucket, log, name)[1] for name in ("one", "two", "three")))
+    assert log == [("one", 0.0), ("two", pytest.approx(10)), ("three", pytest.approx(20))]
 
 
-async def test_a_refresh_leaves_a_tenth_of_the_tokens_alone() -> None:
-    """And takes the next when one more has come home."""
-    bucket = TokenBucket(20, 60.0)
-    for _ in range(18):
+@pytest.mark.parametrize(("tokens", "reserve"), [(1, 0), (2, 1), (5, 1), (20, 2), (21, 3), (300, 30)])
+async def test_a_refresh_leaves_a_tenth_of_the_tokens_alone(tokens: int, reserve: int) -> None:
+    """And takes the next when one more has come home. Of a single one it leaves nothing, or it could never go."""
+    bucket = TokenBucket(tokens, 60.0)
+    for _ in range(tokens - reserve):
         await bucket.acquire()
     log: list[Any] = []
-    _, task = refreshes(bucket, log, "refresh", 0.0)
+    _, task = refreshes(bucket, log, "refresh")
     await asyncio.sleep(5)
     assert not log
-    assert bucket.quota().refreshing == 1
-    await bucket.acquire()
-    bucket.ended()
     bucket.ended()
     await task
     assert log == [("refresh", pytest.approx(65))]
-    assert bucket.quota().refreshing == 0
+
+
+async def test_refreshes_do_not_use_up_what_a_burst_has_left() -> None:
+    """They go slower until the burst comes home, instead of stopping for it."""
+    bucket = TokenBucket(300, 60.0)
+    for _ in range(100):
+        await bucket.acquire()
+        bucket.ended()
+    times: list[float] = []
+    for _ in range(500):
+        turn = Turn()
+        turn.wanted = False
+        await bucket.acquire(turn)
+        times.append(now())
+        bucket.ended()
+    gaps = [after - before for before, after in pairwise(times)]
+    assert max(gaps[:165]) < 60 / 165
+    assert max(gaps) < 60 / 165
+    assert gaps[-100:] == pytest.approx([60 / 270] * 100, rel=0.05)
 
 
 async def test_a_refresh_goes_behind_all_who_are_waited_for() -> None:
@@ -228,7 +244,7 @@ async def test_a_refresh_goes_behind_all_who_are_waited_for() -> None:
     await bucket.acquire()
     bucket.ended()
     log: list[Any] = []
-    _, refresh = refreshes(bucket, log, "refresh", 0.0)
+    _, refresh = refreshes(bucket, log, "refresh")
     await settle()
     tasks = [asyncio.create_task(take(bucket, log, name)) for name in ("one", "two")]
     for expected in ("one", "two", "refresh"):
@@ -244,8 +260,8 @@ async def test_a_refresh_that_somebody_wants_moves_up() -> None:
     for _ in range(20):
         await bucket.acquire()
     log: list[Any] = []
-    turn, refresh = refreshes(bucket, log, "refresh", 1.0)
-    _, other = refreshes(bucket, log, "same age", 1.0)
+    turn, refresh = refreshes(bucket, log, "refresh")
+    _, other = refreshes(bucket, log, "other")
     first = asyncio.create_task(take(bucket, log, "first"))
     await settle()
     turn.want()
@@ -259,7 +275,6 @@ async def test_a_refresh_that_somebody_wants_moves_up() -> None:
     assert [name for name, _ in log] == ["first", "refresh", "last"]
     other.cancel()
     await settle()
-    assert bucket.quota().refreshing == 0
     assert bucket._timer is None
 
 
@@ -269,7 +284,7 @@ async def test_a_refresh_that_is_wanted_takes_of_the_tenth_at_once() -> None:
     for _ in range(9):
         await bucket.acquire()
     log: list[Any] = []
-    turn, refresh = refreshes(bucket, log, "refresh", 0.0)
+    turn, refresh = refreshes(bucket, log, "refresh")
     await settle()
     turn.want()
     await refresh
@@ -281,7 +296,7 @@ async def test_a_refresh_cancelled_in_the_moment_of_its_grant_gives_the_token_ba
     bucket = TokenBucket(1, 60.0)
     log: list[Any] = []
     await bucket.acquire()
-    refresh, late = refreshes(bucket, log, "refresh", 0.0)[1], refreshes(bucket, log, "late", 1.0)[1]
+    refresh, late = refreshes(bucket, log, "refresh")[1], refreshes(bucket, log, "late")[1]
     await settle()
     bucket.unused()
     refresh.cancel()
@@ -299,7 +314,7 @@ async def test_a_refresh_cancelled_just_before_its_grant_is_passed_over() -> Non
     bucket = TokenBucket(1, 60.0)
     log: list[Any] = []
     await bucket.acquire()
-    first, second = refreshes(bucket, log, "first", 0.0)[1], refreshes(bucket, log, "second", 1.0)[1]
+    first, second = refreshes(bucket, log, "first")[1], refreshes(bucket, log, "second")[1]
     await settle()
     first.cancel()
     bucket.unused()
@@ -312,7 +327,7 @@ async def test_a_refresh_may_be_the_probe_that_ends_a_pause() -> None:
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 30.0, 30.0, 30.0)
     log: list[Any] = []
-    first, second = refreshes(bucket, log, "probe", 0.0)[1], refreshes(bucket, log, "next", 1.0)[1]
+    first, second = refreshes(bucket, log, "probe")[1], refreshes(bucket, log, "next")[1]
     await asyncio.sleep(40)
     assert log == [("probe", pytest.approx(30))]
     await first
@@ -610,10 +625,10 @@ async def test_a_quota_needs_a_key_where_each_has_its_own() -> None:
     key = keys(1)[0]
     buckets = Buckets(RateLimit(scope="key"), late=1.0)
     with pytest.raises(ConfigurationError, match="name the key"):
-        buckets.quota(PATH, None, 0)
-    assert buckets.quota(PATH, key, 0).free == 300
+        buckets.quota(PATH, None, pacing=0, refreshing=0)
+    assert buckets.quota(PATH, key, pacing=0, refreshing=7).free == 300
     assert len(buckets) == 0
-    assert Buckets(RateLimit(pace=None), late=1.0).quota(PATH, None, 0).seconds_for(300) == 0
+    assert Buckets(RateLimit(pace=None), late=1.0).quota(PATH, None, pacing=0, refreshing=0).seconds_for(300) == 0
 
 
 def test_accounts_are_told_apart_by_name_or_by_secret() -> None:

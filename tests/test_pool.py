@@ -164,13 +164,18 @@ async def test_a_mistyped_key_shows_in_no_frame_of_ours(sandbox: SandboxServer, 
         for call in (client.balance(mistake), client.account(mistake), client.check(mistake), _anext(client.stream([mistake]))):
             with pytest.raises(ConfigurationError) as caught:
                 await call
-            frame = caught.value.__traceback__
-            while frame is not None:
-                if "/crustcredits/" in frame.tb_frame.f_code.co_filename:
-                    assert "sk-0123456789abc" not in repr(frame.tb_frame.f_locals)
-                frame = frame.tb_next
+            assert_hidden(caught.value, "sk-0123456789abc")
         with pytest.raises(ConfigurationError):
             client.stream(mistake)
+        for mistaken in (
+            {"credits": -1},
+            {"credits": 5, "margin": "x"},
+            {"credits": 5, "timeout": 0},
+            {"credits": 5, "max_age": -1},
+        ):
+            with pytest.raises(ConfigurationError) as caught:
+                await client.require(keys=["sk-0123456789abc"], **mistaken)
+            assert_hidden(caught.value, "sk-0123456789abc")
     secret_url = "http://someone:sk-0123456789abc@127.0.0.1"
     for options in (
         {"base_url": secret_url},
@@ -180,11 +185,16 @@ async def test_a_mistyped_key_shows_in_no_frame_of_ours(sandbox: SandboxServer, 
     ):
         with pytest.raises(ConfigurationError) as caught:
             CreditsClient(**options)
-        frame = caught.value.__traceback__
-        while frame is not None:
-            if "/crustcredits/" in frame.tb_frame.f_code.co_filename:
-                assert "sk-0123456789abc" not in repr(frame.tb_frame.f_locals)
-            frame = frame.tb_next
+        assert_hidden(caught.value, "sk-0123456789abc")
+
+
+def assert_hidden(error: BaseException, secret: str) -> None:
+    """In the local variables of the library's frames."""
+    frame = error.__traceback__
+    while frame is not None:
+        if "/crustcredits/" in frame.tb_frame.f_code.co_filename:
+            assert secret not in repr(frame.tb_frame.f_locals)
+        frame = frame.tb_next
 
 
 async def _anext(stream: Any) -> Any:

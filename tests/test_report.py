@@ -20,6 +20,7 @@ from crustcredits import (
     InternalServerError,
     InvalidKeyError,
     Outcome,
+    PaymentRequiredError,
     Report,
 )
 from crustcredits._report import needed_credits
@@ -185,6 +186,15 @@ def test_available_credits_count_once_what_may_be_counted_twice() -> None:
     assert Report([good("a", "5"), good("b", "5")]).available_credits == 5
 
 
+def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> None:
+    """As another of its keys has just been told; what was answered after that counts again."""
+    spent = PaymentRequiredError("out of credits", status=402)
+    failed: Outcome[Balance] = attrs.evolve(bad("b", account="x"), error=spent, checked_at=NOON + timedelta(seconds=5))
+    assert Report([good("a", "5", account="x"), failed]).available_credits == 0
+    assert Report([good("a", "5", account="x", later=9), failed]).available_credits == 5
+    assert Report([good("a", "5", account="y"), failed]).available_credits == 5
+
+
 def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     """Exactly what is needed is enough."""
     report = Report([good("a", "5"), old("b", "4.5"), bad("c"), *(bad(f"other-{number}") for number in range(12))])
@@ -198,7 +208,7 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     assert (error.stale, error.unknown[0], error.unknown[-1]) == (("b",), "c", "other-11")
     assert len(error.unknown) == 13
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
-    assert str(error) == f"10 credits are needed and 9.5 are certain; unknown: {listed} and 3 more; stale: b"
+    assert str(error) == f"10 credits are needed and 9.5 are known to be there; unknown: {listed} and 3 more; stale: b"
 
 
 @pytest.mark.parametrize("mistake", [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")])
@@ -208,6 +218,13 @@ def test_what_is_required_is_a_number_of_at_least_0(mistake: Any) -> None:
         Report([]).require(mistake)
     with pytest.raises(ConfigurationError, match="margin is a finite number"):
         needed_credits(5, mistake)
+
+
+def test_more_digits_than_can_be_summed_are_refused() -> None:
+    """Not rounded."""
+    with pytest.raises(ConfigurationError, match="too many digits") as caught:
+        needed_credits(Decimal("1." + "3" * 300), Decimal("1." + "3" * 300))
+    assert caught.value.__context__ is None
 
 
 def test_raise_on_error_raises_all_errors_together() -> None:

@@ -10,10 +10,17 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from tests.benchmarks import bucket, call, pool
+from tests.benchmarks import bucket, cache, call, outage, pool, service
 from tests.benchmarks._measure import Benchmark
 
-_BENCHMARKS: Final[dict[str, Benchmark]] = {"pool": pool.BENCHMARK, "call": call.BENCHMARK, "bucket": bucket.BENCHMARK}
+_BENCHMARKS: Final[dict[str, Benchmark]] = {
+    "pool": pool.BENCHMARK,
+    "call": call.BENCHMARK,
+    "bucket": bucket.BENCHMARK,
+    "cache": cache.BENCHMARK,
+    "service": service.BENCHMARK,
+    "outage": outage.BENCHMARK,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,12 +23,16 @@ from typing import Any, TypeVar
 
 import attrs
 
+from crustcredits import ApiKey
 from crustcredits.testing import SandboxServer
 
 T = TypeVar("T")
 
 # As many connections for every contender: what `CreditsClient` uses unless told otherwise.
 CONNECTIONS = 32
+
+# Seconds between two times that a sandbox tells.
+CLOCK_STEP = 0.02
 
 
 # --- what a benchmark is
@@ -122,13 +127,17 @@ class Server:
         self._control = control
 
     def open(self, secrets: Sequence[str], **options: Any) -> str:
-        """Start a fresh sandbox, with an empty window, that knows these keys. Returns its URL."""
+        """Start a fresh sandbox, with an empty window, that knows these keys. Returns its URL.
+
+        `options` are the sandbox's, and `tells_time`: with it the credits of every key are the wall time, so that an answer
+        shows when it was given.
+        """
         self._control.send((list(secrets), options))
         url: str = self._control.recv()
         return url
 
     def close(self) -> Figures:
-        """Stop it. Returns what it saw."""
+        """Stop it. Returns what it saw, once its port is closed."""
         self._control.send("figures")
         figures: Figures = self._control.recv()
         return figures
@@ -159,13 +168,26 @@ def _serve(control: Connection) -> None:
 async def _serve_each(control: Connection) -> None:
     while True:
         secrets, options = await asyncio.to_thread(control.recv)
+        tells_time = options.pop("tells_time", False)
         async with SandboxServer(**options) as server:
-            for secret in secrets:
-                server.add_key(secret=secret, credits=1000)
+            # Different credits, or a pool's keys would all look like one account.
+            keys = [server.add_key(secret=secret, credits=1000 + place) for place, secret in enumerate(secrets)]
+            telling = asyncio.create_task(_tell_time(server, keys)) if tells_time else None
             control.send(server.url)
             await asyncio.to_thread(control.recv)
+            if telling is not None:
+                telling.cancel()
             worst_window = server.worst_window() if options.get("record", True) else None
-            control.send(Figures(server.requests, server.refused, worst_window, server.peak_connections))
+            figures = Figures(server.requests, server.refused, worst_window, server.peak_connections)
+        control.send(figures)
+
+
+async def _tell_time(server: SandboxServer, keys: Sequence[ApiKey]) -> None:
+    while True:
+        now = f"{time.time():.3f}"
+        for key in keys:
+            server.set_credits(key, now)
+        await asyncio.sleep(CLOCK_STEP)
 
 
 def make_secrets(count: int) -> list[str]:
