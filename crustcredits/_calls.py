@@ -44,10 +44,6 @@ class _Call(Turn):
         self.key = key
         self.seats: dict[Seat, _Patience | None] = {}
 
-    def waiting(self) -> list[Seat]:
-        """The seats without those that were given up in this very turn of the loop."""
-        return [seat for seat in self.seats if not seat.done()]
-
     def on_wait(self) -> None:
         self.calls.refuse_hopeless(self)
 
@@ -186,15 +182,22 @@ class Calls:
             outcome = _failure(call.key, result)
             evicted = self._answers.failed(call.place, outcome, _now())
         self._settle(call, outcome)
-        left = None if evicted is None else self._under_way.get(evicted)
-        if left is not None and not (left.wanted or left.on_wire):
-            self._drop(left)  # it would refresh what is no longer kept
+        if evicted is not None:
+            self._forget(evicted)
+
+    def _forget(self, place: Place) -> None:
+        """Its answer is no longer kept, so what only refreshes it can go."""
+        call = self._under_way.get(place)
+        if call is not None and not (call.wanted or call.on_wire):
+            self._drop(call)
 
     def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
         """End the call, with this outcome for all who wait."""
         del self._under_way[call.place]
         shared: Outcome[Any] | None = None
-        for seat in call.waiting():
+        for seat in call.seats:
+            if seat.done():  # given up in this very turn of the loop
+                continue
             if seat is call.first:
                 seat.set_result(outcome)
             else:
@@ -207,7 +210,7 @@ class Calls:
             return
         del self._under_way[call.place]
         error = None if call.task.cancelled() else call.task.exception()
-        for seat in call.waiting():
+        for seat in [seat for seat in call.seats if not seat.done()]:
             if error is None:
                 seat.cancel()
             else:

@@ -7,7 +7,7 @@ nothing of requests.
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
+from bisect import bisect_left, insort
 
 from crustcredits._turn import Turn
 
@@ -22,6 +22,7 @@ class RefreshGate:
         self._room = room
         self._inside: set[Turn] = set()
         self._waiting: list[tuple[float, int, Turn]] = []  # ascending by age and ticket
+        self._entries: dict[Turn, tuple[float, int, Turn]] = {}  # the same, by turn
         self._tickets = 0
 
     def __len__(self) -> int:
@@ -34,7 +35,8 @@ class RefreshGate:
             return
         waiter = turn.waiter = asyncio.get_running_loop().create_future()
         self._tickets += 1
-        insort(self._waiting, (turn.since, self._tickets, turn))
+        entry = self._entries[turn] = turn.since, self._tickets, turn
+        insort(self._waiting, entry)
         turn.joins(self)
         try:
             await waiter
@@ -50,7 +52,9 @@ class RefreshGate:
         """It has ended, or was given up."""
         self._inside.discard(turn)
         while self._waiting and len(self._inside) < self._room:
-            self._admit(self._waiting.pop(0)[2])
+            oldest = self._waiting[0][2]
+            self._drop(oldest)
+            self._admit(oldest)
 
     def expected(self, turn: Turn, now: float) -> float:
         """Nobody with a deadline waits here."""
@@ -67,4 +71,6 @@ class RefreshGate:
             turn.waiter.set_result(0)
 
     def _drop(self, turn: Turn) -> None:
-        self._waiting = [entry for entry in self._waiting if entry[2] is not turn]
+        entry = self._entries.pop(turn, None)
+        if entry is not None:
+            del self._waiting[bisect_left(self._waiting, entry)]

@@ -227,6 +227,24 @@ async def test_giving_up_in_the_moment_of_the_answer_or_of_the_deadline_is_givin
                 await asker
 
 
+async def test_giving_up_in_the_very_turn_of_the_answer_is_giving_up() -> None:
+    """The call is settled before the cancelled asker could leave."""
+    server = FakeServer()
+
+    async def cancel_and_answer(path: str, key: ApiKey, timeout: float) -> Response:
+        await asyncio.sleep(1)
+        asker.cancel()
+        return Response(200, {}, b'{"credits": 7}')
+
+    server.attempt = cancel_and_answer  # type: ignore[method-assign]  # with that answer
+    async with fake_client(server) as client:
+        asker = asyncio.create_task(client.balance(KEY))
+        other = asyncio.create_task(client.balance(KEY))
+        assert (await other).credits == 7
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+
+
 async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> None:
     """Its task may be cancelled by whoever cancels all tasks; and an error of a kind that never should be is told too."""
     server = FakeServer(lambda name, times: Reply(seconds=5))
@@ -614,6 +632,23 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
         assert isinstance(waiting.error, RateLimitWaitError)
     assert on_wire.ok
     assert waiting.ok
+
+
+async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> None:
+    """It is what was asked for, only just in time."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+
+        async def too_late_and_answer(path: str, key: ApiKey, timeout: float) -> Response:
+            await asyncio.sleep(1)
+            (call,) = client._calls._under_way.values()
+            client._calls._time_out(call, next(iter(call.seats)))
+            return Response(200, {}, b'{"credits": 7}')
+
+        server.attempt = too_late_and_answer  # type: ignore[method-assign]  # with that answer
+        found = await outcome(client, timeout=2, stale_if_error=60)
+        assert found.credits == 7
+        assert (found.stale, found.error) == (False, None)
 
 
 async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:

@@ -12,6 +12,7 @@ from aiolimiter import AsyncLimiter
 from crustcredits import ApiKey, ConfigurationError, RateLimit
 from crustcredits._buckets import Buckets, account_of
 from crustcredits._limits import TokenBucket
+from crustcredits._quota import grant_time
 from crustcredits._turn import Turn
 from tests.virtual import VirtualLoop, keys, now
 
@@ -683,3 +684,9 @@ async def test_giving_back_without_anyone_waiting_sets_no_timer() -> None:
     await bucket.acquire()
     bucket.ended()
     assert bucket._timer is None
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(0, 0.0), (1, 60.0), (2, 120.0), (3, 130.0), (4, 180.0), (5, 190.0)])
+async def test_a_token_that_comes_home_late_misses_rounds_and_keeps_its_place(ahead: int, expected: float) -> None:
+    """Two tokens, one home now and one in 130 s: the first is used twice more before the other comes."""
+    assert grant_time([0.0, 130.0], ahead, 60.0) == pytest.approx(expected)
