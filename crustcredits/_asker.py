@@ -55,17 +55,7 @@ class Asker:
         return self._buckets.quota(path, key, pacing=self._pacing, refreshing=len(self._gates[path]))
 
     async def ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
-        """Attempt after attempt, until there is a balance or an error that stays. What nobody wants is tried once."""
-        if turn.wanted:
-            return await self._ask(path, key, turn)
-        gate = self._gates[path]
-        await gate.enter(turn)
-        try:
-            return await self._ask(path, key, turn)
-        finally:
-            gate.leave(turn)
-
-    async def _ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
+        """Attempt after attempt, until there is a balance or an error that stays. What nobody wants any more is not tried again."""
         while True:
             result = await self._attempt(path, key, turn)
             if isinstance(result, Balance):
@@ -77,6 +67,15 @@ class Asker:
             turn.last = result
             turn.waits(_now() + delay)
             await asyncio.sleep(delay)
+
+    async def refresh(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
+        """The same for what nobody wants: it lets others go first."""
+        gate = self._gates[path]
+        await gate.enter(turn)
+        try:
+            return await self.ask(path, key, turn)
+        finally:
+            gate.leave(turn)
 
     async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """One request, with a token of its own; the errors are values."""

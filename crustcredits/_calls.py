@@ -173,7 +173,8 @@ class Calls:
         call.task.add_done_callback(call.on_done)
 
     async def _run(self, call: _Call) -> None:
-        result = await self._asker.ask(call.place[0], call.key, call)
+        ask = self._asker.ask if call.wanted else self._asker.refresh
+        result = await ask(call.place[0], call.key, call)
         if isinstance(result, Balance):
             outcome = Outcome(key=call.key, balance=result, checked_at=result.checked_at, attempts=call.attempts)
             evicted = self._answers.succeeded(call.place, result, _now())

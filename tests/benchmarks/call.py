@@ -31,6 +31,10 @@ from tests.benchmarks._measure import (
 _NO_LIMIT = 1_000_000
 _SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
 
+# It was 1.25 before a call became a task of the client's own, which others can join: a task, two turns of the loop and the
+# keeping of the answer cost some 7 µs, where a bare call costs 64.
+_BOUND = 1.45
+
 # So that opening the connections is not counted.
 _WARM_UP = 10 * CONNECTIONS
 
@@ -90,7 +94,7 @@ def run(options: argparse.Namespace) -> list[Bound]:
         ("", "processor time a call, µs", "of the bare one's"),
         rows,
     )
-    return [Bound("processor time a call, of the bare session's", ratio, 1.25)]
+    return [Bound("processor time a call, of the bare session's", ratio, _BOUND)]
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
