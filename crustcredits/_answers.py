@@ -105,6 +105,11 @@ class Kept:
         if isinstance(failure.error, _OF_THE_KEY):
             self._balance = self._fresh = None
 
+    @property
+    def failures(self) -> int:
+        """How often in a row no answer came."""
+        return self._failures
+
     def claim_refresh(self, now: float) -> bool:
         """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
         if now < self.refresh_at or now < self._silence.refresh_at:
@@ -218,6 +223,11 @@ class Answers:
         else:
             silence.failed(failure.error, self._retry, now)
         return evicted
+
+    def has_just_failed(self, place: Place) -> bool:
+        """Whether the last failure there was the first since an answer."""
+        kept = self._kept.get(place)
+        return kept is not None and kept.failures == 1
 
     def _make(self, place: Place) -> tuple[Kept, Place | None]:
         kept = self._kept[place] = Kept(self._silences[place[0]])

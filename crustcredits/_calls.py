@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import logging
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,8 @@ from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, RefusedKey
 from crustcredits._models import Balance, Outcome, outcome_for
 from crustcredits._turn import Turn
+
+_log = logging.getLogger("crustcredits")
 
 Seat: TypeAlias = "asyncio.Future[Outcome[Any]]"
 
@@ -182,6 +185,9 @@ class Calls:
             result.attempts = call.attempts
             outcome = _failure(call.key, result)
             evicted = self._answers.failed(call.place, outcome, _now())
+            if not call.wanted and self._answers.has_just_failed(call.place):
+                # Nobody is told otherwise.
+                _log.warning("%s; its kept answer could not be refreshed", result)
         self._settle(call, outcome)
         if evicted is not None:
             self._forget(evicted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ _MOST = 1e300
 def check_whole(what: str, value: object, *, minimum: int) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
-        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {value!r:.80}")
+        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {_shown(value)}")
 
 
 def check_number(
@@ -33,13 +34,18 @@ def check_number(
         return
     bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (minimum > -math.inf)
     bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
-    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {value!r:.80}")
+    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {_shown(value)}")
 
 
 def check_kind(what: str, value: object, kind: type) -> None:
     """Raise `ConfigurationError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
+
+
+def _shown(value: object) -> str:
+    """Numbers as they are. Of anything else, which may be a key in the wrong place, only what it is."""
+    return repr(value)[:80] if value is None or isinstance(value, (int, float, Decimal)) else f"a {type(value).__name__}"
 
 
 class Whole:

@@ -20,7 +20,7 @@ from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import check_kind, check_number, check_whole
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order
-from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds
+from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
@@ -111,12 +111,12 @@ class CreditsClient:
         self._closed = False
         self._fan_outs: set[FanOut] = set()
 
-    async def balance(self, key: KeyLike, *, timeout: float | None = None, **freshness: Unpack[FreshnessOptions]) -> Balance:
+    async def balance(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
 
-        `timeout` is in seconds, for the whole call: waiting and retries included. `max_age`, `stale_while_revalidate` and
-        `stale_if_error` say how old the answer may be; by default what the client says. Also with `max_age=0` a call already
-        under way may be joined. A balance older than `max_age` is marked `stale`.
+        `timeout`, seconds or a timedelta, is for the whole call: waiting and retries included. `max_age`,
+        `stale_while_revalidate` and `stale_if_error` say how old the answer may be; by default what the client says. Also with
+        `max_age=0` a call already under way may be joined. A balance older than `max_age` is marked `stale`.
 
         Raises:
             CrustCreditsError: The class says what went wrong; the tree stands in the README.
@@ -131,7 +131,7 @@ class CreditsClient:
             outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
         return outcome.result()
 
-    async def account(self, key: KeyLike, *, timeout: float | None = None, **freshness: Unpack[FreshnessOptions]) -> Account:
+    async def account(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
 
         The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
@@ -147,7 +147,7 @@ class CreditsClient:
         keys: KeysLike,
         *,
         detail: Literal[False] = False,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]: ...
@@ -157,7 +157,7 @@ class CreditsClient:
         keys: KeysLike,
         *,
         detail: Literal[True],
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Account]], object] | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Account]: ...
@@ -167,7 +167,7 @@ class CreditsClient:
         keys: KeysLike,
         *,
         detail: bool,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]: ...
@@ -176,7 +176,7 @@ class CreditsClient:
         keys: KeysLike,
         *,
         detail: bool = False,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Any]], object] | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Any]:
@@ -187,7 +187,7 @@ class CreditsClient:
         Args:
             keys: An iterable of secrets and `ApiKey`s, or a mapping of name to either.
             detail: Ask `/account/credits`, so that each balance is an `Account`.
-            timeout: Seconds for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
+            timeout: Seconds, or a timedelta, for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
                 `APITimeoutError` for its error, or its last failure; what has come is kept.
             on_outcome: A plain function, called with each outcome as it lands.
             freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
@@ -226,7 +226,7 @@ class CreditsClient:
         *,
         margin: Decimal | float = 1.0,
         detail: bool = False,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]:
         """Check a pool before a batch that needs `credits`, and raise unless they were there as last answered.
@@ -293,7 +293,7 @@ class CreditsClient:
         keys: KeysLike | AsyncIterable[KeyLike],
         *,
         detail: Literal[False] = False,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     @overload
@@ -302,7 +302,7 @@ class CreditsClient:
         keys: KeysLike | AsyncIterable[KeyLike],
         *,
         detail: Literal[True],
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Account], None]: ...
     @overload
@@ -311,7 +311,7 @@ class CreditsClient:
         keys: KeysLike | AsyncIterable[KeyLike],
         *,
         detail: bool,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     def stream(
@@ -319,7 +319,7 @@ class CreditsClient:
         keys: KeysLike | AsyncIterable[KeyLike],
         *,
         detail: bool = False,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Any], None]:
         """Check keys and yield each outcome as it lands, in memory that does not grow with their number.
@@ -330,7 +330,7 @@ class CreditsClient:
         Args:
             keys: Where the keys come from. What it raises is raised here, after the outcomes of those it gave before.
             detail: As for `check`.
-            timeout: Seconds for each key, from when it is taken from `keys`.
+            timeout: Seconds, or a timedelta, for each key, from when it is taken from `keys`.
             freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
 
         Raises:
@@ -343,7 +343,7 @@ class CreditsClient:
         if isinstance(source, ConfigurationError):
             raise source
         if timeout is not None:
-            check_number("timeout", timeout, above=0)
+            timeout = seconds("timeout", timeout, above=0)
         how_old = self._freshness.given(**freshness)
         path = ACCOUNT_CREDITS if detail else USER_CREDITS
         return self._fan_out(source, lambda key: self._ask(path, key, how_old, self._deadline(timeout)))
@@ -396,11 +396,10 @@ class CreditsClient:
             raise copy.copy(outcome.error)
         return outcome
 
-    def _deadline(self, timeout: float | None) -> float | None:
+    def _deadline(self, timeout: Seconds | None) -> float | None:
         if timeout is None:
             return None
-        check_number("timeout", timeout, above=0)
-        return asyncio.get_running_loop().time() + timeout
+        return asyncio.get_running_loop().time() + seconds("timeout", timeout, above=0)
 
     def _check_usable(self) -> None:
         if self._closed:

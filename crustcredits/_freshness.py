@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import NamedTuple, TypeAlias, TypedDict
 
@@ -53,9 +54,9 @@ class Freshness(NamedTuple):
             ConfigurationError: One of them is no number of seconds of at least 0.
         """
         return Freshness(
-            self.max_age if max_age is None else _seconds("max_age", max_age),
-            self.revalidate if stale_while_revalidate is None else _seconds("stale_while_revalidate", stale_while_revalidate),
-            self.if_error if stale_if_error is None else _seconds("stale_if_error", stale_if_error),
+            self.max_age if max_age is None else seconds("max_age", max_age),
+            self.revalidate if stale_while_revalidate is None else seconds("stale_while_revalidate", stale_while_revalidate),
+            self.if_error if stale_if_error is None else seconds("stale_if_error", stale_if_error),
         )
 
 
@@ -63,9 +64,14 @@ class Freshness(NamedTuple):
 NEW = Freshness()
 
 
-def _seconds(what: str, value: Seconds) -> float:
+def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
+    """The seconds of what a caller gave.
+
+    Raises:
+        ConfigurationError: It is no number of seconds of at least 0, or above `above`.
+    """
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if type(value) is not float or not 0.0 <= value <= _SENSIBLE:  # the short way of most calls
-        check_number(what, value, minimum=0)
+    if type(value) is not float or not max(0.0, above) < value <= _SENSIBLE:  # the short way of most calls
+        check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
     return value

@@ -316,8 +316,8 @@ def _secret_problem(secret: object) -> str | None:
         return "the API key is empty; is its variable set?"
     if _SCHEME.match(secret):
         return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
-    if secret[0] in "'\"":
-        return "the API key begins with a quotation mark; give it bare"
+    if secret[0] in "'\"" or secret[-1] in "'\"":
+        return "the API key begins or ends with a quotation mark; give it bare"
     if not secret.isascii():
         return "the API key holds characters outside ASCII; copy it again from where it was issued"
     if not secret.isprintable() or " " in secret:
@@ -346,6 +346,8 @@ def _label_problem(what: str, label: object, secret: object) -> str | None:
         return f"the {what} of the API key is empty; leave it out or say what to call it"
     if not label.isprintable():
         return f"the {what} of the API key holds unprintable characters"
+    if label[0] in "'\"" or label[-1] in "'\"":
+        return f"the {what} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
     if _gives_away(label, secret):
         return f"the {what} of the API key holds its secret; give it another, because it is printed"
     return None

@@ -36,7 +36,7 @@ _SAME_MOMENT = 1.0
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _SCOPES:
-        raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}, not {value!r}")
+        raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}")
 
 
 @attrs.frozen(kw_only=True)

@@ -60,7 +60,7 @@ class Problem:
 # The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its own callers have done nothing
 # wrong, so for them it is a bad gateway.
 _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
-    (InsufficientCreditsError, 409, "The pool does not hold enough credits"),
+    (InsufficientCreditsError, 409, "Not enough credits are known to be there"),
     (RateLimitError, 503, "The credits API refuses more requests for now"),
     (RateLimitWaitError, 503, "The rate limit of the credits API leaves no room in time"),
     (APITimeoutError, 504, "The credits API did not answer in time"),

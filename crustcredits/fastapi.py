@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fastapi import APIRouter, Depends, FastAPI, Query, WebSocket, status
 from fastapi.params import Depends as DependsParam
 from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 from starlette.types import Lifespan
 from starlette.websockets import WebSocketState
 
-from crustcredits._checks import check_number
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._freshness import NEW, Freshness, Seconds
+from crustcredits._freshness import NEW, Freshness, Seconds, seconds
 from crustcredits._keys import ApiKey, KeysLike, RefusedKey, as_keys, refuse_contradictions
 from crustcredits._models import Outcome, State, time_text
 from crustcredits._problems import Problem, problem_of
@@ -74,6 +74,10 @@ def credits_lifespan(
     Raises:
         ConfigurationError: `make_client` is a client and no function that makes one.
     """
+    if isinstance(make_client, Starlette):
+        raise ConfigurationError("credits_lifespan was given the app; call it: FastAPI(lifespan=credits_lifespan())")
+    if not (lifespan is None or callable(lifespan)):
+        raise ConfigurationError(f"lifespan is what FastAPI takes for one, not {type(lifespan).__name__}")
     if not callable(make_client):
         raise ConfigurationError(
             "make_client is a function that makes a client, because each start of the app needs a new one; "
@@ -85,7 +89,10 @@ def credits_lifespan(
 
     @asynccontextmanager
     async def with_client(app: FastAPI) -> AsyncGenerator[Mapping[str, Any], None]:
-        async with make_client() as client:
+        made: object = make_client()
+        if not isinstance(made, CreditsClient):
+            raise ConfigurationError(f"make_client is to make a CreditsClient, and made a {type(made).__name__}")
+        async with made as client:
             outer = getattr(app.state, _STATE, None)
             setattr(app.state, _STATE, client)
             try:
@@ -121,8 +128,8 @@ CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 def credits_client_of(app: Any) -> CreditsClient:
     """The client of a running app, or of the app in a `TestClient`: for your own lifespan, and for tasks beside the requests.
 
-    It belongs to the app's loop, which under `TestClient` is another than the test's. To put another client in its place,
-    override `get_credits_client`.
+    It belongs to the app's loop, which under `TestClient` is another than the test's. An override of `get_credits_client`
+    reaches the routes and not this: where your lifespan uses the client, let `make_client` make another in tests.
 
     Raises:
         ConfigurationError: The lifespan did not run, or has ended.
@@ -180,7 +187,7 @@ def credits_router(
     max_age: Seconds = 5.0,
     stale_while_revalidate: Seconds = 120.0,
     stale_if_error: Seconds = 3600.0,
-    timeout: float = 10.0,
+    timeout: Seconds = 10.0,
     prefix: str = "",
     tags: Sequence[str] = ("credits",),
 ) -> APIRouter:
@@ -195,9 +202,9 @@ def credits_router(
         dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
         max_age: Seconds, or a timedelta, as for `CreditsClient`; failures are shown again for so long too. Callers may ask for
             older answers, not for newer ones, so that they cannot use up the rate limit.
-        stale_while_revalidate: The same, as for `CreditsClient`.
+        stale_while_revalidate: The same, as for `CreditsClient`. What the client itself goes by does not count here.
         stale_if_error: The same, as for `CreditsClient`.
-        timeout: Seconds that a caller waits at the most.
+        timeout: Seconds, or a timedelta, that a caller waits at the most.
         prefix: As for `APIRouter`.
         tags: As for `APIRouter`.
 
@@ -209,14 +216,26 @@ def credits_router(
     del keys  # No frame of ours holds a secret when something is raised.
     if isinstance(pool, ConfigurationError):
         raise pool
-    # Nothing but True makes it public: a setting that is missing, or a text, is no such word.
-    if (public is True) is bool(dependencies):
-        raise ConfigurationError("say who may see the credits: give dependencies=[Depends(…)], or public=True for everybody")
+    problem = _audience_problem(public, dependencies)
+    if problem is not None:
+        raise ConfigurationError(problem)
     freshness = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
-    shown = _Pool(pool, freshness, timeout)
+    shown = _Pool(pool, freshness, seconds("timeout", timeout, above=0))
     router = APIRouter(prefix=prefix, tags=list(tags), dependencies=list(dependencies))
     _add_routes(router, shown, freshness.max_age)
     return router
+
+
+def _audience_problem(public: object, dependencies: Sequence[object]) -> str | None:
+    # Nothing but True makes it public: a setting that is missing, or a text, is no such word.
+    if not isinstance(public, bool):
+        return f"say who may see the credits: public is True or False, not {type(public).__name__}"
+    if public and dependencies:
+        return "say who may see the credits: everybody, with public=True, or whom the dependencies let through, but not both"
+    if not public and not dependencies:
+        return "say who may see the credits: give dependencies=[Depends(…)], or public=True for everybody"
+    wrong = next((each for each in dependencies if not isinstance(each, DependsParam)), None)
+    return None if wrong is None else f"dependencies are Depends(…); wrap this {type(wrong).__name__} in it"
 
 
 def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
@@ -274,12 +293,16 @@ class _Pool:
     def __init__(self, keys: Iterable[ApiKey], freshness: Freshness, timeout: float) -> None:
         self._keys = list(keys)
         refuse_contradictions(self._keys)
-        check_number("timeout", timeout, above=0)
+        if not self._keys:
+            _log.warning(
+                "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set, if it comes from there?"
+            )
         self._by_name = {key.name: key for key in self._keys}
         self._freshness = freshness
         self._timeout = timeout
         # A client keeps no errors; but callers of a service shall not make it ask the more for a key that fails.
         self._failed: dict[str, Outcome[Any]] = {}
+        self._ailing: set[str] = set()
 
     async def report(
         self, client: CreditsClient, state: State | None, account: str | None, sort: Sort, max_age: float
@@ -312,11 +335,20 @@ class _Pool:
             stale_while_revalidate=self._freshness.revalidate,
             stale_if_error=self._freshness.if_error,
         )
-        self._failed |= {outcome.key.name: outcome for outcome in report.failed}
+        if report.failed or self._ailing:
+            self._note(report)
         if not failed:
             return report
         checked = iter(report)
         return Report([failed.get(key.name) or next(checked) for key in keys])
+
+    def _note(self, report: Report[Any]) -> None:
+        """Remember what failed, and tell the log when a key begins to fail: callers are not told what the API said."""
+        failed = {outcome.key.name: outcome for outcome in report.failed}
+        for name in failed.keys() - self._ailing:
+            _log.warning("%s", failed[name].error)
+        self._ailing = (self._ailing - {outcome.key.name for outcome in report}) | failed.keys()
+        self._failed |= failed
 
     def _still_failed(self, keys: list[ApiKey]) -> dict[str, Outcome[Any]]:
         since = datetime.now(UTC) - timedelta(seconds=self._freshness.max_age)
@@ -329,7 +361,7 @@ class _Pool:
         known = sum(outcome is not None and outcome.ok for _, outcome in outcomes)
         never = sum(outcome is None and not isinstance(key, RefusedKey) for key, outcome in outcomes)
         reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
-        reasons += [f"{never} of {len(outcomes)} keys have not been checked yet"] * bool(never)
+        reasons += [f"{never} of {len(outcomes)} keys have not been answered for yet"] * bool(never)
         reasons = reasons or ["the pool is empty"] * (not outcomes)
         if len(reasons) > _REASONS:
             reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]

@@ -484,6 +484,17 @@ async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_
     assert seen[-1].result().credits >= 6
 
 
+async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Once: nobody else is told while the old answer is good enough."""
+    server = FakeServer(lambda name, times: BROKEN if 1 <= times <= 3 else Reply())
+    async with fake_client(server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=0.1)) as client:
+        await client.balance(KEY)
+        for _ in range(20):
+            await asyncio.sleep(1)
+            await client.balance(KEY)
+    assert caplog.messages == ["prod: the API or a gateway before it failed (HTTP 503); its kept answer could not be refreshed"]
+
+
 async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
     """Nobody is kept waiting by it."""
     server = FakeServer(counting(Reply(), refusal(20), Reply(credits="7")))

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -159,6 +160,15 @@ async def test_a_deadline_on_the_wire_is_a_timeout() -> None:
             await client.balance(KEY, timeout=3)
     assert now() == pytest.approx(3, abs=0.01)
     assert caught.value.attempts == 1
+
+
+async def test_a_timeout_may_be_a_timedelta() -> None:
+    """As `max_age` may."""
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
+        report = await client.check([KEY], timeout=timedelta(seconds=2))
+        outcomes = [outcome async for outcome in client.stream([KEY], timeout=timedelta(seconds=3))]
+    assert {type(outcome.error) for outcome in (*report, *outcomes)} == {APITimeoutError}
+    assert now() == pytest.approx(5, abs=0.01)
 
 
 async def test_a_deadline_before_the_next_attempt_ends_with_the_last_failure() -> None:

@@ -222,6 +222,26 @@ def test_the_accessor_sees_through_what_is_around_the_app() -> None:
         credits_client_of(object())
 
 
+def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
+    """What is easily mistyped: not called, no lifespan, and a function that makes something else."""
+    with (
+        pytest.raises(ConfigurationError, match=r"call it: FastAPI\(lifespan=credits_lifespan\(\)\)"),
+        TestClient(
+            FastAPI(lifespan=credits_lifespan)  # type: ignore[arg-type]  # the mistake under test
+        ),
+    ):
+        pass
+    with pytest.raises(ConfigurationError, match="lifespan is what FastAPI takes for one, not str"):
+        credits_lifespan(lifespan="x")  # type: ignore[arg-type]  # the mistake under test
+    with (
+        pytest.raises(ConfigurationError, match="made a dict"),
+        TestClient(
+            FastAPI(lifespan=credits_lifespan(dict))  # type: ignore[arg-type]  # the mistake under test
+        ),
+    ):
+        pass
+
+
 async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
     """The router asks it, without a lifespan."""
     app = FastAPI()
@@ -335,10 +355,11 @@ def test_a_pool_response_can_be_read_back() -> None:
     [
         ({}, "say who may see the credits"),
         ({"dependencies": []}, "say who may see the credits"),
-        ({"public": True, "dependencies": [Depends(list)]}, "say who may see the credits"),
-        ({"public": None}, "say who may see the credits"),
-        ({"public": 1}, "say who may see the credits"),
-        ({"public": "no"}, "say who may see the credits"),
+        ({"public": True, "dependencies": [Depends(list)]}, "but not both"),
+        ({"public": None}, "public is True or False, not NoneType"),
+        ({"public": 1, "dependencies": [Depends(list)]}, "public is True or False, not int"),
+        ({"public": "no"}, "public is True or False, not str"),
+        ({"dependencies": [list]}, r"dependencies are Depends\(…\); wrap this type in it"),
         ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
         ({"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}}, "two different keys have this name"),
         ({"public": True, "max_age": -1}, "max_age is a finite number of at least 0"),
@@ -477,6 +498,23 @@ async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: Sandbo
         assert sandbox.requests == 4
 
 
+async def test_the_log_tells_why_a_key_fails_once(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Callers are not told what the API said; and again when it fails after it had been well."""
+    key = sandbox.add_key("prod")
+    async with calling(app_of(sandbox, key, sandbox.add_key("dev"), stale_while_revalidate=0, stale_if_error=0)) as caller:
+        for _ in range(2):
+            sandbox.fail(key, Fault.FORBIDDEN, times=3)
+            for _ in range(5):
+                await caller.get("/credits/keys")
+    assert caplog.messages == ["prod: Not in your plan (HTTP 403)"] * 2
+
+
+def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """It is mostly a variable that is not set."""
+    credits_router([], public=True)
+    assert "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set" in caplog.text
+
+
 async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServer) -> None:
     """Also without the exception handlers."""
     app = app_of(sandbox, sandbox.add_key("prod"))
@@ -538,7 +576,7 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
             "status": "unknown",
             "keys": 2,
             "known": 0,
-            "reasons": ["2 of 2 keys have not been checked yet"],
+            "reasons": ["2 of 2 keys have not been answered for yet"],
         }
         await caller.get("/credits/keys/prod")
         assert (await health())["status"] == "degraded"

@@ -65,12 +65,12 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
 
     def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
-            return [client.get(path).json() for path in ("/first", "/credits/keys/prod", "/credits/healthz")]
+            return [client.get(path).json() for path in ("/batch", "/credits/keys/prod", "/credits/healthz")]
 
-    first, key, health = await asyncio.to_thread(ask)
-    assert isinstance(first, dict)
+    batch, key, health = await asyncio.to_thread(ask)
+    assert isinstance(batch, dict)
     assert isinstance(key, dict)
-    assert (first["credits"], key["state"], key["source"]) == ("9406.50", "fresh", "kept")
+    assert (batch["total_credits"], key["state"], key["source"]) == ("9406.50", "fresh", "kept")
     assert health == {"status": "ok", "keys": 1, "known": 1, "reasons": []}
 
 
