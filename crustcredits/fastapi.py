@@ -1,15 +1,14 @@
 """crustcredits in a FastAPI service: a lifespan, a dependency, a router and exception handlers. Needs the extra `fastapi`.
 
 The client lives as long as the app and is found through its dependency only, so that a test can put another in its place.
-Keys appear by their names. What is answered stands in `_responses`, and what becomes of errors in `_problems`.
+Keys appear by their names. What a router answers is `_pool`'s, in the models of `_responses`; what becomes of errors, `_problems`'.
 """
 
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Depends, FastAPI, Query, WebSocket, status
 from fastapi.params import Depends as DependsParam
@@ -21,11 +20,11 @@ from starlette.websockets import WebSocketState
 
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._freshness import NEW, Freshness, Seconds, seconds
-from crustcredits._keys import ApiKey, KeysLike, RefusedKey, as_keys, refuse_contradictions
-from crustcredits._models import Outcome, State, time_text
+from crustcredits._freshness import NEW, Seconds, seconds
+from crustcredits._keys import KeysLike, as_keys
+from crustcredits._models import State
+from crustcredits._pool import Pool, Sort
 from crustcredits._problems import Problem, problem_of
-from crustcredits._report import Report
 from crustcredits._responses import (
     AccountResponse,
     BalanceResponse,
@@ -220,7 +219,7 @@ def credits_router(
     if problem is not None:
         raise ConfigurationError(problem)
     freshness = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
-    shown = _Pool(pool, freshness, seconds("timeout", timeout, above=0))
+    shown = Pool(pool, freshness, seconds("timeout", timeout, above=0))
     router = APIRouter(prefix=prefix, tags=list(tags), dependencies=list(dependencies))
     _add_routes(router, shown, freshness.max_age)
     return router
@@ -257,11 +256,9 @@ _UNKNOWN = {
     504: "The API does not answer in time",
 }
 
-Sort: TypeAlias = Literal["given", "name", "credits", "-credits", "age", "-age"]
 
-
-def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
-    bounds = Query(ge=floor, le=1e9, description="Seconds that a balance may be old without being stale.")
+def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
+    bounds = Query(ge=floor, le=max(floor, 1e9), description="Seconds that a balance may be old without being stale.")
 
     @router.get("/keys", response_model=PoolResponse, responses=_documented(_CLOSING), summary="The pool, by name")
     async def get_keys(
@@ -271,7 +268,10 @@ def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
         sort: Annotated[Sort, Query(description="`-` for the largest first; what is unknown comes last.")] = "given",
         max_age: Annotated[float, bounds] = floor,
     ) -> Any:
-        return await pool.report(client, state, account, sort, max_age)
+        try:
+            return await pool.report(client, state, account, sort, max_age)
+        except ClientClosedError as error:
+            return _problem_response(problem_of(error))
 
     @router.get(
         "/keys/{name:path}",
@@ -280,125 +280,13 @@ def _add_routes(router: APIRouter, pool: "_Pool", floor: float) -> None:
         summary="One key, by name",
     )
     async def get_key(name: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
-        return await pool.outcome(client, name, max_age)
+        try:
+            outcome = await pool.outcome(client, name, max_age)
+        except CrustCreditsError as error:
+            return _problem_response(problem_of(error))
+        # The name is not repeated: whoever mistakes a secret for one shall not find it in an answer.
+        return outcome or _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
 
     @router.get("/healthz", response_model=HealthResponse, summary="What is known of the pool without asking")
     async def get_health(client: CreditsDep) -> Any:
         return pool.health(client)
-
-
-class _Pool:
-    """The keys of a router, and what its routes answer."""
-
-    def __init__(self, keys: Iterable[ApiKey], freshness: Freshness, timeout: float) -> None:
-        self._keys = list(keys)
-        refuse_contradictions(self._keys)
-        if not self._keys:
-            _log.warning(
-                "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set, if it comes from there?"
-            )
-        self._by_name = {key.name: key for key in self._keys}
-        self._freshness = freshness
-        self._timeout = timeout
-        # A client keeps no errors; but callers of a service shall not make it ask the more for a key that fails.
-        self._failed: dict[str, Outcome[Any]] = {}
-        self._ailing: set[str] = set()
-
-    async def report(
-        self, client: CreditsClient, state: State | None, account: str | None, sort: Sort, max_age: float
-    ) -> Report[Any] | JSONResponse:
-        keys = self._keys if account is None else [key for key in self._keys if key.account == account]
-        try:
-            report = await self._check(client, keys, max_age)
-        except ClientClosedError as error:
-            return _problem_response(problem_of(error))
-        if state is None and sort == "given":
-            return report
-        return Report(_sorted((outcome for outcome in report if state in {None, outcome.state}), sort))
-
-    async def outcome(self, client: CreditsClient, name: str, max_age: float) -> Outcome[Any] | JSONResponse:
-        key = self._by_name.get(name)
-        if key is None:
-            # The name is not repeated: whoever mistakes a secret for one shall not find it in an answer.
-            return _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
-        try:
-            return _known((await self._check(client, [key], max_age))[0])
-        except CrustCreditsError as error:
-            return _problem_response(problem_of(error))
-
-    async def _check(self, client: CreditsClient, keys: list[ApiKey], max_age: float) -> Report[Any]:
-        failed = self._still_failed(keys) if self._failed else {}
-        report = await client.check(
-            [key for key in keys if key.name not in failed] if failed else keys,
-            timeout=self._timeout,
-            max_age=max_age,
-            stale_while_revalidate=self._freshness.revalidate,
-            stale_if_error=self._freshness.if_error,
-        )
-        if report.failed or self._ailing:
-            self._note(report)
-        if not failed:
-            return report
-        checked = iter(report)
-        return Report([failed.get(key.name) or next(checked) for key in keys])
-
-    def _note(self, report: Report[Any]) -> None:
-        """Remember what failed, and tell the log when a key begins to fail: callers are not told what the API said."""
-        failed = {outcome.key.name: outcome for outcome in report.failed}
-        for name in failed.keys() - self._ailing:
-            _log.warning("%s", failed[name].error)
-        self._ailing = (self._ailing - {outcome.key.name for outcome in report}) | failed.keys()
-        self._failed |= failed
-
-    def _still_failed(self, keys: list[ApiKey]) -> dict[str, Outcome[Any]]:
-        since = datetime.now(UTC) - timedelta(seconds=self._freshness.max_age)
-        self._failed = {name: outcome for name, outcome in self._failed.items() if outcome.checked_at > since}
-        return {key.name: self._failed[key.name] for key in keys if key.name in self._failed}
-
-    def health(self, client: CreditsClient) -> HealthResponse:
-        recent = self._freshness.max_age + self._freshness.revalidate
-        outcomes = [(key, None if isinstance(key, RefusedKey) else client.peek(key, max_age=recent)) for key in self._keys]
-        known = sum(outcome is not None and outcome.ok for _, outcome in outcomes)
-        never = sum(outcome is None and not isinstance(key, RefusedKey) for key, outcome in outcomes)
-        reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
-        reasons += [f"{never} of {len(outcomes)} keys have not been answered for yet"] * bool(never)
-        reasons = reasons or ["the pool is empty"] * (not outcomes)
-        if len(reasons) > _REASONS:
-            reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
-        status: Literal["ok", "degraded", "unknown"] = "unknown" if not known else "degraded" if reasons else "ok"
-        return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
-
-
-# How many reasons a health check lists.
-_REASONS = 20
-
-
-def _reasons(key: ApiKey, outcome: Outcome[Any] | None) -> list[str]:
-    """What is wrong with a key, if anything."""
-    if isinstance(key, RefusedKey):
-        return [f"{key.name}: the key cannot be used"]
-    if outcome is None:
-        return []
-    reasons = [] if outcome.error is None else [problem_of(outcome.error).title]
-    if outcome.stale:
-        reasons.append(f"the balance of {time_text(outcome.checked_at)} is old")
-    return [f"{key.name}: {'; '.join(reasons)}"] if reasons else []
-
-
-def _known(outcome: Outcome[Any]) -> Outcome[Any]:
-    outcome.result()
-    return outcome
-
-
-def _sorted(outcomes: Iterable[Outcome[Any]], sort: Sort) -> list[Outcome[Any]]:
-    listed = list(outcomes)
-    if sort == "name":
-        listed.sort(key=lambda outcome: outcome.key.name)
-    elif sort != "given":
-        known = [outcome for outcome in listed if outcome.ok]
-        if sort in {"age", "-age"}:
-            known.sort(key=lambda outcome: outcome.checked_at, reverse=sort == "age")
-        else:
-            known.sort(key=lambda outcome: outcome.result().credits, reverse=sort == "-credits")
-        listed = [*known, *(outcome for outcome in listed if not outcome.ok)]
-    return listed

@@ -498,6 +498,14 @@ async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: Sandbo
         assert sandbox.requests == 4
 
 
+async def test_an_age_may_be_as_long_as_one_likes(sandbox: SandboxServer) -> None:
+    """Also beyond what dates can count."""
+    broken = sandbox.add_key("broken")
+    sandbox.fail(broken, Fault.FORBIDDEN)
+    async with calling(app_of(sandbox, broken, max_age=1e200)) as caller:
+        assert {(await caller.get("/credits/keys/broken")).status_code for _ in range(2)} == {502}
+
+
 async def test_the_log_tells_why_a_key_fails_once(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
     """Callers are not told what the API said; and again when it fails after it had been well."""
     key = sandbox.add_key("prod")
