@@ -6,6 +6,7 @@ A secret is no part of what answers are found by.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, defaultdict
 from typing import Any, TypeAlias
 
@@ -22,6 +23,8 @@ from crustcredits._freshness import Freshness
 from crustcredits._models import Balance, Outcome
 from crustcredits._retry import Retry
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS
+
+_log = logging.getLogger("crustcredits")
 
 #: The path of an endpoint and the digest of a key.
 Place: TypeAlias = tuple[str, bytes]
@@ -51,12 +54,18 @@ class _Silence:
 
     def heard(self) -> None:
         """It answered."""
+        if self.failures >= _FAILURES:
+            _log.info("the API answers again")
         self.failures = 0
         self.refresh_at = 0.0
 
     def failed(self, error: CrustCreditsError, retry: Retry, now: float) -> None:
         self.failures += 1
         self.error, self.last = error, now
+        if self.failures == _FAILURES:
+            _log.warning(
+                "no answer from the API, %d times in a row for whatever key; kept answers are not renewed: %s", _FAILURES, error
+            )
         if self.failures >= _FAILURES:
             self.refresh_at = now + retry.pause(error, self.failures - _FAILURES + 1)
 
@@ -225,9 +234,9 @@ class Answers:
         return evicted
 
     def has_just_failed(self, place: Place) -> bool:
-        """Whether the last failure there was the first since an answer."""
+        """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
         kept = self._kept.get(place)
-        return kept is not None and kept.failures == 1
+        return kept is not None and kept.failures == 1 and self._silences[place[0]].failures < _FAILURES
 
     def _make(self, place: Place) -> tuple[Kept, Place | None]:
         kept = self._kept[place] = Kept(self._silences[place[0]])

@@ -115,8 +115,8 @@ class CreditsClient:
         """The credits that `key` has left, from `GET /user/credits`.
 
         `timeout`, seconds or a timedelta, is for the whole call: waiting and retries included. `max_age`,
-        `stale_while_revalidate` and `stale_if_error` say how old the answer may be; by default what the client says. Also with
-        `max_age=0` a call already under way may be joined. A balance older than `max_age` is marked `stale`.
+        `stale_while_revalidate` and `stale_if_error` say how old the answer may be; each by default what the client says. Also
+        with 0 for all of them a call already under way may be joined. A balance older than `max_age` is marked `stale`.
 
         Raises:
             CrustCreditsError: The class says what went wrong; the tree stands in the README.

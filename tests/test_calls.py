@@ -492,7 +492,22 @@ async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(caplog: pytest.L
         for _ in range(20):
             await asyncio.sleep(1)
             await client.balance(KEY)
-    assert caplog.messages == ["prod: the API or a gateway before it failed (HTTP 503); its kept answer could not be refreshed"]
+    assert caplog.messages[0] == "prod: the API or a gateway before it failed (HTTP 503); its kept answer could not be refreshed"
+    assert len(caplog.messages) == 2
+    assert caplog.messages[1].startswith("no answer from the API, 3 times in a row for whatever key; kept answers are not renewed")
+
+
+async def test_an_outage_is_told_to_the_log_once_for_all_keys(caplog: pytest.LogCaptureFixture) -> None:
+    """When it is known for one, and when it is over."""
+    caplog.set_level(logging.INFO, "crustcredits")
+    server = FakeServer(lambda name, times: BROKEN if 10 < now() < 100 else Reply())
+    async with fake_client(server, max_age=1, stale_while_revalidate=600) as client:
+        while now() < 150:
+            await client.check(keys(50))
+            await asyncio.sleep(1)
+    told = [message.split(": ")[0].split("; ")[-1] for message in caplog.messages]
+    assert told.count("kept answers are not renewed") == told.count("the API answers again") == 1
+    assert len(told) == 4
 
 
 async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
