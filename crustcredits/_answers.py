@@ -13,9 +13,12 @@ from typing import Any, TypeAlias
 import attrs
 
 from crustcredits._errors import (
+    APIConnectionError,
+    APITimeoutError,
     AuthenticationError,
     ClientClosedError,
     CrustCreditsError,
+    InternalServerError,
     PaymentRequiredError,
     PermissionDeniedError,
 )
@@ -35,7 +38,10 @@ _OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
 # These of them hold on both endpoints: no such key, no credits. What a key may ask differs.
 _OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
-# Failures in a row, of whatever keys, after which an endpoint is taken to be down, and seconds for which it then is. After
+# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and has its own pause.
+_OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
+
+# Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for which it then is. After
 # that nobody knows, and whoever asks has to wait and see.
 _FAILURES = 3
 _DOWN = 60.0
@@ -44,10 +50,12 @@ _DOWN = 60.0
 class _Silence:
     """Failures in a row on one endpoint that say nothing of the keys."""
 
-    __slots__ = ("error", "failures", "last", "refresh_at")
+    __slots__ = ("_keys", "claimed_by", "error", "failures", "last", "refresh_at")
 
     def __init__(self) -> None:
-        self.failures = 0
+        self._keys: set[bytes] = set()  # whose they were: one key's trouble is not the endpoint's
+        self.claimed_by: Place | None = None  # whose refresh is to find out whether it answers again
+        self.failures = 0  # of different keys, and then of any
         self.error: CrustCreditsError | None = None
         self.last = 0.0
         self.refresh_at = 0.0
@@ -57,15 +65,20 @@ class _Silence:
         if self.failures >= _FAILURES:
             _log.info("the API answers again")
         self.failures = 0
+        self._keys.clear()
+        self.claimed_by = None
         self.refresh_at = 0.0
 
-    def failed(self, error: CrustCreditsError, retry: Retry, now: float) -> None:
-        self.failures += 1
+    def failed(self, digest: bytes, error: CrustCreditsError, retry: Retry, now: float) -> None:
+        """It gave no answer for this key."""
+        before = self.failures
+        if before < _FAILURES:
+            self._keys.add(digest)
+        self.failures = before + 1 if before >= _FAILURES else len(self._keys)
+        self.claimed_by = None
         self.error, self.last = error, now
-        if self.failures == _FAILURES:
-            _log.warning(
-                "no answer from the API, %d times in a row for whatever key; kept answers are not renewed: %s", _FAILURES, error
-            )
+        if before < self.failures == _FAILURES:
+            _log.warning("no answer from the API, for %d keys in a row; kept answers are not renewed: %s", _FAILURES, error)
         if self.failures >= _FAILURES:
             self.refresh_at = now + retry.pause(error, self.failures - _FAILURES + 1)
 
@@ -119,12 +132,12 @@ class Kept:
         """How often in a row no answer came."""
         return self._failures
 
-    def claim_refresh(self, now: float) -> bool:
+    def claim_refresh(self, place: Place, now: float) -> bool:
         """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
         if now < self.refresh_at or now < self._silence.refresh_at:
             return False
         if self._silence.reason(now) is not None:
-            self._silence.refresh_at = now + _DOWN
+            self._silence.claimed_by, self._silence.refresh_at = place, now + _DOWN
         return True
 
     def answer(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
@@ -226,12 +239,19 @@ class Answers:
         if isinstance(failure.error, _OF_ALL_ENDPOINTS):
             for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
                 self._kept.pop((path, place[1]), None)
-        silence = self._silences[place[0]]
         if isinstance(failure.error, _OF_THE_KEY):
-            silence.heard()
+            self._silences[place[0]].heard()
+        elif isinstance(failure.error, _OF_THE_ENDPOINT):
+            self._silences[place[0]].failed(place[1], failure.error, self._retry, now)
         else:
-            silence.failed(failure.error, self._retry, now)
+            self.given_up(place)
         return evicted
+
+    def given_up(self, place: Place) -> None:
+        """A call there has told nothing of the endpoint: another may find out."""
+        silence = self._silences[place[0]]
+        if silence.claimed_by == place:
+            silence.claimed_by, silence.refresh_at = None, 0.0
 
     def has_just_failed(self, place: Place) -> bool:
         """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from crustcredits._retry import Retry
 from crustcredits._slots import Slots
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._turn import Turn
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, read_response
+from crustcredits._wire import Response, read_response
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
@@ -45,14 +46,16 @@ class Asker:
         self._pace = rate_limit.limiter()
         self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
-        room = max(1, concurrency // _REFRESHES)
-        self._gates = {path: RefreshGate(room) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        self._room = max(1, concurrency // _REFRESHES)
+        self._wire = RefreshGate(self._room)  # what refreshes go through on their way to the wire
+        self._gates: dict[Hashable, RefreshGate] = {}  # and before that to each bucket, of those that have any
         self._request_timeout = request_timeout
         self._retry = retry
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """What the rate limit still allows on `path`."""
-        return self._buckets.quota(path, key, pacing=self._pacing, refreshing=len(self._gates[path]))
+        gate = self._gates.get(self._buckets.place(path, key))
+        return self._buckets.quota(path, key, pacing=self._pacing, refreshing=0 if gate is None else len(gate))
 
     async def ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """Attempt after attempt, until there is a balance or an error that stays. What nobody wants any more is not tried again."""
@@ -70,12 +73,16 @@ class Asker:
 
     async def refresh(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """The same for what nobody wants: it lets others go first."""
-        gate = self._gates[path]
-        await gate.enter(turn)
+        place = self._buckets.place(path, key)
+        gate = self._gates.setdefault(place, RefreshGate(self._room))
         try:
+            await gate.enter(turn)
             return await self.ask(path, key, turn)
         finally:
+            self._wire.leave(turn)
             gate.leave(turn)
+            if not len(gate):
+                del self._gates[place]
 
     async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """One request, with a token of its own; the errors are values."""
@@ -110,6 +117,8 @@ class Asker:
         while True:
             token = await bucket.acquire(turn, again=again)
             try:
+                if not turn.wanted:
+                    await self._wire.enter(turn)
                 if self._pace is not None:
                     await self._keep_pace(self._pace, turn)
                 slot = self._slots.try_acquire() or await self._slots.acquire()

@@ -29,7 +29,7 @@ class Buckets:
 
     def bucket(self, path: str, key: ApiKey) -> TokenBucket:
         """The bucket that a request for `path` with `key` takes its token from."""
-        place = self._place(path, key)
+        place = self.place(path, key)
         if place is not path:
             self._forget_idle()
         bucket = self._buckets.get(place)
@@ -38,7 +38,8 @@ class Buckets:
         self._buckets.move_to_end(place)
         return bucket
 
-    def _place(self, path: str, key: ApiKey | None) -> Hashable:
+    def place(self, path: str, key: ApiKey | None) -> Hashable:
+        """What is equal for requests that share a bucket."""
         if self._limit.scope == "client" or key is None:
             return path
         return path, key.digest if self._limit.scope == "key" else account_of(key)
@@ -51,7 +52,7 @@ class Buckets:
         """
         if key is None and self._limit.scope != "client":
             raise ConfigurationError(f"with scope {self._limit.scope!r} each has a quota of its own; name the key: quota(key=…)")
-        bucket = self._buckets.get(self._place(path, key)) or TokenBucket(self._limit.requests, self._period)
+        bucket = self._buckets.get(self.place(path, key)) or TokenBucket(self._limit.requests, self._period)
         return bucket.quota(self._limit.pace, self._limit.burst, pacing, refreshing)
 
     def _forget_idle(self) -> None:

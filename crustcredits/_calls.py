@@ -75,7 +75,7 @@ class Calls:
         outcome = kept.answer(freshness, now)
         if outcome is None:
             return None
-        if outcome.stale and place not in self._under_way and kept.claim_refresh(now):
+        if outcome.stale and place not in self._under_way and kept.claim_refresh(place, now):
             refresh = _Call(self, place, key)
             refresh.wanted, refresh.since = False, kept.tried
             # It is no request's own, so it keeps none's context alive.
@@ -112,12 +112,10 @@ class Calls:
 
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
-        calls = list(self._under_way.values())
-        tasks = [*self._dropped, *(call.task for call in calls)]
-        for call in calls:
+        for call in list(self._under_way.values()):
             self._settle(call, _failure(call.key, closed_error()))
-            call.task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._end(call)
+        await asyncio.gather(*self._dropped, return_exceptions=True)
 
     def refuse_hopeless(self, call: _Call) -> None:
         """Send away those whose deadline is before the next attempt of `call` can start."""
@@ -163,6 +161,10 @@ class Calls:
 
     def _drop(self, call: _Call) -> None:
         del self._under_way[call.place]
+        self._answers.given_up(call.place)
+        self._end(call)
+
+    def _end(self, call: _Call) -> None:
         self._dropped.add(call.task)
         call.task.add_done_callback(self._dropped.discard)
         call.task.cancel()
@@ -216,6 +218,7 @@ class Calls:
         if self._under_way.get(call.place) is not call:
             return
         del self._under_way[call.place]
+        self._answers.given_up(call.place)
         error = None if call.task.cancelled() else call.task.exception()
         for seat in [seat for seat in call.seats if not seat.done()]:
             if error is None:

@@ -60,8 +60,8 @@ class CreditsClient:
             the limit alone, and are spread evenly; so when more is asked than the limit allows, answers get older, not slower.
         stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection, timeouts, 5xx, 429, the rate
             limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
-            `Outcome`. For a minute after a failure it is given at once, and refreshed behind; also where the last three calls
-            for other keys have failed. What the API says of the key itself (401, 402, 403) is never hidden so.
+            `Outcome`. For a minute after a failure it is given at once, and refreshed behind; also where the last calls
+            for three other keys have failed. What the API says of the key itself (401, 402, 403) is never hidden so.
         max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
             pools that are asked again and again.
 

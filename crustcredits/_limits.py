@@ -351,11 +351,9 @@ class TokenBucket:
         return max(earliest, self._home[missing - 1] if missing > 0 else now, self._paused or now)
 
     def _ahead_of(self, turn: Turn) -> int:
-        # By tickets, because counting would cost more the more there are; those who left in between are counted too.
         if turn in self._again:
-            return self._again[turn] - next(iter(self._again.values()))
-        ahead = self._waiters[turn] - next(iter(self._waiters.values())) if turn in self._waiters else len(self._waiters)
-        return len(self._again) + ahead
+            return _ahead_in(self._again, turn)
+        return len(self._again) + (_ahead_in(self._waiters, turn) if turn in self._waiters else len(self._waiters))
 
     def _leave(self, turn: Turn, waiter: asyncio.Future[int]) -> None:
         """Give up waiting, and hand on a token that came in the same moment."""
@@ -374,3 +372,8 @@ class TokenBucket:
         if self._paused is not None:
             times = [max(time, self._paused) for time in times]
         return sorted(times)
+
+
+def _ahead_in(queue: _Queue, turn: Turn) -> int:
+    # By tickets, because counting would cost more the more there are; some of those who left in between are counted too.
+    return min(queue[turn] - next(iter(queue.values())), len(queue) - 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 
 from crustcredits._client import CreditsClient
@@ -34,7 +34,7 @@ class Pool:
         self._freshness = freshness
         self._timeout = timeout
         # A client keeps no errors; but callers of a service shall not make it ask the more for a key that fails.
-        self._failed: dict[str, Outcome[Any]] = {}
+        self._failed: dict[str, tuple[Outcome[Any], float]] = {}  # and when, in the loop's time
         self._ailing: set[str] = set()
 
     async def report(
@@ -65,7 +65,7 @@ class Pool:
         return outcome
 
     async def _check(self, client: CreditsClient, keys: list[ApiKey], max_age: float) -> Report[Any]:
-        failed = self._still_failed(keys) if self._failed else {}
+        failed = self._still_failed(client, keys, max_age) if self._failed else {}
         report = await client.check(
             [key for key in keys if key.name not in failed] if failed else keys,
             timeout=self._timeout,
@@ -86,20 +86,19 @@ class Pool:
         for name in failed.keys() - self._ailing:
             _log.warning("%s", failed[name].error)
         self._ailing = (self._ailing - {outcome.key.name for outcome in report}) | failed.keys()
-        self._failed |= failed
+        now = asyncio.get_running_loop().time()
+        self._failed |= {name: (outcome, now) for name, outcome in failed.items()}
 
-    def _still_failed(self, keys: list[ApiKey]) -> dict[str, Outcome[Any]]:
-        now = datetime.now(UTC)
-        self._failed = {
-            name: outcome
-            for name, outcome in self._failed.items()
-            if (now - outcome.checked_at).total_seconds() < self._freshness.max_age
-        }
-        return {key.name: self._failed[key.name] for key in keys if key.name in self._failed}
+    def _still_failed(self, client: CreditsClient, keys: list[ApiKey], max_age: float) -> dict[str, Outcome[Any]]:
+        """The failures of these keys that are young enough to be shown again, where no balance is known that will do."""
+        since = asyncio.get_running_loop().time() - self._freshness.max_age
+        self._failed = {name: (outcome, at) for name, (outcome, at) in self._failed.items() if at > since}
+        failed = [key for key in keys if key.name in self._failed]
+        return {key.name: self._failed[key.name][0] for key in failed if not _is_fresh(client, key, max_age)}
 
     def health(self, client: CreditsClient) -> HealthResponse:
         """What is known without asking."""
-        recent = self._freshness.max_age + self._freshness.revalidate
+        recent = min(self._freshness.max_age + self._freshness.revalidate, 1e300)  # what the client takes for an age
         outcomes = [(key, None if isinstance(key, RefusedKey) else client.peek(key, max_age=recent)) for key in self._keys]
         known = sum(outcome is not None and outcome.ok for _, outcome in outcomes)
         never = sum(outcome is None and not isinstance(key, RefusedKey) for key, outcome in outcomes)
@@ -126,6 +125,11 @@ def _reasons(key: ApiKey, outcome: Outcome[Any] | None) -> list[str]:
     if outcome.stale:
         reasons.append(f"the balance of {time_text(outcome.checked_at)} is old")
     return [f"{key.name}: {'; '.join(reasons)}"] if reasons else []
+
+
+def _is_fresh(client: CreditsClient, key: ApiKey, max_age: float) -> bool:
+    known = None if isinstance(key, RefusedKey) else client.peek(key, max_age=max_age)
+    return known is not None and known.state == "fresh"
 
 
 def _sorted(outcomes: Iterable[Outcome[Any]], sort: Sort) -> list[Outcome[Any]]:

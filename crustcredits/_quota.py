@@ -18,7 +18,7 @@ class Quota:
         free: Tokens that can be taken now.
         in_flight: Tokens taken by calls under way.
         waiting: Calls that wait for a token.
-        refreshing: Calls on the endpoint, of all keys, that only refresh an answer that is kept, waiting or under way.
+        refreshing: Calls that only refresh an answer that is kept, waiting or under way.
     """
 
     limit: int

@@ -29,7 +29,9 @@ class RefreshGate:
         return len(self._inside) + len(self._waiting)
 
     async def enter(self, turn: Turn) -> None:
-        """Wait for a place. Whoever has entered has to leave."""
+        """Wait for a place, if it has none. Whoever has entered has to leave."""
+        if turn in self._inside:
+            return
         if len(self._inside) < self._room and not self._waiting:
             self._inside.add(turn)
             return

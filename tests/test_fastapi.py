@@ -523,6 +523,19 @@ def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> N
     assert "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set" in caplog.text
 
 
+async def test_a_balance_that_will_do_goes_before_a_failure(sandbox: SandboxServer) -> None:
+    """One caller's patience is no other one's answer."""
+    key = sandbox.add_key("prod")
+    app = app_of(sandbox, key, max_age=0.05, stale_while_revalidate=0, stale_if_error=0)
+    async with calling(app) as caller:
+        await caller.get("/credits/keys/prod")
+        sandbox.fail(key, Fault.UNAVAILABLE)
+        await asyncio.sleep(0.05)
+        answers = [(await caller.get(f"/credits/keys/prod{query}")).status_code for query in ("", "", "?max_age=60")]
+    assert answers == [502, 502, 200]
+    assert sandbox.requests == 2
+
+
 async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServer) -> None:
     """Also without the exception handlers."""
     app = app_of(sandbox, sandbox.add_key("prod"))

@@ -161,6 +161,23 @@ async def test_what_is_to_come_takes_what_is_under_way_to_end_now() -> None:
     second.cancel()
 
 
+async def test_those_who_have_left_are_not_ahead() -> None:
+    """However many have come and gone behind somebody patient."""
+    bucket = TokenBucket(1, 60.0)
+    await bucket.acquire()
+    bucket.ended()
+    _, patient = waits(bucket)
+    for _ in range(100):
+        _, hasty = waits(bucket)
+        await settle()
+        hasty.cancel()
+    turn, last = waits(bucket)
+    await settle()
+    assert turn.earliest(now()) == pytest.approx(120)
+    patient.cancel()
+    last.cancel()
+
+
 async def test_whoever_begins_to_wait_is_told() -> None:
     """Once it has its place, and only if it has to wait."""
     told: list[float] = []

@@ -46,6 +46,15 @@ async def test_a_few_go_at_a_time_the_oldest_first() -> None:
     assert len(gate) == 0
 
 
+async def test_who_is_inside_enters_at_once() -> None:
+    """As one that was sent back by a pause does."""
+    gate = RefreshGate(1)
+    turn = refresh(1.0)
+    await gate.enter(turn)
+    await gate.enter(turn)
+    assert len(gate) == 1
+
+
 async def test_one_that_somebody_wants_goes_on_at_once() -> None:
     """Beyond the room; one that is inside is where it is."""
     gate, log = RefreshGate(1), list[float]()
