@@ -12,18 +12,20 @@ from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from crustcredits._buckets import Buckets, account_of
-from crustcredits._errors import CrustCreditsError, RateLimitError
+from crustcredits._buckets import Buckets
+from crustcredits._claim import Claim
+from crustcredits._errors import CrustCreditsError
 from crustcredits._keys import ApiKey
-from crustcredits._limits import RateLimit, TokenBucket
+from crustcredits._limits import RateLimit
 from crustcredits._models import Balance
 from crustcredits._quota import Quota
 from crustcredits._refreshes import RefreshGate
 from crustcredits._retry import Retry
 from crustcredits._slots import Slots
+from crustcredits._tokens import TokenStore
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._turn import Turn
-from crustcredits._wire import Response, read_response
+from crustcredits._wire import read_response
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
@@ -38,11 +40,18 @@ class Asker:
     """Asks the API about one key at a time, for as many callers as there are, within one rate limit."""
 
     def __init__(
-        self, transport: Transport, *, rate_limit: RateLimit, concurrency: int, request_timeout: float, retry: Retry
+        self,
+        transport: Transport,
+        *,
+        rate_limit: RateLimit,
+        store: TokenStore,
+        concurrency: int,
+        request_timeout: float,
+        retry: Retry,
     ) -> None:
         self.transport = transport
         self._rate_limit = rate_limit
-        self._buckets = Buckets(rate_limit, late=request_timeout)
+        self._buckets = Buckets(rate_limit, store, late=request_timeout)
         self._pace = rate_limit.limiter()
         self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
@@ -85,51 +94,56 @@ class Asker:
                 del self._gates[place]
 
     async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
-        """One request, with a token of its own; the errors are values."""
+        """One request, with tokens of its own; the errors are values."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
-        bucket = self._buckets.bucket(path, key)
-        token, slot = self._admit_at_once(bucket, turn) or await self._admit(bucket, key, turn)
-        fate = Fate.ABANDONED  # until an answer says otherwise
+        claim = self._buckets.claim(path, key)
+        slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn)
+        answered = False
+        claim.start()
         turn.attempts += 1
         turn.on_wire = True
         try:
             sent = await self.transport.attempt(path, key, self._request_timeout)
-            fate = sent.fate if isinstance(sent, Failure) else Fate.ANSWERED
-            return sent.error if isinstance(sent, Failure) else self._read(path, key, sent, bucket)
+            if isinstance(sent, Failure):
+                answered = sent.fate is Fate.ANSWERED
+                _settle(claim, sent)
+                return sent.error
+            answered = True
+            result = read_response(path, key, sent, now=datetime.now(UTC), period=self._rate_limit.period)
+            claim.answered(sent.status, result)
+            return result
         finally:
             turn.on_wire = False
-            self._slots.release(slot, answered=fate is Fate.ANSWERED)
-            _give_back(bucket, token, fate)
+            self._slots.release(slot, answered=answered)
+            claim.abandoned()  # unless an answer has said otherwise
 
-    def _admit_at_once(self, bucket: TokenBucket, turn: Turn) -> tuple[int, object] | None:
+    def _admit_at_once(self, claim: Claim, turn: Turn) -> object | None:
         """What `_admit` does, where there is nothing to wait for: the short way of most calls without a pace."""
-        if self._pace is not None or not turn.wanted or not bucket.try_acquire():
+        if self._pace is not None or not turn.wanted or not claim.try_acquire():
             return None
         slot = self._slots.try_acquire()
         if slot is None:
-            bucket.unused()
-            return None
-        return 0, slot
+            claim.put_back()
+        return slot
 
-    async def _admit(self, bucket: TokenBucket, key: ApiKey, turn: Turn) -> tuple[int, object]:
-        """Wait for a token, the pace and a place on the wire, in this order. Returns the token and the place."""
+    async def _admit(self, claim: Claim, key: ApiKey, turn: Turn) -> object:
+        """Wait for the tokens, the pace and a place on the wire, in this order. Returns the place."""
         began, again = _now(), False
         while True:
-            token = await bucket.acquire(turn, again=again)
             try:
+                await claim.acquire(turn, again=again)
                 if not turn.wanted:
                     await self._wire.enter(turn)
                 if self._pace is not None:
                     await self._keep_pace(self._pace, turn)
                 slot = self._slots.try_acquire() or await self._slots.acquire()
             except BaseException:
-                bucket.unused(token)
+                claim.put_back()
                 raise
-            if not bucket.held(token):
+            if claim.may_start():
                 _log.debug("%s: its turn came after %.3f s", key.name, _now() - began)
-                return token, slot
+                return slot
             self._slots.release(slot, answered=False)
-            bucket.unused(token)
             again = True
 
     async def _keep_pace(self, pace: AsyncLimiter, turn: Turn) -> None:
@@ -142,26 +156,14 @@ class Asker:
         finally:
             self._pacing -= 1
 
-    def _read(self, path: str, key: ApiKey, response: Response, bucket: TokenBucket) -> Balance | CrustCreditsError:
-        result = read_response(path, key, response, now=datetime.now(UTC), period=self._rate_limit.period)
-        if not isinstance(result, RateLimitError):
-            if response.status < 500:  # a gateway's failure says nothing of the limit
-                bucket.succeeded()
-        elif bucket.refused(account_of(key), result.retry_after):
-            _log.info(
-                "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served",
-                result.retry_after,
-            )
-        return result
 
-
-def _give_back(bucket: TokenBucket, token: int, fate: Fate) -> None:
-    if fate is Fate.ANSWERED:
-        bucket.ended(token)
-    elif fate is Fate.ABANDONED:
-        bucket.abandoned(token)
+def _settle(claim: Claim, failure: Failure) -> None:
+    if failure.fate is Fate.ANSWERED:
+        claim.answered(None, failure.error)
+    elif failure.fate is Fate.UNSENT:
+        claim.unsent()
     else:
-        bucket.unused(token)
+        claim.abandoned()
 
 
 def _now() -> float:

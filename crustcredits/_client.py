@@ -28,6 +28,7 @@ from crustcredits._quota import Quota
 from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE
+from crustcredits._tokens import LocalStore, TokenStore
 from crustcredits._transport import Transport, session_problem
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_problem
 
@@ -44,6 +45,8 @@ class CreditsClient:
     Args:
         base_url: `https://host[:port]` of the API; by default the variable `CRUSTDATA_API_URL`, else the API's own.
         rate_limit: The limit to keep.
+        buckets: Who counts it: `crustcredits.redis.RedisBuckets` for processes that share one quota; by default each client for
+            itself.
         concurrency: Requests on the wire at once. One that hangs, without an answer for 0.4 s or four times the usual,
             stops counting, so that hanging keys hold up no others; at most eight times as many may hang.
         request_timeout: Seconds from the start of one request to the last byte of its answer. Waiting for the rate limit
@@ -81,6 +84,7 @@ class CreditsClient:
         *,
         base_url: str | None = None,
         rate_limit: RateLimit = _RATE_LIMIT,
+        buckets: TokenStore | None = None,
         concurrency: int = 32,
         request_timeout: float = 10.0,
         retry: Retry = _RETRY,
@@ -104,7 +108,15 @@ class CreditsClient:
         check_kind("retry", retry, Retry)
         how_old = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
         self._freshness = NEW if how_old == NEW else how_old
-        self._asker = Asker(transport, rate_limit=rate_limit, concurrency=concurrency, request_timeout=request_timeout, retry=retry)
+        self._store = buckets or LocalStore()
+        self._asker = Asker(
+            transport,
+            rate_limit=rate_limit,
+            store=self._store,
+            concurrency=concurrency,
+            request_timeout=request_timeout,
+            retry=retry,
+        )
         self._calls = Calls(self._asker, Answers(max_entries, retry))
         self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -375,6 +387,7 @@ class CreditsClient:
             await self._calls.close()
         finally:
             await self._asker.transport.close()
+            await self._store.close()
 
     async def __aenter__(self) -> Self:
         self._check_loop()

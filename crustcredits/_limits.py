@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import attrs
 from aiolimiter import AsyncLimiter
 
 from crustcredits._checks import Number, Whole
+from crustcredits._debt import Debt, Told
 from crustcredits._errors import ConfigurationError
 from crustcredits._quota import Quota, grant_time
+from crustcredits._tokens import LocalTokens, Tokens
 from crustcredits._turn import Turn
 
-Scope = Literal["client", "account", "key"]
-_SCOPES = ("client", "account", "key")
+Scope = Literal["auto", "client", "account", "key"]
+_SCOPES = ("auto", "client", "account", "key")
+Follow = Literal["down", "both"]
 
 # Three refused accounts in a row are a pattern, one or two are their own trouble.
 _REFUSALS_TO_PAUSE = 3
@@ -39,6 +42,11 @@ def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: objec
         raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}")
 
 
+def _check_follow(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value not in {"down", "both"}:
+        raise ConfigurationError("follow is 'down' or 'both'")
+
+
 @attrs.frozen(kw_only=True)
 class RateLimit:
     """The limit to keep: `requests` in any `period` seconds, for each endpoint.
@@ -47,11 +55,14 @@ class RateLimit:
         requests: Requests that the server allows in any one period. 300 by Crustdata's credits page.
         period: Seconds that each request counts for after its arrival.
         margin: A share of the period that is added to it, against clocks that run at different rates.
-        scope: What the server is taken to count by: `"client"`, all keys together, the cautious reading; `"account"`, the
-            keys that declare one account together and each other key for itself; `"key"`, each key for itself. Which of
-            them is true is not documented.
+        scope: What the server is taken to count by, which is not documented: `"client"`, all keys together, the cautious
+            reading; `"account"`, the keys that declare one account together and each other key for itself; `"key"`, each key
+            for itself. `"auto"` begins as `"client"`, and goes on as `"account"` with each request whose answer proves
+            that the server counts it so.
         pace: Calls a second to start at the most, over all scopes, spread evenly: "spreading traffic evenly is safer than
             bursting" (Crustdata's best-practices page). None for no such bound.
+        follow: What to do when the API says another limit (`x-ratelimit-limit`) than `requests`: a lower one is followed at
+            once; a higher one only with `"both"`, because it may speak of another limit, such as a key's over all endpoints.
 
     Raises:
         ConfigurationError: A value is not of that range.
@@ -60,8 +71,9 @@ class RateLimit:
     requests: int = attrs.field(default=300, validator=Whole(1))
     period: float = attrs.field(default=60.0, validator=Number(above=0))
     margin: float = attrs.field(default=0.005, validator=Number(minimum=0, maximum=1))
-    scope: Scope = attrs.field(default="client", validator=_check_scope)
+    scope: Scope = attrs.field(default="auto", validator=_check_scope)
     pace: float | None = attrs.field(default=100.0, validator=Number(above=0, optional=True))
+    follow: Follow = attrs.field(default="down", validator=_check_follow)
 
     @property
     def burst(self) -> float:
@@ -85,23 +97,27 @@ _LOOKS = 100
 class TokenBucket:
     """Tokens for the requests of one scope on one endpoint: one for each attempt that goes onto the wire.
 
-    Whoever takes a token with `acquire` gives it back in exactly one of three ways: `ended`, `abandoned` or `unused`.
-    First come, first served; nobody waits while a token is free, but for a pause. Turns that nobody wants, because they
-    only refresh what is known, go behind all others: one at a time and evenly over the period, so that what was asked in
-    one burst is not refreshed in one; and they leave a tenth of the tokens alone, of more than one.
+    Whoever takes a token with `acquire` puts it back `unused`, or calls `start` and, when the attempt is over, exactly one of
+    `ended`, `abandoned` and `unsent`. First come, first served; nobody waits while a token is free, but for a pause. Turns
+    that nobody wants, because they only refresh what is known, go behind all others: one at a time and evenly over the
+    period, so that what was asked in one burst is not refreshed in one; and they leave a tenth of the tokens alone, of more
+    than one.
 
     Args:
         requests: How many tokens there are.
         period: Seconds after its attempt's end that a token comes home.
         late: Seconds that a token stays out longer when its attempt was given up on and may still arrive.
+        tokens: Who counts them; by default this process.
+        voices: How many accounts have to agree that others spend the quota too.
+        place: What tells it from other buckets.
     """
 
     __slots__ = (
         "_again",
-        "_free",
-        "_home",
-        "_in_flight",
+        "_deaf_until",
+        "_debt",
         "_late",
+        "_newest",
         "_next_refresh",
         "_paused",
         "_period",
@@ -112,40 +128,56 @@ class TokenBucket:
         "_reserve",
         "_tickets",
         "_timer",
+        "_tokens",
+        "_voices",
         "_waiters",
+        "place",
     )
 
-    def __init__(self, requests: int, period: float, *, late: float = 0.0) -> None:
+    def __init__(
+        self,
+        requests: int,
+        period: float,
+        *,
+        late: float = 0.0,
+        tokens: Tokens | None = None,
+        voices: int = 1,
+        place: Hashable = None,
+    ) -> None:
+        self.place = place
         self._requests = requests
         self._period = period
         self._late = late
-        self._free = requests
-        self._reserve = math.ceil(requests / _RESERVE) if requests > 1 else 0
-        self._in_flight = 0
-        self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
+        self._tokens = tokens or LocalTokens(requests)
+        self._tokens.bind(self._wake)
+        self._voices = voices
+        self._reserve = _reserve_of(requests)
         self._waiters: _Queue = OrderedDict()
-        self._again: _Queue = OrderedDict()  # those whom a pause sent back, before all others
+        self._again: _Queue = OrderedDict()  # those whom a pause or a debt sent back, before all others
         self._refreshes: _Queue = OrderedDict()  # those that nobody wants, behind all others
         self._next_refresh = 0.0
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters
         self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
         self._paused: float | None = None  # until when, and then one probe at a time
+        self._debt: Debt | None = None  # what others seem to have spent
+        self._newest = -math.inf  # the start of the request whose answer told of the count last
+        self._deaf_until = -math.inf
         self._probe = 0  # 1 while a probe is out: there is never more than one
 
     def try_acquire(self) -> bool:
         """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
-        if self._free and not self._waiters and not self._again and self._paused is None:
-            self._free -= 1
-            self._in_flight += 1
+        tokens = self._tokens
+        if tokens.free > 0 and not self._waiters and not self._again and self._paused is None:
+            tokens.take()
             return True
         return False
 
     async def acquire(self, turn: Turn | None = None, *, again: bool = False) -> int:
         """Take a token, waiting for one if need be. Returns 1 for a probe's token and 0 for any other, to be given back.
 
-        `turn` is who waits, and told so. With `again`, for one that gave its token back because of a pause, it waits before
-        those who have had none.
+        `turn` is who waits, and told so. With `again`, for one whose token had to go back, it waits before those who have
+        had none.
         """
         if (turn is None or turn.wanted) and self.try_acquire():
             return 0
@@ -168,21 +200,62 @@ class TokenBucket:
             turn.waiter = None
             turn.leaves()
 
-    def ended(self, token: int = 0) -> None:
-        """The attempt has ended with an answer: the server counted it before now."""
-        self._give_back(token, self._period)
+    def may_start(self, token: int, now: float) -> bool:
+        """Whether the token may still go onto the wire; not when a pause has begun, or others have spent it meanwhile."""
+        return token == 1 or (self._paused is None and self._tokens.may_start(now))
 
-    def abandoned(self, token: int = 0) -> None:
+    def start(self) -> int:
+        """A token goes onto the wire. Returns a mark of that moment, for `heard` and `own`."""
+        return self._tokens.start()
+
+    def ended(self, token: int = 0, now: float | None = None) -> None:
+        """The attempt has ended with an answer: the server counted it before now."""
+        self._end(token, self._period, now)
+
+    def abandoned(self, token: int = 0, now: float | None = None) -> None:
         """The attempt was given up on (timeout, cancellation, reset); it may still arrive within the `late` seconds."""
-        self._give_back(token, self._period + self._late)
+        self._end(token, self._period + self._late, now)
+
+    def unsent(self, token: int = 0) -> None:
+        """The attempt certainly never left, or the server counts it elsewhere: its token is free at once."""
+        self._tokens.unsend()
+        self._freed(token)
 
     def unused(self, token: int = 0) -> None:
-        """The attempt certainly never left: its token is free at once."""
-        self._in_flight -= 1
-        self._free += 1
-        if token:
-            self._probe = 0
-        self._wake()
+        """There was no attempt: the token is free at once."""
+        self._tokens.untake()
+        self._freed(token)
+
+    def own(self, mark: int) -> int:
+        """Requests of this process that the server can have counted when that one arrived, itself included."""
+        return self._tokens.own(mark)
+
+    def follow(self, requests: int) -> None:
+        """So many tokens there are from now on."""
+        if requests != self._requests:
+            self._requests, self._reserve = requests, _reserve_of(requests)
+            self._resize()
+            self._wake()
+
+    def heard(self, told: Told, mark: int) -> None:
+        """An attempt, with this mark, was told so much of the server's count.
+
+        What is more than all who share these tokens can have had counted is others'. As many tokens are held back for them, until
+        a newer answer says otherwise, or all of it must have aged out. The answer to the newest request knows most.
+        """
+        if told.started < self._newest or told.at < self._deaf_until:
+            return
+        self._newest = told.started
+        if self._debt is not None or told.used > self._tokens.own(mark):
+            self._tokens.spent(mark, told.started, partial(self._owe, told))
+
+    def disproved(self, now: float) -> None:
+        """The server does not count together all those who take tokens here: for a period nothing it tells is taken for debt."""
+        self._deaf_until = now + self._period
+        if self._debt is not None:
+            self._debt = None
+            self._resize()
+            self._wake()
 
     def succeeded(self) -> None:
         """The server served a request: whatever was refused before, the bucket as a whole is not."""
@@ -216,14 +289,11 @@ class TokenBucket:
         moments = self._refused.values()
         return not any(map(math.isnan, moments)) and max(moments) - min(moments) <= _SAME_MOMENT
 
-    def held(self, token: int) -> bool:
-        """Whether a pause has begun since the token was taken: then it had better go back unused."""
-        return self._paused is not None and not token
-
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
         self._collect(now)
-        return self._free == self._requests and not (self._waiters or self._again or self._refreshes or self._paused)
+        waiting = self._waiters or self._again or self._refreshes
+        return self._tokens.is_idle() and not (waiting or self._paused or (self._debt is not None and self._debt.amount))
 
     def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0, refreshing: int = 0) -> Quota:
         """What it can still give; `pacing` calls have their token and wait for the pace, `refreshing` ones are refreshes."""
@@ -231,10 +301,13 @@ class TokenBucket:
         self._collect(now)
         return Quota(
             limit=self._requests,
-            free=self._free,
-            in_flight=self._in_flight,
+            free=max(0, self._tokens.free),
+            in_flight=self._tokens.in_flight,
             waiting=len(self._waiters) + len(self._again),
             refreshing=refreshing,
+            debt=self._debt.amount if self._debt is not None else 0,
+            paused=None if self._paused is None else max(0.0, self._paused - now),
+            probing=bool(self._probe),
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
             pace=pace,
@@ -266,34 +339,36 @@ class TokenBucket:
         self._tickets += 1
         return self._tickets
 
-    def _take(self) -> int:
-        self._free -= 1
-        self._in_flight += 1
-        if self._paused is None:
-            return 0
-        self._probe = 1
-        return self._probe
-
-    def _give_back(self, token: int, after: float) -> None:
-        self._in_flight -= 1
-        home = asyncio.get_running_loop().time() + after
-        insort(self._home, home)
+    def _end(self, token: int, after: float, now: float | None) -> None:
+        home = (asyncio.get_running_loop().time() if now is None else now) + after
+        self._tokens.end(home)
         if token:
             self._probe = 0
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
         if self._timer is None or home < self._timer.when():
             self._wake()
 
-    def _collect(self, now: float) -> None:
-        home = bisect_right(self._home, now)
-        if home:
-            del self._home[:home]
-            self._free += home
+    def _freed(self, token: int) -> None:
+        if token:
+            self._probe = 0
+        self._wake()
 
-    def _may_grant(self, now: float, reserve: int = 0) -> bool:
-        if self._paused is not None and (now < self._paused or self._probe):
-            return False
-        return self._free > reserve
+    def _collect(self, now: float) -> None:
+        self._tokens.collect(now)
+        if self._debt is not None and now >= self._debt.until:
+            self._debt = None
+            self._resize()
+
+    def _owe(self, told: Told, own: int) -> None:
+        debt = self._debt = self._debt or Debt(self._voices)
+        before = debt.amount
+        debt.hear(told, own, period=self._period, spacing=self._period / self._requests)
+        if before or debt.amount:
+            self._resize()
+            self._wake()
+
+    def _resize(self) -> None:
+        self._tokens.resize(self._requests - (self._debt.amount if self._debt is not None else 0))
 
     def _wake(self) -> None:
         """Hand free tokens to those who wait, in order, and set the one timer for the next that comes home."""
@@ -302,28 +377,53 @@ class TokenBucket:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
-        while (queue := self._again or self._waiters) and self._may_grant(now):
-            self._grant(queue.popitem(last=False)[0])
-        while self._refreshes and not queue and now >= self._next_refresh and self._may_grant(now, self._reserve):
+        if self._is_open(now):
+            while (queue := self._again or self._waiters) and self._tokens.free > 0 and self._is_open(now):
+                self._grant(queue.popitem(last=False)[0])
+            if queue:
+                self._tokens.need(len(self._again) + len(self._waiters))
+                self._find_out(queue, now)
+            else:
+                self._grant_refreshes(now)
+        self._set_timer(loop, now)
+
+    def _is_open(self, now: float) -> bool:
+        """Whether there is no pause, or it is over and no probe is out."""
+        return self._paused is None or (now >= self._paused and not self._probe)
+
+    def _grant_refreshes(self, now: float) -> None:
+        while self._refreshes and now >= self._next_refresh and self._is_open(now) and self._tokens.need(1, -self._reserve):
             if self._grant(self._refreshes.popitem(last=False)[0]):
                 self._next_refresh = now + self._refresh_gap(now)
-        self._set_timer(loop, now)
+
+    def _find_out(self, queue: _Queue, now: float) -> None:
+        """Let one go beyond the debt, where the debt is all that keeps it, and it is time for that."""
+        debt = self._debt
+        if debt is None or not debt.amount or now < debt.probe_at or self._probe or not self._tokens.need(1, debt.amount):
+            return
+        debt.probe_at = math.inf
+        while queue and not self._grant(queue.popitem(last=False)[0], probe=True):
+            pass
 
     def _refresh_gap(self, now: float) -> float:
         """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and come home for them.
 
         Sooner, and after a burst of others they would use up what is left and then stop until the burst comes home.
         """
-        spare = self._free - self._reserve + 1
-        step = 1 + len(self._home) // _LOOKS
+        homes = self._tokens.homes()
+        spare = max(0, self._tokens.free - self._reserve) + 1
+        step = 1 + len(homes) // _LOOKS
         gap = self._period / (self._requests - self._reserve)
-        return max([gap, *((self._home[place] - now) / (spare + place) for place in range(0, len(self._home), step))])
+        return max([gap, *((homes[place] - now) / (spare + place) for place in range(0, len(homes), step))])
 
-    def _grant(self, turn: Turn) -> bool:
+    def _grant(self, turn: Turn, *, probe: bool = False) -> bool:
         waiter = turn.waiter
         if waiter is None or waiter.done():  # cancelled in this very turn of the loop
             return False
-        waiter.set_result(self._take())
+        self._tokens.take()
+        if probe or self._paused is not None:
+            self._probe = 1
+        waiter.set_result(self._probe if probe or self._paused is not None else 0)
         return True
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
@@ -339,16 +439,27 @@ class TokenBucket:
         self._wake()
 
     def _next_chance(self, now: float) -> float | None:
-        """When whoever is next could have a token. None: nobody waits, or an attempt under way has to end first."""
-        if self._again or self._waiters:
-            missing, earliest = 1 - self._free, now
-        elif self._refreshes:
-            missing, earliest = self._reserve + 1 - self._free, max(now, self._next_refresh)
-        else:
+        """When whoever is next could have a token. None: nobody waits, or something else has to happen first."""
+        wanted = bool(self._again or self._waiters)
+        if not (wanted or self._refreshes) or (self._paused is not None and self._probe):
             return None
-        if missing > len(self._home) or (self._paused is not None and self._probe):
+        when = self._next_free(0 if wanted else self._reserve, now, probes=wanted)
+        if when is None:
             return None
-        return max(earliest, self._home[missing - 1] if missing > 0 else now, self._paused or now)
+        return max(when, now if wanted else self._next_refresh, self._paused or now)
+
+    def _next_free(self, reserve: int, now: float, *, probes: bool) -> float | None:
+        missing = reserve + 1 - self._tokens.free
+        when = now if missing <= 0 else self._tokens.next_home(missing)
+        debt = self._debt
+        if debt is None or not debt.amount:
+            return when
+        missing -= debt.amount
+        without = now if missing <= 0 else self._tokens.next_home(missing)
+        if without is None:
+            return when
+        opens = max(without, min(debt.until, debt.probe_at if probes and not self._probe else math.inf))
+        return opens if when is None else min(when, opens)
 
     def _ahead_of(self, turn: Turn) -> int:
         if turn in self._again:
@@ -367,11 +478,18 @@ class TokenBucket:
             self._timer = None
 
     def _returns(self, now: float) -> list[float]:
-        """When each token comes home, ascending, taking what is under way to end now and a pause to end in time."""
-        times = [now] * self._free + [now + self._period] * self._in_flight + self._home
+        """When each token comes home, ascending, taking what is under way to end now and pause and debt to end in time."""
+        times = self._tokens.returns(now, self._period)
+        if self._debt is not None and self._debt.amount:
+            opens = max(now, min(self._debt.until, self._debt.probe_at))
+            times = sorted([*times, *[opens] * self._debt.amount])
         if self._paused is not None:
             times = [max(time, self._paused) for time in times]
-        return sorted(times)
+        return times
+
+
+def _reserve_of(requests: int) -> int:
+    return math.ceil(requests / _RESERVE) if requests > 1 else 0
 
 
 def _ahead_in(queue: _Queue, turn: Turn) -> int:

@@ -19,6 +19,10 @@ class Quota:
         in_flight: Tokens taken by calls under way.
         waiting: Calls that wait for a token.
         refreshing: Calls that only refresh an answer that is kept, waiting or under way.
+        debt: Tokens held back because others spend the quota too, by the server's count.
+        paused: Seconds until a pause ends, in which no call has its turn because accounts in a row were refused; 0 while a
+            probe is to show that it is over, None without a pause.
+        probing: Whether one call has gone ahead of others to find out whether a pause or a debt is over.
     """
 
     limit: int
@@ -26,6 +30,9 @@ class Quota:
     in_flight: int
     waiting: int
     refreshing: int
+    debt: int = 0
+    paused: float | None = None
+    probing: bool = False
     _returns: tuple[float, ...] = attrs.field(alias="returns", repr=False)
     _period: float = attrs.field(alias="period", repr=False)
     _pace: float | None = attrs.field(alias="pace", repr=False)

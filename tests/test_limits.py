@@ -10,9 +10,10 @@ import pytest
 from aiolimiter import AsyncLimiter
 
 from crustcredits import ApiKey, ConfigurationError, RateLimit
-from crustcredits._buckets import Buckets, account_of
+from crustcredits._buckets import _CLAIMS, Buckets, account_of
 from crustcredits._limits import TokenBucket
 from crustcredits._quota import grant_time
+from crustcredits._tokens import LocalStore
 from crustcredits._turn import Turn
 from tests.virtual import VirtualLoop, keys, now
 
@@ -29,6 +30,11 @@ async def take(bucket: TokenBucket, log: list[Any], name: Any, *, turn: Turn | N
 def waits(bucket: TokenBucket, *, again: bool = False) -> tuple[Turn, asyncio.Task[int]]:
     turn = Turn()
     return turn, asyncio.create_task(bucket.acquire(turn, again=again))
+
+
+def bucket_of(buckets: Buckets, path: str, key: ApiKey) -> TokenBucket:
+    """The last one that counts a request."""
+    return buckets.claim(path, key)._buckets[-1]
 
 
 async def settle() -> None:
@@ -447,14 +453,14 @@ async def test_those_whom_a_pause_sends_back_go_before_those_who_had_no_token_ye
     tasks = [asyncio.create_task(take(bucket, log, "newcomer"))]
     await settle()
     for name in ("first", "second"):
-        assert bucket.held(0)
+        assert not bucket.may_start(now=now(), token=0)
         bucket.unused()
         tasks.append(asyncio.create_task(take(bucket, log, name, again=True)))
         await settle()
     assert bucket.quota().waiting == 3
     await asyncio.sleep(6)
     assert [name for name, _ in log] == ["first"]
-    assert not bucket.held(bucket._probe)
+    assert bucket.may_start(bucket._probe, now())
     bucket.succeeded()
     bucket.ended(bucket._probe)
     await asyncio.gather(*tasks)
@@ -502,7 +508,7 @@ async def test_one_account_of_its_own_trouble_does_not_hide_the_pattern() -> Non
     """The last three count; and no more is remembered of a million."""
     bucket = TokenBucket(10, 60.0)
     await refused(bucket, 57.0, 20.0, 20.0, 20.0)
-    assert bucket.held(0)
+    assert not bucket.may_start(now=now(), token=0)
     for number in range(1000):
         bucket.refused(number, None)
     assert len(bucket._refused) == 3
@@ -544,7 +550,7 @@ async def test_a_quota_is_a_value_of_that_moment() -> None:
     assert quota.seconds_for(0) == pytest.approx(50)
     assert quota.seconds_for(1) == pytest.approx(60)
     assert quota.seconds_for(2) == pytest.approx(50 + 60)
-    assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1, refreshing=0)"
+    assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1, refreshing=0, debt=0, paused=None, probing=False)"
     with pytest.raises(ConfigurationError, match="at least 0, not -1"):
         quota.seconds_for(-1)
     await waiter
@@ -583,16 +589,16 @@ async def test_scopes_decide_who_shares_a_bucket() -> None:
     one, two = ApiKey("secret-one", account="acme"), ApiKey("secret-two", account="acme")
     other = ApiKey("secret-three")
     for scope, shared in {"client": (True, True), "account": (True, False), "key": (False, False)}.items():
-        buckets = Buckets(RateLimit(scope=scope), late=1.0)  # type: ignore[arg-type]  # the three scopes
-        taken = buckets.bucket(PATH, one)
+        buckets = Buckets(RateLimit(scope=scope), LocalStore(), late=1.0)  # type: ignore[arg-type]  # the three scopes
+        taken = bucket_of(buckets, PATH, one)
         await taken.acquire()
-        assert (buckets.bucket(PATH, two) is taken, buckets.bucket(PATH, other) is taken) == shared
-        assert buckets.bucket("/account/credits", one) is not taken
+        assert (bucket_of(buckets, PATH, two) is taken, bucket_of(buckets, PATH, other) is taken) == shared
+        assert bucket_of(buckets, "/account/credits", one) is not taken
 
 
 async def test_the_period_is_stretched_by_the_margin() -> None:
     """Against clocks that run at different rates."""
-    bucket = Buckets(RateLimit(requests=1, period=60.0, margin=0.005), late=1.0).bucket(PATH, keys(1)[0])
+    bucket = bucket_of(Buckets(RateLimit(requests=1, period=60.0, margin=0.005), LocalStore(), late=1.0), PATH, keys(1)[0])
     await bucket.acquire()
     bucket.ended()
     await bucket.acquire()
@@ -601,9 +607,9 @@ async def test_the_period_is_stretched_by_the_margin() -> None:
 
 async def test_only_the_last_periods_buckets_are_remembered() -> None:
     """A client that has seen 20,000 keys, 100 in each period, holds at most half as many more buckets."""
-    buckets = Buckets(RateLimit(period=60.0, scope="key"), late=10.0)
+    buckets = Buckets(RateLimit(period=60.0, scope="key"), LocalStore(), late=10.0)
     for key in keys(20_000):
-        bucket = buckets.bucket(PATH, key)
+        bucket = bucket_of(buckets, PATH, key)
         await bucket.acquire()
         bucket.ended()
         await asyncio.sleep(0.603)
@@ -612,41 +618,42 @@ async def test_only_the_last_periods_buckets_are_remembered() -> None:
 
 async def test_after_a_rest_the_idle_are_forgotten_bit_by_bit() -> None:
     """So that no call takes long for it."""
-    buckets = Buckets(RateLimit(period=60.0, scope="key"), late=10.0)
+    buckets = Buckets(RateLimit(period=60.0, scope="key"), LocalStore(), late=10.0)
     for key in keys(3000):
-        bucket = buckets.bucket(PATH, key)
+        bucket = bucket_of(buckets, PATH, key)
         await bucket.acquire()
         bucket.ended()
     await asyncio.sleep(86_400)
     counts = []
     for _ in range(3):
-        buckets.bucket(PATH, keys(1)[0])
+        for _ in range(_CLAIMS):
+            bucket_of(buckets, PATH, keys(1)[0])
         counts.append(len(buckets))
     assert counts == [2000, 1000, 1]
 
 
 async def test_a_bucket_in_use_is_never_forgotten() -> None:
     """However many others come after it, and however long its call takes."""
-    buckets = Buckets(RateLimit(requests=1, period=1.0, scope="key"), late=0.0)
+    buckets = Buckets(RateLimit(requests=1, period=1.0, scope="key"), LocalStore(), late=0.0)
     busy, *others = keys(50)
-    await buckets.bucket(PATH, busy).acquire()
+    await bucket_of(buckets, PATH, busy).acquire()
     for key in others:
-        await buckets.bucket(PATH, key).acquire()
-        buckets.bucket(PATH, key).ended()
+        await bucket_of(buckets, PATH, key).acquire()
+        bucket_of(buckets, PATH, key).ended()
         await asyncio.sleep(2)
-    assert buckets.bucket(PATH, busy).quota(None, 0.0).in_flight == 1
+    assert bucket_of(buckets, PATH, busy).quota(None, 0.0).in_flight == 1
     assert len(buckets) < 5
 
 
 async def test_a_quota_needs_a_key_where_each_has_its_own() -> None:
     """And looking does not make a bucket."""
     key = keys(1)[0]
-    buckets = Buckets(RateLimit(scope="key"), late=1.0)
+    buckets = Buckets(RateLimit(scope="key"), LocalStore(), late=1.0)
     with pytest.raises(ConfigurationError, match="name the key"):
         buckets.quota(PATH, None, pacing=0, refreshing=0)
     assert buckets.quota(PATH, key, pacing=0, refreshing=7).free == 300
     assert len(buckets) == 0
-    assert Buckets(RateLimit(pace=None), late=1.0).quota(PATH, None, pacing=0, refreshing=0).seconds_for(300) == 0
+    assert Buckets(RateLimit(pace=None), LocalStore(), late=1.0).quota(PATH, None, pacing=0, refreshing=0).seconds_for(300) == 0
 
 
 def test_accounts_are_told_apart_by_name_or_by_secret() -> None:
@@ -669,7 +676,7 @@ def test_accounts_are_told_apart_by_name_or_by_secret() -> None:
         ({"period": "60"}, "period is a finite number above 0, not a str"),
         ({"margin": 2}, "margin is a finite number of at least 0 and at most 1, not 2"),
         ({"pace": 0}, "pace is a finite number above 0"),
-        ({"scope": "team"}, "scope is one of 'client', 'account', 'key'$"),
+        ({"scope": "team"}, "scope is one of 'auto', 'client', 'account', 'key'$"),
     ],
 )
 async def test_a_rate_limit_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:

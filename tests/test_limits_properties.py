@@ -103,6 +103,7 @@ class World:
             self.bucket.unused(token)
             return
         started = now()
+        self.bucket.start()
         try:
             await asyncio.sleep(caller.travel)
             if caller.fate == "abandoned":
@@ -145,8 +146,7 @@ async def play(bucket: TokenBucket, tokens: int, callers: list[Caller]) -> World
 async def watch_for_idling(bucket: TokenBucket) -> None:
     while True:
         quota = bucket.quota()
-        paused = bucket.held(0)
-        assert paused or not (quota.free and quota.waiting), "somebody waits while a token is free"
+        assert quota.paused is not None or not (quota.free and quota.waiting), "somebody waits while a token is free"
         await asyncio.sleep(0.37)
 
 
@@ -155,12 +155,12 @@ class Watched(TokenBucket):
 
     __slots__ = ("_last",)
 
-    def _grant(self, turn: Turn) -> bool:
-        granted = super()._grant(turn)
+    def _grant(self, turn: Turn, *, probe: bool = False) -> bool:
+        granted = super()._grant(turn, probe=probe)
         if granted and not turn.wanted:
             assert not self._waiters, "a refresh went before somebody who waits"
             assert not self._again, "a refresh went before somebody who was sent back"
-            assert self._free >= (self._requests > 1) * self._requests / 10, "a refresh took of the last tenth"
+            assert self._tokens.free >= (self._requests > 1) * self._requests / 10, "a refresh took of the last tenth"
             assert now() - getattr(self, "_last", -PERIOD) >= PERIOD / self._requests, "refreshes are not spread"
             self._last = now()
         return granted
@@ -201,8 +201,9 @@ class CountsFromTheStart(TokenBucket):
             self._starts: list[float] = []
         return self._starts
 
-    def ended(self, token: int = 0) -> None:
-        self._give_back(token, self._period - (now() - self._started().pop(0)))
+    def ended(self, token: int = 0, now: float | None = None) -> None:
+        when = asyncio.get_running_loop().time()
+        self._end(token, self._period - (when - self._started().pop(0)), when)
 
 
 def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> None:

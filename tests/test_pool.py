@@ -124,11 +124,11 @@ async def test_each_fault_alone_hides_the_secret_and_names_the_key(
 async def raised_by(client: CreditsClient, report: Report) -> Any:
     for outcome in report.failed:
         try:
-            await client.balance(outcome.key.secret)
+            await client.balance(outcome.key.secret, timeout=0.3)
         except CrustCreditsError as error:
             yield error
     with suppress(CrustCreditsError):
-        await client.balance(report[0].key)
+        await client.balance(report[0].key, timeout=0.3)
     with pytest.raises(ExceptionGroup) as caught:
         report.raise_on_error()
     for each in caught.value.exceptions:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import selectors
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -109,7 +113,76 @@ class FakeServer:
         pass
 
 
-def fake_client(server: FakeServer, **options: Any) -> CreditsClient:
+class WindowServer:
+    """The same with a sliding window, as the API documents it. Several clients may share it.
+
+    `scope` is what it counts by, given a key; `lag` is by how many seconds its count is behind; `said` is the limit that its
+    headers tell. Round trips take between the two `seconds`, and arrive somewhere within.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 300,
+        period: float = 60.0,
+        scope: Callable[[ApiKey], Any] = lambda key: None,
+        seconds: tuple[float, float] = (0.0, 0.02),
+        lag: float = 0.0,
+        said: int | None = None,
+        seed: int = 1,
+    ) -> None:
+        self.limit = limit
+        self.said = said or limit
+        self.period = period
+        self.scope = scope
+        self.seconds = seconds
+        self.lag = lag
+        self.random = random.Random(seed)
+        self.windows: defaultdict[Any, deque[float]] = defaultdict(deque)
+        self.served: list[tuple[float, str]] = []
+        self.refused: list[tuple[float, str]] = []
+
+    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
+        whole = self.random.uniform(*self.seconds)
+        travel = self.random.uniform(0.0, whole)
+        await asyncio.sleep(travel)
+        refused, headers = self.count(self.scope(key), key.name)
+        await asyncio.sleep(whole - travel)
+        body = b"{}" if refused else b'{"credits": 7, "account": {"credits": 7}}'
+        return Response(429 if refused else 200, headers, body)
+
+    def count(self, scope: Any, name: str) -> tuple[bool, dict[str, str]]:
+        """A request arrives. What counts is the window as it was `lag` seconds ago."""
+        window, when = self.windows[scope], now()
+        while window and window[0] <= when - self.period:
+            window.popleft()
+        known = bisect_right(window, when - self.lag) if self.lag else len(window)
+        refused = known >= self.limit
+        if not refused:
+            window.append(when)
+            known += not self.lag
+        (self.refused if refused else self.served).append((when, name))
+        oldest = window[0] if window else when
+        return refused, {
+            "x-ratelimit-limit": str(self.said),
+            "x-ratelimit-remaining": str(max(0, self.said - known)),
+            "x-ratelimit-reset": str(math.ceil(oldest + self.period - when)),
+        }
+
+    def spend(self, requests: int, scope: Any = None) -> None:
+        """Somebody else spends so many at once."""
+        for _ in range(requests):
+            self.count(scope, "others")
+
+    def worst_window(self) -> int:
+        times = sorted(when for when, _ in self.served)
+        return max((place + 1 - bisect_right(times, when - self.period) for place, when in enumerate(times)), default=0)
+
+    async def close(self) -> None:
+        pass
+
+
+def fake_client(server: FakeServer | WindowServer, **options: Any) -> CreditsClient:
     client = CreditsClient(**options)
     client._asker.transport = server  # type: ignore[assignment]  # it has the same two methods
     return client
