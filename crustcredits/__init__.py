@@ -7,6 +7,7 @@ from crustcredits._errors import (
     APITimeoutError,
     AuthenticationError,
     BadRequestError,
+    BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
     CrustCreditsError,
@@ -27,6 +28,7 @@ from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Sou
 from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
+from crustcredits._tokens import Tokens, TokenStore
 from crustcredits._version import __version__
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "Balance",
+    "BucketsUnavailableError",
     "ClientClosedError",
     "ConfigurationError",
     "CreditsClient",
@@ -63,6 +66,8 @@ __all__ = [
     "Seconds",
     "Source",
     "State",
+    "TokenStore",
+    "Tokens",
     "UnexpectedResponseError",
     "__version__",
     "keys_from_env",

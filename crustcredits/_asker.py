@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from crustcredits._buckets import Buckets
 from crustcredits._claim import Claim
-from crustcredits._errors import CrustCreditsError
+from crustcredits._errors import BucketsUnavailableError, CrustCreditsError
 from crustcredits._keys import ApiKey
 from crustcredits._limits import RateLimit
 from crustcredits._models import Balance
@@ -97,7 +97,10 @@ class Asker:
         """One request, with tokens of its own; the errors are values."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         claim = self._buckets.claim(path, key)
-        slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn)
+        try:
+            slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn)
+        except BucketsUnavailableError as error:
+            return BucketsUnavailableError(error.message, key_name=key.name)
         answered = False
         claim.start()
         turn.attempts += 1

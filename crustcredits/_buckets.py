@@ -40,7 +40,7 @@ class Buckets:
         self._buckets: OrderedDict[Place, TokenBucket] = OrderedDict()
         self._claims = 0
         self._witnesses: dict[str, Witnesses] = {}
-        store.open(self._period, late)
+        store.open(period=self._period, late=late, pace=limit.pace)
 
     def __len__(self) -> int:
         return len(self._buckets)

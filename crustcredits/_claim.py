@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 
 from crustcredits._debt import Told
 from crustcredits._errors import CrustCreditsError, RateLimitError
@@ -15,6 +16,7 @@ from crustcredits._learned import LearnedLimits
 from crustcredits._limits import TokenBucket
 from crustcredits._models import Balance, RateLimitStatus
 from crustcredits._proof import Witnesses
+from crustcredits._tokens import FRESH
 from crustcredits._turn import Turn
 
 _log = logging.getLogger("crustcredits")
@@ -40,30 +42,38 @@ class Claim:
         self._buckets = buckets
         self._limits = limits
         self._witnesses = witnesses
-        self._tokens: list[int] = []
+        self._tokens: dict[int, int] = {}  # by the place of their bucket
         self._marks: Sequence[int] = ()
         self._started = 0.0
         self._over = False
 
     def try_acquire(self) -> bool:
         """Take the tokens if all of them are free."""
-        for bucket in self._buckets:
+        for place, bucket in enumerate(self._buckets):
             if not bucket.try_acquire():
                 self.put_back()
                 return False
-            self._tokens.append(0)
+            self._tokens[place] = 0
         return True
 
     async def acquire(self, turn: Turn, *, again: bool = False) -> None:
         """Take the tokens that it does not have, waiting for each in its turn."""
-        for bucket in self._buckets[len(self._tokens) :]:
-            self._tokens.append(await bucket.acquire(turn, again=again))
+        for place, bucket in enumerate(self._buckets):
+            if place not in self._tokens:
+                self._tokens[place] = await bucket.acquire(turn, again=again)
+        first = self._buckets[0]
+        if len(self._buckets) > 1 and first.is_stale():
+            # It has become too old while the second was waited for, which must not become so too.
+            first.unused(self._tokens.pop(0))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FRESH):
+                    self._tokens[0] = await first.acquire(turn, again=True)
 
     def may_start(self) -> bool:
         """Whether the attempt may begin. A token that may not be used any more is put back, and those taken after it."""
         now = _now()
         for place, bucket in enumerate(self._buckets):
-            if not bucket.may_start(self._tokens[place], now):
+            if place not in self._tokens or not bucket.may_start(self._tokens[place], now):
                 self.put_back(place)
                 return False
         return True
@@ -75,9 +85,8 @@ class Claim:
 
     def put_back(self, keep: int = 0) -> None:
         """There was no attempt: put back the tokens, but for the first `keep`."""
-        while len(self._tokens) > keep:
-            token = self._tokens.pop()
-            self._buckets[len(self._tokens)].unused(token)
+        for place in [place for place in self._tokens if place >= keep]:
+            self._buckets[place].unused(self._tokens.pop(place))
 
     def unsent(self) -> None:
         """The attempt certainly never left."""

@@ -15,6 +15,7 @@ CrustCreditsError
 │   └── InternalServerError         5xx
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
+├── BucketsUnavailableError
 ├── InsufficientCreditsError
 └── ClientClosedError
 """
@@ -168,6 +169,10 @@ class RateLimitWaitError(CrustCreditsError):
     def __init__(self, message: str, *, wait: float, **details: Any) -> None:
         super().__init__(message, **details)
         self.wait = wait
+
+
+class BucketsUnavailableError(CrustCreditsError):
+    """The count that several processes share is out of reach, so nothing was sent; with `on_outage="raise"` only."""
 
 
 class InsufficientCreditsError(CrustCreditsError):

@@ -22,7 +22,7 @@ from aiolimiter import AsyncLimiter
 
 from crustcredits._checks import Number, Whole
 from crustcredits._debt import Debt, Told
-from crustcredits._errors import ConfigurationError
+from crustcredits._errors import BucketsUnavailableError, ConfigurationError
 from crustcredits._quota import Quota, grant_time
 from crustcredits._tokens import LocalTokens, Tokens
 from crustcredits._turn import Turn
@@ -149,7 +149,7 @@ class TokenBucket:
         self._period = period
         self._late = late
         self._tokens = tokens or LocalTokens(requests)
-        self._tokens.bind(self._wake)
+        self._tokens.bind(self._wake, self._fail)
         self._voices = voices
         self._reserve = _reserve_of(requests)
         self._waiters: _Queue = OrderedDict()
@@ -199,6 +199,10 @@ class TokenBucket:
         finally:
             turn.waiter = None
             turn.leaves()
+
+    def is_stale(self) -> bool:
+        """Whether a token has been taken for so long, and not started, that it is due to others."""
+        return self._tokens.is_stale(asyncio.get_running_loop().time())
 
     def may_start(self, token: int, now: float) -> bool:
         """Whether the token may still go onto the wire; not when a pause has begun, or others have spent it meanwhile."""
@@ -368,7 +372,7 @@ class TokenBucket:
             self._wake()
 
     def _resize(self) -> None:
-        self._tokens.resize(self._requests - (self._debt.amount if self._debt is not None else 0))
+        self._tokens.resize(self._requests, self._debt.amount if self._debt is not None else 0)
 
     def _wake(self) -> None:
         """Hand free tokens to those who wait, in order, and set the one timer for the next that comes home."""
@@ -399,11 +403,24 @@ class TokenBucket:
     def _find_out(self, queue: _Queue, now: float) -> None:
         """Let one go beyond the debt, where the debt is all that keeps it, and it is time for that."""
         debt = self._debt
-        if debt is None or not debt.amount or now < debt.probe_at or self._probe or not self._tokens.need(1, debt.amount):
+        if debt is None or not debt.amount or now < debt.probe_at or self._probe:
+            return
+        there = self._tokens.need(1, debt.amount)
+        if there is False:
             return
         debt.probe_at = math.inf
-        while queue and not self._grant(queue.popitem(last=False)[0], probe=True):
+        while there and queue and not self._grant(queue.popitem(last=False)[0], probe=True):
             pass
+
+    def _fail(self) -> None:
+        """No token can be had: whoever waits for one is told."""
+        for queue in (self._again, self._waiters, self._refreshes):
+            while queue:
+                waiter = queue.popitem(last=False)[0].waiter
+                if waiter is not None and not waiter.done():
+                    waiter.set_exception(
+                        BucketsUnavailableError("the count that the processes share is out of reach; nothing was sent")
+                    )
 
     def _refresh_gap(self, now: float) -> float:
         """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and come home for them.
@@ -450,13 +467,10 @@ class TokenBucket:
 
     def _next_free(self, reserve: int, now: float, *, probes: bool) -> float | None:
         missing = reserve + 1 - self._tokens.free
-        when = now if missing <= 0 else self._tokens.next_home(missing)
+        when = self._tokens.next_home(missing)
         debt = self._debt
-        if debt is None or not debt.amount:
-            return when
-        missing -= debt.amount
-        without = now if missing <= 0 else self._tokens.next_home(missing)
-        if without is None:
+        without = None if debt is None or not debt.amount else self._tokens.next_home(missing, debt.amount)
+        if debt is None or without is None:
             return when
         opens = max(without, min(debt.until, debt.probe_at if probes and not self._probe else math.inf))
         return opens if when is None else min(when, opens)
@@ -473,9 +487,11 @@ class TokenBucket:
         self._refreshes.pop(turn, None)
         if waiter.done() and not waiter.cancelled():
             self.unused(waiter.result())
-        elif not (self._again or self._waiters or self._refreshes) and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        elif not (self._again or self._waiters or self._refreshes):
+            self._tokens.need(0)
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _returns(self, now: float) -> list[float]:
         """When each token comes home, ascending, taking what is under way to end now and pause and debt to end in time."""

@@ -6,9 +6,13 @@ a token, and in which order, is `_limits`'s. Times are the running loop's.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+# Seconds after it was taken by which a token that others could use has to be on the wire.
+FRESH = 1.0
 
 
 class Tokens(Protocol):
@@ -16,21 +20,24 @@ class Tokens(Protocol):
 
     A token is taken with `take`; then it goes back with `untake`, or onto the wire with `start`, from where it ends with
     `end`, or with `unsend` when its request left no trace in the server's count after all.
-
-    Attributes:
-        free: Tokens that can be taken now; below 0 when more are out than may be.
-        in_flight: Tokens that are taken, on the wire or before it.
     """
 
-    free: int
-    in_flight: int
-
-    def bind(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when tokens became free by themselves, other than at the time that `next_home` says."""
+    @property
+    def free(self) -> int:
+        """Tokens that can be taken now; below 0 when more are out than may be."""
         ...
 
-    def resize(self, capacity: int) -> None:
-        """Let so many be out at a time from now on; it can be fewer than are out."""
+    @property
+    def in_flight(self) -> int:
+        """Tokens that are taken, on the wire or before it."""
+        ...
+
+    def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
+        """Call `wake` when tokens became free other than at the time that `next_home` says, and `fail` when none can be had."""
+        ...
+
+    def resize(self, limit: int, debt: int) -> None:
+        """So many there are from now on, and of these so many are held back; more may be out than is left."""
         ...
 
     def is_idle(self) -> bool:
@@ -47,6 +54,10 @@ class Tokens(Protocol):
 
     def untake(self) -> None:
         """Put one back that was not on the wire."""
+        ...
+
+    def is_stale(self, now: float) -> bool:
+        """Whether the one that was taken first has been kept from others for too long."""
         ...
 
     def may_start(self, now: float) -> bool:
@@ -76,15 +87,15 @@ class Tokens(Protocol):
         """The same for all who share these tokens: `tell` is called with it, now or later."""
         ...
 
-    def need(self, count: int, beyond: int = 0) -> bool:
-        """So many wait, for tokens of which none is free. Returns whether one is there if so many more may be out than may.
+    def need(self, count: int, beyond: int = 0) -> bool | None:
+        """So many wait for tokens. Whether one is there, if `beyond` more may be out than may; None: it is sent for.
 
-        Whoever has to ask elsewhere does so now, and calls `wake` when there are some.
+        `wake` is called when what was sent for comes. With 0 nobody waits any more.
         """
         ...
 
-    def next_home(self, missing: int) -> float | None:
-        """When so many more will have come home, if that is known."""
+    def next_home(self, missing: int, beyond: int = 0) -> float | None:
+        """When so many more will be free, if `beyond` more may be out than may. None: not known, or sent for."""
         ...
 
     def homes(self) -> Sequence[float]:
@@ -99,18 +110,19 @@ class Tokens(Protocol):
 class TokenStore(Protocol):
     """Who keeps the tokens of all buckets. A client asks it for each bucket anew, and forgets those that are idle."""
 
-    def open(self, period: float, late: float) -> None:
+    def open(self, *, period: float, late: float, pace: float | None) -> None:
         """A client begins to use it.
 
-        Its tokens come home `period` seconds after their attempt's end, and no attempt takes longer than `late`.
+        Its tokens come home `period` seconds after their attempt's end, no attempt takes longer than `late`, and `pace` of
+        them begin in a second.
 
         Raises:
             ConfigurationError: It cannot serve this client.
         """
         ...
 
-    def tokens(self, path: str, whose: str | bytes | None, capacity: int) -> Tokens:
-        """The tokens of one bucket: of all requests to `path`, or of those of one account, or of one key by its digest."""
+    def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
+        """The `limit` tokens of one bucket: of all requests to `path`, or of those of one account, or of one key by its digest."""
         ...
 
     async def close(self) -> None:
@@ -123,18 +135,19 @@ class LocalTokens:
 
     __slots__ = ("_capacity", "_home", "_on_wire", "_starts", "free", "in_flight")
 
-    def __init__(self, capacity: int) -> None:
-        self.free = capacity
+    def __init__(self, limit: int) -> None:
+        self.free = limit
         self.in_flight = 0
-        self._capacity = capacity
+        self._capacity = limit
         self._on_wire = 0
         self._starts = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
 
-    def bind(self, wake: Callable[[], None]) -> None:
-        """None becomes free by itself."""
+    def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
+        """None becomes free by itself, and none is out of reach."""
 
-    def resize(self, capacity: int) -> None:
+    def resize(self, limit: int, debt: int) -> None:
+        capacity = limit - debt
         self.free += capacity - self._capacity
         self._capacity = capacity
 
@@ -155,6 +168,9 @@ class LocalTokens:
     def untake(self) -> None:
         self.in_flight -= 1
         self.free += 1
+
+    def is_stale(self, now: float) -> bool:
+        return False
 
     def may_start(self, now: float) -> bool:
         """Not when meanwhile the others that have gone are as many as may be out."""
@@ -185,10 +201,13 @@ class LocalTokens:
     def spent(self, mark: int, started: float, tell: Callable[[int], None]) -> None:
         tell(mark + self._starts)
 
-    def need(self, count: int, beyond: int = 0) -> bool:
+    def need(self, count: int, beyond: int = 0) -> bool | None:
         return self.free + beyond > 0
 
-    def next_home(self, missing: int) -> float | None:
+    def next_home(self, missing: int, beyond: int = 0) -> float | None:
+        missing -= beyond
+        if missing <= 0:
+            return -math.inf
         return self._home[missing - 1] if missing <= len(self._home) else None
 
     def homes(self) -> Sequence[float]:
@@ -202,11 +221,11 @@ class LocalTokens:
 class LocalStore:
     """Tokens in this process: the default."""
 
-    def open(self, period: float, late: float) -> None:
+    def open(self, *, period: float, late: float, pace: float | None) -> None:
         """Nothing has to be opened."""
 
-    def tokens(self, path: str, whose: str | bytes | None, capacity: int) -> Tokens:
-        return LocalTokens(capacity)
+    def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
+        return LocalTokens(limit)
 
     async def close(self) -> None:
         """Nothing was opened."""

@@ -1,0 +1,329 @@
+"""`SharedTokens`: what one process knows and has to say of tokens that several processes share.
+
+Whoever counts for all of them is asked in messages, made and read here as values. How a message travels, and when, is the
+link's. Tokens are alike, so whichever of this process's was granted first is the next to go, whoever goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import attrs
+
+from crustcredits._tokens import FRESH, LocalTokens
+
+# Tokens that one bucket asks for in a message, at the most.
+MOST = 32
+# Of what is to go in a second at the pace, the share that is asked for ahead.
+_AHEAD = 0.15
+# Seconds between two messages for tokens that were not there, so that one brings those that come home in between.
+GAP = 0.05
+# Seconds between two messages at the most, while somebody waits or tokens are out: so late may a loss of the count be noticed.
+BEAT = 0.5
+# Seconds that are added to an age, because the message that tells it takes its time.
+_TRAVEL = 0.05
+
+
+@attrs.frozen
+class Terms:
+    """What holds for all tokens of one client: seconds from an attempt's end to its token's coming home, and that one takes."""
+
+    period: float
+    late: float
+    pace: float | None
+    share: float
+
+    @property
+    def lease(self) -> float:
+        """Seconds after its grant that a token of which nothing is heard comes home: whoever has it cannot use it any more."""
+        return self.period + self.late + max(self.late, FRESH)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that may be granted and not on the wire yet."""
+        return MOST if self.pace is None else max(1, min(MOST, int(self.pace * _AHEAD)))
+
+
+class Link(Protocol):
+    """What carries the messages.
+
+    Attributes:
+        terms: What holds for all tokens.
+        alone: Whether it is broken, so that each process goes on by itself.
+        settled: Whether it has been so for long enough that no other process has more than its share out.
+    """
+
+    terms: Terms
+    alone: bool
+    settled: bool
+
+    def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
+        """These have something to say."""
+        ...
+
+
+class Granted(NamedTuple):
+    """A token of this process: its number, and when it was asked for; infinite for one that this process gave itself."""
+
+    number: int
+    at: float
+
+
+@attrs.frozen
+class _Sent:
+    """What was in the message that is under way."""
+
+    at: float
+    first: int
+    wanted: int
+    homes: int
+    returned: int
+    asks: tuple[float, Callable[[int], None]] | None
+
+
+class SharedTokens:
+    """The tokens of one bucket, as this process knows them.
+
+    While the link works, those in hand are free. When it does not, this process counts by itself, for its share: for a period
+    only as many as it had out itself when the link was lost, because the others may have had the rest.
+    """
+
+    def __init__(self, link: Link, name: str, limit: int) -> None:
+        self.name = name
+        self.epoch = 0  # the last one in which all of this was told
+        self.not_before = 0.0  # when it makes sense to ask again for what was not there
+        self._link = link
+        self._limit, self._debt = limit, 0
+        self._own = LocalTokens(limit)  # of this process alone
+        self._had = 0  # of these, how many were out when the link was lost
+        self._number = 0
+        self._hand: deque[Granted] = deque()
+        self._taken: deque[Granted] = deque()
+        self._on_wire: deque[Granted] = deque()
+        self._ended: deque[tuple[int, float]] = deque()  # number and coming home
+        self._unreported: list[tuple[int, float]] = []  # of these, what is still to be told
+        self._returned: list[int] = []
+        self._wanted = 0
+        self._beyond = 0
+        self._extra = 0  # how far beyond what may be out one token may be, to find out
+        self._asks: tuple[float, Callable[[int], None]] | None = None
+        self._sent: _Sent | None = None
+        self._out = 0  # of all processes, when last heard
+        self._coming: list[float] = []  # when the next ones come home
+        if link.alone:
+            self._own.resize(self._share(), 0)
+
+    # --- for the bucket
+
+    @property
+    def free(self) -> int:
+        return self._own.free if self._link.alone else len(self._hand)
+
+    @property
+    def in_flight(self) -> int:
+        return self._own.in_flight
+
+    def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
+        self._wake, self._fail = wake, fail
+
+    def resize(self, limit: int, debt: int) -> None:
+        if limit - debt > self._limit - self._debt:
+            self.not_before = 0.0
+        self._limit, self._debt, self._extra = limit, debt, 0
+        if self._link.alone:
+            self._own.resize(self._share(), 0)
+
+    def is_idle(self) -> bool:
+        return self._own.is_idle() and not (self._unreported or self._returned or self._sent)
+
+    def collect(self, now: float) -> None:
+        self._own.collect(now)
+        while self._ended and self._ended[0][1] <= now:
+            self._ended.popleft()
+
+    def take(self) -> None:
+        self._own.take()
+        self._taken.append(Granted(self._next_number(), math.inf) if self._link.alone else self._hand.popleft())
+
+    def untake(self) -> None:
+        self._own.untake()
+        self._give_up(self._taken)
+
+    def is_stale(self, now: float) -> bool:
+        return not self._link.alone and now - self._taken[0].at > FRESH
+
+    def may_start(self, now: float) -> bool:
+        return self._own.may_start(now) if self._link.alone else not self.is_stale(now)
+
+    def start(self) -> int:
+        self._on_wire.append(self._taken.popleft())
+        if self.wants:
+            self._link.say(self, at_once=True)
+        return self._own.start()
+
+    def end(self, home: float) -> None:
+        self._own.end(home)
+        ended = self._on_wire.popleft().number, home
+        self._ended.append(ended)
+        if not self._link.alone:
+            self._unreported.append(ended)
+            self._link.say(self, at_once=False)
+
+    def unsend(self) -> None:
+        self._own.unsend()
+        self._give_up(self._on_wire)
+
+    def own(self, mark: int) -> int:
+        return self._own.own(mark)
+
+    def spent(self, mark: int, started: float, tell: Callable[[int], None]) -> None:
+        if self._link.alone:
+            tell(self._own.own(mark))
+        else:
+            self._asks = started, tell
+            self._link.say(self, at_once=False)
+
+    def need(self, count: int, beyond: int = 0) -> bool | None:
+        if self._link.alone:
+            return self._own.need(count, beyond)
+        if self._hand:
+            return True
+        if beyond > 0:
+            self._extra = beyond
+        else:
+            self._wanted, self._beyond = count, beyond
+        if self.wants:
+            self._link.say(self, at_once=True)
+        return None
+
+    def next_home(self, missing: int, beyond: int = 0) -> float | None:
+        if self._link.alone:
+            return self._own.next_home(missing, beyond)
+        return -math.inf if beyond > 0 or missing <= 0 else None
+
+    def homes(self) -> Sequence[float]:
+        return self._own.homes()
+
+    def returns(self, now: float, period: float) -> list[float]:
+        """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
+        if self._link.alone:
+            return self._own.returns(now, period)
+        capacity = max(0, self._limit - self._debt)
+        times = [now] * max(0, capacity - self._out) + [max(now, time) for time in self._coming]
+        times += [times[-1] if times else now] * (capacity - len(times))
+        return times[:capacity]
+
+    # --- for the link
+
+    @property
+    def wants(self) -> bool:
+        """Whether it has to ask for tokens: somebody waits, and not enough are on their way to the wire already."""
+        return self._asked_for() > 0
+
+    def holds(self, now: float) -> bool:
+        """Whether whoever counts would let others have too many, if it forgot these."""
+        self.collect(now)
+        return bool(self._hand or self._taken or self._on_wire or self._ended)
+
+    def message(self, now: float, epoch: int) -> list[int]:
+        """What it has to say, and to ask for; all that it holds, if it has not told that in this epoch."""
+        self.collect(now)
+        terms = self._link.terms
+        homes = self._unreported if epoch == self.epoch else self._all_homes(now)
+        room = self._limit - self._debt + (self._extra or self._beyond)
+        wanted = self._asked_for() if now >= self.not_before else 0
+        self._sent = _Sent(now, self._number, wanted, len(self._unreported), len(self._returned), self._asks)
+        self._number += wanted
+        age = -1 if self._asks is None else _micro(now - self._asks[0] + _TRAVEL)
+        self._asks = None
+        said = [wanted, room, _micro(terms.lease), self._sent.first, age, len(homes), len(self._returned)]
+        for number, home in homes:
+            said += (number, _micro(home - now))
+        return said + self._returned
+
+    def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
+        """The message was understood, and this is the answer; no tokens are given for `pause` seconds."""
+        sent, self._sent = self._sent, None
+        assert sent is not None
+        self.epoch = epoch
+        del self._unreported[: sent.homes], self._returned[: sent.returned]
+        given, self._out, counted, *coming = answer
+        self._coming = [now + micro / 1e6 for micro in coming]
+        if given < sent.wanted:
+            comes = self._coming[0] if self._coming else now + BEAT
+            self.not_before = min(max(now + GAP, comes), now + BEAT) if not pause else now + pause
+        elif given:
+            self._extra = 0
+        if sent.asks is not None:
+            sent.asks[1](counted)
+        if given:
+            self._arrived(Granted(sent.first + place, sent.at) for place in range(given))
+
+    def unanswered(self) -> None:
+        """It is not known whether the message was heard: what it may have brought goes back."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self._returned += range(sent.first, sent.first + sent.wanted)
+            self._asks = self._asks or sent.asks
+
+    def fail(self) -> None:
+        """Nobody can be asked: whoever waits is told."""
+        self._wanted = self._extra = 0
+        self._fail()
+
+    def go_alone(self) -> None:
+        """The link is broken: from now on this process counts by itself."""
+        self.epoch = 0
+        self._had = self._own.in_flight + len(self._own.homes())
+        self._asks = None
+        self._unreported.clear()
+        self.change()
+
+    def change(self) -> None:
+        """The link is whole again, or has been broken for so long that the whole share may be used."""
+        self.not_before = 0.0
+        self._own.resize(self._share(), 0)
+        self._wake()
+
+    # --- inside
+
+    def _asked_for(self) -> int:
+        """How many to ask for: not one by one, but half of those that may be on their way to the wire, or all that are wanted."""
+        wanted, ahead = 1 if self._extra else self._wanted, self._link.terms.ahead
+        room = ahead - len(self._taken)
+        return min(wanted, room) if room >= min(wanted, (ahead + 1) // 2) else 0
+
+    def _share(self) -> int:
+        """What may be out of these while this process is alone."""
+        share = min(max(1, int(self._limit * self._link.terms.share)), self._limit - self._debt)
+        return share if self._link.settled else min(share, self._had)
+
+    def _arrived(self, granted: Iterable[Granted]) -> None:
+        self._hand.extend(granted)
+        self._wanted = 0  # whoever still waits says so
+        self._wake()
+        while self._hand:
+            self._give_up(self._hand)
+
+    def _all_homes(self, now: float) -> list[tuple[int, float]]:
+        under_way = (*self._hand, *self._taken, *self._on_wire)
+        leased = [(token.number, min(token.at, now) + self._link.terms.lease) for token in under_way]
+        return [*self._ended, *leased]
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _give_up(self, tokens: deque[Granted]) -> None:
+        token = tokens.popleft()
+        # Nobody else knows of one that this process has given itself, before it has been told.
+        if self.epoch or token.at < math.inf:
+            self._returned.append(token.number)
+            self._link.say(self, at_once=False)
+
+
+def _micro(seconds: float) -> int:
+    return math.ceil(seconds * 1e6)

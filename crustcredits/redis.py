@@ -1,0 +1,304 @@
+"""`RedisBuckets`: one quota for many processes, counted in Redis 6.2 or later, or Valkey. The extra `redis`.
+
+Here is how messages travel and what is done when they do not; what they say is `_shared`'s, and what Redis does with them stands
+in `redis.lua`. Redis's clock is the only clock: all times in messages are spans. Neither keys nor values hold a secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from weakref import WeakSet
+
+from crustcredits._checks import check_kind, check_number
+from crustcredits._errors import ConfigurationError
+from crustcredits._shared import BEAT, SharedTokens, Terms
+from crustcredits._tokens import Tokens
+
+try:
+    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import NoScriptError, RedisError
+except ImportError as error:
+    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from error
+
+if TYPE_CHECKING:
+    Client: TypeAlias = "Redis | RedisCluster"
+
+__all__ = ["RedisBuckets"]
+
+_log = logging.getLogger("crustcredits")
+
+_SCRIPT: Final = files("crustcredits").joinpath("redis.lua").read_text(encoding="utf-8")
+_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+# Seconds that Redis may take to answer; beyond that it counts as gone.
+_PATIENCE = 1.0
+# Seconds between two attempts to find it again.
+_RETRY = 1.0
+# Seconds that what has ended may wait for other things to be said; the lease covers for it until then.
+_REPORT = 0.1
+# Seconds after a loss of the count in which no tokens are given, so that every process can say what it holds: each sends a
+# message every half a second.
+_PAUSE = 2.5 * BEAT
+# Buckets of one message at the most.
+_BUCKETS = 64
+# Seconds that the marker of an idle prefix is remembered.
+_LIFE = 86_400.0
+
+
+class RedisBuckets:
+    """Token buckets that all processes share which use the same prefix on the same Redis.
+
+    Give it to one client: `CreditsClient(buckets=RedisBuckets("redis://…"))`. It keeps the same promise as buckets in the process:
+    no window of one period ever holds more requests than the limit, of all processes together. A process that dies with tokens
+    in its hands breaks nothing: they come home after a period and two request timeouts.
+
+    Args:
+        url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`, `RedisCluster` included, which
+            is never closed here.
+        prefix: What the names of the keys begin with. They lie in one slot of a cluster.
+        on_outage: What to do without Redis. With `"local"` this process goes on with its share of the limit: for one
+            period and one request timeout only out of tokens of its own that come home, then with the whole share. It says so
+            once in the log, and comes back by itself. With `"raise"` calls that need a token fail with
+            `BucketsUnavailableError`.
+        share: This process's share of the limit while it is alone, above 0 and at most 1. Those of all processes together should
+            be no more than 1.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    terms: Terms
+    alone: bool
+    settled: bool
+
+    def __init__(
+        self,
+        url_or_client: str | Client,
+        *,
+        prefix: str = "crustcredits",
+        on_outage: Literal["local", "raise"] = "local",
+        share: float = 1 / 4,
+    ) -> None:
+        owned = isinstance(url_or_client, str)
+        client = _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
+        del url_or_client  # It may hold a password, and tracebacks are printed with local variables.
+        if client is None:
+            raise ConfigurationError("the URL is none of Redis; give it as redis://host:port/number")
+        if not isinstance(client, (Redis, RedisCluster)):
+            raise ConfigurationError(f"url_or_client is a URL or a client of redis.asyncio, not {type(client).__name__}")
+        check_kind("prefix", prefix, str)
+        if not prefix or not prefix.isprintable() or set(prefix) & set("{}"):
+            raise ConfigurationError("prefix is printable text without braces, and not empty")
+        if on_outage not in {"local", "raise"}:
+            raise ConfigurationError("on_outage is 'local' or 'raise'")
+        check_number("share", share, above=0, maximum=1)
+        self.alone = self.settled = False
+        self._client: Any = client
+        self._owned = owned
+        self._prefix = f"{{{prefix}}}:"
+        self._raises = on_outage == "raise"
+        self._share = share
+        self._opened = self._closed = False
+        self._all: WeakSet[SharedTokens] = WeakSet()
+        self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
+        self._process = ""  # made when first needed, since a process may fork before
+        self._epoch = self._count = 0
+        self._down = False  # and the log has been told
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # --- for the client
+
+    def open(self, *, period: float, late: float, pace: float | None) -> None:
+        """A client begins to use it: see `TokenStore`.
+
+        Raises:
+            ConfigurationError: Another client uses it already.
+        """
+        if self._opened:
+            raise ConfigurationError("these buckets have a client already; make new RedisBuckets, with the same prefix, for each")
+        self._opened = True
+        self.terms = Terms(period=period, late=late, pace=pace, share=self._share)
+
+    def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
+        """The tokens of one bucket: see `TokenStore`."""
+        tokens = SharedTokens(self, f"{self._prefix}{path}{_hidden(whose)}", limit)
+        self._all.add(tokens)
+        return tokens
+
+    async def close(self) -> None:
+        """Say what is still to be said, if Redis is there, and close the connections, if they are ours."""
+        self._closed = True
+        self._stop_timers()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        while self._due and not (self.alone or self._down):
+            await self._exchange()
+        if self._owned:
+            await self._client.aclose()
+
+    # --- for the tokens
+
+    def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
+        """These have something to say."""
+        now = _now()
+        due = max(now, tokens.not_before) if at_once else now + _REPORT
+        if due < self._due.get(tokens, due + 1):
+            self._due[tokens] = due
+        self._arrange()
+
+    # --- messages, one at a time
+
+    def _arrange(self) -> None:
+        """Set the timer for the next message, unless one is under way."""
+        if self._task is not None or self._closed:
+            return
+        when = self._next_message()
+        if self._timer is not None:
+            if self._timer.when() == when:
+                return
+            self._timer.cancel()
+        self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
+
+    def _next_message(self) -> float | None:
+        if self.alone:
+            return self._last + _RETRY
+        due = min(self._due.values(), default=None)
+        beat = self._last + BEAT
+        if due is not None and due <= beat:
+            return due
+        now = _now()
+        return beat if due is not None or any(tokens.holds(now) for tokens in self._all) else None
+
+    def _begin(self) -> None:
+        self._timer = None
+        self._task = asyncio.Task(self._exchange(), loop=asyncio.get_running_loop())
+        self._task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        self._arrange()
+
+    async def _exchange(self) -> None:
+        now = self._last = _now()
+        self._process = self._process or secrets.token_hex(8)
+        batch = [] if self.alone else sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
+        for tokens in batch:
+            del self._due[tokens]
+        said: list[str | int] = [self._process, self._epoch, self._count, secrets.randbits(52) + 1]
+        said += [int(_PAUSE * 1e6), int((2 * self.terms.late + _PATIENCE) * 1e6), int(_LIFE * 1e3)]
+        for tokens in batch:
+            said += tokens.message(now, self._epoch)
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                answers = await self._call([self._prefix + "epoch", *(tokens.name for tokens in batch)], said)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._lost(batch, type(error).__name__)
+        else:
+            self._heard(batch, answers)
+
+    async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
+        try:
+            return await self._client.evalsha(_SHA, len(keys), *keys, *said)
+        except NoScriptError:  # never heard of it, or SCRIPT FLUSH
+            return await self._client.eval(_SCRIPT, len(keys), *keys, *said)
+
+    def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
+        (known, epoch, self._count, pause), *of_buckets = answers
+        self._come_back()
+        now = _now()
+        if not known:
+            _log.warning("the count of the rate limit in Redis was lost; this process says what it holds")
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._register(now)
+        if not known:
+            for tokens in batch:
+                tokens.unanswered()
+                self.say(tokens, at_once=True)
+            return
+        for tokens, answer in zip(batch, of_buckets, strict=True):
+            tokens.answered(answer, now, epoch=epoch, pause=pause / 1e6)
+            if tokens.wants:
+                self.say(tokens, at_once=True)
+
+    def _register(self, now: float) -> None:
+        for tokens in list(self._all):
+            if tokens.holds(now):
+                self.say(tokens, at_once=True)
+
+    # --- without Redis
+
+    def _lost(self, batch: Sequence[SharedTokens], why: str) -> None:
+        for tokens in batch:
+            tokens.unanswered()
+        if not self._down:
+            self._down = True
+            goes_on = "calls fail" if self._raises else f"this process goes on with {self._share:.3g} of the limit"
+            _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
+        if self._raises:
+            for tokens in list(self._all):
+                tokens.fail()
+            self._due |= dict.fromkeys(batch, self._last + _RETRY)
+        elif not self.alone:
+            self.alone, self.settled = True, False
+            self._due.clear()
+            for tokens in list(self._all):
+                tokens.go_alone()
+            if not self._closed:
+                self._settling = asyncio.get_running_loop().call_later(self.terms.period + self.terms.late, self._settle)
+
+    def _settle(self) -> None:
+        self.settled = True
+        for tokens in list(self._all):
+            tokens.change()
+
+    def _come_back(self) -> None:
+        if self._down:
+            self._down = False
+            _log.warning("Redis is back; the processes count together again")
+        if self.alone:
+            self.alone = self.settled = False
+            if self._settling is not None:
+                self._settling.cancel()
+            for tokens in list(self._all):
+                tokens.change()
+            self._register(_now())
+
+    def _stop_timers(self) -> None:
+        for timer in (self._timer, self._settling):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._settling = None
+
+
+def _connect(url: str) -> Client | None:
+    try:
+        client: Client = Redis.from_url(
+            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError:
+        return None
+    return client
+
+
+def _hidden(whose: str | bytes | None) -> str:
+    """Whose the tokens are, as part of a name: the SHA-256 of an account's name or of a key's digest."""
+    if whose is None:
+        return ""
+    kind, text = ("key", whose) if isinstance(whose, bytes) else ("account", whose.encode())
+    return f":{kind}:{hashlib.sha256(text).hexdigest()}"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
