@@ -81,7 +81,7 @@ class Claim:
     def start(self) -> None:
         """The attempt begins: from now on the server may count it."""
         self._started = _now()
-        self._marks = [bucket.start() for bucket in self._buckets]
+        self._marks = [bucket.start(self._started) for bucket in self._buckets]
 
     def put_back(self, keep: int = 0) -> None:
         """There was no attempt: put back the tokens, but for the first `keep`."""

@@ -363,7 +363,9 @@ class CreditsClient:
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
 
-        To be called where the event loop runs, whose clock it reads.
+        With what others spend of it (`debt`), and whether calls wait for a pause or a probe: for logs and health checks. With scope
+        `"auto"` a call needs a token of two buckets: `quota()` is the one that all keys share, as if nothing were proven of
+        them, `quota(key=…)` that of the key's own account. To be called where the event loop runs, whose clock it reads.
 
         Raises:
             ConfigurationError: No loop runs here; or each key or account has a quota of its own, and no `key` was named.

@@ -45,12 +45,14 @@ class Debt:
         until: When it ends, if no newer answer comes: all that the server had counted then has aged out.
         probe_at: When one request may find out, where the debt is all that holds the bucket shut: the server said that a
             slot becomes free then. Infinite when it did not say, or one is finding out.
+        finding_out: Whether one has gone to find out, and nothing was told since.
     """
 
     voices: int
     amount: int = 0
     until: float = -math.inf
     probe_at: float = math.inf
+    finding_out: bool = False
     _told: dict[Hashable, int] = attrs.field(factory=dict)
 
     def hear(self, told: Told, own: int, *, period: float, spacing: float) -> None:
@@ -63,5 +65,15 @@ class Debt:
         if len(self._told) > self.voices:
             del self._told[next(iter(self._told))]
         self.amount = min(self._told.values()) if len(self._told) == self.voices else 0
+        self.finding_out = False
         self.until = told.at + period
         self.probe_at = math.inf if told.reset is None else told.at + max(told.reset, spacing)
+
+    def probed(self) -> None:
+        """One has gone to find out."""
+        self.probe_at, self.finding_out = math.inf, True
+
+    def not_probed(self, now: float) -> None:
+        """It has not, after all."""
+        if self.finding_out:
+            self.probe_at, self.finding_out = now, False

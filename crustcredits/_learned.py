@@ -36,6 +36,7 @@ class LearnedLimits:
         self.configured = limit.requests
         self._most = _MOST if limit.follow == "both" else limit.requests
         self._period = limit.period
+        self._followed = self.configured  # as the log was told
         self._heard: OrderedDict[Hashable, _Heard] = OrderedDict()
 
     def of(self, place: Hashable) -> int:
@@ -60,8 +61,9 @@ class LearnedLimits:
         return limit == self.of(place)
 
     def _learn(self, place: Hashable, limit: int, now: float) -> None:
-        if limit != self.of(place):
+        if limit != self.of(place) and limit != self._followed:
             _log.info("the API says that its limit is %d requests, not %d; it is followed", limit, self.of(place))
+            self._followed = limit
         self._heard[place] = _Heard(limit, now)
         self._heard.move_to_end(place)
         if limit == self.configured == self._most:

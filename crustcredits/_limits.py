@@ -208,9 +208,9 @@ class TokenBucket:
         """Whether the token may still go onto the wire; not when a pause has begun, or others have spent it meanwhile."""
         return token == 1 or (self._paused is None and self._tokens.may_start(now))
 
-    def start(self) -> int:
+    def start(self, now: float | None = None) -> int:
         """A token goes onto the wire. Returns a mark of that moment, for `heard` and `own`."""
-        return self._tokens.start()
+        return self._tokens.start(asyncio.get_running_loop().time() if now is None else now)
 
     def ended(self, token: int = 0, now: float | None = None) -> None:
         """The attempt has ended with an answer: the server counted it before now."""
@@ -349,12 +349,14 @@ class TokenBucket:
         if token:
             self._probe = 0
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
-        if self._timer is None or home < self._timer.when():
+        if token or self._timer is None or home < self._timer.when():
             self._wake()
 
     def _freed(self, token: int) -> None:
         if token:
             self._probe = 0
+            if self._debt is not None:
+                self._debt.not_probed(asyncio.get_running_loop().time())
         self._wake()
 
     def _collect(self, now: float) -> None:
@@ -386,9 +388,11 @@ class TokenBucket:
                 self._grant(queue.popitem(last=False)[0])
             if queue:
                 self._tokens.need(len(self._again) + len(self._waiters))
-                self._find_out(queue, now)
+                self._find_out(now)
             else:
                 self._grant_refreshes(now)
+        else:
+            self._tokens.need(0)
         self._set_timer(loop, now)
 
     def _is_open(self, now: float) -> bool:
@@ -400,17 +404,18 @@ class TokenBucket:
             if self._grant(self._refreshes.popitem(last=False)[0]):
                 self._next_refresh = now + self._refresh_gap(now)
 
-    def _find_out(self, queue: _Queue, now: float) -> None:
+    def _find_out(self, now: float) -> None:
         """Let one go beyond the debt, where the debt is all that keeps it, and it is time for that."""
         debt = self._debt
         if debt is None or not debt.amount or now < debt.probe_at or self._probe:
             return
         there = self._tokens.need(1, debt.amount)
-        if there is False:
-            return
-        debt.probe_at = math.inf
-        while there and queue and not self._grant(queue.popitem(last=False)[0], probe=True):
-            pass
+        if there is None:
+            debt.probed()
+        while there and (queue := self._again or self._waiters):
+            if self._grant(queue.popitem(last=False)[0], probe=True):
+                debt.probed()
+                return
 
     def _fail(self) -> None:
         """No token can be had: whoever waits for one is told."""
@@ -497,7 +502,7 @@ class TokenBucket:
         """When each token comes home, ascending, taking what is under way to end now and pause and debt to end in time."""
         times = self._tokens.returns(now, self._period)
         if self._debt is not None and self._debt.amount:
-            opens = max(now, min(self._debt.until, self._debt.probe_at))
+            opens = now if self._probe else max(now, min(self._debt.until, self._debt.probe_at))
             times = sorted([*times, *[opens] * self._debt.amount])
         if self._paused is not None:
             times = [max(time, self._paused) for time in times]

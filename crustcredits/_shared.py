@@ -54,11 +54,13 @@ class Link(Protocol):
         terms: What holds for all tokens.
         alone: Whether it is broken, so that each process goes on by itself.
         settled: Whether it has been so for long enough that no other process has more than its share out.
+        settles_at: When that is to be.
     """
 
     terms: Terms
     alone: bool
     settled: bool
+    settles_at: float
 
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
         """These have something to say."""
@@ -93,8 +95,8 @@ class SharedTokens:
 
     def __init__(self, link: Link, name: str, limit: int) -> None:
         self.name = name
-        self.epoch = 0  # the last one in which all of this was told
-        self.not_before = 0.0  # when it makes sense to ask again for what was not there
+        self.epoch: int = 0  # the last one in which all of this was told
+        self.not_before: float = 0.0  # when it makes sense to ask again for what was not there
         self._link = link
         self._limit, self._debt = limit, 0
         self._own = LocalTokens(limit)  # of this process alone
@@ -158,11 +160,11 @@ class SharedTokens:
     def may_start(self, now: float) -> bool:
         return self._own.may_start(now) if self._link.alone else not self.is_stale(now)
 
-    def start(self) -> int:
+    def start(self, now: float) -> int:
         self._on_wire.append(self._taken.popleft())
         if self.wants:
             self._link.say(self, at_once=True)
-        return self._own.start()
+        return self._own.start(now)
 
     def end(self, home: float) -> None:
         self._own.end(home)
@@ -202,7 +204,7 @@ class SharedTokens:
     def next_home(self, missing: int, beyond: int = 0) -> float | None:
         if self._link.alone:
             return self._own.next_home(missing, beyond)
-        return -math.inf if beyond > 0 or missing <= 0 else None
+        return None if self._wanted and not beyond else -math.inf
 
     def homes(self) -> Sequence[float]:
         return self._own.homes()
@@ -210,7 +212,8 @@ class SharedTokens:
     def returns(self, now: float, period: float) -> list[float]:
         """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
         if self._link.alone:
-            return self._own.returns(now, period)
+            times = self._own.returns(now, period)
+            return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
         capacity = max(0, self._limit - self._debt)
         times = [now] * max(0, capacity - self._out) + [max(now, time) for time in self._coming]
         times += [times[-1] if times else now] * (capacity - len(times))
@@ -298,8 +301,10 @@ class SharedTokens:
 
     def _share(self) -> int:
         """What may be out of these while this process is alone."""
-        share = min(max(1, int(self._limit * self._link.terms.share)), self._limit - self._debt)
-        return share if self._link.settled else min(share, self._had)
+        return self._whole_share() if self._link.settled else min(self._whole_share(), self._had)
+
+    def _whole_share(self) -> int:
+        return min(max(1, int(self._limit * self._link.terms.share)), max(0, self._limit - self._debt))
 
     def _arrived(self, granted: Iterable[Granted]) -> None:
         self._hand.extend(granted)

@@ -64,7 +64,7 @@ class Tokens(Protocol):
         """Whether one that was taken may go onto the wire, as things have become since."""
         ...
 
-    def start(self) -> int:
+    def start(self, now: float) -> int:
         """One goes onto the wire. Returns a mark, for `own` and `spent`."""
         ...
 
@@ -177,7 +177,8 @@ class LocalTokens:
         self.collect(now)
         return self._on_wire + len(self._home) < self._capacity
 
-    def start(self) -> int:
+    def start(self, now: float) -> int:
+        self.collect(now)
         # Those that are out now, and from now on the starts: together they are what `own` counts.
         mark = self._on_wire + len(self._home) - self._starts
         self._on_wire += 1

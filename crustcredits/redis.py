@@ -25,8 +25,8 @@ try:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import NoScriptError, RedisError
-except ImportError as error:
-    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from error
+except ImportError as _missing:
+    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from _missing
 
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"
@@ -78,6 +78,7 @@ class RedisBuckets:
     terms: Terms
     alone: bool
     settled: bool
+    settles_at: float
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class RedisBuckets:
             raise ConfigurationError("on_outage is 'local' or 'raise'")
         check_number("share", share, above=0, maximum=1)
         self.alone = self.settled = False
+        self.settles_at = 0.0
         self._client: Any = client
         self._owned = owned
         self._prefix = f"{{{prefix}}}:"
@@ -252,11 +254,12 @@ class RedisBuckets:
             self._due |= dict.fromkeys(batch, self._last + _RETRY)
         elif not self.alone:
             self.alone, self.settled = True, False
+            self.settles_at = _now() + self.terms.period + self.terms.late
             self._due.clear()
             for tokens in list(self._all):
                 tokens.go_alone()
             if not self._closed:
-                self._settling = asyncio.get_running_loop().call_later(self.terms.period + self.terms.late, self._settle)
+                self._settling = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
 
     def _settle(self) -> None:
         self.settled = True
