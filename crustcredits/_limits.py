@@ -305,7 +305,7 @@ class TokenBucket:
         self._collect(now)
         return Quota(
             limit=self._requests,
-            free=max(0, self._tokens.free),
+            free=self._tokens.available,
             in_flight=self._tokens.in_flight,
             waiting=len(self._waiters) + len(self._again),
             refreshing=refreshing,
@@ -433,7 +433,7 @@ class TokenBucket:
         Sooner, and after a burst of others they would use up what is left and then stop until the burst comes home.
         """
         homes = self._tokens.homes()
-        spare = max(0, self._tokens.free - self._reserve) + 1
+        spare = max(0, self._tokens.available - self._reserve) + 1
         step = 1 + len(homes) // _LOOKS
         gap = self._period / (self._requests - self._reserve)
         return max([gap, *((homes[place] - now) / (spare + place) for place in range(0, len(homes), step))])

@@ -39,7 +39,8 @@ class Terms:
     @property
     def lease(self) -> float:
         """Seconds after its grant that a token of which nothing is heard comes home: whoever has it cannot use it any more."""
-        return self.period + self.late + max(self.late, FRESH)
+        # It begins at the latest when it is stale, lasts as long as it may, and arrives as late as it may.
+        return FRESH + self.late + self.late + self.period
 
     @property
     def ahead(self) -> int:
@@ -62,16 +63,21 @@ class Link(Protocol):
     settled: bool
     settles_at: float
 
+    def now(self) -> float:
+        """The time."""
+        ...
+
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
         """These have something to say."""
         ...
 
 
 class Granted(NamedTuple):
-    """A token of this process: its number, and when it was asked for; infinite for one that this process gave itself."""
+    """A token of this process: its number, when it was asked for, and whether this process gave it itself."""
 
     number: int
     at: float
+    alone: bool = False
 
 
 @attrs.frozen
@@ -107,7 +113,7 @@ class SharedTokens:
         self._on_wire: deque[Granted] = deque()
         self._ended: deque[tuple[int, float]] = deque()  # number and coming home
         self._unreported: list[tuple[int, float]] = []  # of these, what is still to be told
-        self._returned: list[int] = []
+        self._returned: list[Granted] = []
         self._wanted = 0
         self._beyond = 0
         self._extra = 0  # how far beyond what may be out one token may be, to find out
@@ -123,6 +129,10 @@ class SharedTokens:
     @property
     def free(self) -> int:
         return self._own.free if self._link.alone else len(self._hand)
+
+    @property
+    def available(self) -> int:
+        return self._own.available if self._link.alone else max(0, self._limit - self._debt - self._out)
 
     @property
     def in_flight(self) -> int:
@@ -148,7 +158,7 @@ class SharedTokens:
 
     def take(self) -> None:
         self._own.take()
-        self._taken.append(Granted(self._next_number(), math.inf) if self._link.alone else self._hand.popleft())
+        self._taken.append(Granted(self._next_number(), self._link.now(), alone=True) if self._link.alone else self._hand.popleft())
 
     def untake(self) -> None:
         self._own.untake()
@@ -194,7 +204,7 @@ class SharedTokens:
         if self._hand:
             return True
         if beyond > 0:
-            self._extra = beyond
+            self._extra, self.not_before = beyond, 0.0
         else:
             self._wanted, self._beyond = count, beyond
         if self.wants:
@@ -215,7 +225,8 @@ class SharedTokens:
             times = self._own.returns(now, period)
             return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
         capacity = max(0, self._limit - self._debt)
-        times = [now] * max(0, capacity - self._out) + [max(now, time) for time in self._coming]
+        # Of a token in flight only its lease is known; it comes home sooner, if it ends now.
+        times = [now] * self.available + [min(max(now, time), now + period) for time in self._coming]
         times += [times[-1] if times else now] * (capacity - len(times))
         return times[:capacity]
 
@@ -231,13 +242,14 @@ class SharedTokens:
         self.collect(now)
         return bool(self._hand or self._taken or self._on_wire or self._ended)
 
-    def message(self, now: float, epoch: int) -> list[int]:
-        """What it has to say, and to ask for; all that it holds, if it has not told that in this epoch."""
+    def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
+        """What it has to say, and with `asks` to ask for; all that it holds, if it has not told that in this epoch."""
         self.collect(now)
         terms = self._link.terms
+        self._returned = [token for token in self._returned if now < token.at + terms.lease]
         homes = self._unreported if epoch == self.epoch else self._all_homes(now)
         room = self._limit - self._debt + (self._extra or self._beyond)
-        wanted = self._asked_for() if now >= self.not_before else 0
+        wanted = self._asked_for() if asks else 0
         self._sent = _Sent(now, self._number, wanted, len(self._unreported), len(self._returned), self._asks)
         self._number += wanted
         age = -1 if self._asks is None else _micro(now - self._asks[0] + _TRAVEL)
@@ -245,7 +257,7 @@ class SharedTokens:
         said = [wanted, room, _micro(terms.lease), self._sent.first, age, len(homes), len(self._returned)]
         for number, home in homes:
             said += (number, _micro(home - now))
-        return said + self._returned
+        return said + [token.number for token in self._returned]
 
     def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
         """The message was understood, and this is the answer; no tokens are given for `pause` seconds."""
@@ -269,7 +281,7 @@ class SharedTokens:
         """It is not known whether the message was heard: what it may have brought goes back."""
         sent, self._sent = self._sent, None
         if sent is not None:
-            self._returned += range(sent.first, sent.first + sent.wanted)
+            self._returned += [Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)]
             self._asks = self._asks or sent.asks
 
     def fail(self) -> None:
@@ -315,7 +327,7 @@ class SharedTokens:
 
     def _all_homes(self, now: float) -> list[tuple[int, float]]:
         under_way = (*self._hand, *self._taken, *self._on_wire)
-        leased = [(token.number, min(token.at, now) + self._link.terms.lease) for token in under_way]
+        leased = [(token.number, token.at + self._link.terms.lease) for token in under_way]
         return [*self._ended, *leased]
 
     def _next_number(self) -> int:
@@ -325,9 +337,10 @@ class SharedTokens:
     def _give_up(self, tokens: deque[Granted]) -> None:
         token = tokens.popleft()
         # Nobody else knows of one that this process has given itself, before it has been told.
-        if self.epoch or token.at < math.inf:
-            self._returned.append(token.number)
-            self._link.say(self, at_once=False)
+        if self.epoch or not token.alone:
+            self._returned.append(token)
+            self.not_before = 0.0
+            self._link.say(self, at_once=self.wants)  # whoever waits here can have it
 
 
 def _micro(seconds: float) -> int:

@@ -28,6 +28,11 @@ class Tokens(Protocol):
         ...
 
     @property
+    def available(self) -> int:
+        """Tokens that could be had now, as far as is known; also those that have to be sent for."""
+        ...
+
+    @property
     def in_flight(self) -> int:
         """Tokens that are taken, on the wire or before it."""
         ...
@@ -142,6 +147,10 @@ class LocalTokens:
         self._on_wire = 0
         self._starts = 0
         self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
+
+    @property
+    def available(self) -> int:
+        return max(0, self.free)
 
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
         """None becomes free by itself, and none is out of reach."""

@@ -24,7 +24,7 @@ try:
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import NoScriptError, RedisError
+    from redis.exceptions import NoScriptError
 except ImportError as _missing:
     raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from _missing
 
@@ -64,10 +64,10 @@ class RedisBuckets:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`, `RedisCluster` included, which
             is never closed here.
         prefix: What the names of the keys begin with. They lie in one slot of a cluster.
-        on_outage: What to do without Redis. With `"local"` this process goes on with its share of the limit: for one
-            period and one request timeout only out of tokens of its own that come home, then with the whole share. It says so
-            once in the log, and comes back by itself. With `"raise"` calls that need a token fail with
-            `BucketsUnavailableError`.
+        on_outage: What to do without Redis. With `"local"` this process goes on with its share of the limit: until all that others
+            may have sent has aged out, a period and two request timeouts, only out of tokens of its own that come home, and
+            then with the whole share. It says so once in the log, and comes back by itself. With `"raise"` calls that need a
+            token fail with `BucketsUnavailableError`.
         share: This process's share of the limit while it is alone, above 0 and at most 1. Those of all processes together should
             be no more than 1.
 
@@ -112,7 +112,7 @@ class RedisBuckets:
         self._all: WeakSet[SharedTokens] = WeakSet()
         self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
         self._process = ""  # made when first needed, since a process may fork before
-        self._epoch = self._count = 0
+        self._epoch = 0
         self._down = False  # and the log has been told
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -151,8 +151,14 @@ class RedisBuckets:
 
     # --- for the tokens
 
+    def now(self) -> float:
+        """The loop's time."""
+        return _now()
+
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
         """These have something to say."""
+        if self._closed and at_once:  # nobody is served any more
+            return
         now = _now()
         due = max(now, tokens.not_before) if at_once else now + _REPORT
         if due < self._due.get(tokens, due + 1):
@@ -197,17 +203,20 @@ class RedisBuckets:
         batch = [] if self.alone else sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
         for tokens in batch:
             del self._due[tokens]
-        said: list[str | int] = [self._process, self._epoch, self._count, secrets.randbits(52) + 1]
+        said: list[str | int] = [self._process, self._epoch, int(self.alone), secrets.randbits(52) + 1]
         said += [int(_PAUSE * 1e6), int((2 * self.terms.late + _PATIENCE) * 1e6), int(_LIFE * 1e3)]
         for tokens in batch:
-            said += tokens.message(now, self._epoch)
+            said += tokens.message(now, self._epoch, asks=not self._closed)
         try:
             async with asyncio.timeout(_PATIENCE):
-                answers = await self._call([self._prefix + "epoch", *(tokens.name for tokens in batch)], said)
-        except (RedisError, OSError, TimeoutError) as error:
+                answers = _read(await self._call(self._keys(batch), said), len(batch))
+        except Exception as error:  # noqa: BLE001  # a client of another loop, a script that is not ours: nobody may hang for it
             self._lost(batch, type(error).__name__)
         else:
             self._heard(batch, answers)
+
+    def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
+        return [self._prefix + "epoch", *(name for tokens in batch for name in (tokens.name, tokens.name + ":line"))]
 
     async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
         try:
@@ -216,7 +225,7 @@ class RedisBuckets:
             return await self._client.eval(_SCRIPT, len(keys), *keys, *said)
 
     def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
-        (known, epoch, self._count, pause), *of_buckets = answers
+        (known, epoch, pause), *of_buckets = answers
         self._come_back()
         now = _now()
         if not known:
@@ -254,7 +263,8 @@ class RedisBuckets:
             self._due |= dict.fromkeys(batch, self._last + _RETRY)
         elif not self.alone:
             self.alone, self.settled = True, False
-            self.settles_at = _now() + self.terms.period + self.terms.late
+            # A request that another process has begun by now may still come, and counts for a period.
+            self.settles_at = _now() + self.terms.lease
             self._due.clear()
             for tokens in list(self._all):
                 tokens.go_alone()
@@ -293,6 +303,15 @@ def _connect(url: str) -> Client | None:
     except ValueError:
         return None
     return client
+
+
+def _read(answers: Any, buckets: int) -> list[list[int]]:
+    """What Redis answered, or a `ValueError` or `TypeError` when that is no answer of the script's."""
+    rows = [[int(number) for number in row] for row in answers]
+    known, _, _ = rows[0]
+    if len(rows) != 1 + (buckets if known else 0) or any(len(row) < 3 for row in rows):
+        raise ValueError("not the script's answer")
+    return rows
 
 
 def _hidden(whose: str | bytes | None) -> str:
