@@ -47,6 +47,11 @@ class Buckets:
 
     def claim(self, path: str, key: ApiKey) -> Claim:
         """What an attempt for `path` with `key` needs: a token of each bucket that may count it."""
+        # Before any is looked up: what is handed out here is used at once, and not idle then.
+        self._claims += 1
+        if self._claims >= _CLAIMS:
+            self._claims = 0
+            self._forget_idle()
         account = account_of(key)
         if self._limit.scope != "auto":
             return Claim(account, (self._bucket(self.place(path, key)),), self._limits)
@@ -78,15 +83,11 @@ class Buckets:
         return bucket.quota(self._limit.pace, self._limit.burst, pacing, refreshing)
 
     def _bucket(self, place: Place) -> TokenBucket:
-        self._claims += 1
         bucket = self._buckets.get(place)
         if bucket is None:
             bucket = self._buckets[place] = self._make(place)
         else:
             self._buckets.move_to_end(place)
-        if self._claims >= _CLAIMS:
-            self._claims = 0
-            self._forget_idle(bucket)
         return bucket
 
     def _make(self, place: Place) -> TokenBucket:
@@ -96,13 +97,13 @@ class Buckets:
         tokens = self._store.tokens(path, whose, requests)
         return TokenBucket(requests, self._period, late=self._late, tokens=tokens, voices=voices, place=place)
 
-    def _forget_idle(self, wanted: TokenBucket) -> None:
+    def _forget_idle(self) -> None:
         # The least recently used stand first. A busy one is looked at again later; a crowd of idle ones goes bit by bit.
         now, busy = asyncio.get_running_loop().time(), 0
         for _ in range(min(_LOOKS, len(self._buckets))):
             place, bucket = next(iter(self._buckets.items()))
             # Somebody may hold on to what stands for a path as a whole while it is idle; there are only two of these.
-            if bucket is not wanted and not isinstance(place, str) and bucket.idle(now):
+            if not isinstance(place, str) and bucket.idle(now):
                 del self._buckets[place]
                 continue
             self._buckets.move_to_end(place)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Hashable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import attrs
 from aiolimiter import AsyncLimiter
@@ -23,6 +22,8 @@ from aiolimiter import AsyncLimiter
 from crustcredits._checks import Number, Whole
 from crustcredits._debt import Debt, Told
 from crustcredits._errors import BucketsUnavailableError, ConfigurationError
+from crustcredits._line import Line
+from crustcredits._pause import Pause
 from crustcredits._quota import Quota, grant_time
 from crustcredits._tokens import LocalTokens, Tokens
 from crustcredits._turn import Turn
@@ -30,11 +31,6 @@ from crustcredits._turn import Turn
 Scope = Literal["auto", "client", "account", "key"]
 _SCOPES = ("auto", "client", "account", "key")
 Follow = Literal["down", "both"]
-
-# Three refused accounts in a row are a pattern, one or two are their own trouble.
-_REFUSALS_TO_PAUSE = 3
-# `x-ratelimit-reset` comes in whole seconds, so answers that mean one moment can differ by almost this much.
-_SAME_MOMENT = 1.0
 
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -85,9 +81,6 @@ class RateLimit:
         return None if self.pace is None else AsyncLimiter(self.burst, self.burst / self.pace)
 
 
-# Who waits, in order, each with its ticket.
-_Queue: TypeAlias = "OrderedDict[Turn, int]"
-
 # A share of the tokens that what nobody waits for leaves alone, so that whoever comes next need not wait: one in so many.
 _RESERVE = 10
 # Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each other.
@@ -113,24 +106,20 @@ class TokenBucket:
     """
 
     __slots__ = (
-        "_again",
         "_deaf_until",
         "_debt",
         "_late",
+        "_line",
         "_newest",
         "_next_refresh",
-        "_paused",
+        "_pause",
         "_period",
         "_probe",
-        "_refreshes",
-        "_refused",
         "_requests",
         "_reserve",
-        "_tickets",
         "_timer",
         "_tokens",
         "_voices",
-        "_waiters",
         "place",
     )
 
@@ -152,14 +141,10 @@ class TokenBucket:
         self._tokens.bind(self._wake, self._fail)
         self._voices = voices
         self._reserve = _reserve_of(requests)
-        self._waiters: _Queue = OrderedDict()
-        self._again: _Queue = OrderedDict()  # those whom a pause or a debt sent back, before all others
-        self._refreshes: _Queue = OrderedDict()  # those that nobody wants, behind all others
+        self._line = Line()
         self._next_refresh = 0.0
-        self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None  # one for all waiters
-        self._refused: dict[Hashable, float] = {}  # the last accounts refused since a success, and the moments they were told
-        self._paused: float | None = None  # until when, and then one probe at a time
+        self._pause = Pause()
         self._debt: Debt | None = None  # what others seem to have spent
         self._newest = -math.inf  # the start of the request whose answer told of the count last
         self._deaf_until = -math.inf
@@ -168,7 +153,7 @@ class TokenBucket:
     def try_acquire(self) -> bool:
         """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
         tokens = self._tokens
-        if tokens.free > 0 and not self._waiters and not self._again and self._paused is None:
+        if tokens.free > 0 and self._pause.until is None and not self._line.waiting:
             tokens.take()
             return True
         return False
@@ -185,10 +170,10 @@ class TokenBucket:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
-        self._enqueue(turn, again=again)
+        waiter: asyncio.Future[int] = loop.create_future()
+        turn.waiter = waiter
+        self._line.join(turn, again=again)
         self._wake()
-        waiter = turn.waiter
-        assert waiter is not None
         try:
             if not waiter.done():
                 turn.joins(self)
@@ -206,7 +191,7 @@ class TokenBucket:
 
     def may_start(self, token: int, now: float) -> bool:
         """Whether the token may still go onto the wire; not when a pause has begun, or others have spent it meanwhile."""
-        return token == 1 or (self._paused is None and self._tokens.may_start(now))
+        return token == 1 or (self._pause.until is None and self._tokens.may_start(now))
 
     def start(self, now: float | None = None) -> int:
         """A token goes onto the wire. Returns a mark of that moment, for `heard` and `own`."""
@@ -263,41 +248,24 @@ class TokenBucket:
 
     def succeeded(self) -> None:
         """The server served a request: whatever was refused before, the bucket as a whole is not."""
-        if not self._refused:
-            return
-        self._refused.clear()
-        if self._paused is not None:
-            self._paused = None
+        if self._pause.succeeded():
             self._wake()
 
     def refused(self, account: Hashable, wait: float | None) -> bool:
         """An attempt for `account` was refused (429) and told to come back in `wait` seconds. Returns whether this pauses it.
 
-        One refused account holds back nobody else, because it may be hammered from elsewhere. When the last three, with no
-        success between, were told the same moment, it is the window that they share: then the bucket pauses until then, and
-        lets one probe at a time through until a success ends it. An unknown moment agrees with none.
+        When the last three accounts, with no success between, were told the same moment, it does: see `Pause`.
         """
-        now = asyncio.get_running_loop().time()
-        moment = math.nan if wait is None else now + wait
-        self._refused.pop(account, None)
-        self._refused[account] = moment
-        if len(self._refused) > _REFUSALS_TO_PAUSE:
-            del self._refused[next(iter(self._refused))]
-        pauses = self._paused is None and len(self._refused) == _REFUSALS_TO_PAUSE and self._agree()
-        if pauses or (self._paused is not None and wait is not None):
-            self._paused = max(self._paused or 0.0, moment)
+        paused = self._pause.until is not None
+        if self._pause.refused(account, asyncio.get_running_loop().time(), wait):
             self._wake()
-        return pauses
-
-    def _agree(self) -> bool:
-        moments = self._refused.values()
-        return not any(map(math.isnan, moments)) and max(moments) - min(moments) <= _SAME_MOMENT
+        return self._pause.until is not None and not paused
 
     def idle(self, now: float) -> bool:
         """Whether it is as good as new, so that it can be forgotten."""
         self._collect(now)
-        waiting = self._waiters or self._again or self._refreshes
-        return self._tokens.is_idle() and not (waiting or self._paused or (self._debt is not None and self._debt.amount))
+        held = self._pause.until is not None or (self._debt is not None and self._debt.amount)
+        return self._tokens.is_idle() and not (self._line or held)
 
     def quota(self, pace: float | None = None, burst: float = 0.0, pacing: int = 0, refreshing: int = 0) -> Quota:
         """What it can still give; `pacing` calls have their token and wait for the pace, `refreshing` ones are refreshes."""
@@ -307,10 +275,10 @@ class TokenBucket:
             limit=self._requests,
             free=self._tokens.available,
             in_flight=self._tokens.in_flight,
-            waiting=len(self._waiters) + len(self._again),
+            waiting=self._line.waiting,
             refreshing=refreshing,
             debt=self._debt.amount if self._debt is not None else 0,
-            paused=None if self._paused is None else max(0.0, self._paused - now),
+            paused=None if self._pause.until is None else max(0.0, self._pause.until - now),
             probing=bool(self._probe),
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
@@ -321,27 +289,16 @@ class TokenBucket:
 
     def expected(self, turn: Turn, now: float) -> float:
         """When a turn that waits here gets its token, as things stand: those ahead stay, what is under way ends now."""
-        waiter = turn.waiter
-        return (
-            now if waiter is None or waiter.done() else max(now, grant_time(self._returns(now), self._ahead_of(turn), self._period))
-        )
+        if turn.waiter is None or turn.waiter.done():
+            return now
+        return max(now, grant_time(self._returns(now), self._line.ahead_of(turn), self._period))
 
     def move_up(self, turn: Turn) -> None:
         """Somebody wants it now: it goes to the end of those that are wanted."""
-        if self._refreshes.pop(turn, None):
-            self._waiters[turn] = self._ticket()
+        if self._line.move_up(turn):
             self._wake()
 
     # --- inside
-
-    def _enqueue(self, turn: Turn, *, again: bool) -> None:
-        turn.waiter = asyncio.get_running_loop().create_future()
-        queue = self._refreshes if not turn.wanted else self._again if again else self._waiters
-        queue[turn] = self._ticket()
-
-    def _ticket(self) -> int:
-        self._tickets += 1
-        return self._tickets
 
     def _end(self, token: int, after: float, now: float | None) -> None:
         home = (asyncio.get_running_loop().time() if now is None else now) + after
@@ -378,30 +335,32 @@ class TokenBucket:
 
     def _wake(self) -> None:
         """Hand free tokens to those who wait, in order, and set the one timer for the next that comes home."""
-        if not (self._again or self._waiters or self._refreshes):
+        line = self._line
+        if not line:
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
-        if self._is_open(now):
-            while (queue := self._again or self._waiters) and self._tokens.free > 0 and self._is_open(now):
-                self._grant(queue.popitem(last=False)[0])
-            if queue:
-                self._tokens.need(len(self._again) + len(self._waiters))
+        if not self._is_open(now):
+            self._tokens.need(0)
+        else:
+            while line.waiting and self._tokens.free > 0 and self._is_open(now):
+                self._grant(line.next())
+            if line.waiting:
+                self._tokens.need(line.waiting)
                 self._find_out(now)
             else:
                 self._grant_refreshes(now)
-        else:
-            self._tokens.need(0)
         self._set_timer(loop, now)
 
     def _is_open(self, now: float) -> bool:
         """Whether there is no pause, or it is over and no probe is out."""
-        return self._paused is None or (now >= self._paused and not self._probe)
+        return self._pause.until is None or (now >= self._pause.until and not self._probe)
 
     def _grant_refreshes(self, now: float) -> None:
-        while self._refreshes and now >= self._next_refresh and self._is_open(now) and self._tokens.need(1, -self._reserve):
-            if self._grant(self._refreshes.popitem(last=False)[0]):
+        line = self._line
+        while line.refreshes and now >= self._next_refresh and self._is_open(now) and self._tokens.need(1, -self._reserve):
+            if self._grant(line.next_refresh()):
                 self._next_refresh = now + self._refresh_gap(now)
 
     def _find_out(self, now: float) -> None:
@@ -412,20 +371,20 @@ class TokenBucket:
         there = self._tokens.need(1, debt.amount)
         if there is None:
             debt.probed()
-        while there and (queue := self._again or self._waiters):
-            if self._grant(queue.popitem(last=False)[0], probe=True):
+        while there and self._line.waiting:
+            if self._grant(self._line.next(), probe=True):
                 debt.probed()
                 return
 
     def _fail(self) -> None:
         """No token can be had: whoever waits for one is told."""
-        for queue in (self._again, self._waiters, self._refreshes):
-            while queue:
-                waiter = queue.popitem(last=False)[0].waiter
-                if waiter is not None and not waiter.done():
-                    waiter.set_exception(
-                        BucketsUnavailableError("the count that the processes share is out of reach; nothing was sent")
-                    )
+        line = self._line
+        while line:
+            turn = line.next() if line.waiting else line.next_refresh()
+            if turn.waiter is not None and not turn.waiter.done():
+                turn.waiter.set_exception(
+                    BucketsUnavailableError("the count that the processes share is out of reach; nothing was sent")
+                )
 
     def _refresh_gap(self, now: float) -> float:
         """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and come home for them.
@@ -443,9 +402,11 @@ class TokenBucket:
         if waiter is None or waiter.done():  # cancelled in this very turn of the loop
             return False
         self._tokens.take()
-        if probe or self._paused is not None:
+        if probe or self._pause.until is not None:
             self._probe = 1
-        waiter.set_result(self._probe if probe or self._paused is not None else 0)
+            waiter.set_result(1)
+        else:
+            waiter.set_result(0)
         return True
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
@@ -462,13 +423,13 @@ class TokenBucket:
 
     def _next_chance(self, now: float) -> float | None:
         """When whoever is next could have a token. None: nobody waits, or something else has to happen first."""
-        wanted = bool(self._again or self._waiters)
-        if not (wanted or self._refreshes) or (self._paused is not None and self._probe):
+        paused, wanted = self._pause.until, self._line.waiting > 0
+        if not self._line or (paused is not None and self._probe):
             return None
         when = self._next_free(0 if wanted else self._reserve, now, probes=wanted)
         if when is None:
             return None
-        return max(when, now if wanted else self._next_refresh, self._paused or now)
+        return max(when, now if wanted else self._next_refresh, paused or now)
 
     def _next_free(self, reserve: int, now: float, *, probes: bool) -> float | None:
         missing = reserve + 1 - self._tokens.free
@@ -480,19 +441,12 @@ class TokenBucket:
         opens = max(without, min(debt.until, debt.probe_at if probes and not self._probe else math.inf))
         return opens if when is None else min(when, opens)
 
-    def _ahead_of(self, turn: Turn) -> int:
-        if turn in self._again:
-            return _ahead_in(self._again, turn)
-        return len(self._again) + (_ahead_in(self._waiters, turn) if turn in self._waiters else len(self._waiters))
-
     def _leave(self, turn: Turn, waiter: asyncio.Future[int]) -> None:
         """Give up waiting, and hand on a token that came in the same moment."""
-        self._again.pop(turn, None)
-        self._waiters.pop(turn, None)
-        self._refreshes.pop(turn, None)
-        if waiter.done() and not waiter.cancelled():
+        self._line.leave(turn)
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
             self.unused(waiter.result())
-        elif not (self._again or self._waiters or self._refreshes):
+        elif not self._line:
             self._tokens.need(0)
             if self._timer is not None:
                 self._timer.cancel()
@@ -504,15 +458,9 @@ class TokenBucket:
         if self._debt is not None and self._debt.amount:
             opens = now if self._probe else max(now, min(self._debt.until, self._debt.probe_at))
             times = sorted([*times, *[opens] * self._debt.amount])
-        if self._paused is not None:
-            times = [max(time, self._paused) for time in times]
-        return times
+        paused = self._pause.until
+        return times if paused is None else [max(time, paused) for time in times]
 
 
 def _reserve_of(requests: int) -> int:
     return math.ceil(requests / _RESERVE) if requests > 1 else 0
-
-
-def _ahead_in(queue: _Queue, turn: Turn) -> int:
-    # By tickets, because counting would cost more the more there are; some of those who left in between are counted too.
-    return min(queue[turn] - next(iter(queue.values())), len(queue) - 1)

@@ -511,7 +511,7 @@ async def test_one_account_of_its_own_trouble_does_not_hide_the_pattern() -> Non
     assert not bucket.may_start(now=now(), token=0)
     for number in range(1000):
         bucket.refused(number, None)
-    assert len(bucket._refused) == 3
+    assert len(bucket._pause._refused) == 3
 
 
 async def test_a_success_between_refusals_starts_the_count_again() -> None:

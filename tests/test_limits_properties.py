@@ -158,8 +158,7 @@ class Watched(TokenBucket):
     def _grant(self, turn: Turn, *, probe: bool = False) -> bool:
         granted = super()._grant(turn, probe=probe)
         if granted and not turn.wanted:
-            assert not self._waiters, "a refresh went before somebody who waits"
-            assert not self._again, "a refresh went before somebody who was sent back"
+            assert not self._line.waiting, "a refresh went before somebody who waits"
             assert self._tokens.free >= (self._requests > 1) * self._requests / 10, "a refresh took of the last tenth"
             assert now() - getattr(self, "_last", -PERIOD) >= PERIOD / self._requests, "refreshes are not spread"
             self._last = now()

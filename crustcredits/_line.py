@@ -1,0 +1,71 @@
+"""`Line`: who waits for a token, in order. It knows neither tokens nor time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TypeAlias
+
+from crustcredits._turn import Turn
+
+# Who waits, in order, each with its ticket.
+_Queue: TypeAlias = "OrderedDict[Turn, int]"
+
+
+class Line:
+    """First come, first served; before them those whose token had to go back, and behind them those that nobody wants."""
+
+    __slots__ = ("_again", "_tickets", "_waiters", "refreshes")
+
+    def __init__(self) -> None:
+        self._again: _Queue = OrderedDict()
+        self._waiters: _Queue = OrderedDict()
+        self.refreshes: _Queue = OrderedDict()
+        self._tickets = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._again or self._waiters or self.refreshes)
+
+    @property
+    def waiting(self) -> int:
+        """How many are wanted."""
+        return len(self._again) + len(self._waiters)
+
+    def join(self, turn: Turn, *, again: bool) -> None:
+        """To the end of those of its kind; with `again` it had a token before."""
+        queue = self.refreshes if not turn.wanted else self._again if again else self._waiters
+        queue[turn] = self._ticket()
+
+    def leave(self, turn: Turn) -> None:
+        """It waits no more."""
+        for queue in (self._again, self._waiters, self.refreshes):
+            queue.pop(turn, None)
+
+    def move_up(self, turn: Turn) -> bool:
+        """Somebody wants it now: to the end of those that are wanted. Returns whether it was not."""
+        if self.refreshes.pop(turn, None) is None:
+            return False
+        self._waiters[turn] = self._ticket()
+        return True
+
+    def next(self) -> Turn:
+        """Take out the first of those that are wanted; there are some."""
+        return (self._again or self._waiters).popitem(last=False)[0]
+
+    def next_refresh(self) -> Turn:
+        """Take out the first of those that are not."""
+        return self.refreshes.popitem(last=False)[0]
+
+    def ahead_of(self, turn: Turn) -> int:
+        """How many are served before it, or a few more: of those who left in between some are counted too."""
+        if turn in self._again:
+            return _ahead_in(self._again, turn)
+        return len(self._again) + (_ahead_in(self._waiters, turn) if turn in self._waiters else len(self._waiters))
+
+    def _ticket(self) -> int:
+        self._tickets += 1
+        return self._tickets
+
+
+def _ahead_in(queue: _Queue, turn: Turn) -> int:
+    # By tickets, because counting would cost more the more there are.
+    return min(queue[turn] - next(iter(queue.values())), len(queue) - 1)
