@@ -11,6 +11,7 @@ import pytest
 
 import crustcredits
 import crustcredits.fastapi
+import crustcredits.redis
 import crustcredits.testing
 
 
@@ -20,7 +21,7 @@ def test_what_is_public_is_listed_and_sorted() -> None:
     assert crustcredits.__all__ == sorted([*held, "__version__"])
 
 
-@pytest.mark.parametrize("module", [crustcredits, crustcredits.testing, crustcredits.fastapi])
+@pytest.mark.parametrize("module", [crustcredits, crustcredits.testing, crustcredits.fastapi, crustcredits.redis])
 def test_what_is_public_is_documented(module: object) -> None:
     """Every class and function, and every public method of theirs that is written here."""
     for name in vars(module)["__all__"]:
@@ -40,7 +41,8 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 def test_importing_the_package_loads_no_optional_part() -> None:
     """A service pays for what it uses."""
-    heavy = ["typer", "rich", "pytest", "fastapi", "pydantic", "crustcredits.testing", "crustcredits.fastapi", "crustcredits.cli"]
+    ours = ["crustcredits.testing", "crustcredits.fastapi", "crustcredits.redis", "crustcredits.cli"]
+    heavy = ["typer", "rich", "pytest", "fastapi", "pydantic", "redis", *ours]
     code = f"import sys, crustcredits; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20)
     assert result.stdout.strip() == "[]"

@@ -12,6 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from crustcredits.testing import Fault, SandboxServer
+from tests.servers import RedisServer, redis_server
+
+__all__ = ["redis_server"]  # a fixture, found by its name
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,8 +25,9 @@ PROGRAMS = {
         PYTHON[0],
         ["prod: 9406", "total: 9416", "best key: ['prod']", "spare: 10", "broken: unknown, broken: Not in your plan"],
     ),
-    "Errors": (PYTHON[1], ["is not known to the API, request sandbox-1"]),
-    "In a service": (PYTHON[2], ["prod has 9406, stale: False", "go with prod"]),
+    "Several processes": (PYTHON[1], ["total: 9416"]),
+    "Errors": (PYTHON[2], ["is not known to the API, request sandbox-1"]),
+    "In a service": (PYTHON[3], ["prod has 9406, stale: False", "go with prod"]),
 }
 
 
@@ -38,19 +42,20 @@ async def run(*command: str, **environ: str) -> tuple[int | None, str]:
 
 def test_every_block_is_known() -> None:
     """A new one needs a test of its own."""
-    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 6, "console"]
+    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 7, "console"]
     assert len(PYTHON[0].splitlines()) <= 30
-    assert len([line for line in PYTHON[3].splitlines() if line.strip()]) <= 15
+    assert len([line for line in PYTHON[4].splitlines() if line.strip()]) <= 15
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
-async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, title: str) -> None:
-    """With the sandbox where the API would be."""
+async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, redis_server: RedisServer, title: str) -> None:
+    """With the sandbox where the API would be, and a Redis."""
     code, said = PROGRAMS[title]
     keys = [sandbox.add_key("prod", credits=9406), sandbox.add_key("spare", credits=10), sandbox.add_key("broken")]
     sandbox.fail(keys[-1], Fault.FORBIDDEN)
     pool = ",".join(f"{key.name}={key.secret}" for key in keys)
-    status, out = await run(sys.executable, "-W", "error", "-c", code, CRUSTDATA_API_URL=sandbox.url, CRUSTDATA_API_KEYS=pool)
+    environ = {"CRUSTDATA_API_URL": sandbox.url, "CRUSTDATA_API_KEYS": pool, "REDIS_URL": redis_server.url}
+    status, out = await run(sys.executable, "-W", "error", "-c", code, **environ)
     assert status == 0, out
     for line in said:
         assert line in out
@@ -61,7 +66,7 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
     monkeypatch.setenv("CRUSTDATA_API_URL", sandbox.url)
     monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').secret}")
     namespace: dict[str, object] = {}
-    exec(compile(PYTHON[3], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
+    exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
 
     def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
@@ -74,10 +79,10 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
     assert health == {"status": "ok", "keys": 1, "known": 1, "reasons": []}
 
 
-@pytest.mark.parametrize("block", [4, 5])
+@pytest.mark.parametrize("block", [5, 6])
 async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int) -> None:
     """Under pytest, in a directory that holds nothing but the README's service."""
-    (tmp_path / "service.py").write_text(PYTHON[3])
+    (tmp_path / "service.py").write_text(PYTHON[4])
     (tmp_path / "test_service.py").write_text(PYTHON[block])
     options = ["-q", "-p", "no:cacheprovider", "-W", "error"]
     for option in ("asyncio_mode=auto", "asyncio_default_fixture_loop_scope=function", "pythonpath=."):

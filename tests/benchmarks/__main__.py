@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from tests.benchmarks import bucket, cache, call, outage, pool, service
+from tests.benchmarks import bucket, cache, call, outage, picture, pool, processes, scope, service, simulation
 from tests.benchmarks._measure import Benchmark
 
 _BENCHMARKS: Final[dict[str, Benchmark]] = {
@@ -20,6 +20,10 @@ _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "cache": cache.BENCHMARK,
     "service": service.BENCHMARK,
     "outage": outage.BENCHMARK,
+    "processes": processes.BENCHMARK,
+    "scope": scope.BENCHMARK,
+    "simulation": simulation.BENCHMARK,
+    "picture": picture.BENCHMARK,
 }
 
 

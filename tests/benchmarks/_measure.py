@@ -34,6 +34,9 @@ CONNECTIONS = 32
 # Seconds between two times that a sandbox tells.
 CLOCK_STEP = 0.02
 
+# The account of keys that share one.
+_SHARED = "shared"
+
 
 # --- what a benchmark is
 
@@ -118,6 +121,7 @@ class Figures:
     refused: int
     worst_window: int | None  # None where the arrivals were not kept
     connections: int
+    arrivals: list[float]  # when each request came, in seconds of the server's clock; empty where they were not kept
 
 
 class Server:
@@ -130,7 +134,7 @@ class Server:
         """Start a fresh sandbox, with an empty window, that knows these keys. Returns its URL.
 
         `options` are the sandbox's, and `tells_time`: with it the credits of every key are the wall time, so that an answer
-        shows when it was given.
+        shows when it was given; and `shared`: secrets of keys that belong to one account. Each other key has its own.
         """
         self._control.send((list(secrets), options))
         url: str = self._control.recv()
@@ -168,17 +172,22 @@ def _serve(control: Connection) -> None:
 async def _serve_each(control: Connection) -> None:
     while True:
         secrets, options = await asyncio.to_thread(control.recv)
-        tells_time = options.pop("tells_time", False)
+        tells_time, shared = options.pop("tells_time", False), set(options.pop("shared", ()))
         async with SandboxServer(**options) as server:
+            server.add_account(_SHARED)
             # Different credits, or a pool's keys would all look like one account.
-            keys = [server.add_key(secret=secret, credits=1000 + place) for place, secret in enumerate(secrets)]
+            keys = [
+                server.add_key(secret=secret, account=_SHARED if secret in shared else None, credits=1000 + place)
+                for place, secret in enumerate(secrets)
+            ]
             telling = asyncio.create_task(_tell_time(server, keys)) if tells_time else None
             control.send(server.url)
             await asyncio.to_thread(control.recv)
             if telling is not None:
                 telling.cancel()
             worst_window = server.worst_window() if options.get("record", True) else None
-            figures = Figures(server.requests, server.refused, worst_window, server.peak_connections)
+            arrivals = [arrival.at for arrival in server.arrivals]
+            figures = Figures(server.requests, server.refused, worst_window, server.peak_connections, arrivals)
         control.send(figures)
 
 

@@ -11,18 +11,13 @@ import asyncio
 import math
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, nullcontext
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
 
-import aiohttp
 import attrs
-from aiolimiter import AsyncLimiter
-from pyrate_limiter import InMemoryBucket, Limiter, Rate
 
-from crustcredits import CreditsClient, RateLimit
-from crustcredits._wire import API_VERSION, USER_CREDITS
+from crustcredits import RateLimit
+from tests.benchmarks._contenders import AIOLIMITER, BARE, OURS, PYRATE, Contender, aiolimiter, bare, ours, pyrate
 from tests.benchmarks._measure import (
     CONNECTIONS,
     Benchmark,
@@ -43,13 +38,6 @@ LIMIT = 300
 PERIOD = 6.0
 DELAY = (0.0, 0.02)
 
-OURS = "crustcredits"
-BARE = "bare `asyncio.gather`"
-
-# Brings home all keys from a URL; returns how many.
-Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, int]]
-Gate: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
-
 
 @attrs.frozen
 class Run:
@@ -60,55 +48,10 @@ class Run:
     figures: Figures
 
 
-# --- the contenders
-
-
-async def _ours(url: str, secrets: Sequence[str], *, limit: RateLimit) -> int:
-    async with CreditsClient(base_url=url, rate_limit=limit) as client:
-        return len((await client.check(secrets)).succeeded)
-
-
-async def _bare(url: str, secrets: Sequence[str]) -> int:
-    return await _gather(url, secrets, nullcontext)
-
-
-async def _aiolimiter(url: str, secrets: Sequence[str]) -> int:
-    limiter = AsyncLimiter(LIMIT, PERIOD)
-    return await _gather(url, secrets, lambda: limiter)
-
-
-async def _pyrate(url: str, secrets: Sequence[str]) -> int:
-    with closing(Limiter(InMemoryBucket([Rate(LIMIT, int(PERIOD * 1000))]))) as limiter:
-
-        @asynccontextmanager
-        async def gate() -> AsyncIterator[None]:
-            await limiter.try_acquire_async()
-            yield
-
-        return await _gather(url, secrets, gate)
-
-
-async def _gather(url: str, secrets: Sequence[str], gate: Gate) -> int:
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
-        return len(await asyncio.gather(*(_ask(session, url, secret, gate) for secret in secrets)))
-
-
-async def _ask(session: aiohttp.ClientSession, url: str, secret: str, gate: Gate) -> float:
-    headers = {"Authorization": f"Bearer {secret}", "x-api-version": API_VERSION}
-    while True:
-        async with gate(), session.get(url + USER_CREDITS, headers=headers) as response:
-            if response.status != 429:
-                response.raise_for_status()
-                credits: float = (await response.json())["credits"]
-                return credits
-            wait = float(response.headers["x-ratelimit-reset"])
-        await asyncio.sleep(wait)
-
-
 # --- rounds
 
 
-def _round(server: Server, contender: Contender, secrets: Sequence[str]) -> Run:
+def one_round(server: Server, contender: Contender, secrets: Sequence[str]) -> Run:
     url = server.open(secrets, limit=LIMIT, period=PERIOD, delay=DELAY)
     began, processor = time.perf_counter(), time.process_time()
     answered = asyncio.run(contender(url, secrets))
@@ -119,14 +62,14 @@ def _round(server: Server, contender: Contender, secrets: Sequence[str]) -> Run:
 
 def _whole_pool(server: Server, keys: int, rounds: int) -> list[Bound]:
     contenders: dict[str, Contender] = {
-        OURS: partial(_ours, limit=RateLimit(period=PERIOD)),
-        f"{OURS}, `pace=None`": partial(_ours, limit=RateLimit(period=PERIOD, pace=None)),
-        "pyrate-limiter `InMemoryBucket`": _pyrate,
-        "aiolimiter `AsyncLimiter`": _aiolimiter,
-        BARE: _bare,
+        OURS: partial(ours, limit=RateLimit(period=PERIOD)),
+        f"{OURS}, `pace=None`": partial(ours, limit=RateLimit(period=PERIOD, pace=None)),
+        PYRATE: partial(pyrate, limit=LIMIT, period=PERIOD),
+        AIOLIMITER: partial(aiolimiter, limit=LIMIT, period=PERIOD),
+        BARE: bare,
     }
     secrets = make_secrets(keys)
-    runs = in_turns({name: partial(_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
+    runs = in_turns({name: partial(one_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
     floor = (math.ceil(keys / LIMIT) - 1) * PERIOD
     print_table(
         f"{keys:,} keys, {LIMIT} requests in any {PERIOD:g} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay; no way of "
@@ -169,11 +112,11 @@ def _judge(runs: Sequence[Run], keys: int, floor: float) -> list[Bound]:
 
 def _one_window(server: Server, rounds: int) -> list[Bound]:
     contenders: dict[str, Contender] = {
-        f"{OURS}, `pace=None`": partial(_ours, limit=RateLimit(period=PERIOD, pace=None)),
-        BARE: _bare,
+        f"{OURS}, `pace=None`": partial(ours, limit=RateLimit(period=PERIOD, pace=None)),
+        BARE: bare,
     }
     secrets = make_secrets(LIMIT)
-    runs = in_turns({name: partial(_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
+    runs = in_turns({name: partial(one_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
     ratio, rows = compare({name: [run.seconds * 1000 for run in of_one] for name, of_one in runs.items()})
     print_table(
         f"{LIMIT} keys, which one window holds; sessions opened and closed; {rounds_text(rounds)}.",

@@ -11,11 +11,13 @@ from typing import Unpack, assert_type
 
 import aiohttp
 from fastapi import Depends, FastAPI
+from redis.asyncio import Redis
 
 from crustcredits import (
     Account,
     ApiKey,
     Balance,
+    BucketsUnavailableError,
     CreditsClient,
     CrustCreditsError,
     FreshnessOptions,
@@ -34,6 +36,7 @@ from crustcredits import (
     Seconds,
     Source,
     State,
+    TokenStore,
     keys_from_env,
     keys_from_file,
     keys_from_text,
@@ -47,6 +50,7 @@ from crustcredits.fastapi import (
     get_credits_client,
     install_exception_handlers,
 )
+from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Arrival, Fault, SandboxServer
 
 
@@ -101,6 +105,11 @@ async def made(session: aiohttp.ClientSession) -> None:
         details: Report[Account] = await client.check(keys_from_file("keys.txt"), detail=True)
         takes_a_report(details)
     await CreditsClient(base_url="http://localhost:8080").close()
+    await CreditsClient(rate_limit=RateLimit(follow="both"), buckets=RedisBuckets("redis://localhost", share=1 / 4)).close()
+    store: TokenStore = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
+    async with CreditsClient(buckets=store) as client:
+        quota = client.quota()
+        assert_type((quota.debt, quota.paused, quota.probing), tuple[int, float | None, bool])
     keys_from_text("a=b")
 
 
@@ -138,6 +147,8 @@ def failures(error: CrustCreditsError) -> None:
         assert_type(error.retry_after, float | None)
     if isinstance(error, RateLimitWaitError):
         assert_type(error.wait, float)
+    if isinstance(error, BucketsUnavailableError):
+        assert_type(error.attempts, int)
     if isinstance(error, InsufficientCreditsError):
         assert_type(error.unknown, tuple[str, ...])
 

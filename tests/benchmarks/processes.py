@@ -1,0 +1,290 @@
+"""Four processes that spend one quota: time, refusals and worst window, beside what else one would reach for.
+
+The server keeps one strict sliding window for all of them together, and answers after a random delay. Each process has keys of its
+own and has to bring home all of them. They are started beforehand, with imports done and loops running, wait at a barrier, and are
+timed from there to the end of the last one.
+
+Who counts in Redis has greeted it before the barrier. For crustcredits that takes more than a second on a Redis that knows
+nothing of its prefix, because no tokens are given until every process has had the time to say what it holds; a service waits
+for that once, when it first starts or Redis has lost its memory, so it is not part of the time here. Each round has a fresh prefix.
+
+limits is used as its README does: try, and when there is no room, sleep until `get_window_stats().reset_time`. One task of
+a process tries at a time, or hundreds of them would do so in the same moment. What counts as a round trip is a script that
+Redis runs; both send nothing else.
+
+Then one of the processes, chosen at random, is killed by SIGKILL at a random moment. The others must bring home all their keys
+nevertheless. Of the tokens in the dead one's hands nobody hears again: they come home after a period and two request timeouts,
+which is 26 s with the usual 10 s for each request, longer than all the rest takes; so it is 2 s in that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import random
+import statistics
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import attrs
+from limits import RateLimitItemPerSecond
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from redis.asyncio import Redis
+
+from crustcredits import CreditsClient, RateLimit
+from crustcredits.redis import RedisBuckets
+from tests.benchmarks._contenders import AIOLIMITER, OURS, aiolimiter, gather
+from tests.benchmarks._fleet import Barrier, Ended, Fleet, Kill, fleet
+from tests.benchmarks._measure import (
+    Benchmark,
+    Bound,
+    Figures,
+    Server,
+    in_turns,
+    make_secrets,
+    number,
+    print_machine,
+    print_table,
+    rounds_text,
+    server_process,
+    whole,
+)
+from tests.benchmarks._redis import RedisServer, redis_process
+
+PROCESSES = 4
+LIMIT = 300
+DELAY = (0.0, 0.02)
+
+# Seconds that a request may take in the run with a kill.
+_SHORT = 2.0
+
+# A process is killed after a share of the floor between these: 1 to 12 s as long as nothing is told otherwise.
+_KILLED = (1 / 18.75, 12 / 18.75)
+
+_HEADERS = f"{OURS}, headers only"
+_REDIS = f"{OURS}, `RedisBuckets`"
+_AIOLIMITER = f"{AIOLIMITER} in each"
+_LIMITS = "limits `MovingWindowRateLimiter`, Redis"
+
+
+@attrs.frozen
+class Task:
+    """What one process is given."""
+
+    url: str
+    secrets: Sequence[str]
+    period: int
+    redis: str
+    prefix: str  # nobody has used it before
+
+
+Work: TypeAlias = Callable[[Task, Barrier], Coroutine[Any, Any, int]]
+
+
+@attrs.frozen
+class Stage:
+    """Who and what is there for all rounds."""
+
+    server: Server
+    redis: RedisServer
+    fleet: Fleet
+    keys: int  # of each process
+    period: int
+
+    @property
+    def floor(self) -> float:
+        """Seconds until the last window opens, and over which the pace of all spreads its requests."""
+        every = PROCESSES * self.keys
+        spread = (every % LIMIT or LIMIT) / (PROCESSES * (RateLimit().pace or math.inf))
+        return (math.ceil(every / LIMIT) - 1) * self.period + spread
+
+
+@attrs.frozen
+class Run:
+    """One contender's one round."""
+
+    ended: Ended
+    messages: int
+    figures: Figures
+
+    @property
+    def answered(self) -> int:
+        return sum(answered or 0 for answered in self.ended.answered)
+
+    @property
+    def refused_share(self) -> float:
+        """Of the requests; but for those of a process that was killed every one is either refused or answers a key."""
+        return self.figures.refused / (self.answered + self.figures.refused)
+
+
+# --- what a process does
+
+
+async def _headers_only(task: Task, barrier: Barrier) -> int:
+    async with CreditsClient(base_url=task.url, rate_limit=RateLimit(period=task.period)) as client:
+        await barrier()
+        return len((await client.check(task.secrets)).succeeded)
+
+
+async def _redis_buckets(task: Task, barrier: Barrier, *, request_timeout: float = 10.0) -> int:
+    async with CreditsClient(
+        base_url=task.url,
+        rate_limit=RateLimit(period=task.period),
+        buckets=RedisBuckets(task.redis, prefix=task.prefix),
+        request_timeout=request_timeout,
+    ) as client:
+        await client.account(task.secrets[0])  # the other endpoint, which has a limit of its own
+        await barrier()
+        return len((await client.check(task.secrets)).succeeded)
+
+
+async def _aiolimiter(task: Task, barrier: Barrier) -> int:
+    await barrier()
+    return await aiolimiter(task.url, task.secrets, limit=LIMIT, period=task.period)
+
+
+async def _limits(task: Task, barrier: Barrier) -> int:
+    rate, turn = RateLimitItemPerSecond(LIMIT, task.period), asyncio.Lock()
+    async with Redis.from_url(task.redis) as redis:
+        limiter = MovingWindowRateLimiter(_storage(task, redis))
+
+        @asynccontextmanager
+        async def gate() -> AsyncIterator[None]:
+            async with turn:
+                while not await limiter.hit(rate, "credits"):
+                    window = await limiter.get_window_stats(rate, "credits")
+                    if window.remaining <= 0:
+                        await asyncio.sleep(window.reset_time - time.time())
+            yield
+
+        await limiter.hit(rate, "greeting")
+        await barrier()
+        return await gather(task.url, task.secrets, gate)
+
+
+def _storage(task: Task, redis: Redis) -> RedisStorage:
+    options: dict[str, Any] = {"connection_pool": redis.connection_pool}
+    return RedisStorage(f"async+{task.redis}", implementation="redispy", key_prefix=task.prefix, **options)
+
+
+# --- rounds
+
+
+def _round(stage: Stage, work: Work, kill: Kill | None = None) -> Run:
+    secrets = make_secrets(PROCESSES * stage.keys)
+    url, prefix = stage.server.open(secrets, limit=LIMIT, period=stage.period, delay=DELAY), uuid.uuid4().hex
+    shares = [secrets[place::PROCESSES] for place in range(PROCESSES)]
+    stage.fleet.prepare([partial(work, Task(url, share, stage.period, stage.redis.url, prefix)) for share in shares])
+    before = stage.redis.messages()
+    ended = stage.fleet.release(kill)
+    return Run(ended, stage.redis.messages() - before, stage.server.close())
+
+
+def _together(stage: Stage, rounds: int) -> list[Bound]:
+    works: dict[str, Work] = {_HEADERS: _headers_only, _REDIS: _redis_buckets, _AIOLIMITER: _aiolimiter, _LIMITS: _limits}
+    runs = in_turns({name: partial(_round, stage, work) for name, work in works.items()}, rounds)
+    print_table(
+        f"{PROCESSES} processes with {stage.keys} keys each, {LIMIT} requests in any {stage.period} s, counted for all of them "
+        f"together, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay. The floor, {stage.floor:.4g} s, is when the last "
+        f"window opens, and over how long {PROCESSES} paces spread its requests, where there is one. "
+        f"{rounds_text(rounds).capitalize()}, but of refusals, window and round trips the worst. Redis {stage.redis.version} had "
+        "been greeted before, and a first start's pause, which a service waits for once, was over.",
+        ("", "time, s", "of the floor", "429s", "of all requests", "worst window", "round trips to Redis a call", "keys answered"),
+        [(name, *_row(of_one, stage)) for name, of_one in runs.items()],
+    )
+    return [*_judge_headers(runs[_HEADERS], stage), *_judge_redis(runs[_REDIS], stage)]
+
+
+def _row(runs: Sequence[Run], stage: Stage) -> tuple[float | str, ...]:
+    seconds = _seconds(runs)
+    keys = PROCESSES * stage.keys
+    answered = f"{number(min(run.answered for run in runs))} of {number(keys)}"
+    return seconds, seconds / stage.floor, _refused(runs), _refused_share(runs), _window(runs), _trips(runs), answered
+
+
+def _seconds(runs: Sequence[Run]) -> float:
+    return statistics.median(run.ended.seconds for run in runs)
+
+
+def _refused(runs: Sequence[Run]) -> int:
+    return max(run.figures.refused for run in runs)
+
+
+def _refused_share(runs: Sequence[Run]) -> float:
+    return max(run.refused_share for run in runs)
+
+
+def _window(runs: Sequence[Run]) -> int:
+    return max(run.figures.worst_window or 0 for run in runs)
+
+
+def _trips(runs: Sequence[Run]) -> float:
+    return max(run.messages / run.answered for run in runs)
+
+
+def _unanswered(runs: Sequence[Run], stage: Stage) -> int:
+    """Keys that a process did not bring home, though it was there to the end."""
+    return max(sum(stage.keys - answered for answered in run.ended.answered if answered is not None) for run in runs)
+
+
+def _judge_headers(runs: Sequence[Run], stage: Stage) -> list[Bound]:
+    return [
+        Bound("headers only: share of the requests that is refused (429)", _refused_share(runs), 0.05),
+        Bound(f"headers only: seconds (1.15 of the floor, {stage.floor:.4g})", _seconds(runs), 1.15 * stage.floor),
+        Bound("headers only: keys not answered", _unanswered(runs, stage), 0),
+    ]
+
+
+def _judge_redis(runs: Sequence[Run], stage: Stage) -> list[Bound]:
+    return [
+        Bound("Redis: requests refused (429)", _refused(runs), 0),
+        Bound(f"Redis: requests in any {stage.period} s", _window(runs), LIMIT),
+        Bound(f"Redis: seconds (1.06 of the floor, {stage.floor:.4g})", _seconds(runs), 1.06 * stage.floor),
+        Bound("Redis: round trips to it a call", _trips(runs), 0.6),
+        Bound("Redis: keys not answered", _unanswered(runs, stage), 0),
+    ]
+
+
+# --- one is killed
+
+
+def _with_a_death(stage: Stage, seed: int) -> list[Bound]:
+    chance = random.Random(seed)
+    kill = Kill(chance.randrange(PROCESSES), stage.floor * chance.uniform(*_KILLED))
+    run = _round(stage, partial(_redis_buckets, request_timeout=_SHORT), kill)
+    lost, living = _unanswered([run], stage), (PROCESSES - 1) * stage.keys
+    print_table(
+        f"{_REDIS}, and process {kill.place + 1} of {PROCESSES} is killed {kill.after:.2f} s after the start (`--seed {seed}`). "
+        f"The dead one's tokens come home after a period and twice the request timeout, which is {_SHORT:g} s here.",
+        ("", "time, s", "429s", "worst window", "keys answered"),
+        [(f"the other {PROCESSES - 1}", run.ended.seconds, _refused([run]), _window([run]), f"{living - lost} of {living}")],
+    )
+    return [
+        Bound("with a death: the killed one had ended before", run.ended.answered[kill.place] is not None, 0),
+        Bound("with a death: keys of the others not answered", lost, 0),
+        Bound("with a death: requests refused (429)", _refused([run]), 0),
+        Bound(f"with a death: requests in any {stage.period} s", _window([run]), LIMIT),
+    ]
+
+
+def run(options: argparse.Namespace) -> list[Bound]:
+    with redis_process() as redis, server_process() as server, fleet(PROCESSES) as processes:
+        print_machine("aiolimiter", "limits", "redis")
+        stage = Stage(server, redis, processes, options.keys, options.period)
+        return _together(stage, options.rounds) + _with_a_death(stage, options.seed)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", type=whole(1), default=300, help="keys of each process")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds; each takes well over a minute")
+    parser.add_argument("--period", type=whole(1), default=6, help="seconds that the server's window is long")
+    parser.add_argument("--seed", type=whole(0), default=1, help="who is killed, and when")
+
+
+BENCHMARK = Benchmark("four processes that spend one quota, with and without Redis", run, _add_options)

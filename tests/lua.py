@@ -1,0 +1,474 @@
+"""Redis without a network or a clock of its own: the real script, over a small model of the commands that it uses.
+
+`FakeRedis` stands where the client of `redis.asyncio` stands in `RedisBuckets`. One of it may stand there for several processes,
+which it tells apart by what they call themselves. It can be slow, lose everything or go back to an earlier state, be out
+of reach for all or for some, stall, and lose an answer after the script has run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+from lupa.lua51 import LuaError, LuaRuntime  # type: ignore[import-untyped]  # Redis has Lua 5.1
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from crustcredits.redis import _SCRIPT, _SHA, RedisBuckets
+
+# Seconds that Redis's clock is ahead of the loop's: it counts from 1970, and has digits enough to be rounded wrong.
+EPOCH = 1_700_000_000.0
+
+# As Redis does it: what the script leaves behind in the global table is an error, and numbers become text with all digits.
+_SHELL = """
+local commands = ...
+redis = {call = function(name, ...) return commands[name](...) end}
+redis.pcall = redis.call
+setmetatable(_G, {__newindex = function(_, name) error('the script sets a global variable, ' .. tostring(name)) end})
+"""
+
+
+class SortedSet:
+    """Members with a score each. Whatever it does takes no loop over its members, but for those that it removes or returns."""
+
+    __slots__ = ("order", "scores")
+
+    def __init__(self) -> None:
+        self.scores: dict[str, float] = {}
+        self.order: list[tuple[float, str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.order)
+
+    def copy(self) -> SortedSet:
+        other = SortedSet()
+        other.scores, other.order = dict(self.scores), list(self.order)
+        return other
+
+    def add(self, score: float, member: str) -> int:
+        new = not self.remove(member)
+        self.scores[member] = score
+        insort(self.order, (score, member))
+        return int(new)
+
+    def remove(self, member: str) -> int:
+        score = self.scores.pop(member, None)
+        if score is None:
+            return 0
+        del self.order[bisect_left(self.order, (score, member))]
+        return 1
+
+    def place(self, bound: str, *, end: bool = False) -> int:
+        """Where a range begins that has this lower bound, or, with `end`, where one ends that has this upper bound."""
+        exclusive = bound.startswith("(")
+        score = float(bound[exclusive:])
+        if exclusive != end:  # then those of this very score belong before the place
+            score = math.nextafter(score, math.inf)
+        return bisect_left(self.order, (score, ""))
+
+    def cut(self, first: int, last: int) -> int:
+        for _, member in self.order[first:last]:
+            del self.scores[member]
+        del self.order[first:last]
+        return max(0, last - first)
+
+
+@attrs.frozen
+class Asked:
+    """What a message says of one bucket."""
+
+    key: str
+    wanted: int
+    room: int
+    lease: float
+    first: int
+    age: float | None
+    homes: dict[int, float]
+    returned: tuple[int, ...]
+
+
+@attrs.frozen
+class Message:
+    """One message. Times are in seconds."""
+
+    at: float
+    process: str
+    epoch: int
+    back: bool
+    pause: float
+    buckets: tuple[Asked, ...]
+
+
+def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
+    """A message as a value."""
+    process, *rest = said
+    numbers = iter([int(number) for number in rest])
+    epoch, alone, _, pause, _, _ = (next(numbers) for _ in range(6))
+    buckets = []
+    for key in keys[1::2]:
+        wanted, room, lease, first, age, homes, returned = (next(numbers) for _ in range(7))
+        told = {next(numbers): next(numbers) / 1e6 for _ in range(homes)}
+        back = tuple(next(numbers) for _ in range(returned))
+        buckets.append(Asked(key, wanted, room, lease / 1e6, first, None if age < 0 else age / 1e6, told, back))
+    assert next(numbers, None) is None, "the message says more than it announces"
+    return Message(at, str(process), epoch, bool(alone), pause / 1e6, tuple(buckets))
+
+
+def between(low: float, high: float, seed: int = 1) -> Callable[[str], float]:
+    """Latencies drawn evenly between the two."""
+    draw = random.Random(seed)
+    return lambda process: draw.uniform(low, high)
+
+
+class FakeRedis:
+    """A server that is asked as a client of `redis.asyncio` is.
+
+    Attributes:
+        latency: Seconds that a message takes one way, given the process that sends it; also its answer.
+        clock: Redis's clock, in seconds; by default the running loop's.
+        down: Whether no process can connect.
+        cut: Processes that cannot connect.
+        lose_answers: Of how many messages from now on the answer is lost, after the script has run.
+        repeat: How many messages from now on are sent again by the client, because their answer was lost.
+        messages: Messages that came, those in vain included.
+        messages_of: The same by process.
+        evals: How many of them brought the script along.
+        seen: What the messages said, if it is a list.
+        run: What tells this server from the one that takes over from it.
+        closed: How often `aclose` was called.
+        faults: What must not happen, for whoever does not see the exception.
+    """
+
+    def __init__(self, *, latency: Callable[[str], float] = lambda process: 0.0, clock: Callable[[], float] | None = None) -> None:
+        self.latency = latency
+        self.clock = clock or (lambda: EPOCH + asyncio.get_running_loop().time())
+        self.down = False
+        self.cut: set[str] = set()
+        self.lose_answers = self.repeat = 0
+        self.messages = self.evals = self.closed = 0
+        self.messages_of: Counter[str] = Counter()
+        self.seen: list[Message] | None = None
+        self.faults: list[str] = []
+        self.run = 1
+        self._under_way: set[str] = set()
+        self._stalled: list[tuple[asyncio.Future[Any], Callable[[], Any]]] | None = None
+        self._values: dict[str, SortedSet | dict[str, str]] = {}
+        self._expiry: dict[str, int] = {}  # milliseconds
+        self._scripts: dict[str, Any] = {}
+        self._now = 0  # microseconds, as of the start of the script that runs
+        self._lua = LuaRuntime(register_eval=False)
+        commands = [
+            self._time,
+            self._hmget,
+            self._hgetall,
+            self._hdel,
+            self._info,
+            self._pttl,
+            self._hset,
+            self._hincrby,
+            self._pexpire,
+        ]
+        commands += [self._zadd, self._zrem, self._zremrangebyscore, self._zcount, self._zscore, self._zrangebyscore]
+        by_name = {command.__name__.removeprefix("_").upper(): command for command in commands}
+        self._lua.execute(_SHELL, self._lua.table_from(by_name))
+
+    # --- as a client
+
+    async def evalsha(self, sha: str, count: int, *said: str | int) -> Any:
+        return await self._travel(sha, None, said[:count], said[count:])
+
+    async def eval(self, script: str, count: int, *said: str | int) -> Any:
+        sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+        return await self._travel(sha, script, said[:count], said[count:])
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def _travel(self, sha: str, script: str | None, keys: Sequence[Any], said: Sequence[str | int]) -> Any:
+        process = str(said[0])
+        self.messages += 1
+        self.messages_of[process] += 1
+        self.evals += script is not None
+        if process in self._under_way:
+            self._fail("two messages of one process are under way")
+        self._under_way.add(process)
+        try:
+            await asyncio.sleep(self.latency(process))
+            answer = await self._arrive(process, lambda: self.execute(keys, said, sha=sha, script=script))
+            await asyncio.sleep(self.latency(process))
+        finally:
+            self._under_way.discard(process)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise RedisConnectionError("Connection lost")
+        return answer
+
+    async def _arrive(self, process: str, run: Callable[[], Any]) -> Any:
+        if self.down or process in self.cut:
+            raise RedisConnectionError("Error 111 connecting to nowhere:1. Connection refused.")
+        if self._stalled is not None:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._stalled.append((future, run))
+            return await future
+        if self.repeat:
+            self.repeat -= 1
+            run()
+        return run()
+
+    def _fail(self, what: str) -> None:
+        self.faults.append(what)
+        raise AssertionError(what)
+
+    # --- what happens to servers
+
+    def flush(self) -> None:
+        """Everything is lost, but for the scripts."""
+        self._values.clear()
+        self._expiry.clear()
+
+    def flush_scripts(self) -> None:
+        self._scripts.clear()
+
+    def snapshot(self) -> Any:
+        """The state, for `roll_back`."""
+        return {key: value.copy() for key, value in self._values.items()}, dict(self._expiry)
+
+    def roll_back(self, state: Any) -> None:
+        """An earlier state has come back, as when a replica takes over that was behind."""
+        self.run += 1
+        values, expiry = state
+        self._values = {key: value.copy() for key, value in values.items()}
+        self._expiry = dict(expiry)
+
+    def stall(self) -> None:
+        """From now on nothing is done and nobody is answered."""
+        self._stalled = []
+
+    def resume(self, *, late: bool = True) -> None:
+        """It goes on. With `late` what came meanwhile is done now, also where nobody waits for the answer any more."""
+        stalled, self._stalled = self._stalled or [], None
+        for future, run in stalled:
+            try:
+                if not late:
+                    raise RedisConnectionError("Connection lost")
+                answer = run()
+            except RedisError as error:
+                if not future.done():
+                    future.set_exception(error)
+            else:
+                if not future.done():
+                    future.set_result(answer)
+
+    # --- what is in it
+
+    def keys(self) -> list[str]:
+        """The names of what has not expired."""
+        self._look_at_clock()
+        return [key for key in list(self._values) if self._get(key) is not None]
+
+    def out(self, part: str = "") -> int:
+        """Tokens that are out, of the buckets whose names hold this."""
+        names = [key for key in self.keys() if part in key]
+        later = f"({self._now}"
+        values = [self._values[key] for key in names]
+        return sum(len(value.order) - value.place(later) for value in values if isinstance(value, SortedSet))
+
+    def text(self) -> str:
+        """All names and values."""
+        return repr(
+            {key: value.scores if isinstance(value, SortedSet) else value for key, value in self._values.items()} | self._scripts
+        )
+
+    # --- the script
+
+    def execute(self, keys: Sequence[Any], said: Sequence[str | int], *, sha: str = "", script: str | None = None) -> Any:
+        """Run the script. It is atomic, and time stands still while it runs."""
+        if script is not None and sha not in self._scripts:
+            self._scripts[sha] = self._lua.execute(f"return function(KEYS, ARGV) {script}\nend")
+        if sha not in self._scripts:
+            raise NoScriptError("No matching script. Please use EVAL.")
+        self._look_at_clock()
+        if self.seen is not None:
+            self.seen.append(read(self._now / 1e6 - EPOCH, keys, said))
+        try:
+            return self._answer(self._scripts[sha](self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])))
+        except LuaError as error:
+            self.faults.append(str(error))
+            raise ResponseError(str(error)) from None
+
+    def _look_at_clock(self) -> None:
+        self._now = int(self.clock() * 1e6)
+
+    def _answer(self, value: Any) -> Any:
+        # Redis cuts numbers off, and an array at its first nil.
+        if isinstance(value, (int, float)):
+            return int(value)
+        return [self._answer(value[place]) for place in range(1, len(value) + 1)]
+
+    # --- the commands
+
+    def _get(self, key: str) -> Any:
+        expiry = self._expiry.get(key)
+        if expiry is not None and self._now // 1000 > expiry:
+            self._delete(key)
+        return self._values.get(key)
+
+    def _delete(self, key: str) -> None:
+        del self._values[key]
+        self._expiry.pop(key, None)
+
+    def _set(self, key: str) -> SortedSet:
+        value = self._get(key)
+        if value is None:
+            value = self._values[key] = SortedSet()
+        assert isinstance(value, SortedSet)
+        return value
+
+    def _hash(self, key: str) -> dict[str, str]:
+        value = self._get(key)
+        if value is None:
+            value = self._values[key] = {}
+        assert isinstance(value, dict)
+        return value
+
+    def _time(self) -> Any:
+        return self._lua.table(str(self._now // 1_000_000), str(self._now % 1_000_000))
+
+    def _hmget(self, key: str, *fields: str) -> Any:
+        value = self._get(key) or {}
+        return self._lua.table(*(value.get(field, False) for field in fields))
+
+    def _hset(self, key: str, *pairs: str | float) -> int:
+        value, before = self._hash(key), len(self._hash(key))
+        for field, text in zip(pairs[::2], pairs[1::2], strict=True):
+            value[str(field)] = _text(text)
+        return len(value) - before
+
+    def _hget(self, key: str, field: str) -> Any:
+        return (self._get(key) or {}).get(field, False)
+
+    def _info(self, section: str) -> str:
+        return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run:040x}\r\ntcp_port:6379\r\n"
+
+    def _hgetall(self, key: str) -> Any:
+        return self._lua.table_from([text for pair in (self._get(key) or {}).items() for text in pair])
+
+    def _hlen(self, key: str) -> int:
+        return len(self._get(key) or ())
+
+    def _hdel(self, key: str, *fields: str) -> int:
+        value = self._get(key)
+        if value is None:
+            return 0
+        removed = sum(value.pop(field, None) is not None for field in fields)
+        if not value:
+            self._delete(key)
+        return removed
+
+    def _hincrby(self, key: str, field: str, by: float) -> int:
+        value = self._hash(key)
+        after = int(value.get(field, "0")) + int(_text(by))
+        value[field] = str(after)
+        return after
+
+    def _pexpire(self, key: str, milliseconds: float) -> int:
+        if self._get(key) is None:
+            return 0
+        self._expiry[key] = self._now // 1000 + int(_text(milliseconds))
+        return 1
+
+    def _pttl(self, key: str) -> int:
+        if self._get(key) is None:
+            return -2
+        return self._expiry[key] - self._now // 1000 if key in self._expiry else -1
+
+    def _del(self, *keys: str) -> int:
+        there = [key for key in keys if self._get(key) is not None]
+        for key in there:
+            self._delete(key)
+        return len(there)
+
+    def _zadd(self, key: str, score: str, member: str) -> int:
+        return self._set(key).add(float(score), member)
+
+    def _zrem(self, key: str, *members: str) -> int:
+        value = self._get(key)
+        if value is None:
+            return 0
+        removed: int = sum(map(value.remove, members))
+        if not value:
+            self._delete(key)
+        return removed
+
+    def _zremrangebyscore(self, key: str, low: str, high: str) -> int:
+        value = self._get(key)
+        if value is None:
+            return 0
+        removed: int = value.cut(value.place(low), value.place(high, end=True))
+        if not value:
+            self._delete(key)
+        return removed
+
+    def _zcount(self, key: str, low: str, high: str) -> int:
+        value: SortedSet | None = self._get(key)
+        return 0 if value is None else max(0, value.place(high, end=True) - value.place(low))
+
+    def _zcard(self, key: str) -> int:
+        value = self._get(key)
+        return 0 if value is None else len(value.order)
+
+    def _zrange(self, key: str, first: float, last: float, scores: str) -> Any:
+        assert scores == "WITHSCORES"
+        value = self._get(key) or SortedSet()
+        place, end = int(_text(first)), int(_text(last))
+        chosen = value.order[place % (len(value.order) or 1) if place < 0 else place : end + 1 or None]
+        return self._lua.table_from([text for score, member in chosen for text in (member, _text(score))])
+
+    def _zscore(self, key: str, member: str) -> Any:
+        value = self._get(key)
+        score = None if value is None else value.scores.get(member)
+        return False if score is None else _text(score)
+
+    def _zrangebyscore(self, key: str, low: str, high: str, *options: Any) -> Any:
+        *names, skip, most = options
+        assert names == ["WITHSCORES", "LIMIT"]
+        value = self._get(key)
+        if value is None:
+            return self._lua.table()
+        first, last = value.place(low) + int(_text(skip)), value.place(high, end=True)
+        flat: list[str] = []
+        for score, member in value.order[first : min(last, first + int(_text(most)))]:
+            flat += (member, _text(score))
+        return self._lua.table_from(flat)
+
+
+def _text(value: str | float) -> str:
+    """What Redis makes of an argument."""
+    return value if isinstance(value, str) else f"{value:.17g}"
+
+
+def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
+    """Buckets of one process, on this server."""
+    buckets = RedisBuckets("redis://localhost:1", **options)
+    buckets._client = redis
+    return buckets
+
+
+def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
+    """Keys and arguments of a message after which tokens are given without a pause, although the server is new."""
+    return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 86_400_000]
+
+
+def opened(**options: Any) -> FakeRedis:
+    """A server that has been in use for a while."""
+    redis = FakeRedis(**options)
+    keys, said = opening()
+    redis.execute(keys, said, sha=_SHA, script=_SCRIPT)
+    return redis

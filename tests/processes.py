@@ -1,0 +1,98 @@
+"""Processes that share their tokens in one Redis: what of each of them matters, without the client around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import attrs
+
+from crustcredits._limits import TokenBucket
+from crustcredits._turn import Turn
+from crustcredits.redis import RedisBuckets
+from tests.lua import FakeRedis, connected
+from tests.virtual import now
+
+PATH = "/user/credits"
+PERIOD = 60.0
+LATE = 10.0
+
+
+@attrs.define(eq=False)
+class Worker:
+    """A process: its buckets, and the one of them that all its requests go through."""
+
+    redis: FakeRedis
+    buckets: RedisBuckets
+    bucket: TokenBucket
+    on_wire: deque[int] = attrs.field(factory=deque)
+
+    @property
+    def name(self) -> str:
+        return self.buckets._process
+
+    async def acquire(self) -> int:
+        return await self.bucket.acquire()
+
+    def start(self, token: int = 0) -> bool:
+        """Whether a token that was taken goes onto the wire; otherwise it goes back."""
+        if not self.bucket.may_start(token, now()):
+            self.bucket.unused(token)
+            return False
+        self.bucket.start()
+        self.on_wire.append(token)
+        return True
+
+    async def send(self) -> None:
+        """One request goes onto the wire."""
+        while not self.start(await self.acquire()):
+            pass
+
+    def end(self) -> None:
+        self.bucket.ended(self.on_wire.popleft())
+
+    def abandon(self) -> None:
+        self.bucket.abandoned(self.on_wire.popleft())
+
+    def waits(self) -> asyncio.Task[None]:
+        return asyncio.create_task(self.send())
+
+    def vanish(self) -> None:
+        """It is gone, and says nothing any more."""
+        vanish(self.buckets)
+
+    async def close(self) -> None:
+        await self.buckets.close()
+
+
+def vanish(buckets: RedisBuckets) -> None:
+    """The process with these is gone, and says nothing any more."""
+    buckets._closed = True
+    buckets._stop_timers()
+    if buckets._task is not None:
+        buckets._task.cancel()
+
+
+def worker(
+    redis: FakeRedis,
+    *,
+    name: str = "",
+    limit: int = 5,
+    period: float = PERIOD,
+    late: float = LATE,
+    pace: float | None = None,
+    **options: Any,
+) -> Worker:
+    buckets = connected(redis, **options)
+    buckets._process = name
+    buckets.open(period=period, late=late, pace=pace)
+    tokens = buckets.tokens(PATH, None, limit)
+    return Worker(redis, buckets, TokenBucket(limit, period, late=late, tokens=tokens))
+
+
+def turn(bucket: TokenBucket, *, wanted: bool = True) -> tuple[Turn, asyncio.Task[int]]:
+    """One that waits."""
+    turn = Turn()
+    turn.wanted = wanted
+    return turn, asyncio.create_task(bucket.acquire(turn))
