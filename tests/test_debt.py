@@ -405,16 +405,16 @@ async def test_a_probe_that_could_not_be_sent_is_followed_by_the_next() -> None:
     assert now() == pytest.approx(21)
 
 
-async def test_a_probe_that_could_not_be_sent_leaves_the_next_its_moment_where_it_was_told_meanwhile() -> None:
-    """Somebody else's answer has said when."""
+async def test_a_probe_that_was_not_sent_leaves_the_next_its_moment_where_a_newer_answer_has_told_it() -> None:
+    """A slot is free then, and not before."""
     bucket = TokenBucket(10, PERIOD)
     (await send(bucket)).tells(9, 10.0)
     newer = await send(bucket)
-    probe = await send(bucket)
+    probe = await bucket.acquire()
     newer.tells(10, 6.0)
     waiter = asyncio.create_task(bucket.acquire())
     await asyncio.sleep(1)
-    bucket.unsent(probe.token)
+    bucket.unused(probe)
     assert await waiter == 1
     assert now() == pytest.approx(16)
 
@@ -686,6 +686,18 @@ async def test_the_last_accounts_count() -> None:
     bucket = TokenBucket(200, PERIOD, voices=3)
     await voices(bucket, ("one", 10), ("two", 40), ("three", 60), ("four", 50))
     assert debt_of(bucket) == 40
+
+
+@pytest.mark.parametrize(("third", "debt"), [(59.99, 40), (60.0, 0)])
+async def test_what_an_account_was_told_a_period_ago_counts_no_more(third: float, debt: int) -> None:
+    """All that it was told of has aged out, whatever others were told meanwhile."""
+    bucket = TokenBucket(100, PERIOD, voices=3)
+    await voices(bucket, ("one", 50))
+    at(30.0)
+    await voices(bucket, ("two", 40))
+    at(third)
+    await voices(bucket, ("three", 60))
+    assert debt_of(bucket) == debt
 
 
 # --- when the server does not count all of them together

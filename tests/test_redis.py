@@ -1,0 +1,203 @@
+"""`RedisBuckets` with a real server: connections, commands and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsClient, RateLimit
+from crustcredits.redis import RedisBuckets
+from crustcredits.testing import SandboxServer
+from tests.conftest import eventually
+from tests.servers import RedisServer, free_port, redis_server
+
+__all__ = ["redis_server"]  # a fixture, found by its name
+
+# An empty Redis gives no tokens for a second; tests do not wait for that.
+OPENED: dict[str, str | int] = {"epoch": 1, "opens": 0, "heard": 0}
+
+
+def open_prefix(server: RedisServer, prefix: str) -> None:
+    """As if it had been in use for a while."""
+    run = str(server.ask("INFO", "server")["run_id"])  # type: ignore[index]  # what redis-py makes of it
+    for field, value in {**OPENED, "run": run}.items():
+        server.ask("HSET", f"{{{prefix}}}:epoch", field, value)
+
+
+@pytest.fixture
+def prefix(redis_server: RedisServer) -> str:
+    prefix = uuid.uuid4().hex
+    open_prefix(redis_server, prefix)
+    return prefix
+
+
+@pytest.fixture
+async def own_server() -> AsyncIterator[RedisServer]:
+    server = await asyncio.to_thread(RedisServer)
+    yield server
+    await asyncio.to_thread(server.remove)
+
+
+async def client(sandbox: SandboxServer, buckets: RedisBuckets, stack: AsyncExitStack, **limit: Any) -> CreditsClient:
+    return await stack.enter_async_context(
+        CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(pace=None, **limit), buckets=buckets)
+    )
+
+
+@pytest.mark.parametrize("scope", ["client", "auto", "account", "key"])
+async def test_clients_with_one_prefix_share_one_quota(redis_server: RedisServer, prefix: str, scope: str) -> None:
+    """Together they never trip the server's limit."""
+    async with (
+        SandboxServer(limit=20, period=0.3, scope="client" if scope in {"client", "auto"} else "key") as sandbox,
+        AsyncExitStack() as stack,
+    ):
+        keys = [sandbox.add_key() for _ in range(30)]
+        clients = [
+            await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack, requests=20, period=0.3, scope=scope)
+            for _ in range(2)
+        ]
+        reports = await asyncio.gather(*(one.check(keys, timeout=20) for one in clients))
+        assert [len(report.succeeded) for report in reports] == [30, 30]
+        assert sandbox.refused == 0
+
+
+async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix: str) -> None:
+    """What one has spent the other does not wait for."""
+    other = uuid.uuid4().hex
+    open_prefix(redis_server, other)
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        key = sandbox.add_key()
+        for name in (prefix, other):
+            one = await client(sandbox, RedisBuckets(redis_server.url, prefix=name), stack, requests=1, scope="client")
+            assert (await one.balance(key, timeout=5)).credits == 1000
+
+
+async def test_the_script_is_sent_again_when_it_was_flushed(redis_server: RedisServer, prefix: str) -> None:
+    """As after SCRIPT FLUSH."""
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        for _ in range(2):
+            await asyncio.to_thread(redis_server.ask, "SCRIPT", "FLUSH")
+            await one.balance(sandbox.add_key(), timeout=5)
+
+
+async def test_a_restart_is_noticed_and_what_is_out_is_told(own_server: RedisServer) -> None:
+    """Although the server has forgotten all of it."""
+    open_prefix(own_server, "p")
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
+        for _ in range(3):
+            await one.balance(sandbox.add_key(), timeout=5)
+        await asyncio.to_thread(own_server.restart)
+        for _ in range(100):
+            await asyncio.sleep(0.03)
+            if await asyncio.to_thread(own_server.ask, "ZCARD", "{p}:/user/credits") == 3:
+                break
+        else:
+            raise AssertionError("it was not told")
+
+
+async def test_a_given_client_is_used_and_not_closed(redis_server: RedisServer, prefix: str) -> None:
+    """Also one that decodes what it reads."""
+    given = Redis(unix_socket_path=str(redis_server.socket), decode_responses=True)
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        await (await client(sandbox, RedisBuckets(given, prefix=prefix), stack)).balance(sandbox.add_key(), timeout=5)
+    assert await given.ping()
+    await given.aclose()
+
+
+async def test_an_own_client_is_closed(redis_server: RedisServer, prefix: str) -> None:
+    """With the client that used it."""
+    before = int(str(redis_server.ask("INFO", "clients")["connected_clients"]))  # type: ignore[index]  # what redis-py makes of it
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        await (await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)).balance(sandbox.add_key(), timeout=5)
+
+    def closed() -> bool:
+        clients = redis_server.ask("INFO", "clients")
+        return int(str(clients["connected_clients"])) <= before  # type: ignore[index]  # as above
+
+    await eventually(closed)
+
+
+async def test_names_and_values_hold_no_secret_and_expire(redis_server: RedisServer, prefix: str) -> None:
+    """Nor the name of an account."""
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        sandbox.add_account("acme-secret-account")
+        keys = [sandbox.add_key(secret="the-secret-itself"), sandbox.add_key(account="acme-secret-account")]
+        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        await one.check(keys, timeout=5)
+        names = [name.decode() for name in redis_server.ask("KEYS", f"{{{prefix}}}:*")]  # type: ignore[attr-defined]  # bytes
+        told = repr([redis_server.ask("ZRANGE", name, 0, -1) for name in names if "credits" in name and "line" not in name])
+        assert len(names) == 4  # the marker, the common bucket and two own ones
+        assert not [word for word in ("secret", "acme") if word in " ".join(names) + told]
+        assert all(0 < int(str(redis_server.ask("PTTL", name))) <= 86_400_000 for name in names)
+
+
+@pytest.fixture
+def cluster() -> Iterator[RedisServer]:
+    server = RedisServer("--cluster-enabled", "yes", port=free_port())
+    server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    yield server
+    server.remove()
+
+
+@pytest.mark.timeout(60)
+async def test_it_works_on_a_cluster(cluster: RedisServer) -> None:
+    """All keys of a prefix lie in one slot."""
+    for _ in range(200):
+        if b"cluster_state:ok" in str(cluster.ask("CLUSTER", "INFO")).encode() or "'cluster_state': 'ok'" in str(
+            cluster.ask("CLUSTER", "INFO")
+        ):
+            break
+        await asyncio.sleep(0.03)
+    open_prefix(cluster, "p")
+    given = RedisCluster(host="127.0.0.1", port=cluster.port)
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(given, prefix="p", on_outage="raise"), stack)
+        assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=10)).ok
+    await given.aclose()
+
+
+async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
+    """And name their key."""
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack)
+        with pytest.raises(BucketsUnavailableError, match="prod: the count"):
+            await one.balance(sandbox.add_key("prod"), timeout=5)
+        assert sandbox.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"url_or_client": "http://:hunter2@localhost"}, "the URL is none of Redis"),
+        ({"url_or_client": "redis://:hunter2@localhost:port"}, "the URL is none of Redis"),
+        ({"url_or_client": 5}, "a client of redis.asyncio, not int"),
+        ({"prefix": ""}, "not empty"),
+        ({"prefix": "a{b}"}, "without braces"),
+        ({"prefix": "a\nb"}, "printable"),
+        ({"prefix": b"acme"}, "prefix is a str, not bytes"),
+        ({"on_outage": "ignore"}, "'local' or 'raise'"),
+        ({"share": 0}, "share is a finite number above 0"),
+        ({"share": 1.5}, "at most 1"),
+    ],
+)
+def test_bad_arguments_are_refused_and_a_password_is_not_repeated(arguments: dict[str, Any], message: str) -> None:
+    """Neither in the message nor in a traceback with local variables."""
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        RedisBuckets(**{"url_or_client": "redis://:hunter2@localhost", **arguments})
+    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/redis.py") :]
+
+
+def test_a_password_does_not_print() -> None:
+    """Making the buckets opens nothing, and shows nothing."""
+    buckets = RedisBuckets("redis://:hunter2@localhost")
+    assert "hunter2" not in repr(buckets) + str(buckets)
