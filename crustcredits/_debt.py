@@ -53,7 +53,7 @@ class Debt:
     until: float = -math.inf
     probe_at: float = math.inf
     finding_out: bool = False
-    _told: dict[Hashable, int] = attrs.field(factory=dict)
+    _told: dict[Hashable, tuple[int, float]] = attrs.field(factory=dict)  # of others, and when
 
     def hear(self, told: Told, own: int, *, period: float, spacing: float) -> None:
         """An answer told this, and so many of the requests can have been this bucket's own. They come in the order of their starts.
@@ -61,10 +61,11 @@ class Debt:
         `spacing` is how far apart, on the average, slots become free: what is said in whole seconds can say 0.
         """
         self._told.pop(told.account, None)
-        self._told[told.account] = max(0, told.used - own)
+        self._told[told.account] = max(0, told.used - own), told.at
         if len(self._told) > self.voices:
             del self._told[next(iter(self._told))]
-        self.amount = min(self._told.values()) if len(self._told) == self.voices else 0
+        amounts = [others for others, at in self._told.values() if told.at - at < period]
+        self.amount = min(amounts) if len(amounts) == self.voices else 0
         self.finding_out = False
         self.until = told.at + period
         self.probe_at = math.inf if told.reset is None else told.at + max(told.reset, spacing)

@@ -280,9 +280,9 @@ class SharedTokens:
     def unanswered(self) -> None:
         """It is not known whether the message was heard: what it may have brought goes back."""
         sent, self._sent = self._sent, None
-        if sent is not None:
-            self._returned += [Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)]
-            self._asks = self._asks or sent.asks
+        assert sent is not None
+        self._returned += [Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)]
+        self._asks = self._asks or sent.asks
 
     def fail(self) -> None:
         """Nobody can be asked: whoever waits is told."""

@@ -525,7 +525,7 @@ async def test_100_000_keys_are_streamed_in_memory_that_does_not_grow() -> None:
     server.arrivals = _Uncounted()
     server.asked = _Unasked()
     blocks: list[int] = []
-    limit = RateLimit(requests=5_000, period=1.0, pace=None)
+    limit = RateLimit(requests=5_000, period=1.0, pace=None, scope="client")
     numbers = {ApiKey(f"secret-{number}").digest: number for number in range(100_000)}
     async with fake_client(server, rate_limit=limit) as client:
         count = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -142,7 +144,9 @@ async def test_names_and_values_hold_no_secret_and_expire(redis_server: RedisSer
 
 @pytest.fixture
 def cluster() -> Iterator[RedisServer]:
-    server = RedisServer("--cluster-enabled", "yes", port=free_port())
+    # A cluster's nodes talk to each other on a port that is greater by 10,000.
+    port = next(port for port in iter(free_port, 0) if port < 55_000)
+    server = RedisServer("--cluster-enabled", "yes", port=port)
     server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
     yield server
     server.remove()
@@ -195,6 +199,14 @@ def test_bad_arguments_are_refused_and_a_password_is_not_repeated(arguments: dic
         RedisBuckets(**{"url_or_client": "redis://:hunter2@localhost", **arguments})
     shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
     assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/redis.py") :]
+
+
+def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the library does without."""
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    monkeypatch.delitem(sys.modules, "crustcredits.redis")
+    with pytest.raises(ImportError, match=r"needs redis-py: pip install 'crustcredits\[redis\]'"):
+        importlib.import_module("crustcredits.redis")
 
 
 def test_a_password_does_not_print() -> None:

@@ -837,7 +837,7 @@ async def test_whatever_the_client_raises_nobody_hangs(
         await asyncio.wait_for(start(limit=4, on_outage="raise").send(), 5)
 
 
-@pytest.mark.parametrize("answer", [[], [[1, 2]], [[1, 1, 1, 0], [0]], None, b"OK"])
+@pytest.mark.parametrize("answer", [[], [[1, 2]], [[1, 1, 1, 0], [0]], [[1, 1, 0], [0]], None, b"OK"])
 async def test_whatever_redis_answers_nobody_hangs(
     redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
