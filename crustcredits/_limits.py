@@ -344,7 +344,8 @@ class TokenBucket:
         if not self._is_open(now):
             self._tokens.need(0)
         else:
-            while line.waiting and self._tokens.free > 0 and self._is_open(now):
+            paused = self._pause.until is not None
+            while line.waiting and self._tokens.free > 0 and not (paused and self._probe):
                 self._grant(line.next())
             if line.waiting:
                 self._tokens.need(line.waiting)

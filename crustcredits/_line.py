@@ -12,43 +12,48 @@ _Queue: TypeAlias = "OrderedDict[Turn, int]"
 
 
 class Line:
-    """First come, first served; before them those whose token had to go back, and behind them those that nobody wants."""
+    """First come, first served; before them those whose token had to go back, and behind them those that nobody wants.
 
-    __slots__ = ("_again", "_tickets", "_waiters", "refreshes")
+    Attributes:
+        waiting: How many are wanted.
+        refreshes: Those that are not.
+    """
+
+    __slots__ = ("_again", "_tickets", "_waiters", "refreshes", "waiting")
 
     def __init__(self) -> None:
+        self.waiting = 0
         self._again: _Queue = OrderedDict()
         self._waiters: _Queue = OrderedDict()
         self.refreshes: _Queue = OrderedDict()
         self._tickets = 0
 
     def __bool__(self) -> bool:
-        return bool(self._again or self._waiters or self.refreshes)
-
-    @property
-    def waiting(self) -> int:
-        """How many are wanted."""
-        return len(self._again) + len(self._waiters)
+        return bool(self.waiting or self.refreshes)
 
     def join(self, turn: Turn, *, again: bool) -> None:
         """To the end of those of its kind; with `again` it had a token before."""
         queue = self.refreshes if not turn.wanted else self._again if again else self._waiters
         queue[turn] = self._ticket()
+        self.waiting += turn.wanted
 
     def leave(self, turn: Turn) -> None:
         """It waits no more."""
-        for queue in (self._again, self._waiters, self.refreshes):
-            queue.pop(turn, None)
+        if self._again.pop(turn, None) or self._waiters.pop(turn, None):
+            self.waiting -= 1
+        self.refreshes.pop(turn, None)
 
     def move_up(self, turn: Turn) -> bool:
         """Somebody wants it now: to the end of those that are wanted. Returns whether it was not."""
         if self.refreshes.pop(turn, None) is None:
             return False
         self._waiters[turn] = self._ticket()
+        self.waiting += 1
         return True
 
     def next(self) -> Turn:
         """Take out the first of those that are wanted; there are some."""
+        self.waiting -= 1
         return (self._again or self._waiters).popitem(last=False)[0]
 
     def next_refresh(self) -> Turn:
