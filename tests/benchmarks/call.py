@@ -33,8 +33,8 @@ _NO_LIMIT = 1_000_000
 _SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
 
 # It was 1.25 before a call became a task of the client's own, which others can join: a task, two turns of the loop and the
-# keeping of the answer cost some 7 µs, where a bare call costs 64. It was 1.45 before the client listened to the server's count, and
-# before each call took a token of two buckets, because nobody knows what the server counts by: that is some 15 µs more.
+# keeping of the answer cost some 7 µs, where a bare call costs 64. It was 1.45 before the client listened to the server's count,
+# and before each call took a token of two buckets, because nobody knows what the server counts by: that is some 15 µs more.
 _BOUND = 1.8
 
 # So that opening the connections is not counted.
