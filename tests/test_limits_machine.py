@@ -583,6 +583,7 @@ class IsDeaf(Limits):
     instead: ClassVar = {"crustcredits._limits.TokenBucket.heard": lambda self, told, mark: None}
 
 
+@pytest.mark.timeout(180)  # up to 500 examples, slow where coverage is measured
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
