@@ -513,6 +513,7 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
     assert outcomes["k0"] is outcomes["k2"] is None
 
 
+@pytest.mark.timeout(120)  # it is the number that makes the test, and coverage makes each slow
 async def test_100_000_keys_are_streamed_in_memory_that_does_not_grow() -> None:
     """Each is answered once; the peak is that of the keys under way."""
     seen = bytearray(100_000)
