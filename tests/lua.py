@@ -381,7 +381,10 @@ class FakeRedis:
     def _pexpire(self, key: str, milliseconds: float) -> int:
         if self._get(key) is None:
             return 0
-        self._expiry[key] = self._now // 1000 + int(_text(milliseconds))
+        if int(_text(milliseconds)) > 0:
+            self._expiry[key] = self._now // 1000 + int(_text(milliseconds))
+        else:
+            self._delete(key)
         return 1
 
     def _pttl(self, key: str) -> int:

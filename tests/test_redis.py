@@ -9,12 +9,12 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsClient, RateLimit
+from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsClient, RateLimit, RateLimitWaitError
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
@@ -98,12 +98,73 @@ async def test_a_restart_is_noticed_and_what_is_out_is_told(own_server: RedisSer
         for _ in range(3):
             await one.balance(sandbox.add_key(), timeout=5)
         await asyncio.to_thread(own_server.restart)
-        for _ in range(100):
-            await asyncio.sleep(0.03)
-            if await asyncio.to_thread(own_server.ask, "ZCARD", "{p}:/user/credits") == 3:
-                break
-        else:
-            raise AssertionError("it was not told")
+        await told_again(own_server)
+
+
+async def told_again(server: RedisServer) -> None:
+    """All three tokens that are out have been told."""
+    for _ in range(100):
+        await asyncio.sleep(0.03)
+        if await asyncio.to_thread(server.ask, "ZCARD", "{p}:/user/credits") == 3:
+            return
+    raise AssertionError("it was not told")
+
+
+async def test_a_flush_is_noticed_and_what_is_out_is_told(own_server: RedisServer) -> None:
+    """As after FLUSHALL, with a process that has nothing else to say."""
+    open_prefix(own_server, "p")
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
+        for _ in range(3):
+            await one.balance(sandbox.add_key(), timeout=5)
+        await asyncio.to_thread(own_server.ask, "FLUSHALL")
+        await told_again(own_server)
+
+
+async def test_a_process_goes_on_without_the_server_and_comes_back(
+    own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By itself, and counts with the others again."""
+    monkeypatch.setattr("crustcredits.redis._RETRY", 0.03)
+    open_prefix(own_server, "p")
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        buckets = RedisBuckets(own_server.url, prefix="p")
+        one = await client(sandbox, buckets, stack, requests=1, scope="client")
+        await one.balance(sandbox.add_key(), timeout=5)
+        await asyncio.to_thread(own_server.stop)
+        with pytest.raises(RateLimitWaitError):
+            await one.balance(sandbox.add_key(), timeout=0.05)
+        await eventually(lambda: buckets.alone)
+        await asyncio.to_thread(own_server.start)
+        await eventually(lambda: not buckets.alone)
+        await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
+    assert [record.message[:16] for record in caplog.records][:2] == ["Redis is out of ", "Redis is back; t"]
+
+
+@pytest.mark.parametrize("on_outage", ["local", "raise"])
+async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
+    own_server: RedisServer, caplog: pytest.LogCaptureFixture, on_outage: Literal["local", "raise"]
+) -> None:
+    """Neither in the log nor in the error, nor in its traceback with local variables."""
+    await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        buckets = RedisBuckets(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
+        one = await client(sandbox, buckets, stack)
+        with pytest.raises((BucketsUnavailableError, RateLimitWaitError)) as caught:
+            await one.balance(sandbox.add_key(), timeout=0.3)
+    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "hunter2" not in shown[shown.index("crustcredits/_client.py") :] + caplog.text + repr(caught.value)
+    assert "Redis is out of reach" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True, "protocol": 3}])
+async def test_a_client_of_either_protocol_does(redis_server: RedisServer, prefix: str, options: dict[str, Any]) -> None:
+    """The script's answers are numbers in both."""
+    given = Redis(unix_socket_path=str(redis_server.socket), **options)
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        one = await client(sandbox, RedisBuckets(given, prefix=prefix, on_outage="raise"), stack, requests=5)
+        assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=5)).ok
+    await given.aclose()
 
 
 async def test_a_given_client_is_used_and_not_closed(redis_server: RedisServer, prefix: str) -> None:
