@@ -75,11 +75,6 @@ class RedisBuckets:
         ConfigurationError: An argument cannot be used.
     """
 
-    terms: Terms
-    alone: bool
-    settled: bool
-    settles_at: float
-
     def __init__(
         self,
         url_or_client: str | Client,
@@ -101,25 +96,10 @@ class RedisBuckets:
         if on_outage not in {"local", "raise"}:
             raise ConfigurationError("on_outage is 'local' or 'raise'")
         check_number("share", share, above=0, maximum=1)
-        self.alone = self.settled = False
-        self.settles_at = 0.0
-        self._client: Any = client
-        self._owned = owned
         self._prefix = f"{{{prefix}}}:"
-        self._raises = on_outage == "raise"
         self._share = share
-        self._opened = self._closed = False
-        self._all: WeakSet[SharedTokens] = WeakSet()
-        self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
-        self._process = ""  # made when first needed, since a process may fork before
-        self._epoch = 0
-        self._down = False  # and the log has been told
-        self._last = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._settling: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    # --- for the client
+        self._opened = False
+        self._link = _Link(client, owned=owned, marker=self._prefix + "epoch", raises=on_outage == "raise")
 
     def open(self, *, period: float, late: float, pace: float | None) -> None:
         """A client begins to use it: see `TokenStore`.
@@ -130,16 +110,48 @@ class RedisBuckets:
         if self._opened:
             raise ConfigurationError("these buckets have a client already; make new RedisBuckets, with the same prefix, for each")
         self._opened = True
-        self.terms = Terms(period=period, late=late, pace=pace, share=self._share)
+        self._link.terms = Terms(period=period, late=late, pace=pace, share=self._share)
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
         """The tokens of one bucket: see `TokenStore`."""
-        tokens = SharedTokens(self, f"{self._prefix}{path}{_hidden(whose)}", limit)
+        return self._link.tokens(f"{self._prefix}{path}{_hidden(whose)}", limit)
+
+    async def close(self) -> None:
+        """Say what is still to be said, if Redis is there, and close the connections, if they are ours."""
+        await self._link.close()
+
+
+class _Link:
+    """What carries the messages: one at a time, and none while there is nothing to say. See `Link`."""
+
+    terms: Terms
+
+    def __init__(self, client: Any, *, owned: bool, marker: str, raises: bool) -> None:
+        self.alone = self.settled = False
+        self.settles_at = 0.0
+        self._client = client
+        self._owned = owned
+        self._marker = marker
+        self._raises = raises
+        self._closed = False
+        self._all: WeakSet[SharedTokens] = WeakSet()
+        self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
+        self._process = ""  # made when first needed, since a process may fork before
+        self._epoch = 0
+        self._down = False  # and the log has been told
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def tokens(self, name: str, limit: int) -> SharedTokens:
+        """The tokens of the bucket of that name."""
+        tokens = SharedTokens(self, name, limit)
         self._all.add(tokens)
         return tokens
 
     async def close(self) -> None:
-        """Say what is still to be said, if Redis is there, and close the connections, if they are ours."""
+        """Say what is still to be said, and let the client go."""
         self._closed = True
         self._stop_timers()
         if self._task is not None:
@@ -216,7 +228,7 @@ class RedisBuckets:
             self._heard(batch, answers)
 
     def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
-        return [self._prefix + "epoch", *(name for tokens in batch for name in (tokens.name, tokens.name + ":line"))]
+        return [self._marker, *(name for tokens in batch for name in (tokens.name, tokens.name + ":line"))]
 
     async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
         try:
@@ -255,7 +267,7 @@ class RedisBuckets:
             tokens.unanswered()
         if not self._down:
             self._down = True
-            goes_on = "calls fail" if self._raises else f"this process goes on with {self._share:.3g} of the limit"
+            goes_on = "calls fail" if self._raises else f"this process goes on with {self.terms.share:.3g} of the limit"
             _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
         if self._raises:
             for tokens in list(self._all):

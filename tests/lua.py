@@ -460,7 +460,7 @@ def _text(value: str | float) -> str:
 def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
     """Buckets of one process, on this server."""
     buckets = RedisBuckets("redis://localhost:1", **options)
-    buckets._client = redis
+    buckets._link._client = redis
     return buckets
 
 

@@ -30,7 +30,7 @@ class Worker:
 
     @property
     def name(self) -> str:
-        return self.buckets._process
+        return self.buckets._link._process
 
     async def acquire(self) -> int:
         return await self.bucket.acquire()
@@ -68,10 +68,10 @@ class Worker:
 
 def vanish(buckets: RedisBuckets) -> None:
     """The process with these is gone, and says nothing any more."""
-    buckets._closed = True
-    buckets._stop_timers()
-    if buckets._task is not None:
-        buckets._task.cancel()
+    buckets._link._closed = True
+    buckets._link._stop_timers()
+    if buckets._link._task is not None:
+        buckets._link._task.cancel()
 
 
 def worker(
@@ -85,7 +85,7 @@ def worker(
     **options: Any,
 ) -> Worker:
     buckets = connected(redis, **options)
-    buckets._process = name
+    buckets._link._process = name
     buckets.open(period=period, late=late, pace=pace)
     tokens = buckets.tokens(PATH, None, limit)
     return Worker(redis, buckets, TokenBucket(limit, period, late=late, tokens=tokens))

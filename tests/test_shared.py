@@ -393,7 +393,7 @@ async def test_the_count_is_asked_for_again_when_the_answer_was_lost(redis: Fake
     assert one.bucket.quota().debt == 2
     redis.down = True
     await asyncio.sleep(2)
-    assert two.buckets.alone
+    assert two.buckets._link.alone
     two.bucket.heard(Told("somebody", now(), now(), 7, None), 0)
     assert two.bucket.quota().debt == 5
     redis.down = False
@@ -559,7 +559,7 @@ async def test_a_message_that_is_read_late_takes_nothing_from_anybody_for_long(r
     redis.stall()
     tasks = [one.waits(), two.waits()]
     await asyncio.sleep(5)
-    assert one.buckets.alone
+    assert one.buckets._link.alone
     redis.resume()
     await asyncio.gather(*tasks)
     assert now() < 10
@@ -626,11 +626,11 @@ async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_
     redis.down = True
     tasks = [one.waits() for _ in range(6)]
     await passes(59)
-    assert one.buckets.alone
+    assert one.buckets._link.alone
     assert not any(task.done() for task in tasks)
     await passes(61)
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 4
-    settles = one.buckets.settles_at
+    settles = one.buckets._link.settles_at
     assert settles >= 30 + PERIOD + LATE
     await passes(settles - 0.1)
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 4
@@ -793,8 +793,8 @@ async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arri
     redis.down = True
     tasks = [one.waits() for _ in range(2)]
     await asyncio.sleep(0.3)
-    assert one.buckets.alone
-    assert not two.buckets.alone
+    assert one.buckets._link.alone
+    assert not two.buckets._link.alone
     assert [two.start() for _ in range(4)] == [True] * 4
     arrives = now() + 2 * LATE - 0.1  # given up on after one, and arriving as late after that as it may
     await asyncio.sleep(LATE)
@@ -815,7 +815,7 @@ async def test_redis_that_hangs_is_gone_after_a_second(redis: FakeRedis, start: 
     redis.stall()
     task = one.waits()
     await asyncio.sleep(2)
-    assert one.buckets.alone
+    assert one.buckets._link.alone
     await task
     assert now() == pytest.approx(60, abs=0.1)
     redis.resume()
@@ -1016,7 +1016,7 @@ async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) 
     await asyncio.sleep(2)
     for each in (one, two):
         await each.close()
-        assert (each.buckets._timer, each.buckets._settling, each.buckets._task) == (None, None, None)
+        assert (each.buckets._link._timer, each.buckets._link._settling, each.buckets._link._task) == (None, None, None)
     waiting.cancel()
 
 
@@ -1034,13 +1034,13 @@ async def test_buckets_serve_one_client_only(redis: FakeRedis) -> None:
 async def test_a_process_names_itself_when_it_first_speaks(redis: FakeRedis) -> None:
     """It may have been forked before."""
     one, two = connected(redis), connected(redis)
-    assert one._process == two._process == ""
+    assert one._link._process == two._link._process == ""
     async with fake_client(FakeServer(), buckets=one) as client, fake_client(FakeServer(), buckets=two) as other:
-        assert one._process == ""
+        assert one._link._process == ""
         await client.balance(keys(1)[0])
         await other.balance(keys(1)[0])
-    assert len({one._process, two._process, ""}) == 3
-    assert redis.messages_of.keys() >= {one._process, two._process}
+    assert len({one._link._process, two._link._process, ""}) == 3
+    assert redis.messages_of.keys() >= {one._link._process, two._link._process}
 
 
 async def test_buckets_that_are_idle_are_forgotten(redis: FakeRedis) -> None:
@@ -1052,4 +1052,4 @@ async def test_buckets_that_are_idle_are_forgotten(redis: FakeRedis) -> None:
             await client.balance(keys(1, f"later-{number}")[0])
             await asyncio.sleep(10)
         gc.collect()
-        assert len(buckets._all) < 20
+        assert len(buckets._link._all) < 20
