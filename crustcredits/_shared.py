@@ -67,6 +67,10 @@ class Link(Protocol):
         """The time."""
         ...
 
+    def number(self, count: int) -> int:
+        """The first of so many new numbers."""
+        ...
+
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
         """These have something to say."""
         ...
@@ -107,7 +111,6 @@ class SharedTokens:
         self._limit, self._debt = limit, 0
         self._own = LocalTokens(limit)  # of this process alone
         self._had = 0  # of these, how many were out when the link was lost
-        self._number = 0
         self._hand: deque[Granted] = deque()
         self._taken: deque[Granted] = deque()
         self._on_wire: deque[Granted] = deque()
@@ -119,7 +122,7 @@ class SharedTokens:
         self._extra = 0  # how far beyond what may be out one token may be, to find out
         self._asks: tuple[float, Callable[[int], None]] | None = None
         self._sent: _Sent | None = None
-        self._out = 0  # of all processes, when last heard
+        self._others, self._others_until = 0, 0.0  # what other processes had out when last heard, and when that has come home
         self._coming: list[float] = []  # when the next ones come home
         if link.alone:
             self._own.resize(self._share(), 0)
@@ -132,7 +135,10 @@ class SharedTokens:
 
     @property
     def available(self) -> int:
-        return self._own.available if self._link.alone else max(0, self._limit - self._debt - self._out)
+        if self._link.alone:
+            return self._own.available
+        others = self._others if self._link.now() < self._others_until else 0
+        return max(0, self._limit - self._debt - others - self._own_out())
 
     @property
     def in_flight(self) -> int:
@@ -158,20 +164,24 @@ class SharedTokens:
 
     def take(self) -> None:
         self._own.take()
-        self._taken.append(Granted(self._next_number(), self._link.now(), alone=True) if self._link.alone else self._hand.popleft())
+        self._taken.append(
+            Granted(self._link.number(1), self._link.now(), alone=True) if self._link.alone else self._hand.popleft()
+        )
 
     def untake(self) -> None:
         self._own.untake()
         self._give_up(self._taken)
 
     def is_stale(self, now: float) -> bool:
-        return not self._link.alone and now - self._taken[0].at > FRESH
+        return not self._link.alone and self._is_old(self._taken[0], now)
 
     def may_start(self, now: float) -> bool:
         return self._own.may_start(now) if self._link.alone else not self.is_stale(now)
 
     def start(self, now: float) -> int:
-        self._on_wire.append(self._taken.popleft())
+        token = self._taken.popleft()
+        # One that this process has given itself may be older than its lease would be.
+        self._on_wire.append(token._replace(at=now) if token.alone else token)
         if self.wants:
             self._link.say(self, at_once=True)
         return self._own.start(now)
@@ -200,7 +210,7 @@ class SharedTokens:
 
     def need(self, count: int, beyond: int = 0) -> bool | None:
         if self._link.alone:
-            return self._own.need(count, beyond)
+            return self._own.need(count, min(beyond, 0))
         if self._hand:
             return True
         if beyond > 0:
@@ -213,7 +223,7 @@ class SharedTokens:
 
     def next_home(self, missing: int, beyond: int = 0) -> float | None:
         if self._link.alone:
-            return self._own.next_home(missing, beyond)
+            return self._own.next_home(missing, min(beyond, 0))
         return None if self._wanted and not beyond else -math.inf
 
     def homes(self) -> Sequence[float]:
@@ -238,9 +248,9 @@ class SharedTokens:
         return self._asked_for() > 0
 
     def holds(self, now: float) -> bool:
-        """Whether whoever counts would let others have too many, if it forgot these."""
+        """Whether whoever counts would let others have too many, if it forgot these, or too few, if it heard no more of them."""
         self.collect(now)
-        return bool(self._hand or self._taken or self._on_wire or self._ended)
+        return bool(self._hand or self._taken or self._on_wire or self._ended or self._returned)
 
     def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
         """What it has to say, and with `asks` to ask for; all that it holds, if it has not told that in this epoch."""
@@ -250,13 +260,12 @@ class SharedTokens:
         homes = self._unreported if epoch == self.epoch else self._all_homes(now)
         room = self._limit - self._debt + (self._extra or self._beyond)
         wanted = self._asked_for() if asks else 0
-        self._sent = _Sent(now, self._number, wanted, len(self._unreported), len(self._returned), self._asks)
-        self._number += wanted
-        age = -1 if self._asks is None else _micro(now - self._asks[0] + _TRAVEL)
+        self._sent = _Sent(now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned), self._asks)
+        age = -1 if self._asks is None else micro(now - self._asks[0] + _TRAVEL)
         self._asks = None
-        said = [wanted, room, _micro(terms.lease), self._sent.first, age, len(homes), len(self._returned)]
+        said = [wanted, room, self._sent.first, age, len(homes), len(self._returned)]
         for number, home in homes:
-            said += (number, _micro(home - now))
+            said += (number, micro(home - now))
         return said + [token.number for token in self._returned]
 
     def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
@@ -265,7 +274,8 @@ class SharedTokens:
         assert sent is not None
         self.epoch = epoch
         del self._unreported[: sent.homes], self._returned[: sent.returned]
-        given, self._out, counted, *coming = answer
+        given, out, counted, *coming = answer
+        self._others, self._others_until = max(0, out - given - self._own_out()), now + self._link.terms.period
         self._coming = [now + micro / 1e6 for micro in coming]
         if given < sent.wanted:
             comes = self._coming[0] if self._coming else now + BEAT
@@ -289,10 +299,14 @@ class SharedTokens:
         self._wanted = self._extra = 0
         self._fail()
 
+    def lose_touch(self) -> None:
+        """The link has failed for the first time."""
+        self.collect(self._link.now())
+        self._had = self._own_out()
+
     def go_alone(self) -> None:
         """The link is broken: from now on this process counts by itself."""
         self.epoch = 0
-        self._had = self._own.in_flight + len(self._own.homes())
         self._asks = None
         self._unreported.clear()
         self.change()
@@ -308,8 +322,15 @@ class SharedTokens:
     def _asked_for(self) -> int:
         """How many to ask for: not one by one, but half of those that may be on their way to the wire, or all that are wanted."""
         wanted, ahead = 1 if self._extra else self._wanted, self._link.terms.ahead
-        room = ahead - len(self._taken)
+        now = self._link.now()
+        room = ahead - sum(not self._is_old(token, now) for token in self._taken)
         return min(wanted, room) if room >= min(wanted, (ahead + 1) // 2) else 0
+
+    def _is_old(self, token: Granted, now: float) -> bool:
+        return now - token.at > FRESH
+
+    def _own_out(self) -> int:
+        return self._own.in_flight + len(self._own.homes())
 
     def _share(self) -> int:
         """What may be out of these while this process is alone."""
@@ -330,18 +351,15 @@ class SharedTokens:
         leased = [(token.number, token.at + self._link.terms.lease) for token in under_way]
         return [*self._ended, *leased]
 
-    def _next_number(self) -> int:
-        self._number += 1
-        return self._number - 1
-
     def _give_up(self, tokens: deque[Granted]) -> None:
         token = tokens.popleft()
         # Nobody else knows of one that this process has given itself, before it has been told.
-        if self.epoch or not token.alone:
+        if self.epoch or self._sent is not None or not token.alone:
             self._returned.append(token)
             self.not_before = 0.0
             self._link.say(self, at_once=self.wants)  # whoever waits here can have it
 
 
-def _micro(seconds: float) -> int:
+def micro(seconds: float) -> int:
+    """Seconds as whole microseconds."""
     return math.ceil(seconds * 1e6)

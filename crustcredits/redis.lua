@@ -1,18 +1,20 @@
--- What one process has to say of its tokens, and to ask for: one atomic message for as many buckets as there are keys.
+-- What one process has to say of its tokens, and to ask for: one atomic message for any number of buckets.
 --
 -- A bucket is a sorted set with a member for each token that is out, scored with the microsecond of this server's clock at
--- which it comes home; and a line, a hash of the processes that wait: since when, and when they were heard last. KEYS[1] is the
--- marker: a hash that would be lost together with them, so that a loss is noticed. Then come the two of each bucket.
+-- which it comes home; and a line, a hash of the processes that wait: since when, when they were heard last, and how many
+-- may be out for them. KEYS[1] is the marker: a hash without which the count is taken for lost. Then come the two of each bucket.
 --
--- ARGV: process, the epoch it knows (0: none), whether it has gone on alone (1) and comes back, a fresh epoch, and in microseconds
--- the pause after a loss, and how long members are kept after they have come home; milliseconds that the marker lives. Then for
--- each bucket: tokens wanted, how many may be out, the lease of a new one, the number of the first new one, the age of a request of which to tell how
--- many can have been counted when it arrived (-1: none), how many homes and how many returned ones follow; the homes, each
--- with its number and in how many microseconds it is to come home; the returned ones, each with its number.
+-- ARGV, spans and times in microseconds: process; the epoch it knows (0: none); whether no tokens may be given for a while (1),
+-- because it had no answer for long, or has more to register; a fresh epoch; what this server's clock said last, as far as it knows
+-- (0: nothing), and how long ago that is by its own, give or take a slack; the pause after a loss; the lease of a new token; how long
+-- members are kept after they have come home; milliseconds that the marker lives. Then for each bucket: tokens wanted; how many may
+-- be out; the number of the first new one; the age of a request of which to tell how many can have been counted when it
+-- arrived (-1: none); how many homes and how many returned ones follow; the homes, each with its number and when it is
+-- to come home from now; the returned ones, each with its number.
 --
--- Answer: {known, epoch, microseconds until tokens are given again}, and for each bucket {given, out, counted, and in how many
--- microseconds the next ones come home, as many as were wanted in vain}. `known` is 0 where the process has to register what
--- it holds first: then nothing else was done.
+-- Answer: {known, epoch, until tokens are given again, this server's clock}, and for each bucket {given, out, counted, and when the
+-- next ones come home from now, as many as were wanted in vain}. `known` is 0 where the process has to register what it holds
+-- first: then nothing else was done.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -23,49 +25,40 @@ local function read()
     return tonumber(ARGV[place])
 end
 
-local process, known, back, fresh, pause, kept, life = ARGV[1], read(), read(), read(), read(), read(), read()
+local process, known, hold, fresh = ARGV[1], read(), read(), read()
+local told, ago, slack = read(), read(), read()
+local pause, lease, kept, life = read(), read(), read(), read()
 
-local function name(number)
-    return process .. ':' .. string.format('%.0f', number)
+local function whole(number)
+    return string.format('%.0f', number)
 end
 
--- How many processes have waited longer than this one, which joins the line, and since when it has waited itself.
-local function ahead(line)
-    local entries, began, before = redis.call('HGETALL', line), {}, 0
-    for entry = 1, #entries, 2 do
-        local since, heard = string.match(entries[entry + 1], '(%d+) (%d+)')
-        if tonumber(heard) < now - pause then
-            redis.call('HDEL', line, entries[entry])
-        else
-            began[entries[entry]] = tonumber(since)
-        end
-    end
-    local own = began[process] or now
-    for other, since in pairs(began) do
-        if other ~= process and since < own then
-            before = before + 1
-        end
-    end
-    return before, own
+local function name(number)
+    return process .. ':' .. whole(number)
 end
 
 -- Which server this is. One that takes over, or starts again, may not have all that the last one was told.
 local server = redis.pcall('INFO', 'server')
-local run = type(server) == 'string' and string.match(server, 'run_id:(%w+)') or ''
+local run = type(server) == 'string' and string.match(server, 'run_id:(%w+)')
 
-local marker = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'opens', 'heard')
-local epoch, opens, heard = tonumber(marker[1]), tonumber(marker[3]) or 0, tonumber(marker[4]) or 0
-if not epoch or marker[2] ~= run then
+local marker = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'opens', 'longest')
+local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
+-- Where INFO is not allowed nothing is concluded from it.
+local same = run == false or run == nil or run == marker[2]
+-- The clock was set, so that tokens come home at the wrong time; or this message is read long after it was sent.
+local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200
+if not epoch or not same or (known == epoch and astray) then
     epoch, opens = fresh, now + pause
-    redis.call('HSET', KEYS[1], 'epoch', string.format('%.0f', epoch), 'run', run)
-elseif back == 1 and heard < now - pause then
-    -- All were alone: the others have still to say what they have spent meanwhile.
+elseif hold == 1 then
     opens = now + pause
 end
-redis.call('HSET', KEYS[1], 'opens', string.format('%.0f', opens), 'heard', string.format('%.0f', now))
+opens = math.min(opens, now + pause)
+redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'run', run or marker[2] or '', 'opens', whole(opens), 'longest', whole(longest))
 redis.call('PEXPIRE', KEYS[1], life)
+local head = {1, epoch, math.max(0, opens - now), now}
 if known ~= epoch and known ~= 0 then
-    return {{0, epoch, math.max(0, opens - now)}}
+    head[1] = 0
+    return {head}
 end
 
 -- Never sooner than others have said: they may keep theirs for longer.
@@ -75,13 +68,36 @@ local function live(key, milliseconds)
     end
 end
 
-local answers = {{1, epoch, math.max(0, opens - now)}}
+-- How many processes have waited longer than this one, which joins the line, and can be served; and since when it has waited itself.
+local function ahead(line, out)
+    local entries, own, began = redis.call('HGETALL', line), now, {}
+    for entry = 1, #entries, 2 do
+        local other = entries[entry]
+        local since, heard, room = string.match(entries[entry + 1], '(%d+) (%d+) (%d+)')
+        if tonumber(heard) < now - pause or tonumber(heard) > now then
+            redis.call('HDEL', line, other)
+        elseif other == process then
+            own = tonumber(since)
+        elseif tonumber(room) > out then
+            began[#began + 1] = tonumber(since)
+        end
+    end
+    local before = 0
+    for _, since in ipairs(began) do
+        if since < own then
+            before = before + 1
+        end
+    end
+    return before, own
+end
+
+local answers = {head}
 for bucket = 2, #KEYS, 2 do
     local key, line = KEYS[bucket], KEYS[bucket + 1]
-    local wanted, room, lease, first, age, homes, returned = read(), read(), read(), read(), read(), read(), read()
+    local wanted, room, first, age, homes, returned = read(), read(), read(), read(), read(), read()
     for _ = 1, homes do
         local number, home = read(), read()
-        redis.call('ZADD', key, string.format('%.0f', now + home), name(number))
+        redis.call('ZADD', key, whole(now + home), name(number))
     end
     for _ = 1, returned do
         redis.call('ZREM', key, name(read()))
@@ -90,23 +106,24 @@ for bucket = 2, #KEYS, 2 do
         -- The message may have come before, and its answer was lost.
         redis.call('ZREM', key, name(number))
     end
-    redis.call('ZREMRANGEBYSCORE', key, '-inf', string.format('%.0f', now - kept))
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - kept))
+    redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf') -- of a clock that was ahead
     local counted = -1
     if age >= 0 then
-        counted = redis.call('ZCOUNT', key, string.format('(%.0f', now - age), '+inf')
+        counted = redis.call('ZCOUNT', key, '(' .. whole(now - age), '+inf')
     end
-    local later = string.format('(%.0f', now)
+    local later = '(' .. whole(now)
     local out = redis.call('ZCOUNT', key, later, '+inf')
     local given = 0
     if wanted > 0 and now >= opens then
         -- Whoever has waited longer finds one when it comes, however far away it is.
-        local before, since = ahead(line)
+        local before, since = ahead(line, out)
         given = math.max(0, math.min(wanted, room - out - before))
         if given > 0 then
             since = now
         end
         if given < wanted then
-            redis.call('HSET', line, process, string.format('%.0f %.0f', since, now))
+            redis.call('HSET', line, process, whole(since) .. ' ' .. whole(now) .. ' ' .. whole(room))
             redis.call('PEXPIRE', line, math.ceil(2 * pause / 1000))
         end
     end
@@ -114,7 +131,7 @@ for bucket = 2, #KEYS, 2 do
         redis.call('HDEL', line, process)
     end
     for number = first, first + given - 1 do
-        redis.call('ZADD', key, string.format('%.0f', now + lease), name(number))
+        redis.call('ZADD', key, whole(now + lease), name(number))
     end
     live(key, math.ceil((lease + kept) / 1000))
     local answer = {given, out + given, counted}

@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 from crustcredits._checks import check_kind, check_number
 from crustcredits._errors import ConfigurationError
-from crustcredits._shared import BEAT, SharedTokens, Terms
+from crustcredits._shared import BEAT, SharedTokens, Terms, micro
 from crustcredits._tokens import Tokens
 
 try:
@@ -38,14 +38,15 @@ _log = logging.getLogger("crustcredits")
 _SCRIPT: Final = files("crustcredits").joinpath("redis.lua").read_text(encoding="utf-8")
 _SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
-# Seconds that Redis may take to answer; beyond that it counts as gone.
+# Seconds that Redis may take to answer.
 _PATIENCE = 1.0
-# Seconds between two attempts to find it again.
-_RETRY = 1.0
+# Seconds without an answer after which it counts as gone. Until then all wait: what a process spends by itself while the others
+# are still served comes on top of what they spend.
+_GRACE = 2.0
 # Seconds that what has ended may wait for other things to be said; the lease covers for it until then.
 _REPORT = 0.1
-# Seconds after a loss of the count in which no tokens are given, so that every process can say what it holds: each sends a
-# message every half a second.
+# Seconds after a loss of the count, or without an answer, in which no tokens are given, so that every process can say what it
+# holds: each sends a message every half a second.
 _PAUSE = 2.5 * BEAT
 # Buckets of one message at the most.
 _BUCKETS = 64
@@ -138,7 +139,12 @@ class _Link:
         self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
         self._process = ""  # made when first needed, since a process may fork before
         self._epoch = 0
-        self._down = False  # and the log has been told
+        self._untold: WeakSet[SharedTokens] = WeakSet()  # who has to say in this epoch what it holds
+        self._clock: tuple[int, float] | None = None  # what Redis's said last, in microseconds, and when it was asked
+        self._number = 0
+        self._failing: float | None = None  # since when nothing was answered
+        self._gone = False  # and that for too long
+        self._hold = False  # none may be given for a while: nothing was answered for so long that others may be alone
         self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._settling: asyncio.TimerHandle | None = None
@@ -156,7 +162,7 @@ class _Link:
         self._stop_timers()
         if self._task is not None:
             await asyncio.wait([self._task])
-        while self._due and not (self.alone or self._down):
+        while self._due and self._failing is None:
             await self._exchange()
         if self._owned:
             await self._client.aclose()
@@ -177,6 +183,11 @@ class _Link:
             self._due[tokens] = due
         self._arrange()
 
+    def number(self, count: int) -> int:
+        """The first of so many new ones: no two tokens of a process have the same."""
+        self._number += count
+        return self._number - count
+
     # --- messages, one at a time
 
     def _arrange(self) -> None:
@@ -191,8 +202,8 @@ class _Link:
         self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
 
     def _next_message(self) -> float | None:
-        if self.alone:
-            return self._last + _RETRY
+        if self._failing is not None:
+            return self._last + BEAT
         due = min(self._due.values(), default=None)
         beat = self._last + BEAT
         if due is not None and due <= beat:
@@ -215,10 +226,10 @@ class _Link:
         batch = [] if self.alone else sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
         for tokens in batch:
             del self._due[tokens]
-        said: list[str | int] = [self._process, self._epoch, int(self.alone), secrets.randbits(52) + 1]
-        said += [int(_PAUSE * 1e6), int((2 * self.terms.late + _PATIENCE) * 1e6), int(_LIFE * 1e3)]
+        said = self._greeting(now, registers=bool(self._untold.difference(batch)))
         for tokens in batch:
-            said += tokens.message(now, self._epoch, asks=not self._closed)
+            # What the first one in vain may bring is enough to be given back.
+            said += tokens.message(now, self._epoch, asks=self._failing is None and not self._closed)
         try:
             async with asyncio.timeout(_PATIENCE):
                 answers = _read(await self._call(self._keys(batch), said), len(batch))
@@ -226,6 +237,14 @@ class _Link:
             self._lost(batch, type(error).__name__)
         else:
             self._heard(batch, answers)
+
+    def _greeting(self, now: float, *, registers: bool) -> list[str | int]:
+        """What a message says of its process."""
+        told, asked = self._clock or (0, now)
+        terms = self.terms
+        said: list[str | int] = [self._process, self._epoch, int(self._hold or registers), secrets.randbits(52) + 1]
+        said += [told, micro(now - asked), micro(2 * _PATIENCE), micro(_PAUSE), micro(terms.lease)]
+        return [*said, micro(2 * terms.late + _PATIENCE), int(_LIFE * 1e3)]
 
     def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
         return [self._marker, *(name for tokens in batch for name in (tokens.name, tokens.name + ":line"))]
@@ -237,11 +256,13 @@ class _Link:
             return await self._client.eval(_SCRIPT, len(keys), *keys, *said)
 
     def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
-        (known, epoch, pause), *of_buckets = answers
-        self._come_back()
+        (known, epoch, pause, clock), *of_buckets = answers
         now = _now()
+        self._clock = clock, self._last
+        self._hold = self._failing is not None and now - self._failing >= _PAUSE
+        self._come_back()
         if not known:
-            _log.warning("the count of the rate limit in Redis was lost; this process says what it holds")
+            _log.warning("the count of the rate limit in Redis was lost, or its clock was set; this process says what it holds")
         if epoch != self._epoch:
             self._epoch = epoch
             self._register(now)
@@ -250,6 +271,7 @@ class _Link:
                 tokens.unanswered()
                 self.say(tokens, at_once=True)
             return
+        self._untold.difference_update(batch)
         for tokens, answer in zip(batch, of_buckets, strict=True):
             tokens.answered(answer, now, epoch=epoch, pause=pause / 1e6)
             if tokens.wants:
@@ -258,30 +280,40 @@ class _Link:
     def _register(self, now: float) -> None:
         for tokens in list(self._all):
             if tokens.holds(now):
+                self._untold.add(tokens)
                 self.say(tokens, at_once=True)
 
     # --- without Redis
 
     def _lost(self, batch: Sequence[SharedTokens], why: str) -> None:
+        if self._failing is None:
+            self._failing = self._last
+            for tokens in list(self._all):
+                tokens.lose_touch()
         for tokens in batch:
             tokens.unanswered()
-        if not self._down:
-            self._down = True
+        self._due |= dict.fromkeys(batch, self._last + BEAT)
+        if _now() - self._failing < _GRACE:
+            return
+        if not self._gone:
+            self._gone = True
             goes_on = "calls fail" if self._raises else f"this process goes on with {self.terms.share:.3g} of the limit"
             _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
         if self._raises:
             for tokens in list(self._all):
                 tokens.fail()
-            self._due |= dict.fromkeys(batch, self._last + _RETRY)
         elif not self.alone:
-            self.alone, self.settled = True, False
-            # A request that another process has begun by now may still come, and counts for a period.
-            self.settles_at = _now() + self.terms.lease
-            self._due.clear()
-            for tokens in list(self._all):
-                tokens.go_alone()
-            if not self._closed:
-                self._settling = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
+            self._go_alone(self._failing)
+
+    def _go_alone(self, since: float) -> None:
+        self.alone = True
+        # A request for which another process had its token then may still come, and counts for a period.
+        self.settles_at = since + self.terms.lease
+        self._due.clear()
+        for tokens in list(self._all):
+            tokens.go_alone()
+        if not self._closed:
+            self._settling = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
 
     def _settle(self) -> None:
         self.settled = True
@@ -289,8 +321,9 @@ class _Link:
             tokens.change()
 
     def _come_back(self) -> None:
-        if self._down:
-            self._down = False
+        self._failing = None
+        if self._gone:
+            self._gone = False
             _log.warning("Redis is back; the processes count together again")
         if self.alone:
             self.alone = self.settled = False
@@ -320,7 +353,7 @@ def _connect(url: str) -> Client | None:
 def _read(answers: Any, buckets: int) -> list[list[int]]:
     """What Redis answered, or a `ValueError` or `TypeError` when that is no answer of the script's."""
     rows = [[int(number) for number in row] for row in answers]
-    known, _, _ = rows[0]
+    known, _, _, _ = rows[0]
     if len(rows) != 1 + (buckets if known else 0) or any(len(row) < 3 for row in rows):
         raise ValueError("not the script's answer")
     return rows

@@ -87,7 +87,6 @@ class Asked:
     key: str
     wanted: int
     room: int
-    lease: float
     first: int
     age: float | None
     homes: dict[int, float]
@@ -101,8 +100,9 @@ class Message:
     at: float
     process: str
     epoch: int
-    back: bool
+    hold: bool
     pause: float
+    lease: float
     buckets: tuple[Asked, ...]
 
 
@@ -110,15 +110,15 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """A message as a value."""
     process, *rest = said
     numbers = iter([int(number) for number in rest])
-    epoch, alone, _, pause, _, _ = (next(numbers) for _ in range(6))
+    epoch, hold, _, _, _, _, pause, lease, _, _ = (next(numbers) for _ in range(10))
     buckets = []
     for key in keys[1::2]:
-        wanted, room, lease, first, age, homes, returned = (next(numbers) for _ in range(7))
+        wanted, room, first, age, homes, returned = (next(numbers) for _ in range(6))
         told = {next(numbers): next(numbers) / 1e6 for _ in range(homes)}
         back = tuple(next(numbers) for _ in range(returned))
-        buckets.append(Asked(key, wanted, room, lease / 1e6, first, None if age < 0 else age / 1e6, told, back))
+        buckets.append(Asked(key, wanted, room, first, None if age < 0 else age / 1e6, told, back))
     assert next(numbers, None) is None, "the message says more than it announces"
-    return Message(at, str(process), epoch, bool(alone), pause / 1e6, tuple(buckets))
+    return Message(at, str(process), epoch, bool(hold), pause / 1e6, lease / 1e6, tuple(buckets))
 
 
 def between(low: float, high: float, seed: int = 1) -> Callable[[str], float]:
@@ -172,10 +172,9 @@ class FakeRedis:
             self._info,
             self._pttl,
             self._hset,
-            self._hincrby,
             self._pexpire,
         ]
-        commands += [self._zadd, self._zrem, self._zremrangebyscore, self._zcount, self._zscore, self._zrangebyscore]
+        commands += [self._zadd, self._zrem, self._zremrangebyscore, self._zcount, self._zrangebyscore]
         by_name = {command.__name__.removeprefix("_").upper(): command for command in commands}
         self._lua.execute(_SHELL, self._lua.table_from(by_name))
 
@@ -351,17 +350,11 @@ class FakeRedis:
             value[str(field)] = _text(text)
         return len(value) - before
 
-    def _hget(self, key: str, field: str) -> Any:
-        return (self._get(key) or {}).get(field, False)
-
     def _info(self, section: str) -> str:
         return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run:040x}\r\ntcp_port:6379\r\n"
 
     def _hgetall(self, key: str) -> Any:
         return self._lua.table_from([text for pair in (self._get(key) or {}).items() for text in pair])
-
-    def _hlen(self, key: str) -> int:
-        return len(self._get(key) or ())
 
     def _hdel(self, key: str, *fields: str) -> int:
         value = self._get(key)
@@ -371,12 +364,6 @@ class FakeRedis:
         if not value:
             self._delete(key)
         return removed
-
-    def _hincrby(self, key: str, field: str, by: float) -> int:
-        value = self._hash(key)
-        after = int(value.get(field, "0")) + int(_text(by))
-        value[field] = str(after)
-        return after
 
     def _pexpire(self, key: str, milliseconds: float) -> int:
         if self._get(key) is None:
@@ -391,12 +378,6 @@ class FakeRedis:
         if self._get(key) is None:
             return -2
         return self._expiry[key] - self._now // 1000 if key in self._expiry else -1
-
-    def _del(self, *keys: str) -> int:
-        there = [key for key in keys if self._get(key) is not None]
-        for key in there:
-            self._delete(key)
-        return len(there)
 
     def _zadd(self, key: str, score: str, member: str) -> int:
         return self._set(key).add(float(score), member)
@@ -422,22 +403,6 @@ class FakeRedis:
     def _zcount(self, key: str, low: str, high: str) -> int:
         value: SortedSet | None = self._get(key)
         return 0 if value is None else max(0, value.place(high, end=True) - value.place(low))
-
-    def _zcard(self, key: str) -> int:
-        value = self._get(key)
-        return 0 if value is None else len(value.order)
-
-    def _zrange(self, key: str, first: float, last: float, scores: str) -> Any:
-        assert scores == "WITHSCORES"
-        value = self._get(key) or SortedSet()
-        place, end = int(_text(first)), int(_text(last))
-        chosen = value.order[place % (len(value.order) or 1) if place < 0 else place : end + 1 or None]
-        return self._lua.table_from([text for score, member in chosen for text in (member, _text(score))])
-
-    def _zscore(self, key: str, member: str) -> Any:
-        value = self._get(key)
-        score = None if value is None else value.scores.get(member)
-        return False if score is None else _text(score)
 
     def _zrangebyscore(self, key: str, low: str, high: str, *options: Any) -> Any:
         *names, skip, most = options
@@ -466,7 +431,7 @@ def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Keys and arguments of a message after which tokens are given without a pause, although the server is new."""
-    return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 86_400_000]
+    return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 0, 0, 0, 0, 86_400_000]
 
 
 def opened(**options: Any) -> FakeRedis:

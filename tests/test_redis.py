@@ -125,7 +125,7 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By itself, and counts with the others again."""
-    monkeypatch.setattr("crustcredits.redis._RETRY", 0.03)
+    monkeypatch.setattr("crustcredits.redis._GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         buckets = RedisBuckets(own_server.url, prefix="p")
@@ -143,9 +143,13 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
 
 @pytest.mark.parametrize("on_outage", ["local", "raise"])
 async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
-    own_server: RedisServer, caplog: pytest.LogCaptureFixture, on_outage: Literal["local", "raise"]
+    own_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_outage: Literal["local", "raise"],
 ) -> None:
     """Neither in the log nor in the error, nor in its traceback with local variables."""
+    monkeypatch.setattr("crustcredits.redis._GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         buckets = RedisBuckets(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
