@@ -124,7 +124,7 @@ class Claim:
         used = limit - said.remaining if said.remaining is not None and said.remaining <= limit else None
         apart = used is not None and self._is_apart(result, limit, used, now)
         for place, bucket in enumerate(self._buckets):
-            speaks_of_it = self._limits.hear(bucket, limit, now)
+            speaks_of_it = self._limits.hear(bucket, self._account, limit, now)
             if place and apart:
                 bucket.disproved(now)
             elif speaks_of_it and used is not None:

@@ -28,7 +28,7 @@ from crustcredits._quota import Quota
 from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE
-from crustcredits._tokens import LocalStore, TokenStore
+from crustcredits._tokens import LocalStore, TokenStore, check_store
 from crustcredits._transport import Transport, session_problem
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_problem
 
@@ -108,7 +108,7 @@ class CreditsClient:
         check_kind("retry", retry, Retry)
         how_old = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
         self._freshness = NEW if how_old == NEW else how_old
-        self._store = buckets or LocalStore()
+        self._store = LocalStore() if buckets is None else check_store(buckets)
         self._asker = Asker(
             transport,
             rate_limit=rate_limit,

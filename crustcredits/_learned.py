@@ -29,7 +29,9 @@ class LearnedLimits:
     """The limit of each bucket: the configured one, until the API says another in `x-ratelimit-limit`.
 
     A lower one is followed at once. A higher one, up to the configured one or with `follow="both"` beyond it, when no lower
-    one was heard of the same bucket for a period: keys of several plans may share a bucket.
+    one was heard of the same bucket for a period: keys of several plans may share a bucket. Where several accounts draw on a
+    bucket of which it is not known that the server counts them together, the last few that were heard have to agree: one
+    key of a smaller plan is no reason to hold back the others.
     """
 
     def __init__(self, limit: RateLimit) -> None:
@@ -38,29 +40,42 @@ class LearnedLimits:
         self._period = limit.period
         self._followed = self.configured  # as the log was told
         self._heard: OrderedDict[Hashable, _Heard] = OrderedDict()
+        self._voices: dict[Hashable, dict[Hashable, int]] = {}  # by place and account, the last ones
 
     def of(self, place: Hashable) -> int:
         """The limit of the bucket in that place."""
         heard = self._heard.get(place)
         return self.configured if heard is None else heard.limit
 
-    def hear(self, bucket: TokenBucket, limit: int, now: float) -> bool:
-        """An answer for `bucket` said that limit. Returns whether it speaks of the one that the bucket now keeps.
+    def hear(self, bucket: TokenBucket, account: Hashable, limit: int, now: float) -> bool:
+        """An answer for `account` said that limit. Returns whether it speaks of the one that `bucket`, of its, now keeps.
 
         A higher limit than may be followed is taken for another one.
         """
-        if limit == self.configured == self._most and not self._heard:
-            return True
         if not 1 <= limit <= self._most:
             return False
         place = bucket.place
-        before = self._heard.get(place)
-        if limit <= self.of(place) or now - (-math.inf if before is None else before.at) >= self._period:
-            self._learn(place, limit, now)
-            bucket.follow(limit)
+        if bucket.voices > 1:
+            agreed = self._agreed(place, account, limit, bucket.voices)
+            if agreed != self.of(place):
+                self._follow(bucket, agreed, now)
+        elif limit != self.configured or self._heard:
+            before = self._heard.get(place)
+            if limit <= self.of(place) or now - (-math.inf if before is None else before.at) >= self._period:
+                self._follow(bucket, limit, now)
         return limit == self.of(place)
 
-    def _learn(self, place: Hashable, limit: int, now: float) -> None:
+    def _agreed(self, place: Hashable, account: Hashable, limit: int, voices: int) -> int:
+        """What the last accounts were told, or of that what is nearest to the configured limit."""
+        told = self._voices.setdefault(place, {})
+        told.pop(account, None)
+        told[account] = limit
+        if len(told) > voices:
+            del told[next(iter(told))]
+        return min(max(told.values()), max(min(told.values()), self.configured))
+
+    def _follow(self, bucket: TokenBucket, limit: int, now: float) -> None:
+        place = bucket.place
         if limit != self.of(place) and limit != self._followed:
             _log.info("the API says that its limit is %d requests, not %d; it is followed", limit, self.of(place))
             self._followed = limit
@@ -70,3 +85,4 @@ class LearnedLimits:
             del self._heard[place]
         elif len(self._heard) > _ROOM:
             self._heard.popitem(last=False)
+        bucket.follow(limit)

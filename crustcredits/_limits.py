@@ -39,7 +39,7 @@ def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: objec
 
 
 def _check_follow(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value not in {"down", "both"}:
+    if value not in ("down", "both"):
         raise ConfigurationError("follow is 'down' or 'both'")
 
 
@@ -106,6 +106,7 @@ class TokenBucket:
     """
 
     __slots__ = (
+        "_asks",
         "_deaf_until",
         "_debt",
         "_late",
@@ -115,12 +116,14 @@ class TokenBucket:
         "_pause",
         "_period",
         "_probe",
+        "_probe_comes",
         "_requests",
         "_reserve",
         "_timer",
         "_tokens",
-        "_voices",
+        "_unsure",
         "place",
+        "voices",
     )
 
     def __init__(
@@ -138,8 +141,8 @@ class TokenBucket:
         self._period = period
         self._late = late
         self._tokens = tokens or LocalTokens(requests)
-        self._tokens.bind(self._wake, self._fail)
-        self._voices = voices
+        self._tokens.bind(self._news, self._fail)
+        self.voices = voices
         self._reserve = _reserve_of(requests)
         self._line = Line()
         self._next_refresh = 0.0
@@ -149,6 +152,9 @@ class TokenBucket:
         self._newest = -math.inf  # the start of the request whose answer told of the count last
         self._deaf_until = -math.inf
         self._probe = 0  # 1 while a probe is out: there is never more than one
+        self._probe_comes = False  # its token has been sent for
+        self._asks = False  # some have been sent for
+        self._unsure: list[Turn] = []  # those that began to wait when it was not known for how long
 
     def try_acquire(self) -> bool:
         """Take a token if one is free and nobody waits. The uncontended way, kept short: every call goes it."""
@@ -177,6 +183,7 @@ class TokenBucket:
         try:
             if not waiter.done():
                 turn.joins(self)
+                self._unsure += [turn] if self._asks else []
             return await waiter
         except asyncio.CancelledError:
             self._leave(turn, waiter)
@@ -191,7 +198,9 @@ class TokenBucket:
 
     def may_start(self, token: int, now: float) -> bool:
         """Whether the token may still go onto the wire; not when a pause has begun, or others have spent it meanwhile."""
-        return token == 1 or (self._pause.until is None and self._tokens.may_start(now))
+        if token == 1:
+            return not self._tokens.is_stale(now)
+        return self._pause.until is None and self._tokens.may_start(now)
 
     def start(self, now: float | None = None) -> int:
         """A token goes onto the wire. Returns a mark of that moment, for `heard` and `own`."""
@@ -280,6 +289,7 @@ class TokenBucket:
             debt=self._debt.amount if self._debt is not None else 0,
             paused=None if self._pause.until is None else max(0.0, self._pause.until - now),
             probing=bool(self._probe),
+            alone=self._tokens.alone,
             returns=tuple(max(0.0, time - now) for time in self._returns(now)),
             period=self._period,
             pace=pace,
@@ -323,7 +333,9 @@ class TokenBucket:
             self._resize()
 
     def _owe(self, told: Told, own: int) -> None:
-        debt = self._debt = self._debt or Debt(self._voices)
+        if told.at < self._deaf_until:  # since the number was asked for
+            return
+        debt = self._debt = self._debt or Debt(self.voices)
         before = debt.amount
         debt.hear(told, own, period=self._period, spacing=self._period / self._requests)
         if before or debt.amount:
@@ -341,14 +353,15 @@ class TokenBucket:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._collect(now)
+        self._asks = False
         if not self._is_open(now):
-            self._tokens.need(0)
+            self._need_none(now)
         else:
             paused = self._pause.until is not None
             while line.waiting and self._tokens.free > 0 and not (paused and self._probe):
                 self._grant(line.next())
             if line.waiting:
-                self._tokens.need(line.waiting)
+                self._asks = self._tokens.need(line.waiting) is None
                 self._find_out(now)
             else:
                 self._grant_refreshes(now)
@@ -372,10 +385,26 @@ class TokenBucket:
         there = self._tokens.need(1, debt.amount)
         if there is None:
             debt.probed()
+            self._probe_comes = True
         while there and self._line.waiting:
             if self._grant(self._line.next(), probe=True):
                 debt.probed()
                 return
+
+    def _need_none(self, now: float) -> None:
+        """Nobody waits for a token, or may have one."""
+        self._tokens.need(0)
+        if self._probe_comes and self._debt is not None:
+            self._debt.not_probed(now)
+        self._probe_comes = False
+
+    def _news(self) -> None:
+        """Those who keep the tokens have heard of them."""
+        self._wake()
+        unsure, self._unsure = self._unsure, []
+        for turn in unsure:
+            if turn.waiter is not None and not turn.waiter.done():
+                turn.on_wait()
 
     def _fail(self) -> None:
         """No token can be had: whoever waits for one is told."""
@@ -384,7 +413,7 @@ class TokenBucket:
             turn = line.next() if line.waiting else line.next_refresh()
             if turn.waiter is not None and not turn.waiter.done():
                 turn.waiter.set_exception(
-                    BucketsUnavailableError("the count that the processes share is out of reach; nothing was sent")
+                    BucketsUnavailableError("the count that the processes share is out of reach, as the log says; nothing was sent")
                 )
 
     def _refresh_gap(self, now: float) -> float:
@@ -403,8 +432,8 @@ class TokenBucket:
         if waiter is None or waiter.done():  # cancelled in this very turn of the loop
             return False
         self._tokens.take()
-        if probe or self._pause.until is not None:
-            self._probe = 1
+        if probe or self._probe_comes or self._pause.until is not None:
+            self._probe, self._probe_comes = 1, False
             waiter.set_result(1)
         else:
             waiter.set_result(0)
@@ -448,7 +477,7 @@ class TokenBucket:
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
             self.unused(waiter.result())
         elif not self._line:
-            self._tokens.need(0)
+            self._need_none(asyncio.get_running_loop().time())
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

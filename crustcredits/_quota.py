@@ -22,6 +22,7 @@ class Quota:
         debt: Tokens held back because others spend the quota too, by the server's count.
         paused: Seconds until a pause ends, in which no call has its turn because accounts in a row were refused; 0 while a
             probe is to show that it is over, None without a pause.
+        alone: Whether the count that several processes share is out of reach, so that this one counts by itself.
         probing: Whether one call has gone ahead of others to find out whether a pause or a debt is over.
     """
 
@@ -33,6 +34,7 @@ class Quota:
     debt: int = 0
     paused: float | None = None
     probing: bool = False
+    alone: bool = False
     _returns: tuple[float, ...] = attrs.field(alias="returns", repr=False)
     _period: float = attrs.field(alias="period", repr=False)
     _pace: float | None = attrs.field(alias="pace", repr=False)

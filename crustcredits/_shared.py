@@ -141,6 +141,10 @@ class SharedTokens:
         return max(0, self._limit - self._debt - others - self._own_out())
 
     @property
+    def alone(self) -> bool:
+        return self._link.alone
+
+    @property
     def in_flight(self) -> int:
         return self._own.in_flight
 
@@ -217,6 +221,7 @@ class SharedTokens:
             self._extra, self.not_before = beyond, 0.0
         else:
             self._wanted, self._beyond = count, beyond
+            self._extra = self._extra if count else 0
         if self.wants:
             self._link.say(self, at_once=True)
         return None
@@ -234,11 +239,13 @@ class SharedTokens:
         if self._link.alone:
             times = self._own.returns(now, period)
             return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
-        capacity = max(0, self._limit - self._debt)
-        # Of a token in flight only its lease is known; it comes home sooner, if it ends now.
-        times = [now] * self.available + [min(max(now, time), now + period) for time in self._coming]
-        times += [times[-1] if times else now] * (capacity - len(times))
-        return times[:capacity]
+        capacity, free = max(0, self._limit - self._debt), self.available
+        others = [max(now, self._others_until)] * (self._others if now < self._others_until else 0)
+        times = sorted([*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others])
+        # More may be out than may. Of all, the next ones were told when they were wanted in vain.
+        times = times[max(0, len(times) - capacity) :]
+        times[: len(self._coming)] = [min(time, max(now, told)) for time, told in zip(times, self._coming, strict=False)]
+        return times
 
     # --- for the link
 
@@ -284,7 +291,7 @@ class SharedTokens:
             self._extra = 0
         if sent.asks is not None:
             sent.asks[1](counted)
-        if given:
+        if sent.wanted:
             self._arrived(Granted(sent.first + place, sent.at) for place in range(given))
 
     def unanswered(self) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
+
+from crustcredits._errors import ConfigurationError
 
 # Seconds after it was taken by which a token that others could use has to be on the wire.
 FRESH = 1.0
@@ -37,8 +39,16 @@ class Tokens(Protocol):
         """Tokens that are taken, on the wire or before it."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process counts by itself, because the count that all share is out of reach."""
+        ...
+
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
-        """Call `wake` when tokens became free other than at the time that `next_home` says, and `fail` when none can be had."""
+        """Call `wake` when tokens became free, and `fail` when none can be had.
+
+        Also when those sent for did not come; but not when they come home at the time that `next_home` says.
+        """
         ...
 
     def resize(self, limit: int, debt: int) -> None:
@@ -135,10 +145,21 @@ class TokenStore(Protocol):
         ...
 
 
+def check_store(store: object) -> TokenStore:
+    """It, if it is one. Raises `ConfigurationError` otherwise."""
+    methods = (getattr(store, name, None) for name in ("open", "tokens", "close"))
+    if isinstance(store, type) or not all(map(callable, methods)):
+        kind = f"the class {store.__name__}" if isinstance(store, type) else f"a {type(store).__name__}"
+        raise ConfigurationError(f"buckets is RedisBuckets(url), or another TokenStore, not {kind}")
+    return cast("TokenStore", store)
+
+
 class LocalTokens:
     """Tokens that are counted in this process."""
 
     __slots__ = ("_capacity", "_home", "_on_wire", "_starts", "free", "in_flight")
+
+    alone = False
 
     def __init__(self, limit: int) -> None:
         self.free = limit

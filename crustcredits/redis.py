@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from weakref import WeakSet
@@ -24,7 +26,7 @@ try:
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import NoScriptError
+    from redis.exceptions import NoScriptError, RedisError
 except ImportError as _missing:
     raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from _missing
 
@@ -57,20 +59,22 @@ _LIFE = 86_400.0
 class RedisBuckets:
     """Token buckets that all processes share which use the same prefix on the same Redis.
 
-    Give it to one client: `CreditsClient(buckets=RedisBuckets("redis://…"))`. It keeps the same promise as buckets in the process:
-    no window of one period ever holds more requests than the limit, of all processes together. A process that dies with tokens
-    in its hands breaks nothing: they come home after a period and two request timeouts.
+    Give it to one client at a time: `CreditsClient(buckets=RedisBuckets("redis://…"))`. It keeps the same promise as buckets in the
+    process: no window of one period ever holds more requests than the limit, of all processes together, while they reach
+    Redis or none does. A process that dies with tokens in its hands breaks nothing: they come home after a period, two
+    request timeouts and a second.
 
     Args:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`, `RedisCluster` included, which
             is never closed here.
-        prefix: What the names of the keys begin with. They lie in one slot of a cluster.
-        on_outage: What to do without Redis. With `"local"` this process goes on with its share of the limit: until all that others
-            may have sent has aged out, a period and two request timeouts, only out of tokens of its own that come home, and
-            then with the whole share. It says so once in the log, and comes back by itself. With `"raise"` calls that need a
-            token fail with `BucketsUnavailableError`.
-        share: This process's share of the limit while it is alone, above 0 and at most 1. Those of all processes together should
-            be no more than 1.
+        prefix: What the names of the keys begin with: one for each quota, so another for another base URL. They lie in one slot
+            of a cluster.
+        on_outage: What to do when Redis has not answered for two seconds. With `"local"` this process goes on with its share of
+            the limit: until all that others may have sent has aged out, a period, two request timeouts and a second, only out
+            of tokens of its own that come home, and then with the whole share. It says so once in the log, and comes back by
+            itself. With `"raise"` calls that need a token fail with `BucketsUnavailableError`.
+        share: This process's share of the limit while it is alone, above 0 and at most 1; one request at least. Those of all
+            processes together should be no more than 1.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -85,32 +89,35 @@ class RedisBuckets:
         share: float = 1 / 4,
     ) -> None:
         owned = isinstance(url_or_client, str)
-        client = _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
+        client: object = _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
         del url_or_client  # It may hold a password, and tracebacks are printed with local variables.
-        if client is None:
-            raise ConfigurationError("the URL is none of Redis; give it as redis://host:port/number")
+        if isinstance(client, ConfigurationError):
+            raise client
         if not isinstance(client, (Redis, RedisCluster)):
-            raise ConfigurationError(f"url_or_client is a URL or a client of redis.asyncio, not {type(client).__name__}")
+            raise _wrong_kind(client)
         check_kind("prefix", prefix, str)
         if not prefix or not prefix.isprintable() or set(prefix) & set("{}"):
             raise ConfigurationError("prefix is printable text without braces, and not empty")
-        if on_outage not in {"local", "raise"}:
+        if on_outage not in ("local", "raise"):
             raise ConfigurationError("on_outage is 'local' or 'raise'")
         check_number("share", share, above=0, maximum=1)
         self._prefix = f"{{{prefix}}}:"
         self._share = share
         self._opened = False
-        self._link = _Link(client, owned=owned, marker=self._prefix + "epoch", raises=on_outage == "raise")
+        self._make_link = partial(_Link, client, owned=owned, marker=self._prefix + "epoch", raises=on_outage == "raise")
+        self._link = self._make_link()
 
     def open(self, *, period: float, late: float, pace: float | None) -> None:
         """A client begins to use it: see `TokenStore`.
 
         Raises:
-            ConfigurationError: Another client uses it already.
+            ConfigurationError: Another client uses it, which is not closed.
         """
         if self._opened:
             raise ConfigurationError("these buckets have a client already; make new RedisBuckets, with the same prefix, for each")
         self._opened = True
+        if self._link.closed:
+            self._link = self._make_link()
         self._link.terms = Terms(period=period, late=late, pace=pace, share=self._share)
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
@@ -118,8 +125,12 @@ class RedisBuckets:
         return self._link.tokens(f"{self._prefix}{path}{_hidden(whose)}", limit)
 
     async def close(self) -> None:
-        """Say what is still to be said, if Redis is there, and close the connections, if they are ours."""
+        """Say what is still to be said, if Redis is there, and close the connections, if they are ours.
+
+        Then another client may use it.
+        """
         await self._link.close()
+        self._opened = False
 
 
 class _Link:
@@ -134,9 +145,10 @@ class _Link:
         self._owned = owned
         self._marker = marker
         self._raises = raises
-        self._closed = False
+        self.closed = False
         self._all: WeakSet[SharedTokens] = WeakSet()
         self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
+        self._soonest = math.inf  # of these times
         self._process = ""  # made when first needed, since a process may fork before
         self._epoch = 0
         self._untold: WeakSet[SharedTokens] = WeakSet()  # who has to say in this epoch what it holds
@@ -158,7 +170,7 @@ class _Link:
 
     async def close(self) -> None:
         """Say what is still to be said, and let the client go."""
-        self._closed = True
+        self.closed = True
         self._stop_timers()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -175,12 +187,13 @@ class _Link:
 
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
         """These have something to say."""
-        if self._closed and at_once:  # nobody is served any more
+        if self.closed and at_once:  # nobody is served any more
             return
         now = _now()
         due = max(now, tokens.not_before) if at_once else now + _REPORT
         if due < self._due.get(tokens, due + 1):
             self._due[tokens] = due
+            self._soonest = min(self._soonest, due)
         self._arrange()
 
     def number(self, count: int) -> int:
@@ -192,7 +205,7 @@ class _Link:
 
     def _arrange(self) -> None:
         """Set the timer for the next message, unless one is under way."""
-        if self._task is not None or self._closed:
+        if self._task is not None or self.closed:
             return
         when = self._next_message()
         if self._timer is not None:
@@ -204,12 +217,11 @@ class _Link:
     def _next_message(self) -> float | None:
         if self._failing is not None:
             return self._last + BEAT
-        due = min(self._due.values(), default=None)
         beat = self._last + BEAT
-        if due is not None and due <= beat:
-            return due
+        if self._soonest <= beat:
+            return self._soonest
         now = _now()
-        return beat if due is not None or any(tokens.holds(now) for tokens in self._all) else None
+        return beat if self._due or any(tokens.holds(now) for tokens in self._all) else None
 
     def _begin(self) -> None:
         self._timer = None
@@ -226,15 +238,16 @@ class _Link:
         batch = [] if self.alone else sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
         for tokens in batch:
             del self._due[tokens]
+        self._soonest = min(self._due.values(), default=math.inf)
         said = self._greeting(now, registers=bool(self._untold.difference(batch)))
         for tokens in batch:
             # What the first one in vain may bring is enough to be given back.
-            said += tokens.message(now, self._epoch, asks=self._failing is None and not self._closed)
+            said += tokens.message(now, self._epoch, asks=self._failing is None and not self.closed)
         try:
             async with asyncio.timeout(_PATIENCE):
                 answers = _read(await self._call(self._keys(batch), said), len(batch))
         except Exception as error:  # noqa: BLE001  # a client of another loop, a script that is not ours: nobody may hang for it
-            self._lost(batch, type(error).__name__)
+            self._lost(batch, f"{type(error).__name__}: {error}" if isinstance(error, RedisError) else type(error).__name__)
         else:
             self._heard(batch, answers)
 
@@ -293,11 +306,13 @@ class _Link:
         for tokens in batch:
             tokens.unanswered()
         self._due |= dict.fromkeys(batch, self._last + BEAT)
+        self._soonest = min(self._soonest, self._last + BEAT)
         if _now() - self._failing < _GRACE:
             return
         if not self._gone:
             self._gone = True
-            goes_on = "calls fail" if self._raises else f"this process goes on with {self.terms.share:.3g} of the limit"
+            later = f"for {self.terms.lease:.0f} s with tokens of its own, then with {self.terms.share:.3g} of the limit"
+            goes_on = "calls fail" if self._raises else f"this process goes on by itself, {later},"
             _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
         if self._raises:
             for tokens in list(self._all):
@@ -310,9 +325,10 @@ class _Link:
         # A request for which another process had its token then may still come, and counts for a period.
         self.settles_at = since + self.terms.lease
         self._due.clear()
+        self._soonest = math.inf
         for tokens in list(self._all):
             tokens.go_alone()
-        if not self._closed:
+        if not self.closed:
             self._settling = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
 
     def _settle(self) -> None:
@@ -340,14 +356,23 @@ class _Link:
         self._timer = self._settling = None
 
 
-def _connect(url: str) -> Client | None:
+def _connect(url: str) -> Redis | ConfigurationError:
     try:
-        client: Client = Redis.from_url(
-            url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, retry=Retry(NoBackoff(), 0)
+        client = Redis.from_url(url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, retry=Retry(NoBackoff(), 0))
+        # Now, and not at the first call, it is to say that it does not know an option of the URL.
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except (TypeError, ValueError):
+        return ConfigurationError(
+            "the URL is none of Redis, or has an option that redis-py does not know: redis://host:port/number"
         )
-    except ValueError:
-        return None
     return client
+
+
+def _wrong_kind(client: object) -> ConfigurationError:
+    if client is None:
+        return ConfigurationError("url_or_client is None; is the variable set that should hold the URL of Redis?")
+    kind = f"{type(client).__module__.partition('.')[0]}.{type(client).__qualname__}"
+    return ConfigurationError(f"url_or_client is a URL, or a client of redis.asyncio, not a {kind}")
 
 
 def _read(answers: Any, buckets: int) -> list[list[int]]:

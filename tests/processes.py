@@ -68,7 +68,7 @@ class Worker:
 
 def vanish(buckets: RedisBuckets) -> None:
     """The process with these is gone, and says nothing any more."""
-    buckets._link._closed = True
+    buckets._link.closed = True
     buckets._link._stop_timers()
     if buckets._link._task is not None:
         buckets._link._task.cancel()

@@ -550,7 +550,10 @@ async def test_a_quota_is_a_value_of_that_moment() -> None:
     assert quota.seconds_for(0) == pytest.approx(50)
     assert quota.seconds_for(1) == pytest.approx(60)
     assert quota.seconds_for(2) == pytest.approx(50 + 60)
-    assert repr(quota) == "Quota(limit=2, free=0, in_flight=1, waiting=1, refreshing=0, debt=0, paused=None, probing=False)"
+    assert (
+        repr(quota)
+        == "Quota(limit=2, free=0, in_flight=1, waiting=1, refreshing=0, debt=0, paused=None, probing=False, alone=False)"
+    )
     with pytest.raises(ConfigurationError, match="at least 0, not -1"):
         quota.seconds_for(-1)
     await waiter

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Literal
 
 import pytest
+from redis import Redis as SynchronousRedis
 from redis.asyncio import Redis, RedisCluster
 
 from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsClient, RateLimit, RateLimitWaitError
@@ -171,6 +172,21 @@ async def test_a_client_of_either_protocol_does(redis_server: RedisServer, prefi
     await given.aclose()
 
 
+def test_another_client_may_use_them_when_the_first_is_closed(redis_server: RedisServer, prefix: str) -> None:
+    """In another loop too: an application that makes its client when it starts may start again."""
+    buckets = RedisBuckets(redis_server.url, prefix=prefix, on_outage="raise")
+
+    async def uses() -> None:
+        async with SandboxServer() as sandbox, CreditsClient(base_url=sandbox.url, buckets=buckets) as client:
+            await client.balance(sandbox.add_key(), timeout=5)
+            with pytest.raises(ConfigurationError, match="have a client already"):
+                CreditsClient(buckets=buckets)
+
+    open_prefix(redis_server, prefix)
+    for _ in range(3):
+        asyncio.run(uses())
+
+
 async def test_a_given_client_is_used_and_not_closed(redis_server: RedisServer, prefix: str) -> None:
     """Also one that decodes what it reads."""
     given = Redis(unix_socket_path=str(redis_server.socket), decode_responses=True)
@@ -248,12 +264,16 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
     [
         ({"url_or_client": "http://:hunter2@localhost"}, "the URL is none of Redis"),
         ({"url_or_client": "redis://:hunter2@localhost:port"}, "the URL is none of Redis"),
-        ({"url_or_client": 5}, "a client of redis.asyncio, not int"),
+        ({"url_or_client": 5}, "a client of redis.asyncio, not a builtins.int"),
+        ({"url_or_client": SynchronousRedis()}, "a client of redis.asyncio, not a redis.Redis"),
+        ({"url_or_client": None}, "is the variable set"),
+        ({"url_or_client": "redis://:hunter2@localhost?retires=5"}, "an option that redis-py does not know"),
         ({"prefix": ""}, "not empty"),
         ({"prefix": "a{b}"}, "without braces"),
         ({"prefix": "a\nb"}, "printable"),
         ({"prefix": b"acme"}, "prefix is a str, not bytes"),
         ({"on_outage": "ignore"}, "'local' or 'raise'"),
+        ({"on_outage": ["raise"]}, "'local' or 'raise'"),
         ({"share": 0}, "share is a finite number above 0"),
         ({"share": 1.5}, "at most 1"),
     ],

@@ -498,12 +498,12 @@ async def test_so_many_limits_are_remembered_and_no_more(follow: str) -> None:
         limits = LearnedLimits(RateLimit(follow=follow))  # type: ignore[arg-type]  # the two there are
         places = [TokenBucket(300, 60.0, place=place) for place in range(5)]
         for bucket in places[:3]:
-            limits.hear(bucket, 100, 0.0)
-        limits.hear(places[0], 100, 1.0)
-        limits.hear(places[3], 100, 1.0)
+            limits.hear(bucket, "somebody", 100, 0.0)
+        limits.hear(places[0], "somebody", 100, 1.0)
+        limits.hear(places[3], "somebody", 100, 1.0)
         assert [limits.of(place) for place in range(5)] == [100, 300, 100, 100, 300]
-        limits.hear(places[2], 300, 60.0)
-        limits.hear(places[4], 100, 60.0)
+        limits.hear(places[2], "somebody", 300, 60.0)
+        limits.hear(places[4], "somebody", 100, 60.0)
         assert [limits.of(place) for place in range(5)] == [100 if follow == "down" else 300, 300, 300, 100, 100]
         assert len(limits._heard) <= 3
 
