@@ -131,7 +131,8 @@ class SharedTokens:
 
     @property
     def free(self) -> int:
-        return self._own.free if self._link.alone else len(self._hand)
+        # Alone too no more are on their way to the wire than a moment takes: whoever has to give one back has waited in vain.
+        return min(self._own.free, self._link.terms.ahead - len(self._taken)) if self._link.alone else len(self._hand)
 
     @property
     def available(self) -> int:
@@ -186,7 +187,9 @@ class SharedTokens:
         token = self._taken.popleft()
         # One that this process has given itself may be older than its lease would be.
         self._on_wire.append(token._replace(at=now) if token.alone else token)
-        if self.wants:
+        if self._link.alone:
+            self._wake()
+        elif self.wants:
             self._link.say(self, at_once=True)
         return self._own.start(now)
 

@@ -41,19 +41,20 @@ end
 local server = redis.pcall('INFO', 'server')
 local run = type(server) == 'string' and string.match(server, 'run_id:(%w+)')
 
-local marker = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'opens', 'longest')
+local marker = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'opens', 'longest', 'heard')
 local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
 -- Where INFO is not allowed nothing is concluded from it.
 local same = run == false or run == nil or run == marker[2]
 -- The clock was set, so that tokens come home at the wrong time; or this message is read long after it was sent.
-local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200
-if not epoch or not same or (known == epoch and astray) then
+local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < (tonumber(marker[5]) or 0)
+if not epoch or not same or ((known == epoch or known == 0) and astray) then
     epoch, opens = fresh, now + pause
 elseif hold == 1 then
     opens = now + pause
 end
 opens = math.min(opens, now + pause)
-redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'run', run or marker[2] or '', 'opens', whole(opens), 'longest', whole(longest))
+redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'run', run or marker[2] or '', 'heard', whole(now))
+redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest))
 redis.call('PEXPIRE', KEYS[1], life)
 local head = {1, epoch, math.max(0, opens - now), now}
 if known ~= epoch and known ~= 0 then
