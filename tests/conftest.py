@@ -11,9 +11,10 @@ from aiohttp import ClientResponse
 from aioresponses import aioresponses
 
 from crustcredits.fixtures import credits_client, sandbox
+from tests.processes import redis, start
 from tests.virtual import VirtualLoop
 
-__all__ = ["credits_client", "sandbox"]  # fixtures, found by their names
+__all__ = ["credits_client", "redis", "sandbox", "start"]  # fixtures, found by their names
 
 
 def pytest_configure(config: pytest.Config) -> None:

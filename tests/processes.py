@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeAlias
 
 import attrs
+import pytest
 
 from crustcredits._limits import TokenBucket
+from crustcredits._tokens import FRESH
 from crustcredits._turn import Turn
 from crustcredits.redis import RedisBuckets
-from tests.lua import FakeRedis, connected
+from tests.lua import FakeRedis, between, connected, opened
 from tests.virtual import now
 
 PATH = "/user/credits"
 PERIOD = 60.0
 LATE = 10.0
+LEASE = PERIOD + 2 * LATE + FRESH
+# Seconds that a message and its answer take at the most.
+TRAVEL = 0.005
 
 
 @attrs.define(eq=False)
@@ -89,6 +95,36 @@ def worker(
     buckets.open(period=period, late=late, pace=pace)
     tokens = buckets.tokens(PATH, None, limit)
     return Worker(redis, buckets, TokenBucket(limit, period, late=late, tokens=tokens))
+
+
+Start: TypeAlias = Callable[..., Worker]
+
+
+@pytest.fixture
+async def redis() -> AsyncIterator[FakeRedis]:
+    """A server that has been in use for a while."""
+    redis = opened(latency=between(0.0, TRAVEL / 2))
+    yield redis
+    assert redis.faults == []
+
+
+@pytest.fixture
+async def start(redis: FakeRedis) -> AsyncIterator[Start]:
+    """Begins processes, and closes those that are left."""
+    workers: list[Worker] = []
+
+    def begin(**options: Any) -> Worker:
+        workers.append(worker(redis, **{"name": f"process {len(workers)}"} | options))
+        return workers[-1]
+
+    yield begin
+    for one in workers:
+        await one.close()
+
+
+async def passes(until: float) -> None:
+    """Time passes until then."""
+    await asyncio.sleep(until - now())
 
 
 def turn(bucket: TokenBucket, *, wanted: bool = True) -> tuple[Turn, asyncio.Task[int]]:

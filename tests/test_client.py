@@ -32,6 +32,7 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
+from crustcredits._tokens import LocalStore
 from crustcredits._transport import Fate
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
 
@@ -710,6 +711,8 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"base_url": "http://example.com"}, "base_url is plain http"),
         ({"proxy": 5}, "proxy is no http"),
         ({"rate_limit": 5}, "rate_limit is a RateLimit, not int"),
+        ({"buckets": "redis://:hunter2@localhost"}, r"buckets is RedisBuckets\(url\), or another TokenStore, not a str$"),
+        ({"buckets": LocalStore}, "not the class LocalStore"),
         ({"retry": None}, "retry is a Retry, not NoneType"),
         ({"session": "x"}, "session is an aiohttp.ClientSession, not str"),
         ({"request_timeout": 10**400}, "request_timeout is a finite number"),

@@ -4,12 +4,13 @@ The machine is the processes, the network, the API, other people, and whatever h
 an earlier state on another server, is out of reach for all or for one, hangs, loses answers and hears messages twice.
 What it asserts:
 
-- *Never above the limit.* While nobody else spends, no window of one period ever holds more of our requests than the limit, of all
-  processes together, and none is refused. Left out is what nobody can promise: a process that is gone cannot say
-  after a loss what it has sent, and one that is cut off for longer than a lease adds its share to what the others spend.
+- *Never above the limit.* While nobody else spends, no window of one period ever holds more of our requests than the limit, of
+  all processes together, and none is refused. Left out is what nobody can promise: a process that is gone cannot say after a
+  loss what it has sent; one that alone is cut off, for more than a moment, adds its share to what others spend; and one that
+  has slept through an outage may be the first to speak after it.
 - *Bounded.* With others spending, no window that ends with a refused request of ours holds more of these than of others'.
-- *No deadlock, no leak.* When all is well again and nobody else spends, all who wait finish in their time, and then neither Redis nor
-  any process has anything out or anything left to say.
+- *No deadlock, no leak.* When all is well again and nobody else spends, all who wait finish in their time, and then neither Redis
+  nor any process has anything out or anything left to say.
 - *No busy loop*: messages keep their distance.
 
 All that was said to Redis is then said again to a real server, with the clock of then: it gives the same answers, keeps the same,
@@ -21,8 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 from unittest.mock import patch
@@ -36,9 +36,9 @@ from redis import Redis
 
 from crustcredits import BucketsUnavailableError
 from crustcredits._debt import Told
-from crustcredits._shared import BEAT, GAP
+from crustcredits._shared import GAP, SharedTokens
 from crustcredits._tokens import FRESH
-from crustcredits.redis import _PAUSE, _SCRIPT, _SHA
+from crustcredits.redis import _SCRIPT, _SHA
 from tests.lua import EPOCH, FakeRedis, SortedSet, between, opening
 from tests.processes import Worker, worker
 from tests.servers import RedisServer
@@ -114,6 +114,14 @@ class RecordedRedis(FakeRedis):
         return {key: self._pttl(key) for key in self.keys()}
 
 
+def opened_and_recorded(*, clock: Callable[[], float] = lambda: EPOCH, **options: Any) -> RecordedRedis:
+    """A server that has been in use for a while."""
+    redis = RecordedRedis(clock=clock, **options)
+    keys, said = opening()
+    redis.execute(keys, said, sha=_SHA, script=_SCRIPT)
+    return redis
+
+
 def plain(value: SortedSet | dict[str, str]) -> dict[str, Any]:
     return dict(value.scores) if isinstance(value, SortedSet) else {field: text for field, text in value.items() if field != "run"}
 
@@ -133,7 +141,7 @@ end}
 class Replay:
     """A real server that is told all of it again. It is not told how time went by, but how long each key is to live."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Any) -> None:
         self.client = client
         self.script = client.register_script(CLOCKED + _SCRIPT)
         self.run = client.info("server")["run_id"]
@@ -149,8 +157,7 @@ class Replay:
     def say(self, said: Said) -> None:
         clock = str(said.now // 1_000_000), str(said.now % 1_000_000)
         with self.client.pipeline() as pipeline:
-            for key in self.client.keys():
-                name = key.decode()
+            for name in self.names():
                 if name in said.before:
                     pipeline.pexpire(name, max(1, said.before[name]))
                 else:
@@ -172,21 +179,23 @@ class Replay:
                 name = {} if "run" not in value else {"run": self.run if event.same_server else "another"}
                 self.client.hset(key, mapping=value | name)
 
-    def contents(self) -> dict[str, Any]:
-        return {key.decode(): self._value(key) for key in self.client.keys()}
+    def names(self) -> list[str]:
+        return list(self.client.scan_iter())
 
-    def _value(self, key: bytes) -> dict[str, Any]:
-        if self.client.type(key) == b"zset":
-            return {member.decode(): score for member, score in self.client.zrange(key, 0, -1, withscores=True)}
-        fields = self.client.hgetall(key)
-        return {field.decode(): text.decode() for field, text in fields.items() if field != b"run"}
+    def contents(self) -> dict[str, Any]:
+        return {name: self._value(name) for name in self.names()}
+
+    def _value(self, name: str) -> dict[str, Any]:
+        if self.client.type(name) == "zset":
+            return dict(self.client.zrange(name, 0, -1, withscores=True))
+        return {field: text for field, text in self.client.hgetall(name).items() if field != "run"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def replay() -> Iterator[Replay]:
     """The real server, for this module alone: it is flushed."""
     server = RedisServer()
-    with Redis(unix_socket_path=str(server.socket)) as client:
+    with Redis(unix_socket_path=str(server.socket), decode_responses=True) as client:
         Processes.replay = Replay(client)
         yield Processes.replay
         Processes.replay = None
@@ -242,7 +251,7 @@ class Process:
     """One of them, and who asks in it."""
 
     worker: Worker
-    requests: set[asyncio.Task[None]] = attrs.field(factory=set)
+    requests: dict[asyncio.Task[None], None] = attrs.field(factory=dict)  # in the order in which they were asked for
     here: bool = True
 
     @property
@@ -281,10 +290,8 @@ class Processes(RuleBasedStateMachine):
     )
     def begin(self, *, limit: int, latency: float, raises: str, pace: float | None, alone: bool, seed: int) -> None:
         self.api = Api(limit)
-        self.redis = RecordedRedis(latency=between(0.0, latency, seed), clock=self.clock)
-        keys, said = opening()
-        self.redis.execute(keys, said, sha=_SHA, script=_SCRIPT)
-        self.options = {"limit": limit, "on_outage": raises, "pace": pace}
+        self.redis = opened_and_recorded(latency=between(0.0, latency, seed), clock=self.clock)
+        self.options: dict[str, Any] = {"limit": limit, "on_outage": raises, "pace": pace}
         self.alone = alone
         self.start()
         self.start()
@@ -511,8 +518,8 @@ class Processes(RuleBasedStateMachine):
     async def _ask(self, process: Process, count: int, ends: Ends, before: float, takes: float) -> None:
         for _ in range(count):
             task = asyncio.create_task(self._run(process, ends, before, takes))
-            process.requests.add(task)
-            task.add_done_callback(process.requests.discard)
+            process.requests[task] = None
+            task.add_done_callback(process.requests.pop)
             task.add_done_callback(self._look_at)
 
     def _look_at(self, task: asyncio.Task[None]) -> None:
@@ -529,7 +536,7 @@ class Processes(RuleBasedStateMachine):
             return
         started, mark = now(), bucket.start()
         told: list[tuple[bool, int, float]] = []
-        arrives = {"answered": takes / 2, "lost": takes, "straggling": takes + LATE, "unsent": None}[ends]
+        arrives = {"answered": takes / 2, "lost": takes}.get(ends)
         if arrives:
             asyncio.get_running_loop().call_later(arrives, self._arrive, told)
         elif arrives is not None:
@@ -540,6 +547,9 @@ class Processes(RuleBasedStateMachine):
             if process.here:
                 bucket.abandoned(token)
             raise
+        finally:
+            if ends == "straggling":
+                asyncio.get_running_loop().call_later(LATE, self._arrive, told)
         if ends == "unsent":
             bucket.unsent(token)
         elif ends == "answered":
@@ -574,14 +584,14 @@ class Processes(RuleBasedStateMachine):
         told.append(self.api.arrive(when))
         spent = within(self.api.others, when, -EPSILON)
         ours = within(self.api.arrived, when)
-        self.check(spent or ours <= self.api.limit, "more than the limit arrived within a period")
+        self.check(spent > 0 or ours <= self.api.limit, "more than the limit arrived within a period")
         if told[0][0]:
             self.check(within(self.api.refused, when) <= spent, "more were refused than others have spent")
 
 
 MANY = settings(
     deadline=None,
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     report_multiple_bugs=False,
@@ -589,3 +599,49 @@ MANY = settings(
 
 TestProcesses = pytest.mark.timeout(600)(Processes.TestCase)  # what fails takes minutes to be made small
 TestProcesses.settings = MANY
+
+
+class GivesAtOnce(Processes):
+    """As if all processes had told all they have in the moment of a loss."""
+
+    instead: ClassVar = {"crustcredits.redis._PAUSE": 0.0}
+
+
+class ForgetsWhatIsOut(Processes):
+    """As if a loss were none."""
+
+    instead: ClassVar = {"crustcredits.redis._Link._register": lambda self, now: None}
+
+
+class LeasesForAPeriod(Processes):
+    """As if a request arrived when its token is granted."""
+
+    instead: ClassVar = {"crustcredits._shared.Terms.lease": PERIOD}
+
+
+class HasItsShareAtOnce(Processes):
+    """As if the others had not spent theirs yet."""
+
+    instead: ClassVar = {"crustcredits._shared.SharedTokens._share": SharedTokens._whole_share}
+
+
+@pytest.mark.timeout(180)  # up to 500 examples, slow where coverage is measured
+@pytest.mark.parametrize("broken", [GivesAtOnce, ForgetsWhatIsOut, LeasesForAPeriod, HasItsShareAtOnce])
+def test_a_broken_rule_is_found_out(broken: type[Processes]) -> None:
+    """The machine is worth something: with a rule broken it fails."""
+    found = settings(MANY, max_examples=500, database=None, derandomize=True, phases=[Phase.generate])
+    with pytest.raises(AssertionError, match=r"more than the limit arrived|more were refused"):
+        run_state_machine_as_test(broken, settings=found)
+
+
+def test_a_real_server_that_answers_otherwise_is_found_out(replay: Replay) -> None:
+    """The comparison is worth something too."""
+    redis = opened_and_recorded()
+    keys, said = opening()
+    redis.execute(keys, said, sha=_SHA)
+    replay.all(redis.events)
+    first, second = redis.events
+    assert isinstance(second, Said)
+    for wrong in (attrs.evolve(second, answer=[[1, 2, 0, 0]]), attrs.evolve(second, after={keys[0]: 1000})):
+        with pytest.raises(AssertionError):
+            replay.all([first, wrong])

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import logging
 import pickle
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -29,52 +28,19 @@ from crustcredits._shared import MOST
 from crustcredits._tokens import FRESH
 from crustcredits.redis import _PAUSE
 from tests.lua import FakeRedis, between, connected, opened
-from tests.processes import LATE, PATH, PERIOD, Worker, turn, worker
+from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Worker, passes, turn
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual
 
-LEASE = PERIOD + 2 * LATE + FRESH
-# Seconds that a message and its answer take at the most.
-TRAVEL = 0.005
 # By how much it may come later than a token comes home: others may have waited longer, and then it is asked for again.
 SOONEST = 0.1
 # What a process that has not been heard of for a while does within this time.
 SOON = 0.6
 
 
-@pytest.fixture
-async def redis() -> AsyncIterator[FakeRedis]:
-    """One that has been in use for a while."""
-    redis = opened(latency=between(0.0, TRAVEL / 2))
-    yield redis
-    assert redis.faults == []
-
-
-@pytest.fixture
-async def start(redis: FakeRedis) -> AsyncIterator[Callable[..., Worker]]:
-    """Begins processes, and closes those that are left."""
-    workers: list[Worker] = []
-
-    def begin(**options: Any) -> Worker:
-        workers.append(worker(redis, **{"name": f"process {len(workers)}"} | options))
-        return workers[-1]
-
-    yield begin
-    for one in workers:
-        await one.close()
-
-
 # What the log says of a server that is down.
 REFUSED = "ConnectionError: Error 111 connecting to nowhere:1. Connection refused."
-
-
-async def passes(until: float) -> None:
-    """Time passes until then."""
-    await asyncio.sleep(until - now())
-
-
-Start = Callable[..., Worker]
 
 
 # --- together

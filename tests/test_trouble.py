@@ -1,0 +1,357 @@
+"""Processes that share tokens when something goes wrong at the worst moment: clocks, late messages, crowds, lines.
+
+In virtual time, with the real script over a model of Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from crustcredits import RateLimit, RateLimitWaitError
+from crustcredits._debt import Told
+from crustcredits._limits import TokenBucket
+from tests.lua import EPOCH, FakeRedis, between, connected, opened
+from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Worker, passes, turn, vanish, worker
+from tests.virtual import WindowServer, fake_client, keys, now
+
+pytestmark = pytest.mark.virtual
+
+
+async def spend(one: Worker, count: int) -> None:
+    """So many requests are answered at once."""
+    for _ in range(count):
+        await one.send()
+        one.end()
+
+
+# --- clocks
+
+
+@pytest.mark.parametrize("step", [3600.0, 5.0, -5.0, -3600.0])
+async def test_a_clock_that_was_set_is_noticed(
+    redis: FakeRedis, start: Start, step: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing comes home earlier by that, and hardly anything later."""
+    one, two = start(limit=5), start(limit=5)
+    await spend(one, 2)
+    await spend(two, 1)
+    await passes(20)
+    tasks = [two.waits() for _ in range(2)]
+    redis.clock = lambda: EPOCH + step + now()
+    await passes(20.9)
+    tasks += [two.waits() for _ in range(3)]
+    await passes(59)
+    assert redis.out() == 5
+    assert [task.done() for task in tasks] == [True] * 2 + [False] * 3
+    await asyncio.gather(*tasks)
+    assert now() == pytest.approx(60, abs=0.2)
+    assert "or its clock was set" in caplog.text
+
+
+async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(redis: FakeRedis, start: Start) -> None:
+    """And what those that are gone had out then is out no longer than a lease."""
+    one = start(limit=3)
+    await spend(one, 2)
+    await asyncio.sleep(1)
+    one.vanish()
+    redis.clock = lambda: EPOCH - 3600 + now()
+    two = start(limit=3)
+    await asyncio.gather(*(two.send() for _ in range(3)))
+    assert now() < LEASE
+
+
+@pytest.mark.parametrize("clock", [1.00001, 0.99999])
+async def test_clocks_that_run_at_different_rates_are_no_trouble(redis: FakeRedis, start: Start, clock: float) -> None:
+    """After most of a day without a word too."""
+    redis.clock = lambda: EPOCH + clock * now()
+    one = start(limit=3)
+    await spend(one, 3)
+    await passes(80_000)
+    began = now()
+    await spend(one, 3)
+    assert now() - began < 0.1
+
+
+# --- late messages
+
+
+async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(start: Start, redis: FakeRedis) -> None:
+    """All have spent by themselves meanwhile, and the first to come back has nothing before the others have told."""
+    one, two = start(limit=10, share=1 / 2), start(limit=10, share=1 / 2)
+    await spend(one, 5)
+    await spend(two, 5)
+    await passes(30)
+    redis.stall()
+    await passes(60)
+    tasks = [one.waits() for _ in range(5)]
+    await passes(64)
+    redis.resume(late=True)
+    tasks += [two.waits() for _ in range(10)]
+    await passes(75)
+    assert sum(task.done() for task in tasks) <= 10
+    for task in tasks:
+        task.cancel()
+
+
+async def test_what_was_given_up_while_it_was_told_goes_back(start: Start, redis: FakeRedis) -> None:
+    """The process comes back, and its calls are cancelled before the answer has come."""
+    redis.latency = lambda process: 0.2
+    one = start(limit=4, share=1)
+    redis.down = True
+    held = [await one.acquire() for _ in range(3)]
+    redis.down = False
+    await asyncio.sleep(0.75)  # a message has arrived, and its answer has not
+    assert redis.out() == 3
+    for token in held:
+        one.bucket.unused(token)
+    await asyncio.sleep(2)
+    assert redis.out() == 0
+
+
+async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
+    """So a message that is read late cannot mean what came after it."""
+    one = start(limit=5)
+    await spend(one, 3)
+    await passes(70)
+    assert one.bucket.idle(now())
+    fresh = TokenBucket(5, PERIOD, late=LATE, tokens=one.buckets.tokens(PATH, None, 5))
+    await fresh.acquire()
+    (token,) = fresh._tokens._taken  # type: ignore[attr-defined]  # of shared ones
+    assert token.number >= 3
+
+
+# --- crowds
+
+
+async def test_nobody_is_served_while_a_process_still_says_what_it_holds() -> None:
+    """It has thousands of buckets, and a message takes a few at a time."""
+    redis = opened(latency=between(0.03, 0.03))
+    one, two = worker(redis, name="one"), worker(redis, name="two")
+    accounts = [f"account {number}" for number in range(3000)]
+
+    def bucket(process: Worker, account: str) -> TokenBucket:
+        return TokenBucket(1, PERIOD, late=LATE, tokens=process.buckets.tokens(PATH, account, 1))
+
+    async def take(bucket: TokenBucket) -> None:
+        while not bucket.may_start(await bucket.acquire(), now()):
+            bucket.unused()
+        bucket.start()
+
+    spent = [bucket(one, account) for account in accounts]
+    for first in range(0, len(spent), 200):
+        await asyncio.gather(*map(take, spent[first : first + 200]))
+    for each in spent:
+        each.ended()
+    await asyncio.sleep(2)
+    redis.flush()
+    tasks = [asyncio.create_task(take(bucket(two, account))) for account in accounts[::50]]
+    await asyncio.sleep(8)
+    assert not any(task.done() for task in tasks)
+    for task in tasks:
+        task.cancel()
+    for process in (one, two):
+        vanish(process.buckets)
+
+
+async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, start: Start) -> None:
+    """Only what the first message in vain may have brought, however many wait and fail."""
+    one = start(limit=50, on_outage="raise")
+    await one.send()
+    redis.down = True
+    for _ in range(20):
+        await asyncio.wait([one.waits() for _ in range(50)])
+    redis.seen = []
+    redis.down = False
+    await one.send()
+    assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) <= 32
+
+
+# --- lines
+
+
+@pytest.mark.parametrize("refreshes", [True, False])
+async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start, refreshes: bool) -> None:
+    """A refresh leaves a tenth alone, and a process with a debt more; the others need not."""
+    one, two = start(limit=10), start(limit=10)
+    for _ in range(9 if refreshes else 5):
+        await two.send()
+    if not refreshes:
+        one.bucket._owe(Told("somebody", now(), now(), 5, 50.0), 0)
+    _, waits = turn(one.bucket, wanted=not refreshes)
+    await asyncio.sleep(1)
+    began = now()
+    await asyncio.gather(*(two.send() for _ in range(1 if refreshes else 5)))
+    assert now() - began < 0.1
+    waits.cancel()
+
+
+# --- alone
+
+
+async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(redis: FakeRedis, start: Start) -> None:
+    """Its token was taken longer ago than that."""
+    one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
+    redis.down = True
+    await asyncio.gather(one.acquire(), one.acquire())
+    await asyncio.sleep(95)
+    assert [one.start(), one.start()] == [True, True]
+    redis.down = False
+    await asyncio.sleep(2)
+    tasks = [two.waits() for _ in range(4)]
+    await asyncio.sleep(5)
+    assert redis.out() == 4
+    assert sum(task.done() for task in tasks) == 2
+    for task in tasks:
+        task.cancel()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
+    """Others seem to spend; but it is the other processes, each its share."""
+    redis = opened(latency=between(0.0, 0.005, seed))
+    server = WindowServer(limit=40, period=20.0, seconds=(0.0, 0.05), seed=seed)
+    limit = RateLimit(requests=40, period=20.0, scope="client", pace=None)
+    clients = [fake_client(server, request_timeout=2.0, rate_limit=limit, buckets=connected(redis, share=1 / 4)) for _ in range(4)]
+    checks = [asyncio.create_task(client.check(keys(100, str(place)))) for place, client in enumerate(clients)]
+    await asyncio.sleep(13)
+    redis.down = True
+    await asyncio.sleep(100)
+    assert {client.quota().alone for client in clients} == {True}
+    redis.down = False
+    assert all(report.ok for report in await asyncio.gather(*checks))
+    assert (len(server.refused), server.worst_window()) == (0, 40)
+    assert not clients[0].quota().alone
+    for client in clients:
+        await client.close()
+
+
+async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(redis: FakeRedis, start: Start) -> None:
+    """Its last message is under way when it closes, and is not answered either."""
+    one = start(limit=4)
+    redis.stall()
+    task = one.waits()
+    await asyncio.sleep(1.5)
+    task.cancel()
+    await one.close()
+    assert one.buckets._link.alone
+    assert one.buckets._link._settling is None
+
+
+async def test_with_a_slow_pace_a_process_comes_back_without_a_gap(redis: FakeRedis) -> None:
+    """What it had taken by itself is too old then; that is a moment's worth."""
+    server = WindowServer(limit=300)
+    limit = RateLimit(scope="client", pace=1.0)
+    async with fake_client(server, rate_limit=limit, buckets=connected(redis)) as client:
+        redis.down = True
+        tasks = [asyncio.create_task(client.balance(key)) for key in keys(75)]
+        await asyncio.sleep(90)
+        assert 8 <= len(server.served) <= 12
+        redis.down = False
+        await asyncio.gather(*tasks)
+        assert now() < 170
+
+
+# --- probes, and what others spend
+
+
+async def test_a_probe_that_did_not_go_is_followed_by_another(start: Start) -> None:
+    """Its call was cancelled, or nobody waits for it any more."""
+    one = start(limit=10)
+    token = await one.acquire()
+    mark = one.bucket.start()
+    one.bucket.heard(Told("somebody", now(), now(), 10, 20.0), mark)
+    one.bucket.ended(token)
+    await asyncio.sleep(0.3)
+    probe = asyncio.create_task(one.acquire())
+    await passes(21)
+    assert one.bucket.quota().probing
+    one.bucket.unused(await probe)
+    began = now()
+    await one.acquire()
+    assert now() - began < 0.1
+
+
+async def test_a_probe_is_not_asked_for_when_nobody_waits_for_it(redis: FakeRedis, start: Start) -> None:
+    """And asked for again when somebody does."""
+    one, two = start(limit=3), start(limit=3)
+    for _ in range(3):
+        await two.send()
+    one.bucket._owe(Told("somebody", now(), now(), 3, 5.0), 0)
+    task = one.waits()
+    await passes(25)
+    assert one.bucket._probe_comes
+    task.cancel()
+    await asyncio.sleep(1)
+    before = redis.messages_of[one.name]
+    await passes(45)
+    assert redis.messages_of[one.name] == before
+    two.bucket.unsent(two.on_wire.popleft())
+    await asyncio.sleep(0.5)
+    await asyncio.wait_for(one.send(), 1)
+
+
+async def test_a_probe_of_a_pause_is_too_old_like_any_token(start: Start) -> None:
+    """Others could use it, and its lease is made for a request that begins soon."""
+    one = start(limit=4)
+    for account in "abc":
+        one.bucket.refused(account, 5.0)
+    token = await one.acquire()
+    assert token == 1
+    assert one.bucket.may_start(token, now() + 0.9)
+    assert not one.bucket.may_start(token, now() + 1.1)
+
+
+async def test_a_number_that_comes_late_makes_no_debt_where_none_is_believed(redis: FakeRedis, start: Start) -> None:
+    """It was asked for before it was proven that the server counts apart."""
+    redis.latency = lambda process: 0.05
+    one = start(limit=10)
+    await one.acquire()
+    mark = one.bucket.start()
+    one.bucket.heard(Told("somebody", now(), now(), 9, 5.0), mark)
+    await asyncio.sleep(0.01)
+    one.bucket.disproved(now())
+    await asyncio.sleep(1)
+    assert one.bucket.quota().debt == 0
+
+
+# --- what is known of the others
+
+
+async def test_the_first_call_that_cannot_be_served_in_time_is_told_at_once(redis: FakeRedis) -> None:
+    """As soon as Redis has said when the next token comes home."""
+    server = WindowServer(limit=5)
+    limit = RateLimit(requests=5, scope="client", pace=None)
+    async with (
+        fake_client(server, rate_limit=limit, buckets=connected(redis)) as one,
+        fake_client(server, rate_limit=limit, buckets=connected(redis)) as two,
+    ):
+        await one.check(keys(5))
+        began = now()
+        for _ in range(2):
+            with pytest.raises(RateLimitWaitError) as caught:
+                await two.balance(keys(1, "late")[0], timeout=10)
+            assert caught.value.wait == pytest.approx(60, abs=1)
+        assert now() - began < 0.1
+
+
+async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis) -> None:
+    """What this process has itself, and what it has heard of the others; that becomes old by itself."""
+    server = WindowServer(limit=30)
+    limit = RateLimit(requests=30, scope="client", pace=None)
+    async with (
+        fake_client(server, rate_limit=limit, buckets=connected(redis)) as one,
+        fake_client(server, rate_limit=limit, buckets=connected(redis)) as two,
+    ):
+        await one.check(keys(20))
+        await asyncio.sleep(1)
+        await two.check(keys(4))
+        assert (one.quota().free, two.quota().free) == (10, 6)
+        assert one.quota().seconds_for(10) == 0
+        assert one.quota().seconds_for(11) == pytest.approx(59.3, abs=0.3)
+        assert two.quota().seconds_for(6) == 0
+        assert 58 < two.quota().seconds_for(7) < 60.5
+        await asyncio.sleep(65)
+        for client in (one, two):
+            assert (client.quota().free, client.quota().seconds_for(30)) == (30, 0)
