@@ -123,14 +123,17 @@ class Claim:
         """Tell the buckets what the server counts. Returns whether it is proven that it counts this account apart."""
         used = limit - said.remaining if said.remaining is not None and said.remaining <= limit else None
         apart = used is not None and self._is_apart(result, limit, used, now)
+        told: Told | None = None
         for place, bucket in enumerate(self._buckets):
             speaks_of_it = self._limits.hear(bucket, self._account, limit, now)
             if place and apart:
                 bucket.disproved(now)
             elif speaks_of_it and used is not None:
-                # What can all be this client's own is nobody else's, whether or not it is all this account's.
-                known = used > self._buckets[-1].own(self._marks[-1])
-                bucket.heard(Told(self._account, self._started, now, used if known else 0, said.reset), self._marks[place])
+                if told is None:
+                    # What can all be this client's own is nobody else's, whether or not it is all this account's.
+                    others = used > self._buckets[-1].own(self._marks[-1])
+                    told = Told(self._account, self._started, now, used if others else 0, said.reset)
+                bucket.heard(told, self._marks[place])
         return apart
 
     def _is_apart(self, result: Balance | CrustCreditsError, limit: int, used: int, now: float) -> bool:

@@ -24,7 +24,7 @@ from tests.servers import RedisServer, free_port, redis_server
 __all__ = ["redis_server"]  # a fixture, found by its name
 
 # An empty Redis gives no tokens for a second; tests do not wait for that.
-OPENED: dict[str, str | int] = {"epoch": 1, "opens": 0, "heard": 0}
+OPENED: dict[str, str | int] = {"epoch": 1, "opens": 0}
 
 
 def open_prefix(server: RedisServer, prefix: str) -> None:
@@ -162,6 +162,19 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
     assert "Redis is out of reach" in caplog.text
 
 
+async def test_a_user_that_may_not_ask_which_server_it_is_does(own_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Beside one that may: neither takes the other for a loss of the count."""
+    await asyncio.to_thread(own_server.ask, "ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info")
+    open_prefix(own_server, "p")
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        limited: dict[str, Any] = {"username": "limited", "password": "any"}
+        for login in (limited, {}, limited):
+            given = await stack.enter_async_context(Redis(unix_socket_path=str(own_server.socket), **login))
+            one = await client(sandbox, RedisBuckets(given, prefix="p", on_outage="raise"), stack)
+            await one.balance(sandbox.add_key(), timeout=5)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True, "protocol": 3}])
 async def test_a_client_of_either_protocol_does(redis_server: RedisServer, prefix: str, options: dict[str, Any]) -> None:
     """The script's answers are numbers in both."""
@@ -228,7 +241,7 @@ def cluster() -> Iterator[RedisServer]:
     # A cluster's nodes talk to each other on a port that is greater by 10,000.
     port = next(port for port in iter(free_port, 0) if port < 55_000)
     server = RedisServer("--cluster-enabled", "yes", port=port)
-    server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    server.ask("CLUSTER", "ADDSLOTS", *range(16384))
     yield server
     server.remove()
 

@@ -508,6 +508,30 @@ async def test_so_many_limits_are_remembered_and_no_more(follow: str) -> None:
         assert len(limits._heard) <= 3
 
 
+@pytest.mark.parametrize(
+    ("follow", "told", "common"),
+    [
+        ("down", [5], 5),
+        ("down", [5, 300], 300),
+        ("down", [300, 5], 300),
+        ("down", [300, 300, 300, 100, 80], 300),
+        ("down", [300, 300, 300, 100, 80, 90], 100),
+        ("down", [100, 100, 100, 1000, 1000], 100),
+        ("both", [400, 350, 500], 350),
+        ("both", [500, 200, 500], 300),
+    ],
+)
+async def test_one_account_of_another_plan_changes_only_its_own(follow: str, told: list[int], common: int) -> None:
+    """As long as all keys may be counted together or not, the last three accounts have to agree on a limit for all."""
+    buckets = make(follow=follow)
+    pool = keys(len(told))
+    for key, limit in zip(pool, told, strict=True):
+        answered(await sent(buckets.claim(PATH, key)), balance(limit, limit - 1))
+    assert buckets.quota(PATH, None, pacing=0, refreshing=0).limit == common
+    own = [buckets.quota(PATH, key, pacing=0, refreshing=0).limit for key in pool]
+    assert own == [limit if follow == "both" else min(limit, 300) for limit in told]
+
+
 @pytest.mark.parametrize("scope", ["client", "auto"])
 async def test_another_limit_is_told_to_the_log_once(scope: str, caplog: pytest.LogCaptureFixture) -> None:
     """However many keys hear it."""
