@@ -106,7 +106,7 @@ class SharedTokens:
     def __init__(self, link: Link, name: str, limit: int) -> None:
         self.name = name
         self.epoch: int = 0  # the last one in which all of this was told
-        self.not_before: float = 0.0  # when it makes sense to ask again for what was not there
+        self.not_before: float = -math.inf  # when it makes sense to ask again for what was not there
         self._link = link
         self._limit, self._debt = limit, 0
         self._own = LocalTokens(limit)  # of this process alone
@@ -138,8 +138,7 @@ class SharedTokens:
     def available(self) -> int:
         if self._link.alone:
             return self._own.available
-        others = self._others if self._link.now() < self._others_until else 0
-        return max(0, self._limit - self._debt - others - self._own_out())
+        return max(0, self._limit - self._debt - self._others_out(self._link.now()) - self._own_out())
 
     @property
     def alone(self) -> bool:
@@ -153,9 +152,8 @@ class SharedTokens:
         self._wake, self._fail = wake, fail
 
     def resize(self, limit: int, debt: int) -> None:
-        if limit - debt > self._limit - self._debt:
-            self.not_before = 0.0
         self._limit, self._debt, self._extra = limit, debt, 0
+        self.not_before = -math.inf
         if self._link.alone:
             self._own.resize(self._share(), 0)
 
@@ -221,7 +219,7 @@ class SharedTokens:
         if self._hand:
             return True
         if beyond > 0:
-            self._extra, self.not_before = beyond, 0.0
+            self._extra, self.not_before = beyond, -math.inf
         else:
             self._wanted, self._beyond = count, beyond
             self._extra = self._extra if count else 0
@@ -243,11 +241,12 @@ class SharedTokens:
             times = self._own.returns(now, period)
             return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
         capacity, free = max(0, self._limit - self._debt), self.available
-        others = [max(now, self._others_until)] * (self._others if now < self._others_until else 0)
+        others = [self._others_until] * self._others_out(now)
         times = sorted([*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others])
         # More may be out than may. Of all, the next ones were told when they were wanted in vain.
         times = times[max(0, len(times) - capacity) :]
-        times[: len(self._coming)] = [min(time, max(now, told)) for time, told in zip(times, self._coming, strict=False)]
+        for place, told in enumerate(self._coming[: len(times)]):
+            times[place] = min(times[place], max(now, told))
         return times
 
     # --- for the link
@@ -323,7 +322,7 @@ class SharedTokens:
 
     def change(self) -> None:
         """The link is whole again, or has been broken for so long that the whole share may be used."""
-        self.not_before = 0.0
+        self.not_before = -math.inf
         self._own.resize(self._share(), 0)
         self._wake()
 
@@ -341,6 +340,9 @@ class SharedTokens:
 
     def _own_out(self) -> int:
         return self._own.in_flight + len(self._own.homes())
+
+    def _others_out(self, now: float) -> int:
+        return self._others if now < self._others_until else 0
 
     def _share(self) -> int:
         """What may be out of these while this process is alone."""
@@ -366,7 +368,7 @@ class SharedTokens:
         # Nobody else knows of one that this process has given itself, before it has been told.
         if self.epoch or self._sent is not None or not token.alone:
             self._returned.append(token)
-            self.not_before = 0.0
+            self.not_before = -math.inf
             self._link.say(self, at_once=self.wants)  # whoever waits here can have it
 
 

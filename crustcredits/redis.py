@@ -305,8 +305,7 @@ class _Link:
                 tokens.lose_touch()
         for tokens in batch:
             tokens.unanswered()
-        self._due |= dict.fromkeys(batch, self._last + BEAT)
-        self._soonest = min(self._soonest, self._last + BEAT)
+        self._due |= dict.fromkeys(batch, self._last)
         if _now() - self._failing < _GRACE:
             return
         if not self._gone:
@@ -325,7 +324,6 @@ class _Link:
         # A request for which another process had its token then may still come, and counts for a period.
         self.settles_at = since + self.terms.lease
         self._due.clear()
-        self._soonest = math.inf
         for tokens in list(self._all):
             tokens.go_alone()
         if not self.closed:

@@ -333,7 +333,7 @@ async def test_a_token_that_comes_back_is_had_by_another_process_soon(start: Sta
     assert task.done()
 
 
-async def test_the_server_is_asked_for_the_count_of_all(start: Start) -> None:
+async def test_the_server_is_asked_for_the_count_of_all(redis: FakeRedis, start: Start) -> None:
     """What the other process has sent is no debt."""
     one, two = start(limit=10), start(limit=10)
     for _ in range(4):
@@ -341,7 +341,10 @@ async def test_the_server_is_asked_for_the_count_of_all(start: Start) -> None:
         one.end()
     await asyncio.sleep(1)
     await two.send()
+    before = redis.messages
     two.bucket.heard(Told("somebody", now(), now(), 7, None), 0)
+    await asyncio.sleep(0.05)
+    assert redis.messages == before  # with the next one
     two.end()
     await asyncio.sleep(SOON)
     assert two.bucket.quota().debt == 2
@@ -900,6 +903,10 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     assert len(done) == 4
     assert {type(task.exception()) for task in done} == {BucketsUnavailableError}
     redis.resume()
+    await asyncio.sleep(2)
+    redis.seen = []
+    await asyncio.sleep(2)
+    assert not any(asked.wanted for message in redis.seen for asked in message.buckets)
 
 
 async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(redis: FakeRedis, start: Start) -> None:

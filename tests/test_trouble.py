@@ -122,6 +122,58 @@ async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
     assert token.number >= 3
 
 
+async def test_what_is_said_during_a_message_in_vain_is_said_after_it(redis: FakeRedis, start: Start) -> None:
+    """Of another bucket; and what goes back is not forgotten for what the message may have brought."""
+    one = start(limit=5)
+    other = TokenBucket(5, PERIOD, late=LATE, tokens=one.buckets.tokens("/account/credits", None, 5))
+    await one.send()
+    one.bucket.unused(await one.acquire())
+    token = await other.acquire()
+    redis.down = True
+    redis.latency = lambda process: 0.2
+    task = one.waits()
+    await asyncio.sleep(0.1)
+    other.unused(token)
+    await asyncio.sleep(0.3)
+    redis.down = False
+    await task
+    await asyncio.sleep(1)
+    assert redis.out() == 2
+
+
+async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis: FakeRedis, start: Start) -> None:
+    """It is free again as soon as Redis is back, and not only after its lease."""
+    one = start(limit=4)
+    token = await one.acquire()
+    redis.down = True
+    await asyncio.sleep(4)
+    assert one.buckets._link.alone
+    one.bucket.unused(token)
+    assert not one.bucket.idle(now())
+    redis.down = False
+    await asyncio.sleep(2)
+    assert redis.out() == 0
+    assert one.bucket.idle(now())
+
+
+async def test_a_bucket_that_has_something_to_say_is_not_forgotten(redis: FakeRedis, start: Start) -> None:
+    """Without it, nobody would say it."""
+    one = start(limit=4, on_outage="raise")
+    one.bucket.unused(await one.acquire())
+    assert not one.bucket.idle(now())
+    await asyncio.sleep(0.3)
+    assert one.bucket.idle(now())
+    await one.send()
+    redis.down = True
+    await asyncio.sleep(0.2)
+    one.end()
+    await asyncio.sleep(PERIOD + 1)
+    assert not one.bucket.idle(now())
+    redis.down = False
+    await asyncio.sleep(1)
+    assert one.bucket.idle(now())
+
+
 # --- crowds
 
 
@@ -253,6 +305,29 @@ async def test_with_a_slow_pace_a_process_comes_back_without_a_gap(redis: FakeRe
         assert now() < 170
 
 
+async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Start) -> None:
+    """All of it, if they have spent all; and so is what is told of it."""
+    one = start(limit=16)
+    redis.down = True
+    await one.send()
+    assert now() == pytest.approx(LEASE, abs=0.1)
+    quota = one.bucket.quota()
+    assert (quota.free, len(quota._returns)) == (3, 4)
+    one.bucket._owe(Told("somebody", now(), now(), 16, None), 0)
+    assert one.bucket.quota().free == 0
+    assert not one.bucket.try_acquire()
+
+
+async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start: Start) -> None:
+    """What it had itself comes home first, and the rest later."""
+    one = start(limit=16)
+    await spend(one, 2)
+    await passes(30)
+    redis.down = True
+    await passes(40)
+    assert [round(seconds) for seconds in one.bucket.quota()._returns] == [20, 20, 71, 71]
+
+
 # --- probes, and what others spend
 
 
@@ -352,6 +427,9 @@ async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis
         assert one.quota().seconds_for(11) == pytest.approx(59.3, abs=0.3)
         assert two.quota().seconds_for(6) == 0
         assert 58 < two.quota().seconds_for(7) < 60.5
+        bucket = two._asker._buckets._bucket("/user/credits")
+        bucket._owe(Told("somebody", now(), now(), 20, None), 0)
+        assert (two.quota().free, len(two.quota()._returns)) == (0, 30)
         await asyncio.sleep(65)
         for client in (one, two):
             assert (client.quota().free, client.quota().seconds_for(30)) == (30, 0)
