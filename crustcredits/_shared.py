@@ -183,8 +183,8 @@ class SharedTokens:
 
     def start(self, now: float) -> int:
         token = self._taken.popleft()
-        # One that this process has given itself may be older than its lease would be.
-        self._on_wire.append(token._replace(at=now) if token.alone else token)
+        # Alone it may begin at any time after it was taken, which Redis does not know.
+        self._on_wire.append(token._replace(at=now) if self._link.alone else token)
         if self._link.alone:
             self._wake()
         elif self.wants:

@@ -157,7 +157,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         sandbox.fail(stranger, Fault.SILENCE)
     with pytest.raises(ConfigurationError, match="stranger: the sandbox did not issue this key"):
         sandbox.set_credits(stranger, 1)
-    for options in ({"limit": 0}, {"period": 0}, {"delay": (-1, 0)}, {"delay": (2, 1)}):
+    for options in ({"limit": 0}, {"period": 0}, {"delay": (-1, 0)}, {"delay": (2, 1)}, {"delay": 5}):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             SandboxServer(**options)
     assert sandbox.add_key(secret="sk-mine").secret == "sk-mine"

@@ -242,11 +242,15 @@ async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start, re
 # --- alone
 
 
-async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(redis: FakeRedis, start: Start) -> None:
-    """Its token was taken longer ago than that."""
+@pytest.mark.parametrize("before", [True, False])
+async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(
+    redis: FakeRedis, start: Start, before: bool
+) -> None:
+    """Its token was taken longer ago than that, from Redis or without it."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
-    redis.down = True
+    redis.down = not before
     await asyncio.gather(one.acquire(), one.acquire())
+    redis.down = True
     await asyncio.sleep(95)
     assert [one.start(), one.start()] == [True, True]
     redis.down = False
@@ -316,6 +320,16 @@ async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Star
     one.bucket._owe(Told("somebody", now(), now(), 16, None), 0)
     assert one.bucket.quota().free == 0
     assert not one.bucket.try_acquire()
+
+
+async def test_no_more_than_the_share_begins_of_what_was_taken_before(redis: FakeRedis, start: Start) -> None:
+    """The others may have begun theirs."""
+    one = start(limit=8)
+    for _ in range(4):
+        await one.acquire()
+    redis.down = True
+    await asyncio.sleep(4)
+    assert [one.start() for _ in range(4)] == [True, True, False, False]
 
 
 async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start: Start) -> None:
