@@ -22,7 +22,7 @@ from weakref import WeakSet
 import attrs
 from aiohttp import web
 
-from crustcredits._checks import check_number, check_whole
+from crustcredits._checks import check_kind, check_number, check_whole
 from crustcredits._errors import ConfigurationError
 from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, bomb, reset, transport_of
 from crustcredits._keys import ApiKey
@@ -96,8 +96,7 @@ class SandboxServer:
         check_whole("limit", limit, minimum=1)
         check_number("period", period, above=0)
         check_whole("port", port, minimum=0)
-        if not isinstance(delay, (tuple, list)) or len(delay) != 2:
-            raise ConfigurationError("delay is two numbers of seconds, the least and the most: delay=(0.0, 0.1)")
+        check_kind("delay", delay, tuple)
         check_number("delay[0]", delay[0], minimum=0)
         check_number("delay[1]", delay[1], minimum=delay[0])
         self.arrivals: list[Arrival] = []

@@ -20,16 +20,14 @@ import asyncio
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Hashable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Literal, TypeVar
-from unittest.mock import patch
 
 import attrs
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from crustcredits import (
     ApiKey,
@@ -47,19 +45,15 @@ from crustcredits._limits import Scope, TokenBucket
 from crustcredits._quota import Quota
 from crustcredits._tokens import LocalStore
 from crustcredits._turn import Turn
+from tests.machines import EPSILON, LATE, MANY, PERIOD, VirtualMachine, within
 from tests.told import balance
-from tests.virtual import VirtualLoop, now
+from tests.virtual import now
 
 T = TypeVar("T")
 
 PATH = "/user/credits"
-PERIOD = 10.0
-LATE = 3.0  # seconds that a request takes at most, and that a lost one arrives later at most
 MARGIN = 0.005
 STRETCHED = PERIOD * (1 + MARGIN)
-# Distances between arrivals are sums of floats.
-EPSILON = 1e-4
-
 # Two keys of one declared account, one of another, and some that say nothing; of these the last two share an account too.
 POOL = [
     ApiKey("secret-0", name="0", account="acme"),
@@ -94,11 +88,6 @@ class Window:
     others: list[float] = attrs.field(factory=list)  # of these, other people's
     arrived: list[float] = attrs.field(factory=list)  # ours, whether or not they were counted
     refused: list[float] = attrs.field(factory=list)  # of these, those that were not
-
-
-def within(times: list[float], when: float, slack: float = EPSILON) -> int:
-    """How many of them are in the window that ends then, which is so much shorter than a period."""
-    return len(times) - bisect_right(times, when - PERIOD + slack)
 
 
 @attrs.define
@@ -188,25 +177,20 @@ class Debts:
             request.home = when + (STRETCHED + LATE if fate.kind == "abandoned" else STRETCHED)
 
 
-class Limits(RuleBasedStateMachine):
+class Limits(VirtualMachine):
     """The client, the network, the server and other people."""
 
     scope: Scope | None = None
     counting: Counting | None = None
     lag: float | None = None
-    instead: ClassVar[dict[str, Any]] = {}  # what is to be different in the library
+    # The proof is sound with any number of witnesses; three come up more often than ten.
+    instead: ClassVar[dict[str, Any]] = {"crustcredits._proof.WITNESSES": 3}
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = VirtualLoop()
         self.requests: dict[Request, None] = {}  # in the order in which they were asked for
         self.on_wire: dict[Request, None] = {}
-        self.different = ExitStack()
-        # The proof is sound with any number of witnesses; three come up more often than ten.
-        for target, other in ({"crustcredits._proof.WITNESSES": 3} | self.instead).items():
-            self.different.enter_context(patch(target, other))
         self.debts: defaultdict[Hashable, Debts] = defaultdict(Debts)  # by the place of the bucket
-        self.problem: BaseException | None = None  # the first; it may have come up where nobody hears of it
 
     @initialize(
         scope=st.sampled_from(["auto", "auto", "client", "account", "key"]),
@@ -226,22 +210,10 @@ class Limits(RuleBasedStateMachine):
         self.kept = more == 0 and counting in KEPT[scope]  # the client's reading is the server's, or wider
         self.alone = alone
         self.buckets = self.do(self._make(rate_limit))
+        self.began = True
 
     async def _make(self, rate_limit: RateLimit) -> Buckets:
         return Buckets(rate_limit, LocalStore(), late=LATE)
-
-    def do(self, what: Coroutine[Any, Any, T]) -> T:
-        """In the loop, and all that can happen at once happens."""
-        return self.loop.run_until_complete(self._and_settle(what))
-
-    async def _and_settle(self, what: Coroutine[Any, Any, T]) -> T:
-        result = await what
-        await self._settle()
-        return result
-
-    async def _settle(self) -> None:
-        for _ in range(12):
-            await asyncio.sleep(0)
 
     # --- what can happen
 
@@ -324,11 +296,6 @@ class Limits(RuleBasedStateMachine):
     # --- what must be so
 
     @invariant()
-    def nothing_has_gone_wrong(self) -> None:
-        if self.problem is not None:
-            raise self.problem
-
-    @invariant()
     def nobody_waits_while_a_token_is_free(self) -> None:
         for quota in self.loop.run_until_complete(self._quotas()):
             waits = quota.free and quota.waiting and quota.paused is None
@@ -356,23 +323,7 @@ class Limits(RuleBasedStateMachine):
             debts = [bucket._debt for bucket in self._all_buckets()]
             self.check(not any(debt.amount for debt in debts if debt is not None), "debt, and nobody else spends")
 
-    def check(self, holds: bool, said: str) -> None:
-        """What must hold."""
-        if not holds and self.problem is None:
-            self.problem = AssertionError(said)
-            raise self.problem
-
-    def teardown(self) -> None:
-        try:
-            if self.problem is None and hasattr(self, "buckets"):
-                self._all_finish()
-                self.nothing_has_gone_wrong()
-        finally:
-            self.do(self._give_up())
-            self.loop.close()
-            self.different.close()
-
-    def _all_finish(self) -> None:
+    def finish(self) -> None:
         """Nobody spends any more: all who wait finish, and a round of all keys leaves every bucket as good as new."""
         self._finish()
         self.do(asyncio.sleep(PERIOD))
@@ -396,7 +347,7 @@ class Limits(RuleBasedStateMachine):
                 self.do(self._answer_all())
             self.do(asyncio.sleep(0.25))
 
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
         tasks = [request.task for request in self.requests if request.task is not None]
         for task in tasks:
             task.cancel()
@@ -420,11 +371,7 @@ class Limits(RuleBasedStateMachine):
             request = Request(POOL[(first + (0 if of_one else number)) % len(POOL)], turn, straggles)
             self.requests[request] = None
             request.task = asyncio.create_task(self._run(request))
-            request.task.add_done_callback(self._look_at)
-
-    def _look_at(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and self.problem is None:
-            self.problem = task.exception()
+            self.watch(request.task)
 
     async def _want(self, request: Request) -> None:
         request.turn.want()
@@ -535,22 +482,15 @@ def result_of(status: int, headers: RateLimitStatus | None) -> Balance | CrustCr
     return attrs.evolve(balance(), rate_limit=headers)
 
 
-MANY = settings(
-    deadline=None,
-    max_examples=80,
-    stateful_step_count=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-
 TestLimits = pytest.mark.timeout(600)(Limits.TestCase)  # what fails takes minutes to be made small
-TestLimits.settings = MANY
+TestLimits.settings = settings(MANY, max_examples=80)
 
 
 class ComesHomeEarly(Limits):
     """As if each attempt had ended as long before its end as it can have taken."""
 
     scope, counting = "client", "all together"
-    instead: ClassVar = {
+    instead: ClassVar = Limits.instead | {
         "crustcredits._limits.TokenBucket.ended": lambda self, token, now: self._end(token, self._period - LATE, now),
     }
 
@@ -559,14 +499,14 @@ class ForgetsTheLost(Limits):
     """As if what was given up on could arrive no more."""
 
     scope, counting = "client", "all together"
-    instead: ClassVar = {"crustcredits._limits.TokenBucket.abandoned": TokenBucket.ended}
+    instead: ClassVar = Limits.instead | {"crustcredits._limits.TokenBucket.abandoned": TokenBucket.ended}
 
 
 class BelievesAtOnce(Limits):
     """As if the server's count never lagged."""
 
     scope, counting, lag = "auto", "all together", 1.4
-    instead: ClassVar = {"crustcredits._proof.LAG": -0.1}
+    instead: ClassVar = Limits.instead | {"crustcredits._proof.LAG": -0.1}
 
 
 class NeedsNoWitness(Limits):
@@ -580,7 +520,7 @@ class IsDeaf(Limits):
     """As if nobody else were there."""
 
     scope, counting = "client", "all together"
-    instead: ClassVar = {"crustcredits._limits.TokenBucket.heard": lambda self, told, mark: None}
+    instead: ClassVar = Limits.instead | {"crustcredits._limits.TokenBucket.heard": lambda self, told, mark: None}
 
 
 @pytest.mark.timeout(180)  # up to 500 examples, slow where coverage is measured

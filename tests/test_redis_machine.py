@@ -21,17 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
-from unittest.mock import patch
 
 import attrs
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis
 
 from crustcredits import BucketsUnavailableError
@@ -40,17 +37,14 @@ from crustcredits._shared import GAP, SharedTokens
 from crustcredits._tokens import FRESH
 from crustcredits.redis import _SCRIPT, _SHA
 from tests.lua import EPOCH, FakeRedis, SortedSet, between, opening
+from tests.machines import EPSILON, LATE, MANY, PERIOD, VirtualMachine, within
 from tests.processes import Worker, worker
 from tests.servers import RedisServer
-from tests.virtual import VirtualLoop, now
+from tests.virtual import now
 
 T = TypeVar("T")
 
-PERIOD = 10.0
-LATE = 3.0  # seconds that a request takes at most, and that a lost one arrives later at most
 LEASE = PERIOD + 2 * LATE + FRESH
-# Distances between arrivals are sums of floats.
-EPSILON = 1e-4
 # Seconds in which every process has noticed what has happened to Redis: it speaks, is not answered in time, and tries again.
 NOTICED = 4.0
 MOST_PROCESSES = 3
@@ -205,11 +199,6 @@ def replay() -> Iterator[Replay]:
 # --- the API
 
 
-def within(times: Sequence[float], when: float, slack: float = EPSILON) -> int:
-    """How many of them are in the window that ends then, which is so much shorter than a period."""
-    return len(times) - bisect_right(times, when - PERIOD + slack)
-
-
 @attrs.define
 class Api:
     """It counts all requests together in one sliding window."""
@@ -259,18 +248,13 @@ class Process:
         return self.worker.buckets._link.alone
 
 
-class Processes(RuleBasedStateMachine):
+class Processes(VirtualMachine):
     """Up to three processes, Redis, the network, the API and other people."""
 
     replay: ClassVar[Replay | None] = None
-    instead: ClassVar[dict[str, Any]] = {}  # what is to be different in the library
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = VirtualLoop()
-        self.different = ExitStack()
-        for target, other in self.instead.items():
-            self.different.enter_context(patch(target, other))
         self.processes: list[Process] = []
         self.begun = 0
         self.harmed = -math.inf  # when something has happened to Redis last
@@ -278,7 +262,6 @@ class Processes(RuleBasedStateMachine):
         self.whole = True  # nothing has happened to Redis yet
         self.skew = 0.0
         self.earlier: Any = None
-        self.problem: BaseException | None = None  # the first; it may have come up where nobody hears of it
 
     @initialize(
         limit=st.sampled_from([3, 4, 6, 9]),
@@ -293,21 +276,12 @@ class Processes(RuleBasedStateMachine):
         self.redis = opened_and_recorded(latency=between(0.0, latency, seed), clock=self.clock)
         self.options: dict[str, Any] = {"limit": limit, "on_outage": raises, "pace": pace}
         self.alone = alone
+        self.began = True
         self.start()
         self.start()
 
     def clock(self) -> float:
         return EPOCH + self.skew + self.loop.time()
-
-    def do(self, what: Coroutine[Any, Any, T]) -> T:
-        """In the loop, and all that can happen at once happens."""
-        return self.loop.run_until_complete(self._and_settle(what))
-
-    async def _and_settle(self, what: Coroutine[Any, Any, T]) -> T:
-        result = await what
-        for _ in range(12):
-            await asyncio.sleep(0)
-        return result
 
     # --- what can happen to processes
 
@@ -447,36 +421,18 @@ class Processes(RuleBasedStateMachine):
     # --- what must be so
 
     @invariant()
-    def nothing_has_gone_wrong(self) -> None:
-        if self.problem is not None:
-            raise self.problem
-
-    @invariant()
     def there_is_no_debt_without_others(self) -> None:
         if self.alone and self.whole:
             debts = [process.worker.bucket._debt for process in self.processes]
             self.check(not any(debt.amount for debt in debts if debt is not None), "debt, and nobody else spends")
 
-    def check(self, holds: bool, said: str) -> None:
-        """What must hold."""
-        if not holds and self.problem is None:
-            self.problem = AssertionError(said)
-            raise self.problem
-
     def teardown(self) -> None:
-        try:
-            if self.problem is None and hasattr(self, "api"):
-                self._all_finish()
-                self.nothing_has_gone_wrong()
-        finally:
-            self.do(self._give_up())
-            self.loop.close()
-            self.different.close()
+        super().teardown()
         if self.problem is None and self.replay is not None:
             self.replay.all(self.redis.events)
             assert self.replay.contents() == self.redis.kept
 
-    def _all_finish(self) -> None:
+    def finish(self) -> None:
         """All is well again: all who wait finish, and then nothing is left of it."""
         self.redis.lose_answers = self.redis.repeat = 0
         self.redis.cut.clear()
@@ -500,7 +456,7 @@ class Processes(RuleBasedStateMachine):
         self.check(worker.bucket.idle(now()), "a bucket is not as good as new")
         self.check(worker.bucket.quota().free == self.api.limit, "a token is lost")
 
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
         tasks = [task for process in self.processes for task in process.requests]
         await self._cancel(tasks)
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -520,11 +476,7 @@ class Processes(RuleBasedStateMachine):
             task = asyncio.create_task(self._run(process, ends, before, takes))
             process.requests[task] = None
             task.add_done_callback(process.requests.pop)
-            task.add_done_callback(self._look_at)
-
-    def _look_at(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and self.problem is None:
-            self.problem = task.exception()
+            self.watch(task)
 
     async def _run(self, process: Process, ends: Ends, before: float, takes: float) -> None:
         """As `_asker` does it, without a pool of places on the wire."""
@@ -589,16 +541,8 @@ class Processes(RuleBasedStateMachine):
             self.check(within(self.api.refused, when) <= spent, "more were refused than others have spent")
 
 
-MANY = settings(
-    deadline=None,
-    max_examples=40,
-    stateful_step_count=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    report_multiple_bugs=False,
-)
-
 TestProcesses = pytest.mark.timeout(600)(Processes.TestCase)  # what fails takes minutes to be made small
-TestProcesses.settings = MANY
+TestProcesses.settings = settings(MANY, max_examples=40)
 
 
 class GivesAtOnce(Processes):
