@@ -141,6 +141,34 @@ async def test_what_is_said_during_a_message_in_vain_is_said_after_it(redis: Fak
     assert redis.out() == 2
 
 
+async def test_a_token_that_nobody_waits_for_any_more_goes_back(redis: FakeRedis, start: Start) -> None:
+    """Who did has left while the message was under way."""
+    redis.latency = lambda process: 0.05
+    one = start(limit=4)
+    tasks = [one.waits() for _ in range(3)]
+    await asyncio.sleep(0.01)
+    tasks[0].cancel()
+    await asyncio.sleep(0.12)
+    assert redis.out() == 3
+    await asyncio.sleep(0.3)
+    assert redis.out() == 2
+
+
+@pytest.mark.parametrize("trouble", ["a loss", "a debt"])
+async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedis, start: Start, trouble: str) -> None:
+    """Until tokens are given again, or somebody else's requests have aged out."""
+    one = start(limit=4)
+    if trouble == "a loss":
+        redis.flush()
+    else:
+        one.bucket._owe(Told("somebody", now(), now(), 4, None), 0)
+    task = one.waits()
+    await asyncio.sleep(1.2)
+    assert redis.messages <= 5
+    assert not task.done()
+    task.cancel()
+
+
 async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis: FakeRedis, start: Start) -> None:
     """It is free again as soon as Redis is back, and not only after its lease."""
     one = start(limit=4)
