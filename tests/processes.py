@@ -104,6 +104,12 @@ Start: TypeAlias = Callable[..., Worker]
 async def redis() -> AsyncIterator[FakeRedis]:
     """A server that has been in use for a while."""
     redis = opened(latency=between(0.0, TRAVEL / 2))
+
+    def fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        redis.faults.append(f"{context['message']}: {context.get('exception')!r}")
+
+    # What is raised where messages are sent and read, nobody waits for.
+    asyncio.get_running_loop().set_exception_handler(fault)
     yield redis
     assert redis.faults == []
 

@@ -202,6 +202,42 @@ async def test_a_bucket_that_has_something_to_say_is_not_forgotten(redis: FakeRe
     assert one.bucket.idle(now())
 
 
+async def test_an_answer_that_is_lost_costs_half_a_second(redis: FakeRedis, start: Start) -> None:
+    """And nobody a pause, since the others were answered."""
+    one, two = start(limit=4), start(limit=4)
+    redis.lose_answers = 1
+    await one.send()
+    assert now() == pytest.approx(0.5, abs=0.02)
+    began = now()
+    await two.send()
+    assert now() - began < 0.02
+
+
+async def test_what_is_to_be_said_later_does_not_keep_what_is_to_be_said_now(start: Start) -> None:
+    """A request ends while another waits for the message that is due."""
+    one = start(limit=4)
+    await one.send()
+    began = now()
+    task = one.waits()
+    await asyncio.sleep(0)
+    one.end()
+    await task
+    assert now() - began < 0.02
+
+
+async def test_what_is_held_is_told_as_soon_as_a_loss_is_noticed(redis: FakeRedis, start: Start) -> None:
+    """By the next message, which follows at once."""
+    one = start(limit=4)
+    await spend(one, 3)
+    await asyncio.sleep(1)
+    redis.flush()
+    redis.seen = []
+    await asyncio.sleep(1)
+    noticed, told = (message.at for message in redis.seen[:2])
+    assert told - noticed < 0.02
+    assert redis.out() == 3
+
+
 # --- crowds
 
 
@@ -241,7 +277,7 @@ async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, st
     await one.send()
     redis.down = True
     for _ in range(20):
-        await asyncio.wait([one.waits() for _ in range(50)])
+        await asyncio.gather(*(one.waits() for _ in range(50)), return_exceptions=True)
     redis.seen = []
     redis.down = False
     await one.send()
@@ -358,6 +394,35 @@ async def test_no_more_than_the_share_begins_of_what_was_taken_before(redis: Fak
     redis.down = True
     await asyncio.sleep(4)
     assert [one.start() for _ in range(4)] == [True, True, False, False]
+
+
+async def test_a_second_outage_is_a_new_one(redis: FakeRedis, start: Start) -> None:
+    """The others may have spent the rest again."""
+    one = start(limit=8)
+    await spend(one, 1)
+    redis.down = True
+    await asyncio.sleep(10)
+    redis.down = False
+    await asyncio.sleep(60)
+    redis.down = True
+    began = now()
+    tasks = [one.waits() for _ in range(2)]
+    await passes(began + LEASE - 0.1)
+    assert not any(task.done() for task in tasks)
+    await asyncio.gather(*tasks)
+    assert now() == pytest.approx(began + LEASE, abs=0.6)
+
+
+async def test_refreshes_leave_something_of_the_share_alone_too(redis: FakeRedis, start: Start) -> None:
+    """As much as of the whole: a tenth of the limit."""
+    one = start(limit=40)
+    redis.down = True
+    await one.send()
+    tasks = [turn(one.bucket, wanted=False)[1] for _ in range(9)]
+    await asyncio.sleep(50)
+    assert sum(task.done() for task in tasks) == 5
+    for task in tasks:
+        task.cancel()
 
 
 async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start: Start) -> None:
