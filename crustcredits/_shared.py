@@ -229,7 +229,7 @@ class SharedTokens:
 
     def next_home(self, missing: int, beyond: int = 0) -> float | None:
         if self._link.alone:
-            return self._own.next_home(missing, min(beyond, 0))
+            return self._own.next_home(missing)  # debt or not: others are the other processes, each with its share
         return None if self._wanted and not beyond else -math.inf
 
     def homes(self) -> Sequence[float]:

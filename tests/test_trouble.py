@@ -474,6 +474,23 @@ async def test_a_probe_is_not_asked_for_when_nobody_waits_for_it(redis: FakeRedi
     await asyncio.wait_for(one.send(), 1)
 
 
+async def test_a_probe_that_could_not_be_had_is_had_when_it_can(start: Start) -> None:
+    """All were out when it was asked for."""
+    one, two = start(limit=3), start(limit=3)
+    for _ in range(3):
+        await two.send()
+    one.bucket._owe(Told("somebody", now(), now(), 3, 5.0), 0)
+    task = one.waits()
+    await passes(25)
+    one.bucket.succeeded()
+    other = one.waits()
+    await passes(30)
+    assert not task.done()
+    two.bucket.unsent(two.on_wire.popleft())
+    await asyncio.wait_for(task, 1)
+    other.cancel()
+
+
 async def test_a_probe_of_a_pause_is_too_old_like_any_token(start: Start) -> None:
     """Others could use it, and its lease is made for a request that begins soon."""
     one = start(limit=4)
