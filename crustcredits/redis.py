@@ -356,7 +356,7 @@ class _Link:
 
 def _connect(url: str) -> Redis | ConfigurationError:
     try:
-        client = Redis.from_url(url, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE, retry=Retry(NoBackoff(), 0))
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0))  # when it is asked again is decided here
         # Now, and not at the first call, it is to say that it does not know an option of the URL.
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError):
