@@ -235,7 +235,7 @@ class _Link:
     async def _exchange(self) -> None:
         now = self._last = _now()
         self._process = self._process or secrets.token_hex(8)
-        batch = [] if self.alone else sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
+        batch = sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
         for tokens in batch:
             del self._due[tokens]
         self._soonest = min(self._due.values(), default=math.inf)
