@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from crustcredits import APIConnectionError, RateLimit, RateLimitStatus
 from crustcredits._buckets import Buckets
 from crustcredits._claim import Claim
-from crustcredits._debt import Told
+from crustcredits._debt import Debt, Told
 from crustcredits._limits import TokenBucket
 from crustcredits._tokens import LocalStore, LocalTokens
 from crustcredits._turn import Turn
@@ -855,3 +855,43 @@ async def test_who_is_alone_never_has_debt(scope: Literal["client", "account", "
             debts = [bucket._debt for bucket in client._asker._buckets._buckets.values()]
             assert not any(debt.amount for debt in debts if debt is not None)
         assert (await checking).ok
+
+
+def test_the_last_accounts_are_those_that_were_heard_last() -> None:
+    """One that is heard again is the newest, and not the first to be forgotten."""
+    debt = Debt(2)
+    for account, used in (("a", 5), ("b", 9), ("a", 5), ("c", 7)):
+        debt.hear(Told(account, 0.0, 0.0, used, None), 0, period=60.0, spacing=1.0)
+    assert debt.amount == 5
+
+
+def test_who_did_not_find_out_after_all_is_followed_once() -> None:
+    """By one."""
+    debt = Debt(1)
+    debt.probed()
+    debt.not_probed(3.0)
+    assert (debt.probe_at, debt.finding_out) == (3.0, False)
+    debt.not_probed(9.0)
+    assert debt.probe_at == 3.0
+
+
+async def test_a_waiter_that_leaves_does_not_call_back_a_probe() -> None:
+    """It is on the wire; and when it has told nothing, nobody goes beyond the debt before it ends."""
+    bucket = TokenBucket(4, 60.0, late=1.0)
+    token = await bucket.acquire()
+    mark = bucket.start()
+    bucket.heard(Told("somebody", 0.0, now(), 4, 5.0), mark)
+    bucket.ended(token)
+    at(20.0)
+    probe = asyncio.create_task(bucket.acquire())
+    await settle()
+    assert bucket.quota().probing
+    other = asyncio.create_task(bucket.acquire())
+    await settle()
+    other.cancel()
+    await settle()
+    bucket.start()
+    bucket.ended(await probe)
+    began = now()
+    await bucket.acquire()
+    assert now() - began > 30

@@ -12,6 +12,8 @@ from aiolimiter import AsyncLimiter
 from crustcredits import ApiKey, ConfigurationError, RateLimit
 from crustcredits._buckets import _CLAIMS, Buckets, account_of
 from crustcredits._limits import TokenBucket
+from crustcredits._line import Line
+from crustcredits._pause import Pause
 from crustcredits._quota import grant_time
 from crustcredits._tokens import LocalStore
 from crustcredits._turn import Turn
@@ -717,3 +719,64 @@ async def test_giving_back_without_anyone_waiting_sets_no_timer() -> None:
 async def test_a_token_that_comes_home_late_misses_rounds_and_keeps_its_place(ahead: int, expected: float) -> None:
     """Two tokens, one home now and one in 130 s: the first is used twice more before the other comes."""
     assert grant_time([0.0, 130.0], ahead, 60.0) == pytest.approx(expected)
+
+
+# --- who waits, and what refusals do
+
+
+def refresh() -> Turn:
+    turn = Turn()
+    turn.wanted = False
+    return turn
+
+
+def test_a_line_has_an_order_and_a_count() -> None:
+    """Those who had a token before, then those who are wanted, then the rest."""
+    line, first, again, last = Line(), Turn(), Turn(), refresh()
+    line.join(last, again=False)
+    line.join(first, again=False)
+    line.join(again, again=True)
+    assert [line.ahead_of(turn) for turn in (again, first, last)] == [0, 1, 2]
+    assert line.waiting == 2
+    assert not line.move_up(first)
+    assert line.move_up(last)
+    assert line.waiting == 3
+    assert [line.next() for _ in range(3)] == [again, first, last]
+    assert not line
+
+
+def test_whoever_leaves_a_line_is_not_in_it() -> None:
+    """Whatever he waited as."""
+    line, turns = Line(), [Turn(), Turn(), refresh()]
+    for turn, again in zip(turns, (False, True, False), strict=True):
+        line.join(turn, again=again)
+    for turn in turns:
+        line.leave(turn)
+        line.leave(turn)
+    assert not line
+    assert line.waiting == 0
+
+
+def test_the_last_three_refusals_make_a_pause() -> None:
+    """Whether it has changed is told; an account that is refused again counts as the newest."""
+    pause = Pause()
+    assert [pause.refused(account, 0.0, 5.0) for account in "ab"] == [False, False]
+    assert not pause.refused("c", 0.0, 8.0)
+    assert not pause.refused("a", 3.0, 2.0)
+    # Now "c" is the oldest but one, and "b" goes.
+    assert not pause.refused("d", 3.0, 6.5)
+    assert not pause.refused("a", 3.0, 6.5)
+    assert pause.refused("c", 3.0, 6.5)
+    assert pause.until == 9.5
+    assert pause.refused("a", 4.0, 7.0)
+    assert pause.until == 11.0
+    assert not pause.refused("a", 4.0, None)
+    assert pause.succeeded()
+    assert not pause.succeeded()
+
+
+@pytest.mark.parametrize(("apart", "begins"), [(1.0, True), (1.001, False)])
+def test_refusals_mean_one_moment_within_a_second(apart: float, begins: bool) -> None:
+    """What is said in whole seconds can differ by as much."""
+    pause = Pause()
+    assert [pause.refused(account, 0.0, wait) for account, wait in zip("abc", (5.0, 5.5, 5.0 + apart), strict=True)][2] == begins

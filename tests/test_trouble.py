@@ -463,9 +463,9 @@ async def test_a_probe_is_not_asked_for_when_nobody_waits_for_it(redis: FakeRedi
     one.bucket._owe(Told("somebody", now(), now(), 3, 5.0), 0)
     task = one.waits()
     await passes(25)
-    assert one.bucket._probe_comes
     task.cancel()
     await asyncio.sleep(1)
+    assert not one.bucket._probe_comes
     before = redis.messages_of[one.name]
     await passes(45)
     assert redis.messages_of[one.name] == before
