@@ -456,12 +456,12 @@ class TokenBucket:
         paused, wanted = self._pause.until, self._line.waiting > 0
         if not self._line or (paused is not None and self._probe):
             return None
-        when = self._next_free(0 if wanted else self._reserve, now, probes=wanted)
+        when = self._next_free(0 if wanted else self._reserve, probes=wanted)
         if when is None:
             return None
         return max(when, now if wanted else self._next_refresh, paused or now)
 
-    def _next_free(self, reserve: int, now: float, *, probes: bool) -> float | None:
+    def _next_free(self, reserve: int, *, probes: bool) -> float | None:
         missing = reserve + 1 - self._tokens.free
         when = self._tokens.next_home(missing)
         debt = self._debt

@@ -857,6 +857,21 @@ async def test_who_is_alone_never_has_debt(scope: Literal["client", "account", "
         assert (await checking).ok
 
 
+async def test_a_token_that_comes_home_before_a_probe_is_due_goes_first() -> None:
+    """The debt is not all that keeps the bucket shut."""
+    bucket = TokenBucket(4, 60.0)
+    for _ in range(3):
+        await bucket.acquire()
+    bucket.start()
+    bucket.ended()
+    at(30.0)
+    mark = bucket.start()
+    bucket.heard(Told("somebody", 30.0, 30.0, 3, 50.0), mark)
+    assert bucket.quota().debt == 1
+    await bucket.acquire()
+    assert now() == pytest.approx(60, abs=0.1)
+
+
 def test_the_last_accounts_are_those_that_were_heard_last() -> None:
     """One that is heard again is the newest, and not the first to be forgotten."""
     debt = Debt(2)

@@ -721,6 +721,30 @@ async def test_a_token_that_comes_home_late_misses_rounds_and_keeps_its_place(ah
     assert grant_time([0.0, 130.0], ahead, 60.0) == pytest.approx(expected)
 
 
+async def test_the_distance_of_refreshes_is_nothing_to_who_is_wanted() -> None:
+    """The next one may be far away when a token comes home."""
+    bucket = TokenBucket(3, 60.0)
+    await bucket.acquire()
+    bucket.start()
+    bucket.ended()
+    await asyncio.sleep(50)
+    await bucket.acquire(refresh())
+    await bucket.acquire()
+    await bucket.acquire()
+    assert now() == pytest.approx(60)
+
+
+async def test_a_bucket_of_this_process_is_always_sure() -> None:
+    """Whoever waits knows for how long; nobody has to be told later."""
+    bucket = TokenBucket(1, 60.0)
+    await bucket.acquire()
+    waits = [asyncio.create_task(bucket.acquire()) for _ in range(3)]
+    await asyncio.sleep(1)
+    assert bucket._unsure == []
+    for task in waits:
+        task.cancel()
+
+
 # --- who waits, and what refusals do
 
 
