@@ -178,12 +178,15 @@ class TokenBucket:
         self._collect(now)
         waiter: asyncio.Future[int] = loop.create_future()
         turn.waiter = waiter
+        behind = self._line.waiting and self._timer is not None and self._tokens.free <= 0 and not self._asks
         self._line.join(turn, again=again)
-        self._wake()
+        if not behind:  # otherwise it changes nothing: somebody waits already for the next that comes home
+            self._wake()
         try:
             if not waiter.done():
                 turn.joins(self)
-                self._unsure += [turn] if self._asks else []
+                if self._asks:
+                    self._unsure.append(turn)
             return await waiter
         except asyncio.CancelledError:
             self._leave(turn, waiter)
