@@ -902,10 +902,9 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     done, _ = await asyncio.wait(tasks, timeout=2.5)
     assert len(done) == 4
     assert {type(task.exception()) for task in done} == {BucketsUnavailableError}
-    redis.resume()
-    await asyncio.sleep(2)
     redis.seen = []
-    await asyncio.sleep(2)
+    redis.resume(late=False)
+    await asyncio.sleep(3)
     assert not any(asked.wanted for message in redis.seen for asked in message.buckets)
 
 
