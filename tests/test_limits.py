@@ -784,13 +784,9 @@ def test_whoever_leaves_a_line_is_not_in_it() -> None:
 def test_the_last_three_refusals_make_a_pause() -> None:
     """Whether it has changed is told; an account that is refused again counts as the newest."""
     pause = Pause()
-    assert [pause.refused(account, 0.0, 5.0) for account in "ab"] == [False, False]
-    assert not pause.refused("c", 0.0, 8.0)
-    assert not pause.refused("a", 3.0, 2.0)
-    # Now "c" is the oldest but one, and "b" goes.
-    assert not pause.refused("d", 3.0, 6.5)
-    assert not pause.refused("a", 3.0, 6.5)
-    assert pause.refused("c", 3.0, 6.5)
+    told = [("a", 0.0, 5.0), ("b", 0.0, 1.0), ("c", 0.0, 9.5), ("a", 3.0, 6.5)]
+    assert [pause.refused(*each) for each in told] == [False] * 4
+    assert pause.refused("d", 3.0, 6.5)  # it is "b" that goes
     assert pause.until == 9.5
     assert pause.refused("a", 4.0, 7.0)
     assert pause.until == 11.0
