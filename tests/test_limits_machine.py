@@ -483,7 +483,7 @@ def result_of(status: int, headers: RateLimitStatus | None) -> Balance | CrustCr
 
 
 TestLimits = pytest.mark.timeout(600)(Limits.TestCase)  # what fails takes minutes to be made small
-TestLimits.settings = settings(MANY, max_examples=50)
+TestLimits.settings = settings(MANY, max_examples=40)
 
 
 class ComesHomeEarly(Limits):

@@ -542,7 +542,7 @@ class Processes(VirtualMachine):
 
 
 TestProcesses = pytest.mark.timeout(600)(Processes.TestCase)  # what fails takes minutes to be made small
-TestProcesses.settings = settings(MANY, max_examples=25)
+TestProcesses.settings = settings(MANY, max_examples=15)
 
 
 class GivesAtOnce(Processes):
