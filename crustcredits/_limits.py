@@ -411,6 +411,7 @@ class TokenBucket:
 
     def _fail(self) -> None:
         """No token can be had: whoever waits for one is told."""
+        self._unsure.clear()
         line = self._line
         while line:
             turn = line.next() if line.waiting else line.next_refresh()

@@ -77,7 +77,7 @@ class Link(Protocol):
 
 
 class Granted(NamedTuple):
-    """A token of this process: its number, when it was asked for, and whether this process gave it itself."""
+    """A token of this process: its number, since when its lease counts, and whether this process gave it itself."""
 
     number: int
     at: float

@@ -279,6 +279,7 @@ async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, st
     redis.down = True
     for _ in range(20):
         await asyncio.gather(*(one.waits() for _ in range(50)), return_exceptions=True)
+    assert one.bucket._unsure == []
     redis.seen = []
     redis.down = False
     await one.send()
