@@ -50,7 +50,8 @@ class RateLimit:
     Attributes:
         requests: Requests that the server allows in any one period. 300 by Crustdata's credits page.
         period: Seconds that each request counts for after its arrival.
-        margin: A share of the period that is added to it, against clocks that run at different rates.
+        margin: A share of the period that is added to it, against clocks that run at different rates and clocks that are coarse:
+            uvloop's ticks in milliseconds.
         scope: What the server is taken to count by, which is not documented: `"client"`, all keys together, the cautious
             reading; `"account"`, the keys that declare one account together and each other key for itself; `"key"`, each key
             for itself. `"auto"` begins as `"client"`, and goes on as `"account"` with each request whose answer proves
@@ -109,6 +110,7 @@ class TokenBucket:
         "_asks",
         "_deaf_until",
         "_debt",
+        "_due",
         "_late",
         "_line",
         "_newest",
@@ -146,7 +148,8 @@ class TokenBucket:
         self._reserve = _reserve_of(requests)
         self._line = Line()
         self._next_refresh = 0.0
-        self._timer: asyncio.TimerHandle | None = None  # one for all waiters
+        self._timer: asyncio.Handle | None = None  # one for all waiters
+        self._due: float | None = None  # when it runs; uvloop's handles do not tell
         self._pause = Pause()
         self._debt: Debt | None = None  # what others seem to have spent
         self._newest = -math.inf  # the start of the request whose answer told of the count last
@@ -319,7 +322,7 @@ class TokenBucket:
         if token:
             self._probe = 0
         # Nothing is free by this; it can only be the first to come home, or the probe that others waited for.
-        if token or self._timer is None or home < self._timer.when():
+        if token or self._due is None or home < self._due:
             self._wake()
 
     def _freed(self, token: int) -> None:
@@ -445,14 +448,19 @@ class TokenBucket:
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         when = self._next_chance(now)
+        if when == self._due:
+            return
+        self._stop_timer()
+        if when is not None:
+            self._timer, self._due = loop.call_at(when, self._on_timer), when
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
-            if self._timer.when() == when:
-                return
             self._timer.cancel()
-        self._timer = None if when is None else loop.call_at(when, self._on_timer)
+        self._timer = self._due = None
 
     def _on_timer(self) -> None:
-        self._timer = None
+        self._timer = self._due = None
         self._wake()
 
     def _next_chance(self, now: float) -> float | None:
@@ -482,9 +490,7 @@ class TokenBucket:
             self.unused(waiter.result())
         elif not self._line:
             self._need_none(asyncio.get_running_loop().time())
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            self._stop_timer()
 
     def _returns(self, now: float) -> list[float]:
         """When each token comes home, ascending, taking what is under way to end now and pause and debt to end in time."""

@@ -29,7 +29,7 @@ class Slots:
         self._hanging: dict[object, float] = {}
         self._waiters: OrderedDict[asyncio.Future[object], None] = OrderedDict()
         self._usual: float | None = None  # seconds that an answer takes; a moving average
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
 
     def try_acquire(self) -> object | None:
         """Take a slot if one is free and nobody waits; None otherwise."""

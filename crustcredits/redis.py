@@ -158,8 +158,9 @@ class _Link:
         self._gone = False  # and that for too long
         self._hold = False  # none may be given for a while: nothing was answered for so long that others may be alone
         self._last = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._settling: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due_at: float | None = None  # when it runs; uvloop's handles do not tell
+        self._settling: asyncio.Handle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def tokens(self, name: str, limit: int) -> SharedTokens:
@@ -208,11 +209,13 @@ class _Link:
         if self._task is not None or self.closed:
             return
         when = self._next_message()
+        if when == self._due_at:
+            return
         if self._timer is not None:
-            if self._timer.when() == when:
-                return
             self._timer.cancel()
-        self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
+        self._timer, self._due_at = None, when
+        if when is not None:
+            self._timer = asyncio.get_running_loop().call_at(when, self._begin)
 
     def _next_message(self) -> float | None:
         if self._failing is not None:
@@ -224,7 +227,7 @@ class _Link:
         return beat if self._due or any(tokens.holds(now) for tokens in self._all) else None
 
     def _begin(self) -> None:
-        self._timer = None
+        self._timer = self._due_at = None
         self._task = asyncio.Task(self._exchange(), loop=asyncio.get_running_loop())
         self._task.add_done_callback(self._end)
 
@@ -351,7 +354,7 @@ class _Link:
         for timer in (self._timer, self._settling):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._settling = None
+        self._timer = self._due_at = self._settling = None
 
 
 def _connect(url: str) -> Redis | ConfigurationError:

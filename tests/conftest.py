@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from unittest.mock import Mock
 
 import pytest
+import uvloop
 from aiohttp import ClientResponse
 from aioresponses import aioresponses
 
@@ -17,8 +19,27 @@ from tests.virtual import VirtualLoop
 __all__ = ["credits_client", "redis", "sandbox", "start"]  # fixtures, found by their names
 
 
+LOOPS: dict[str, tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asyncio.AbstractEventLoopPolicy]]] = {
+    "asyncio": (asyncio.new_event_loop, asyncio.DefaultEventLoopPolicy),
+    "uvloop": (uvloop.new_event_loop, uvloop.EventLoopPolicy),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = [*LOOPS, "both"]
+    parser.addoption("--loop", choices=choices, default="both", help="The loop for tests in real time (default: both).")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual: runs in virtual time, without sockets")
+    config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")
+    config.addinivalue_line("markers", "any_loop: runs a program in another process, so the loop of the test does not matter")
+
+
+def loops(config: pytest.Config) -> list[str]:
+    """The names of the loops that were asked for."""
+    wanted = config.getoption("--loop")
+    return [name for name in LOOPS if wanted in {name, "both"}]
 
 
 def pytest_asyncio_loop_factories(
@@ -26,7 +47,31 @@ def pytest_asyncio_loop_factories(
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     if item.get_closest_marker("virtual"):
         return {"virtual": VirtualLoop}
-    return {"real": asyncio.new_event_loop}
+    if item.get_closest_marker("any_loop"):
+        return {"asyncio": asyncio.new_event_loop}
+    return {name: LOOPS[name][0] for name in loops(config)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marked = next(metafunc.definition.iter_markers("own_loops"), None)
+    if marked is not None and not inspect.iscoroutinefunction(metafunc.function):
+        metafunc.parametrize("loop_policy", loops(metafunc.config), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def loop_policy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests marked `own_loops`: new loops are of this kind."""
+    if not hasattr(request, "param"):
+        yield
+        return
+    asyncio.set_event_loop_policy(LOOPS[request.param][1]())
+    yield
+    asyncio.set_event_loop_policy(None)
+
+
+def on_uvloop() -> bool:
+    """Whether the running loop is uvloop's."""
+    return isinstance(asyncio.get_running_loop(), uvloop.Loop)
 
 
 class BridgedResponse(ClientResponse):

@@ -30,6 +30,8 @@ from crustcredits.__main__ import main
 from crustcredits._demo import demo_pool
 from crustcredits.testing import Fault, SandboxServer
 
+pytestmark = pytest.mark.own_loops
+
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -546,6 +548,7 @@ async def started(
         await process.communicate()
 
 
+@pytest.mark.any_loop
 async def test_ctrl_c_ends_a_real_process_at_once(sandbox: SandboxServer) -> None:
     """SIGINT while a key is silent ends it long before that key's timeout, without a traceback."""
     good, silent = sandbox.add_key("good"), sandbox.add_key("silent")
@@ -560,6 +563,7 @@ async def test_ctrl_c_ends_a_real_process_at_once(sandbox: SandboxServer) -> Non
     assert said == b"crustcredits: interrupted; 1 of 2 keys were not checked\n"
 
 
+@pytest.mark.any_loop
 async def test_a_pipe_that_nobody_reads(sandbox: SandboxServer) -> None:
     """A closed pipe ends a real process with 141, as SIGPIPE would, and without a word."""
     reads, writes = os.pipe()
@@ -623,6 +627,7 @@ def test_the_package_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "check" in out.getvalue()
 
 
+@pytest.mark.any_loop
 async def test_a_result_that_cannot_be_written_has_a_status_of_its_own() -> None:
     """Not that of a key below `--min-credits`."""
     command = f"{shlex.quote(sys.executable)} -m crustcredits demo --keys 5 >/dev/full"

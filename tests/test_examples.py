@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import on_uvloop
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ON_UVLOOP = """
+import asyncio, runpy, sys, uvloop
+asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
 # What each must say.
 SAID = {
     "check_pool.py": [
@@ -41,7 +48,7 @@ def test_every_example_is_here() -> None:
 async def test_an_example_runs_and_says_what_it_should(name: str) -> None:
     """On its own, with warnings as errors and without keys in the environment."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    command = [sys.executable, "-W", "error", *(["-c", ON_UVLOOP] if on_uvloop() else []), str(EXAMPLES / name)]
     process = await asyncio.create_subprocess_exec(
         *command, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )

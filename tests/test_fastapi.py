@@ -63,6 +63,8 @@ from crustcredits.fastapi import (
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
 
+pytestmark = pytest.mark.own_loops
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod", account="acme")
 QUICK = Retry(attempts=1)

@@ -28,6 +28,7 @@ from crustcredits import (
     InvalidKeyError,
     PaymentRequiredError,
     PermissionDeniedError,
+    RateLimit,
     RateLimitError,
     Report,
     Retry,
@@ -227,3 +228,12 @@ async def test_the_pool_of_many_faults_is_checked_in_bounded_memory(sandbox: San
     assert {type(outcome.error) for outcome in report} == {UnexpectedResponseError}
     # 32 at a time, each with no more than a buffer on either side; one body whole would be more than all of it.
     assert peak < 12 * 2**20
+
+
+async def test_no_answer_is_lost_when_the_bucket_is_full(sandbox: SandboxServer) -> None:
+    """100 calls that share 20 tokens all have one. On uvloop the handle of a moment that has come does not tell when it runs."""
+    keys = [sandbox.add_key() for _ in range(100)]
+    limit = RateLimit(requests=20, period=0.05, pace=None, scope="client")
+    async with CreditsClient(base_url=sandbox.url, rate_limit=limit) as client:
+        balances = await asyncio.gather(*(client.balance(key, timeout=10) for key in keys))
+    assert [balance.key for balance in balances] == keys

@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from crustcredits.testing import Fault, SandboxServer
+from tests.conftest import on_uvloop
 from tests.servers import RedisServer, redis_server
 
 __all__ = ["redis_server"]  # a fixture, found by its name
@@ -55,7 +56,8 @@ async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, redis_server:
     sandbox.fail(keys[-1], Fault.FORBIDDEN)
     pool = ",".join(f"{key.name}={key.secret}" for key in keys)
     environ = {"CRUSTDATA_API_URL": sandbox.url, "CRUSTDATA_API_KEYS": pool, "REDIS_URL": redis_server.url}
-    status, out = await run(sys.executable, "-W", "error", "-c", code, **environ)
+    loop = "import asyncio, uvloop; asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())\n" if on_uvloop() else ""
+    status, out = await run(sys.executable, "-W", "error", "-c", loop + code, **environ)
     assert status == 0, out
     for line in said:
         assert line in out
@@ -79,6 +81,7 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
     assert health == {"status": "ok", "keys": 1, "known": 1, "reasons": []}
 
 
+@pytest.mark.any_loop
 @pytest.mark.parametrize("block", [5, 6])
 async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int) -> None:
     """Under pytest, in a directory that holds nothing but the README's service."""

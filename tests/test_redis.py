@@ -185,6 +185,7 @@ async def test_a_client_of_either_protocol_does(redis_server: RedisServer, prefi
     await given.aclose()
 
 
+@pytest.mark.own_loops
 def test_another_client_may_use_them_when_the_first_is_closed(redis_server: RedisServer, prefix: str) -> None:
     """In another loop too: an application that makes its client when it starts may start again."""
     buckets = RedisBuckets(redis_server.url, prefix=prefix, on_outage="raise")
@@ -311,3 +312,12 @@ def test_a_password_does_not_print() -> None:
     """Making the buckets opens nothing, and shows nothing."""
     buckets = RedisBuckets("redis://:hunter2@localhost")
     assert "hunter2" not in repr(buckets) + str(buckets)
+
+
+async def test_no_answer_is_lost_with_tokens_from_redis(redis_server: RedisServer, prefix: str) -> None:
+    """100 calls at once all have one. On uvloop the handle of a moment that has come does not tell when it runs."""
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        keys = [sandbox.add_key() for _ in range(100)]
+        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        balances = await asyncio.gather(*(one.balance(key, timeout=10) for key in keys))
+    assert [balance.key for balance in balances] == keys

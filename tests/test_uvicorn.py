@@ -16,7 +16,7 @@ import attrs
 
 from crustcredits import ApiKey
 from crustcredits.testing import Fault, SandboxServer
-from tests.conftest import eventually
+from tests.conftest import eventually, on_uvloop
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEADERS = {"Authorization": "Bearer t-1"}
@@ -56,6 +56,7 @@ async def service(sandbox: SandboxServer, keys: list[ApiKey]) -> AsyncIterator[S
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-m", "uvicorn", "--factory", "fastapi_app:create_app", "--app-dir", str(EXAMPLES), "--port", "0"]
+    command += ["--loop", "uvloop" if on_uvloop() else "asyncio"]
     process = await asyncio.create_subprocess_exec(
         *command, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
