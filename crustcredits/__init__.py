@@ -22,7 +22,8 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._freshness import FreshnessOptions, Seconds
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, keys_from_env, keys_from_file, keys_from_text
+from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey
 from crustcredits._limits import RateLimit, Scope
 from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Source, State
 from crustcredits._quota import Quota
@@ -69,8 +70,10 @@ __all__ = [
     "TokenStore",
     "Tokens",
     "UnexpectedResponseError",
+    "UnusableKey",
     "__version__",
     "keys_from_env",
     "keys_from_file",
+    "keys_from_records",
     "keys_from_text",
 ]

@@ -185,7 +185,7 @@ class Kept:
         """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
         stale = self._stale or self._make_stale(balance)
         reason = self._silence.reason(now) if stale.error is None else None
-        return stale if reason is None else attrs.evolve(stale, error=reason.under(balance.key.name))
+        return stale if reason is None else attrs.evolve(stale, error=reason.under(balance.key.label))
 
     def _make_fresh(self, balance: Balance) -> Outcome[Any]:
         self._fresh = Outcome(key=balance.key, balance=balance, checked_at=balance.checked_at, attempts=0, source="kept")

@@ -100,7 +100,7 @@ class Asker:
         try:
             slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn)
         except BucketsUnavailableError as error:
-            return BucketsUnavailableError(error.message, key_name=key.name)
+            return BucketsUnavailableError(error.message, key_name=key.label)
         answered = False
         claim.start()
         turn.attempts += 1
@@ -144,7 +144,7 @@ class Asker:
                 claim.put_back()
                 raise
             if claim.may_start():
-                _log.debug("%s: its turn came after %.3f s", key.name, _now() - began)
+                _log.debug("%s: its turn came after %.3f s", key.label, _now() - began)
                 return slot
             self._slots.release(slot, answered=False)
             again = True

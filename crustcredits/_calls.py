@@ -19,7 +19,7 @@ from crustcredits._answers import Answers, Place
 from crustcredits._asker import Asker
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
 from crustcredits._freshness import NEW, Freshness
-from crustcredits._keys import ApiKey, RefusedKey
+from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Balance, Outcome, outcome_for
 from crustcredits._turn import Turn
 
@@ -63,9 +63,9 @@ class Calls:
         self._under_way: dict[Place, _Call] = {}
         self._dropped: set[asyncio.Task[None]] = set()
 
-    def known(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
+    def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
         """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
-        if freshness is NEW:
+        if freshness is NEW or isinstance(key, UnusableKey):
             return None
         place = path, key.digest
         kept = self._answers.find(place)
@@ -88,9 +88,9 @@ class Calls:
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
 
-    async def ask(self, path: str, key: ApiKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
         """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
-        if isinstance(key, RefusedKey):
+        if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -232,7 +232,7 @@ def closed_error() -> ClientClosedError:
     return ClientClosedError("this client is closed; make a new one")
 
 
-def _failure(key: ApiKey, error: CrustCreditsError) -> Outcome[Any]:
+def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Outcome[Any]:
     return Outcome(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts)
 
 
@@ -240,7 +240,7 @@ def _why_late(call: _Call, patience: _Patience, now: float) -> CrustCreditsError
     """The error of one whose time is over: what kept him waiting."""
     if call.on_wire:
         seconds = patience.deadline - patience.began
-        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.key.name, attempts=call.attempts)
+        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.key.label, attempts=call.attempts)
     if call.last is not None:
         last = copy.copy(call.last)
         last.attempts = call.attempts
@@ -249,7 +249,7 @@ def _why_late(call: _Call, patience: _Patience, now: float) -> CrustCreditsError
     return RateLimitWaitError(
         f"its turn did not come before its deadline: the rate limit, or requests without an answer, hold it back for {wait:.1f} s; "
         "allow it more time, or ask for fewer keys at once",
-        key_name=call.key.name,
+        key_name=call.key.label,
         wait=wait,
     )
 

@@ -21,7 +21,7 @@ from crustcredits._checks import check_kind, check_number, check_whole
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, RefusedKey, as_key, as_keys, as_keys_async, refuse_contradictions
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async, contradiction
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._quota import Quota
@@ -220,7 +220,9 @@ class CreditsClient:
         how_old = self._freshness.given(**freshness)
         self._check_usable()
         pool = list(source)
-        refuse_contradictions(pool)
+        problem = contradiction(pool)
+        if problem is not None:
+            raise problem
         path, deadline = ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout)
         return Report(
             await in_order(
@@ -281,13 +283,13 @@ class CreditsClient:
             ConfigurationError: The key or `max_age` cannot be used, or no loop runs here.
         """
         key = as_key(key)
-        if isinstance(key, RefusedKey):
+        if isinstance(key, UnusableKey):
             raise key.error
         self._check_loop()
         return self._calls.last(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._freshness.given(max_age=max_age))
 
     async def _fan_out(
-        self, source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None], ask: Ask
+        self, source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None], ask: Ask
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
         run = FanOut(ask, room=self._room)
@@ -349,7 +351,7 @@ class CreditsClient:
             ConfigurationError: This is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
-        source: Iterator[ApiKey] | AsyncGenerator[ApiKey, None] | ConfigurationError
+        source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None] | ConfigurationError
         source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else as_keys(keys)
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
@@ -371,7 +373,7 @@ class CreditsClient:
             ConfigurationError: No loop runs here; or each key or account has a quota of its own, and no `key` was named.
         """
         key = None if key is None else as_key(key)
-        if isinstance(key, RefusedKey):
+        if isinstance(key, UnusableKey):
             raise key.error
         self._check_loop()
         return self._asker.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
@@ -403,7 +405,7 @@ class CreditsClient:
 
     # --- inside
 
-    async def _ask(self, path: str, key: ApiKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+    async def _ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
         """What came of one key. Raises only when the client, or the session it was given, is closed, or on a wrong loop."""
         self._check_usable()
         outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline)

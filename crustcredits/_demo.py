@@ -35,7 +35,9 @@ def _grant(draw: random.Random) -> dict[str, Any]:
 def _key(sandbox: SandboxServer, place: int) -> ApiKey:
     cycle, company = divmod(place, len(_COMPANIES))
     account = _COMPANIES[company]
-    name = f"{account}-{('prod', 'dev', 'batch')[cycle % 3]}" + f"-{cycle // 3 + 1}" * (cycle > 2)
+    name = ("prod", "dev", "batch")[cycle % 3]
+    if cycle > 2:
+        name = f"{name}-{cycle // 3 + 1}"
     if place % 29 == 7:
         return ApiKey(f"sandbox-revoked-{place}", name=name, account=account)
     key = sandbox.add_key(name, account=account)

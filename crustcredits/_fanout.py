@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
-from crustcredits._keys import ApiKey
+from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Outcome, outcome_for
 
-Ask: TypeAlias = Callable[[ApiKey], Awaitable[Outcome[Any]]]
+Key: TypeAlias = ApiKey | UnusableKey
+Ask: TypeAlias = Callable[[Key], Awaitable[Outcome[Any]]]
 
 
 class FanOut:
@@ -31,7 +32,7 @@ class FanOut:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: BaseException | None = None
 
-    async def outcomes(self, keys: Iterator[ApiKey] | AsyncGenerator[ApiKey, None]) -> AsyncGenerator[Outcome[Any], None]:
+    async def outcomes(self, keys: Iterator[Key] | AsyncGenerator[Key, None]) -> AsyncGenerator[Outcome[Any], None]:
         """Ask for every key and yield each outcome as it lands."""
         feeder = asyncio.create_task(self._feed(keys))
         self._tasks.add(feeder)
@@ -49,7 +50,7 @@ class FanOut:
         """Let `error` be what comes next."""
         self._landed.put_nowait(error)
 
-    async def _feed(self, keys: Iterator[ApiKey] | AsyncGenerator[ApiKey, None]) -> None:
+    async def _feed(self, keys: Iterator[Key] | AsyncGenerator[Key, None]) -> None:
         await self._room.acquire()
         if isinstance(keys, AsyncGenerator):
             async with aclosing(keys):
@@ -59,13 +60,13 @@ class FanOut:
             for key in keys:
                 await self._start(key)
 
-    async def _start(self, key: ApiKey) -> None:
+    async def _start(self, key: Key) -> None:
         task = asyncio.create_task(self._ask_one(key))
         self._tasks.add(task)
         task.add_done_callback(self._on_asked)
         await self._room.acquire()
 
-    async def _ask_one(self, key: ApiKey) -> None:
+    async def _ask_one(self, key: Key) -> None:
         self._landed.put_nowait(await self._ask(key))
 
     def _on_fed(self, feeder: asyncio.Task[None]) -> None:
@@ -92,10 +93,10 @@ class FanOut:
 
 
 async def in_order(
-    pool: Sequence[ApiKey],
+    pool: Sequence[Key],
     *,
-    known: Callable[[ApiKey], Outcome[Any] | None],
-    fan_out: Callable[[Iterator[ApiKey]], AsyncGenerator[Outcome[Any], None]],
+    known: Callable[[Key], Outcome[Any] | None],
+    fan_out: Callable[[Iterator[Key]], AsyncGenerator[Outcome[Any], None]],
     on_outcome: Callable[[Outcome[Any]], object] | None,
 ) -> list[Outcome[Any]]:
     """One outcome for each key of a pool, in its order: what is known, and what a fan-out over the rest, each secret once, brings.

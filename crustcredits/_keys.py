@@ -1,77 +1,94 @@
-"""API keys: a secret that cannot print, and reading many of them from the environment, a file or text.
+"""API keys: `ApiKey`, a secret that cannot print; `UnusableKey`, which stands for one in a pool; and pools of both.
 
-It knows nothing of requests or balances. What is wrong with a key is worked out as a value and raised only once the
-frame no longer holds the secret, because tracebacks are printed with their local variables by many tools.
+It knows nothing of files, requests or balances. What is wrong with a key is worked out as a value and raised only once no
+frame holds a secret any more, because many tools print tracebacks with their local variables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, Protocol, TypeAlias, runtime_checkable
+
+import attrs
 
 from crustcredits._errors import ConfigurationError
+from crustcredits._key_checks import label_problem, secret_problem, slash_problem, trimmed
 
-_SCHEME = re.compile(r"(bearer|token)(\s|$)", re.IGNORECASE)
-_COMMENT = re.compile(r"(^|\s)#.*")
-_BYTE_ORDER_MARK = "\ufeff"
+KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
+KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
+
+
+@runtime_checkable
+class SecretValue(Protocol):
+    """An object that keeps a secret, such as pydantic's `SecretStr`."""
+
+    def get_secret_value(self) -> str:
+        """The secret in the clear."""
+        ...
 
 
 class ApiKey:
     """One Crustdata API key: its secret, what people call it, and whose balance it draws from.
 
     Args:
-        secret: The key itself. Outer white space and a byte-order mark are dropped.
-        name: What reports, logs and errors call it. Without one it is called by a short fingerprint of the secret,
-            which gives nothing of it away.
+        secret: The key itself, a `str` or a `SecretStr`. Outer white space and a byte-order mark are dropped.
+        name: What people call it. Without one it is called by a short fingerprint of the secret, which gives nothing of
+            it away. Names are unique within an account.
         account: Keys that name the same account share one balance: a report counts it once. The API does not tell
             which keys share an account, so only you can.
 
     Raises:
-        ConfigurationError: The secret is empty, holds white space, control or non-ASCII characters, or begins with
-            `Bearer ` or `Token `; or the name or account is empty, unprintable, or gives the secret away.
+        ConfigurationError: The secret cannot be one: it is empty, a placeholder or a URL, or holds white space, commas, quotation
+            marks, brackets or characters outside ASCII; or the name or the account is empty, unprintable, holds a `/` that
+            would make the label ambiguous, or gives a secret away.
 
-    It does not print, pickle or compare by anything but its parts; `secret` is the one way to the secret.
+    `get_secret_value()` is the one way to the secret: no attribute holds it in the clear, and the key neither prints nor
+    pickles it. Keys are equal when secret, name and account are.
     """
 
-    __slots__ = ("__weakref__", "_account", "_digest", "_name", "_secret")
+    __slots__ = ("__weakref__", "_account", "_digest", "_name", "_reveal")
 
-    _secret: str
+    _account: str | None
     _digest: bytes
     _name: str
-    _account: str | None
+    _reveal: Callable[[], str]  # a closure, because what prints objects prints their attributes
 
-    def __init__(self, secret: str, *, name: str | None = None, account: str | None = None) -> None:
-        problem = _secret_problem(secret) or _label_problem("name", name, secret) or _label_problem("account", account, secret)
+    def __init__(self, secret: str | SecretValue, *, name: str | None = None, account: str | None = None) -> None:
+        clear = clear_text(secret)
+        problem = _problem(clear, name, account)
         if problem is not None:
-            key_name = _printable(name, secret)
+            key_name = printable_label(clear, name, account)
             self._name, self._account = "refused", None  # a traceback with local variables prints this half-made key
-            del secret, name, account
+            del secret, clear, name, account
             raise ConfigurationError(problem, key_name=key_name)
-        secret = _trimmed(secret)
-        self._secret = secret
-        self._digest = hashlib.blake2b(secret.encode(), digest_size=16, person=b"crustcredits").digest()
+        assert isinstance(clear, str)
+        kept = trimmed(clear)
+        self._reveal = lambda: kept
+        self._digest = digest_of(kept)
         self._name = f"key-{self._digest[:6].hex()}" if name is None else name.strip()
         self._account = None if account is None else account.strip()
 
-    @property
-    def secret(self) -> str:
+    def get_secret_value(self) -> str:
         """The key itself, to be sent and never to be shown."""
-        return self._secret
+        return self._reveal()
 
     @property
     def name(self) -> str:
-        """What people call the key."""
+        """What people call the key; unique within its account."""
         return self._name
 
     @property
     def account(self) -> str | None:
         """The account whose balance it draws from, if declared."""
         return self._account
+
+    @property
+    def label(self) -> str:
+        """`account/name` where an account is declared, else the name: what errors, logs, tables, JSON and routers call the key."""
+        return label_of(self._name, self._account)
 
     @property
     def digest(self) -> bytes:
@@ -96,75 +113,120 @@ class ApiKey:
     def __deepcopy__(self, memo: object) -> ApiKey:
         return self
 
+    def __getstate__(self) -> NoReturn:
+        raise _not_pickled()
+
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "an ApiKey is not pickled, so that its secret is never written out; pass its name and read the secret there"
-        )
+        raise _not_pickled()
+
+
+@attrs.frozen(kw_only=True)
+class UnusableKey:
+    """A key of a pool that cannot be used, so that the others can be checked all the same. It holds no secret.
+
+    Attributes:
+        name: What people call the key; where it has no name that can be shown, its place: `keys[3]`.
+        account: The account that it declares, or None.
+        error: Why it cannot be used, and the remedy.
+    """
+
+    name: str
+    account: str | None = None
+    error: ConfigurationError = attrs.field(eq=str)
+
+    @property
+    def label(self) -> str:
+        """`account/name` where an account is declared, else the name."""
+        return label_of(self.name, self.account)
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that tell it from other keys."""
+        return hashlib.blake2b(f"{self.label}\n{self.error}".encode(), digest_size=16, person=b"unusable").digest()
 
 
 #: One key.
-KeyLike: TypeAlias = str | ApiKey
-#: Many keys: an iterable of them, or a mapping of name to key.
+KeyLike: TypeAlias = str | SecretValue | ApiKey | UnusableKey
+#: Many keys: an iterable of them, or a mapping of label (`name` or `account/name`) to key.
 KeysLike: TypeAlias = Iterable[KeyLike] | Mapping[str, KeyLike] | Mapping[str, str]
 
 
-class RefusedKey(ApiKey):
-    """Stands in a pool for a key that cannot be used, so that the others can be checked; it has no secret."""
-
-    __slots__ = ("error",)
-
-    error: ConfigurationError
-
-    def __init__(self, message: str, *, name: str, account: str | None = None) -> None:
-        self._secret = ""
-        self._digest = hashlib.blake2b(name.encode(), digest_size=16, person=b"refused").digest()
-        self._name = name
-        self._account = account
-        self.error = ConfigurationError(message, key_name=name)
+def digest_of(secret: str) -> bytes:
+    """16 bytes that are equal for equal secrets and give nothing of them away."""
+    return hashlib.blake2b(secret.encode(), digest_size=16, person=b"crustcredits").digest()
 
 
-def as_key(key: object, *, name: str | None = None, place: str = "the key") -> ApiKey:
-    """Make an `ApiKey` of what a caller gave; a `RefusedKey` with the reason where that is impossible, never a raise.
+def label_of(name: str, account: str | None) -> str:
+    """What people read: `account/name`, or the name alone."""
+    return name if account is None else f"{account}/{name}"
+
+
+def split_label(label: str) -> tuple[str | None, str]:
+    """Account and name of a label. An account holds no `/`, so the first one divides them."""
+    account, slash, name = label.partition("/")
+    return (account, name) if slash else (None, label)
+
+
+def unusable(problem: str, name: str, account: str | None = None) -> UnusableKey:
+    """Stands for a key with this problem."""
+    return UnusableKey(name=name, account=account, error=ConfigurationError(problem, key_name=label_of(name, account)))
+
+
+def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiKey | UnusableKey:
+    """The key that a caller gave, under `label` where there is one; an `UnusableKey` where there is none, never a raise.
 
     Callers rebind their own variable to the result before anything can be raised.
     """
-    if isinstance(key, ApiKey) and name is None:
+    if isinstance(key, UnusableKey) or (isinstance(key, ApiKey) and label is None):
         return key
-    account = key.account if isinstance(key, ApiKey) else None
-    secret = key.secret if isinstance(key, ApiKey) else key
-    problem = _secret_problem(secret) or _label_problem("name", name, secret)
+    account, name = split_label(label) if isinstance(label, str) else (None, label)
+    if isinstance(key, ApiKey) and key.account is not None:
+        if account not in {None, key.account}:
+            return unusable("its label and the key itself declare two accounts; keep the right one", place)
+        account = key.account
+    return make_key(clear_text(key), name, account, place=place)
+
+
+def make_key(secret: object, name: object, account: object, *, place: str) -> ApiKey | UnusableKey:
+    """The key of these parts, or an `UnusableKey` with the reason, called by its place where its label cannot be shown."""
+    problem = _problem(secret, name, account)
     if problem is not None:
-        return RefusedKey(problem, name=_printable(name, secret) or place)
+        label = printable_label(secret, name, account)
+        shown_account, shown_name = (None, place) if label is None else split_label(label)
+        return unusable(problem, shown_name, shown_account)
     assert isinstance(secret, str)
+    assert name is None or isinstance(name, str)
+    assert account is None or isinstance(account, str)
     return ApiKey(secret, name=name, account=account)
 
 
-def as_keys(keys: object) -> Iterator[ApiKey] | ConfigurationError:
+def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError:
     """The keys of a pool, lazily; the error, not raised, when this is no pool at all, such as a lone `str`."""
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
     # Iterators do not print what they iterate over; and what can be changed meanwhile is copied.
     if isinstance(keys, Mapping):
-        return _each_named(iter(tuple(keys.items())))
+        return _each_labelled(iter(tuple(keys.items())))
     assert isinstance(keys, Iterable)
     return _each(iter(tuple(keys) if isinstance(keys, AbstractSet) else keys))
 
 
-def _each(keys: Iterator[Any]) -> Iterator[ApiKey]:
+def _each(keys: Iterator[Any]) -> Iterator[ApiKey | UnusableKey]:
     for number, key in enumerate(keys):
         if type(key) is not ApiKey:
             key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         yield key
 
 
-def _each_named(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey]:
-    for number, (name, key) in enumerate(keys):
-        key = as_key(key, name=name, place=f"keys[{number}]")  # noqa: PLW2901  # as above
+def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | UnusableKey]:
+    for number, (label, key) in enumerate(keys):
+        key = as_key(key, label=label, place=f"keys[{number}]")  # noqa: PLW2901  # as above
+        label = None  # noqa: PLW2901  # it may be a secret, with its name for a value
         yield key
 
 
-async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey, None]:
+async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey | UnusableKey, None]:
     """The keys of an asynchronous source, as they come. However it ends, the source is closed, if it can be."""
     source, number = aiter(keys), 0
     try:
@@ -177,198 +239,66 @@ async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey, 
             await source.aclose()
 
 
-def refuse_contradictions(keys: Iterable[ApiKey]) -> None:
-    """Refuse a pool whose report could not be right.
-
-    Raises:
-        ConfigurationError: Two different keys have one name, or one secret stands under two accounts.
-    """
-    by_name: dict[str, ApiKey] = {}
+def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | None:
+    """Why no report of this pool could be right: two keys have one label, or one secret stands under two accounts."""
+    by_label: dict[str, ApiKey] = {}
     accounts: dict[bytes, ApiKey] = {}
     for key in keys:
-        if isinstance(key, RefusedKey):
-            continue
-        if by_name.setdefault(key.name, key).digest != key.digest:
-            raise ConfigurationError("two different keys have this name; give each a name of its own", key_name=key.name)
-        if key.account is None:
-            continue
-        declared = accounts.setdefault(key.digest, key)
-        if declared.account != key.account:
-            raise ConfigurationError(
-                f"its secret stands under two accounts, {declared.account!r} and {key.account!r}; keep the right one",
-                key_name=key.name,
-            )
-
-
-def keys_from_text(text: str) -> list[ApiKey]:
-    """Read keys from text: one a line or divided by commas, each `secret`, `name=secret` or `account/name=secret`.
-
-    A `#` at the start of a line or after white space begins a comment. A secret that holds a `=` needs a name before it.
-
-    Raises:
-        ConfigurationError: A line is wrong (it is named by its number), two keys have one name, or one secret stands
-            under two accounts.
-    """
-    problem = _text_problem(text)
-    if problem is not None:
-        del text
-        raise ConfigurationError(problem)
-    text = _Lines(text)
-    return _keys_from_text(text, source="line")
-
-
-def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
-    """Read keys from a UTF-8 file as `keys_from_text` does.
-
-    Raises:
-        ConfigurationError: The file cannot be read, or what `keys_from_text` says.
-    """
-    text, problem = "", None
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        problem = "it is not UTF-8 text"
-    except OSError as error:
-        problem = error.strerror or type(error).__name__
-    except (TypeError, ValueError):
-        problem = "that is no path"
-    if problem is not None:
-        raise ConfigurationError(f"the keys file {str(path)!r} cannot be read: {problem}")
-    text = _Lines(text)
-    return _keys_from_text(text, source=f"{Path(path).name}, line")
-
-
-def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
-    """Read keys from the environment: `CRUSTDATA_API_KEY`, one secret, and `CRUSTDATA_API_KEYS`, as `keys_from_text` reads.
-
-    A secret that stands in both is kept once, under the name it has in `CRUSTDATA_API_KEYS`. Returns an empty list when
-    neither is set.
-
-    Raises:
-        ConfigurationError: One of them cannot be used.
-    """
-    environ = os.environ if environ is None else environ
-    lines = _Lines(environ.get("CRUSTDATA_API_KEYS", ""))
-    single = as_key(environ.get("CRUSTDATA_API_KEY", ""), place="CRUSTDATA_API_KEY")
-    single_is_set = bool(environ.get("CRUSTDATA_API_KEY", "").strip())
-    del environ
-    pool = _keys_from_text(lines, source="CRUSTDATA_API_KEYS, line")
-    if not single_is_set:
-        return pool
-    if isinstance(single, RefusedKey):
-        raise single.error
-    return pool if single.digest in {key.digest for key in pool} else [single, *pool]
-
-
-class _Lines(str):
-    """Text that holds secrets, in a shape that a traceback with local variables does not print."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"<{len(self.splitlines())} lines of keys>"
-
-
-def _keys_from_text(text: str, *, source: str) -> list[ApiKey]:
-    text = _Lines(text.removeprefix(_BYTE_ORDER_MARK))
-    pool = [
-        key for number, line in enumerate(map(_Lines, text.splitlines()), 1) for key in _keys_of_line(line, f"{source} {number}")
-    ]
-    refused = next((key for key in pool if isinstance(key, RefusedKey)), None)
-    if refused is not None:
-        raise refused.error
-    refuse_contradictions(pool)
-    return pool
-
-
-def _keys_of_line(line: str, place: str) -> Iterator[ApiKey]:
-    for entry in _COMMENT.sub("", line).split(","):
-        if entry.strip():
-            yield _key_of_entry(entry.strip(), place)
-
-
-def _key_of_entry(entry: str, place: str) -> ApiKey:
-    label, equals, secret = entry.partition("=")
-    if not equals:
-        return as_key(entry, place=place)
-    account, slash, name = label.rpartition("/")
-    problem = (
-        _secret_problem(secret)
-        or _padding_problem(secret)
-        or _label_problem("name", name, secret)
-        or (_label_problem("account", account, secret) if slash else None)
-    )
-    if problem is not None:
-        return RefusedKey(problem, name=place)
-    return ApiKey(secret, name=name, account=account if slash else None)
-
-
-def _trimmed(secret: str) -> str:
-    return secret.strip().removeprefix(_BYTE_ORDER_MARK).strip()
-
-
-def _secret_problem(secret: object) -> str | None:
-    if not isinstance(secret, str):
-        hint = "; decode it first" if isinstance(secret, bytes) else ""
-        return f"an API key is a str or an ApiKey, not {type(secret).__name__}{hint}"
-    secret = _trimmed(secret)
-    if not secret:
-        return "the API key is empty; is its variable set?"
-    if _SCHEME.match(secret):
-        return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
-    if secret[0] in "'\"" or secret[-1] in "'\"":
-        return "the API key begins or ends with a quotation mark; give it bare"
-    if not secret.isascii():
-        return "the API key holds characters outside ASCII; copy it again from where it was issued"
-    if not secret.isprintable() or " " in secret:
-        return "the API key holds white space or control characters inside; is it one key, copied whole?"
+        error = None if isinstance(key, UnusableKey) else contradicts(key, by_label, accounts)
+        if error is not None:
+            return error
     return None
 
 
-def _padding_problem(secret: str) -> str | None:
-    # A bare secret in base64, whose end looks like an empty value; taken for a name, it would be printed.
-    return (
-        None if secret.strip().strip("=") else "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it"
-    )
-
-
-def _text_problem(text: object) -> str | None:
-    return None if isinstance(text, str) else f"keys are read from a str, not {type(text).__name__}; decode it first"
-
-
-def _label_problem(what: str, label: object, secret: object) -> str | None:
-    if label is None:
+def contradicts(key: ApiKey, by_label: dict[str, ApiKey], accounts: dict[bytes, ApiKey]) -> ConfigurationError | None:
+    """Why a key cannot stand beside those that were given here before, which are noted in the two dictionaries."""
+    if by_label.setdefault(key.label, key).digest != key.digest:
+        said = "two different keys have this name; give each a name of its own within its account"
+        return ConfigurationError(said, key_name=key.label)
+    if key.account is None:
         return None
-    if not isinstance(label, str):
-        return f"the {what} of an API key is a str, not {type(label).__name__}"
-    label = label.strip()
-    if not label:
-        return f"the {what} of the API key is empty; leave it out or say what to call it"
-    if not label.isprintable():
-        return f"the {what} of the API key holds unprintable characters"
-    if label[0] in "'\"" or label[-1] in "'\"":
-        return f"the {what} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
-    if _gives_away(label, secret):
-        return f"the {what} of the API key holds its secret; give it another, because it is printed"
-    return None
+    declared = accounts.setdefault(key.digest, key)
+    if declared.account == key.account:
+        return None
+    said = f"its secret stands under two accounts, {declared.account!r} and {key.account!r}; keep the right one"
+    return ConfigurationError(said, key_name=key.label)
 
 
-def _gives_away(label: str, secret: object) -> bool:
-    # A short secret (in a test, say) may stand inside an innocent word; a real one never does.
-    bare = _trimmed(secret) if isinstance(secret, str) else ""
-    return label == bare or (len(bare) >= 8 and bare in label)
+def clear_text(secret: object) -> object:
+    """What an object such as a `SecretStr` keeps; anything else as it is."""
+    if type(secret) is str:  # most are, and the check of a protocol takes its time
+        return secret
+    return secret.get_secret_value() if isinstance(secret, SecretValue) and not isinstance(secret, type) else secret
 
 
-def _printable(name: object, secret: object) -> str | None:
-    usable = isinstance(name, str) and _label_problem("name", name, secret) is None
-    return name.strip() if isinstance(name, str) and usable else None
+def _problem(secret: object, name: object, account: object) -> str | None:
+    return (
+        secret_problem(secret)
+        or label_problem("name", name, secret)
+        or label_problem("account", account, secret)
+        or slash_problem(name, account)
+    )
+
+
+def printable_label(secret: object, name: object, account: object) -> str | None:
+    """The label of a key that cannot be used, or None where it has none or it gives something away."""
+    usable = label_problem("name", name, secret) or label_problem("account", account, secret) or slash_problem(name, account)
+    if usable is not None or not isinstance(name, str):
+        return None
+    return label_of(name.strip(), account.strip() if isinstance(account, str) else None)
 
 
 def _pool_problem(keys: object) -> str | None:
-    if isinstance(keys, (str, bytes, bytearray, ApiKey)):
+    if isinstance(keys, (str, bytes, bytearray, SecretValue, UnusableKey)):
         return f"many keys are expected here and this is one ({type(keys).__name__}); put it in a list: [key]"
+    if isinstance(keys, type(os.environ)) or (isinstance(keys, Mapping) and not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(keys)):
+        return "this is an environment, whose other values are no API keys; read it with keys_from_env()"
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
         return "an asynchronous source of keys goes to stream(); this takes an iterable or a mapping of name to secret"
     if not isinstance(keys, (Iterable, Mapping)):
         return f"keys are an iterable of str or ApiKey, or a mapping of name to secret, not {type(keys).__name__}"
     return None
+
+
+def _not_pickled() -> TypeError:
+    return TypeError("an ApiKey is not pickled, so that its secret is never written out; pass its label and read the secret there")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias
 import attrs
 
 from crustcredits._errors import CrustCreditsError
-from crustcredits._keys import ApiKey
+from crustcredits._keys import ApiKey, UnusableKey
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -62,9 +62,9 @@ class Balance:
     stale: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the key by name, credits as text, times as ISO 8601 in UTC."""
+        """For JSON: the key by its label, credits as text, times as ISO 8601 in UTC."""
         return {
-            "key": self.key.name,
+            "key": self.key.label,
             "account": self.key.account,
             "credits": credits_text(self.credits),
             "checked_at": time_text(self.checked_at),
@@ -128,7 +128,7 @@ class Outcome(Generic[BalanceT]):
     """What came of checking one key: a balance, or the error that stands in its place, or a stale balance and its error.
 
     Attributes:
-        key: The key that was asked, as it was given.
+        key: The key that was asked, as it was given; an `UnusableKey` where none could be made of it.
         balance: The answer, or None. With `detail=True` it is an `Account`.
         error: Why there is no balance; or, beside a stale one, why there is no newer; or None.
         checked_at: When this became known, in UTC; with a balance, when that came.
@@ -136,7 +136,7 @@ class Outcome(Generic[BalanceT]):
         source: `"fetched"` by this call; `"shared"` with another that was under way for the same key; or `"kept"` from before.
     """
 
-    key: ApiKey
+    key: ApiKey | UnusableKey
     balance: BalanceT | None = None
     error: CrustCreditsError | None = None
     checked_at: datetime
@@ -188,11 +188,11 @@ class Outcome(Generic[BalanceT]):
         raise copy.copy(self.error)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the balance under its key's name, or the error as its type's name and text."""
+        """For JSON: the balance under its key's label, or the error as its type's name and text."""
         balance = self.balance
         known = {"credits": None, "checked_at": time_text(self.checked_at)} if balance is None else balance.to_dict()
         return (
-            {"key": self.key.name, "account": self.key.account, "ok": self.ok, "stale": self.stale}
+            {"key": self.key.label, "account": self.key.account, "ok": self.ok, "stale": self.stale}
             | known
             | {
                 "request_id": self.request_id,
@@ -204,12 +204,12 @@ class Outcome(Generic[BalanceT]):
         )
 
 
-def outcome_for(key: ApiKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
+def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
     """The outcome of an equal secret, under `key`'s own name and account."""
     if key is outcome.key or key == outcome.key:
         return outcome
-    balance = None if outcome.balance is None else attrs.evolve(outcome.balance, key=key)
-    error = None if outcome.error is None else outcome.error.under(key.name)
+    balance = None if outcome.balance is None or isinstance(key, UnusableKey) else attrs.evolve(outcome.balance, key=key)
+    error = None if outcome.error is None else outcome.error.under(key.label)
     return attrs.evolve(outcome, key=key, balance=balance, error=error)
 
 

@@ -149,8 +149,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         needed, available = needed_credits(credits), self.available_credits
         if available >= needed:
             return
-        unknown = tuple(outcome.key.name for outcome in self.failed)
-        stale = tuple(outcome.key.name for outcome in self.stale)
+        unknown = tuple(outcome.key.label for outcome in self.failed)
+        stale = tuple(outcome.key.label for outcome in self.stale)
         message = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
         message += _listed("; unknown", unknown) + _listed("; stale", stale)
         raise InsufficientCreditsError(message, needed=needed, available=available, unknown=unknown, stale=stale)
@@ -174,7 +174,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             "stale": len(self.stale),
             "total_credits": _text(self.total_credits),
             "accounts": {name: _text(credits) for name, credits in self.accounts.items()},
-            "lookalikes": [[outcome.key.name for outcome in group] for group in self.lookalikes],
+            "lookalikes": [[outcome.key.label for outcome in group] for group in self.lookalikes],
             "outcomes": [outcome.to_dict() for outcome in self],
         }
 

@@ -22,14 +22,14 @@ from pydantic import (
 )
 
 from crustcredits._errors import CrustCreditsError
-from crustcredits._keys import ApiKey
+from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Source, State, credits_text, plain
 from crustcredits._problems import problem_of
 from crustcredits._report import Report
 
 
-def _name_of(key: object) -> object:
-    return key.name if isinstance(key, ApiKey) else key
+def _label_of(key: object) -> object:
+    return key.label if isinstance(key, (ApiKey, UnusableKey)) else key
 
 
 def _problem_of(error: object) -> object:
@@ -38,7 +38,7 @@ def _problem_of(error: object) -> object:
 
 _CREDITS_SCHEMA = {"type": "string", "pattern": r"^-?\d+(\.\d+)?$", "description": "Credits, exact to the last digit."}
 
-KeyName: TypeAlias = Annotated[str, BeforeValidator(_name_of)]
+KeyName: TypeAlias = Annotated[str, BeforeValidator(_label_of)]
 Credits: TypeAlias = Annotated[Decimal, PlainSerializer(credits_text, return_type=str), WithJsonSchema(_CREDITS_SCHEMA)]
 Utc: TypeAlias = Annotated[AwareDatetime, AfterValidator(lambda time: time.astimezone(UTC))]
 CheckedAt: TypeAlias = Annotated[Utc, Field(description="When this became known, in UTC.")]
@@ -160,7 +160,7 @@ class PoolResponse(_Response):
             "stale": len(report.stale),
             "total_credits": report.total_credits if report else None,
             "accounts": report.accounts,
-            "lookalikes": [[outcome.key.name for outcome in group] for group in report.lookalikes],
+            "lookalikes": [[outcome.key.label for outcome in group] for group in report.lookalikes],
             "keys": list(report),
         }
 

@@ -119,7 +119,7 @@ class Transport:
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
     def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
-        details: dict[str, Any] = {"key_name": key.name} | (read_details(answers[0].headers, key) if answers else {})
+        details: dict[str, Any] = {"key_name": key.label} | (read_details(answers[0].headers, key) if answers else {})
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, TimeoutError):
             return Failure(APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up)

@@ -63,7 +63,7 @@ class Response:
 def request_headers(key: ApiKey) -> dict[str, str]:
     """The headers of a request; made at the last moment, because they hold the secret."""
     return {
-        "Authorization": f"Bearer {key.secret}",
+        "Authorization": f"Bearer {key.get_secret_value()}",
         "x-api-version": API_VERSION,
         "user-agent": _USER_AGENT,
     }
@@ -143,7 +143,7 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         said = f"the API answered with {problem or 'no number of credits'}"
-        return UnexpectedResponseError(said, key_name=key.name, status=200, **read_details(response.headers, key))
+        return UnexpectedResponseError(said, key_name=key.label, status=200, **read_details(response.headers, key))
     request_id, rate_limit = _clean(response.headers.get("x-request-id"), key), read_rate_limit(response.headers)
     model, more = (Account, _account_fields(document, key)) if path == ACCOUNT_CREDITS else (Balance, {})
     return model(key=key, credits=credits, checked_at=now, request_id=request_id, rate_limit=rate_limit, **more)
@@ -231,7 +231,7 @@ def _account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
     # The balance must not be lost for what only informs: a field of another kind than documented is kept as it came.
     extra = {name: value for name, value in account.items() if name not in kept}
     for name in extra.keys() & _ACCOUNT_FIELDS.keys():
-        _log.warning("%s: the account's %s is not of the documented kind; it is kept in extra", key.name, name)
+        _log.warning("%s: the account's %s is not of the documented kind; it is kept in extra", key.label, name)
     _read_refresh_date(fields, extra, key)
     return fields | {"extra": extra}
 
@@ -258,7 +258,7 @@ def _read_refresh_date(fields: dict[str, Any], extra: dict[str, Any], key: ApiKe
         fields[name] = date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
     except (ValueError, OverflowError):
         extra[name] = text
-        _log.warning("%s: the date of the account's next grant is no date; it is kept in extra", key.name)
+        _log.warning("%s: the date of the account's next grant is no date; it is kept in extra", key.label)
 
 
 # --- headers
@@ -326,7 +326,7 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 
 def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
     status = response.status
-    details: dict[str, Any] = {"key_name": key.name, **read_details(response.headers, key)}
+    details: dict[str, Any] = {"key_name": key.label, **read_details(response.headers, key)}
     if not 400 <= status <= 599:
         what = (
             "a redirect, which is not followed because it would take the key elsewhere"
@@ -380,8 +380,9 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
 
 def _hide(text: str, key: ApiKey) -> str:
     """Without the secret, also where it is quoted as in a URL or in another case."""
-    if len(text) < len(key.secret):
+    secret = key.get_secret_value()
+    if len(text) < len(secret):
         return text
-    for form in {key.secret, quote(key.secret, safe="")}:
+    for form in {secret, quote(secret, safe="")}:
         text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)
     return text

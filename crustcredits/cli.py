@@ -16,9 +16,10 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -27,12 +28,13 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.table import Column, Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from crustcredits._client import CreditsClient
 from crustcredits._demo import demo_pool
 from crustcredits._errors import ConfigurationError, CrustCreditsError
-from crustcredits._keys import ApiKey, keys_from_env, keys_from_file, keys_from_text
+from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_text
+from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._report import Report
@@ -46,8 +48,43 @@ _NARROWEST = 76  # columns; on fewer the terminal wraps the lines, so that no di
 _LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 
 
+# Typer does not export the base of its errors about usage.
+_UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
+
+
+class _WrongValueError(typer.BadParameter):
+    """A value that cannot be used, in words of our own."""
+
+
+def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
+    """What `parse` returns; or a usage error that repeats no argument, because it may be a key in the wrong place."""
+    try:
+        return parse()
+    except _WrongValueError:
+        raise
+    except typer.BadParameter as error:
+        option: Any = error.param
+        problem = f"Invalid value for '{option.opts[0]}': it takes {option.metavar}. {option.help}"
+    except _UsageError as error:
+        if getattr(error, "option_name", None) in {name for param in context.command.params for name in param.opts}:
+            raise
+        near = getattr(error, "possibilities", None)
+        problem = "No such option; it is not repeated here, because it may be a key."
+        if near:
+            problem += f" Is {' or '.join(sorted(near))} meant?"
+    raise _UsageError(problem, context)
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return _without_values(partial(super().parse_args, ctx, args), ctx)
+
+
 class _Commands(TyperGroup):
-    """Commands by their names. One that does not exist is not repeated: it may be a key in the wrong place."""
+    """Commands by their names. One that does not exist is not repeated either."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return _without_values(partial(super().parse_args, ctx, args), ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return super().get_command(ctx, cmd_name) or ctx.fail("No such command.")
@@ -65,7 +102,7 @@ _SETTINGS = {"allow_extra_args": True}  # only to be refused without being repea
 
 def _positive(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < math.inf:
-        raise typer.BadParameter("it is a finite number of seconds above 0.")
+        raise _WrongValueError("it is a finite number of seconds above 0.")
     return seconds
 
 
@@ -82,7 +119,7 @@ def _options(
     """How many credits each of your Crustdata API keys has left."""
 
 
-@app.command(context_settings=_SETTINGS)
+@app.command(cls=_Command, context_settings=_SETTINGS)
 def demo(
     context: typer.Context,
     *,
@@ -100,7 +137,7 @@ def demo(
         _leave(run, 0)
 
 
-@app.command(context_settings=_SETTINGS)
+@app.command(cls=_Command, context_settings=_SETTINGS)
 def check(
     context: typer.Context,
     *,
@@ -114,7 +151,9 @@ def check(
     """Check your keys, from CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS or from a file.
 
     CRUSTDATA_API_KEYS and the file hold keys, one a line or divided by commas, each SECRET, NAME=SECRET or
-    ACCOUNT/NAME=SECRET. Keys of one account share its balance, which the total counts once.
+    ACCOUNT/NAME=SECRET. The file may also be an env file with these variables, JSON or CSV, and CRUSTDATA_API_KEY_FILE and
+    CRUSTDATA_API_KEYS_FILE name files in the variables' place. Keys of one account share its balance, which the total
+    counts once.
 
     \b
     Exit status:
@@ -193,7 +232,7 @@ class _Run:
 
     def __init__(self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False) -> None:
         self.pool = pool
-        self.landed: dict[ApiKey, Outcome[Balance]] = {}
+        self.landed: dict[ApiKey | UnusableKey, Outcome[Balance]] = {}
         self.interrupted = False
         self.detail = detail
         self._timeout, self._lines = timeout, lines
@@ -219,8 +258,8 @@ class _Run:
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
-        known = {key: Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool} | self.landed
-        return Report(known[key] for key in self.pool)
+        missing = (Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool)
+        return Report(self.landed.get(outcome.key, outcome) for outcome in missing)
 
     def _land(self, outcome: Outcome[Balance]) -> None:
         self.landed[outcome.key] = outcome
@@ -272,7 +311,7 @@ def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
     if failures:
         yield Group(Text("Could not be checked", style="bold"), _failures_table(failures))
     # What is 0 adds nothing, however often it is counted.
-    alike = [outcome.key.name for group in report.lookalikes if group[0].credits for outcome in group]
+    alike = [outcome.key.label for group in report.lookalikes if group[0].credits for outcome in group]
     if alike:
         share = "if they share an account, declare it (ACCOUNT/NAME=SECRET), or the total counts it more than once"
         yield Text(f"{len(alike)} keys answer just like another one, such as {alike[0]} and {alike[1]}: {share}")
@@ -282,17 +321,17 @@ def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
 def _failures_table(failures: list[Outcome[Balance]]) -> Table:
     table = Table.grid(Column(max_width=30), Column(), padding=(0, 2, 0, 0))
     for outcome in failures:
-        words = str(outcome.error).removeprefix(f"{outcome.key.name}: ")
+        words = str(outcome.error).removeprefix(f"{outcome.key.label}: ")
         tries = f", after {outcome.attempts} tries" * (outcome.attempts > 1)
-        table.add_row(_cell(outcome.key.name), Text(_printable(words + tries)))
+        table.add_row(_cell(outcome.key.label), Text(_printable(words + tries)))
     return table
 
 
 def _keys_table(report: Report, floor: Decimal | None) -> Table:
     detail = any(isinstance(outcome.balance, Account) for outcome in report)
-    table = _table("name", "account", "credits", *("grant", "next grant") * detail, "state")
+    table = _table("key", "credits", *("grant", "next grant") * detail, "state")
     for outcome in report:
-        about = [_cell(outcome.key.name), _cell(outcome.key.account or ""), _number(outcome.credits)]
+        about = [_cell(outcome.key.label), _number(outcome.credits)]
         table.add_row(*about, *(_grant(outcome.balance) if detail else ()), _state(report, outcome, floor))
     return table
 
@@ -332,7 +371,7 @@ def _total(report: Report) -> str:
 def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
-        names = header in {"name", "account"}  # the only ones to be narrowed, because they may be long
+        names = header in {"key", "account"}  # the only ones to be narrowed, because they may be long
         table.add_column(header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names)
     return table
 

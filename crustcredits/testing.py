@@ -25,7 +25,7 @@ from aiohttp import web
 from crustcredits._checks import check_kind, check_number, check_whole
 from crustcredits._errors import ConfigurationError
 from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, bomb, reset, transport_of
-from crustcredits._keys import ApiKey
+from crustcredits._keys import ApiKey, digest_of
 from crustcredits._models import credits_text
 from crustcredits._wire import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 
@@ -38,7 +38,7 @@ class Arrival:
 
     Attributes:
         at: When, in the running loop's time.
-        key: The name of the key, or None when no known key was sent.
+        key: The label of the key, or None when no known key was sent.
         path: The path asked for.
         headers: As sent. They hold the secret, so they do not print.
         refused: Whether the window was full, so that it was answered 429.
@@ -110,7 +110,7 @@ class SandboxServer:
         self._host = host
         self._record = record
         self._accounts: dict[str, dict[str, Any]] = {}
-        self._keys: dict[str, tuple[ApiKey, str]] = {}
+        self._keys: dict[bytes, tuple[ApiKey, str]] = {}
         self._orders: defaultdict[bytes, deque[_Order]] = defaultdict(deque)
         self._windows: defaultdict[Hashable, deque[float]] = defaultdict(deque)
         self._stale: WeakSet[asyncio.BaseTransport] = WeakSet()
@@ -149,7 +149,7 @@ class SandboxServer:
         if owner is None:
             owner = f"the account of {key.digest.hex()}"
             self.add_account(owner, credits=credits)
-        self._keys[key.secret] = (key, owner)
+        self._keys[key.digest] = (key, owner)
         return key
 
     def set_credits(self, key: ApiKey, credits: Decimal | int | str) -> None:
@@ -177,9 +177,9 @@ class SandboxServer:
         self._orders.pop(key.digest, None)
 
     def _owner(self, key: ApiKey) -> str:
-        if key.secret not in self._keys:
-            raise ConfigurationError("the sandbox did not issue this key; make it with add_key()", key_name=key.name)
-        return self._keys[key.secret][1]
+        if key.digest not in self._keys:
+            raise ConfigurationError("the sandbox did not issue this key; make it with add_key()", key_name=key.label)
+        return self._keys[key.digest][1]
 
     # --- what it saw
 
@@ -264,7 +264,7 @@ class SandboxServer:
             return web.Response(body=bomb(), headers=encoded, content_type=JSON_TYPE)
         answer = self._answer(request, key, headers)
         if fault is Fault.COOKIE and key is not None:
-            answer.set_cookie("session", key.name)
+            answer.set_cookie("session", key.label)
         if fault is Fault.STALE:
             self._stale.add(transport_of(request))
         return answer
@@ -276,7 +276,7 @@ class SandboxServer:
 
     def _key_of(self, request: web.BaseRequest) -> ApiKey | None:
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        known = self._keys.get(secret) if scheme == "Bearer" else None
+        known = self._keys.get(digest_of(secret)) if scheme == "Bearer" else None
         return None if known is None else known[0]
 
     def _count(self, request: web.BaseRequest, key: ApiKey | None) -> tuple[bool, dict[str, str]]:
@@ -292,7 +292,7 @@ class SandboxServer:
         self.refused += refused
         self.peak_connections = max(self.peak_connections, self.connections)
         if self._record:
-            name = None if key is None else key.name
+            name = None if key is None else key.label
             self.arrivals.append(Arrival(at=now, key=name, path=request.path, headers=request.headers, refused=refused))
         return refused, {
             "x-ratelimit-limit": str(self._limit),
@@ -307,7 +307,7 @@ class SandboxServer:
             return ()
         if key is None:
             return request.headers.get("Authorization")
-        return self._keys[key.secret][1] if self._scope == "account" else key.digest
+        return self._keys[key.digest][1] if self._scope == "account" else key.digest
 
     def _next_order(self, key: ApiKey | None) -> _Order | None:
         orders = self._orders.get(key.digest) if key is not None else None
@@ -327,7 +327,7 @@ class SandboxServer:
             return _json(401, {"message": f"{'Missing' if missing else 'Invalid'} API key in request"}, headers)
         if request.method != "GET" or request.path not in {USER_CREDITS, ACCOUNT_CREDITS}:
             return _json(404, {"message": "Not found"}, headers)
-        account = self._accounts[self._keys[key.secret][1]]
+        account = self._accounts[self._keys[key.digest][1]]
         if request.path == USER_CREDITS:
             return _json(200, {"credits": account["credits"]}, headers)
         if request.headers.get("x-api-version") != API_VERSION:

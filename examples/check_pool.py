@@ -16,7 +16,7 @@ async def main() -> None:
         if not keys:
             sandbox = await stack.enter_async_context(SandboxServer())
             sandbox.add_account("acme", credits="138940.37")
-            keys = [sandbox.add_key(name, account="acme") for name in ("acme-prod", "acme-dev")]
+            keys = [sandbox.add_key(name, account="acme") for name in ("prod", "dev")]
             keys += [sandbox.add_key("globex", credits=0), sandbox.add_key("initech")]
             sandbox.fail(keys[-1], Fault.FORBIDDEN)
             base_url = sandbox.url
@@ -24,7 +24,7 @@ async def main() -> None:
         report = await client.check(keys, timeout=120)
 
     for outcome in report:
-        print(f"{outcome.key.name:12} {outcome.credits if outcome.ok else f'unknown: {outcome.error}'}")
+        print(f"{outcome.key.label:12} {outcome.credits if outcome.ok else f'unknown: {outcome.error}'}")
     print(f"{'total':12} {report.total_credits} ({len(report.failed)} of {len(report)} keys unknown)")
 
 

@@ -15,9 +15,9 @@ async def choose(client: CreditsClient, keys: Sequence[ApiKey], credits: int) ->
     """The key with the most credits of those that have enough, or None."""
     report = await client.check(keys, timeout=20, max_age=30, stale_while_revalidate=120, stale_if_error=600)
     for outcome in report.low(100):
-        print(f"  {outcome.key.name} runs low: {outcome.credits}")
+        print(f"  {outcome.key.label} runs low: {outcome.credits}")
     best = report.ranked(min_credits=credits)
-    return best[0].key if best else None
+    return best[0].result().key if best else None
 
 
 async def main() -> None:
@@ -25,7 +25,7 @@ async def main() -> None:
         keys = [sandbox.add_key(name, credits=credits) for name, credits in (("acme", 70), ("globex", 900), ("initech", 400))]
         for job, needed in (("small", 50), ("large", 500), ("huge", 5000)):
             key = await choose(client, keys, needed)
-            print(f"{job} job, {needed} credits: {'no key has enough' if key is None else key.name}")
+            print(f"{job} job, {needed} credits: {'no key has enough' if key is None else key.label}")
         print(f"{sandbox.requests} requests for three jobs")
 
 

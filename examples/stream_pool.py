@@ -27,8 +27,8 @@ async def main() -> None:
     ):
         async for outcome in outcomes:
             if outcome.credits is not None and outcome.credits < 500:
-                low.append(outcome.key.name)
-                print(f"{outcome.key.name} has only {outcome.credits} credits")
+                low.append(outcome.key.label)
+                print(f"{outcome.key.label} has only {outcome.credits} credits")
     print(f"{len(low)} customers have fewer than 500 credits")
 
 

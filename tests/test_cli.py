@@ -92,7 +92,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, out: Stream = Non
 
 
 def entries(*keys: ApiKey) -> str:
-    return "\n".join(f"{key.account}/{key.name}={key.secret}" if key.account else f"{key.name}={key.secret}" for key in keys)
+    return "\n".join(f"{key.label}={key.get_secret_value()}" for key in keys)
 
 
 def row(result: Result, name: str) -> str:
@@ -129,21 +129,21 @@ def test_the_demo_fits_the_width(columns: int) -> None:
     assert widest(result.out) <= columns
     assert "…" not in result.out
     assert "\x1b" not in result.out
-    assert row(result, "keystone-batch").startswith("keystone-batch keystone 6,554,897 ok")
+    assert row(result, "keystone/batch").startswith("keystone/batch 6,554,897 ok")
 
 
 def test_the_demo_shows_every_kind_of_key() -> None:
     """Good, empty, retried and failed keys, the totals by account, each failure in words, and the requests sent."""
     result = run("demo", "--keys", "40")
-    assert row(result, "alpine-prod").endswith(" ok")
-    assert row(result, "boreal-prod").endswith(" retried")
-    assert row(result, "cascade-prod").startswith("cascade-prod cascade 0 ")
-    assert row(result, "cascade-prod").endswith(" empty")
-    assert "contoso-prod contoso unknown failed" in " ".join(result.out.split())
+    assert row(result, "alpine/prod").endswith(" ok")
+    assert row(result, "boreal/prod").endswith(" retried")
+    assert row(result, "cascade/prod").startswith("cascade/prod 0 ")
+    assert row(result, "cascade/prod").endswith(" empty")
+    assert "contoso/prod unknown failed" in " ".join(result.out.split())
     assert row(result, "waystar") == "waystar 1 unknown"
     assert row(result, "alpine") == "alpine 1 17,041,325"
     assert "Total: 281,552,662.24 credits; keys of which nothing is known: 3\n" in result.out
-    assert "contoso-prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
+    assert "contoso/prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
     assert result.lines[-1].startswith("Requests: 45 in ")
     assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; 429s: 0")
 
@@ -152,9 +152,9 @@ def test_the_demo_pool_is_the_same_every_time() -> None:
     """Names, accounts and their order do not change from run to run."""
     first, again = (demo_pool(SandboxServer(), 250) for _ in range(2))
     assert [(key.name, key.account) for key in first] == [(key.name, key.account) for key in again]
-    assert len({key.name for key in first}) == 250
+    assert len({key.label for key in first}) == 250
     assert len({key.account for key in first}) == 40
-    assert [key.name for key in first][:4] == ["acme-prod", "acme-dev", "acme-batch", "acme-prod-2"]
+    assert [key.label for key in first][:4] == ["acme/prod", "acme/dev", "acme/batch", "acme/prod-2"]
 
 
 def test_the_demo_takes_another_window() -> None:
@@ -179,16 +179,16 @@ def test_the_demo_refuses_what_cannot_be(arguments: tuple[str, str]) -> None:
 
 
 def test_a_table_of_credits(api: SandboxServer) -> None:
-    """Names, accounts, credits and states; each declared account once in the total."""
+    """Labels, credits and states; each declared account once in the total."""
     api.add_account("acme", credits=Decimal("138940.37"))
-    pool = [api.add_key("acme-prod", account="acme"), api.add_key("acme-ci", account="acme"), api.add_key("solo", credits=0)]
+    pool = [api.add_key("prod", account="acme"), api.add_key("ci", account="acme"), api.add_key("solo", credits=0)]
     result = run("check", CRUSTDATA_API_KEYS=entries(*pool))
     assert (result.status, result.err) == (0, "")
     assert [" ".join(line.split()) for line in result.lines] == [
-        "name account credits state",
-        "─" * 37,
-        "acme-prod acme 138,940.37 ok",
-        "acme-ci acme 138,940.37 ok",
+        "key credits state",
+        "─" * 28,
+        "acme/prod 138,940.37 ok",
+        "acme/ci 138,940.37 ok",
         "solo 0 empty",
         "",
         "account keys credits",
@@ -207,9 +207,9 @@ def test_grants_with_detail(api: SandboxServer) -> None:
     api.add_account("bare", credits=7, **grant)
     pool = [api.add_key(account="acme", name="a"), api.add_key(account="bare", name="b"), api.add_key("c")]
     result = run("check", "--detail", CRUSTDATA_API_KEYS=entries(*pool))
-    assert row(result, "name") == "name account credits grant next grant state"
-    assert row(result, "a") == "a acme 7 5,000 monthly 2026-09-01 ok"
-    assert row(result, "b") == "b bare 7 5,000 monthly ok"
+    assert row(result, "key") == "key credits grant next grant state"
+    assert row(result, "acme/a") == "acme/a 7 5,000 monthly 2026-09-01 ok"
+    assert row(result, "bare/b") == "bare/b 7 5,000 monthly ok"
     assert row(result, "c") == "c 1,000 ok"
 
 
@@ -218,7 +218,7 @@ def test_unknown_is_not_zero(api: SandboxServer) -> None:
     key = ApiKey("not-known-to-anyone", name="lost", account="acme")
     result = run("check", CRUSTDATA_API_KEYS=entries(key))
     assert result.status == 3
-    assert row(result, "lost") == "lost acme unknown failed"
+    assert row(result, "acme/lost") == "acme/lost unknown failed"
     assert row(result, "acme") == "acme 1 unknown"
     assert "Total: unknown; keys of which nothing is known: 1\n" in result.out
 
@@ -251,20 +251,19 @@ def test_credits_are_never_cut(columns: int, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert widest(out) <= max(columns, 76)
     assert "\x1b" not in out
-    first = next(line for line in out.splitlines() if line.startswith("a-very"))
-    assert first.split()[2:] == ["98,765,432,101.345", "50,000", "monthly", "[31m", "2026-01-02", "ok"]
+    first = next(line for line in out.splitlines() if line.startswith("bbb"))
+    assert first.split()[1:] == ["98,765,432,101.345", "50,000", "monthly", "[31m", "2026-01-02", "ok"]
     assert f"{int(digits):,}" in "".join(re.findall(r"(?<= )[\d,]{3,}(?= )", out[out.index("absurd") :]))
     assert out.count("wrong") == 30
 
 
 def test_markup_and_escapes_are_printed_as_they_are() -> None:
     """Neither a name nor the server's words can colour or move anything."""
-    error = CrustCreditsError("[bold]no[/bold] :smile: \x1b[31mred\x1b[0m", key_name="[red]x[/red]")
-    out = show(outcome("[red]x[/red]", error=error, account="[link]"), outcome("[/]", "1", account="[b]c[/b]"))
+    error = CrustCreditsError("[bold]no[/bold] :smile: \x1b[31mred\x1b[0m", key_name="[link]/[red]x[/red]")
+    out = show(outcome("[red]x[/red]", error=error, account="[link]"), outcome("[/]", "1", account="[b]c[b]"))
     assert "\x1b" not in out
-    assert "[red]x[/red]  [bold]no[/bold] :smile:  [31mred [0m" in out
-    assert "[b]c[/b]" in out
-    assert "[/] " in out
+    assert "[link]/[red]x[/red]  [bold]no[/bold] :smile:  [31mred [0m" in out
+    assert "[b]c[b]/[/] " in out
 
 
 # --- check: where keys come from
@@ -274,7 +273,7 @@ def test_keys_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
     """`--keys-file` reads keys from a file, and the environment's are left alone."""
     path = tmp_path / "keys.txt"
     path.write_text(f"# ours\n{entries(api.add_key('a'), api.add_key('b'))}\n")
-    result = run("check", "--json", "--keys-file", str(path), CRUSTDATA_API_KEY=api.add_key().secret)
+    result = run("check", "--json", "--keys-file", str(path), CRUSTDATA_API_KEY=api.add_key().get_secret_value())
     assert [each["key"] for each in json.loads(result.out)["outcomes"]] == ["a", "b"]
 
 
@@ -389,7 +388,25 @@ def test_a_json_line_for_each_outcome(api: SandboxServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("sk-very-secret",), ("check", "sk-very-secret"), ("demo", "sk-very-secret"), ("check", "--key=sk-very-secret")]
+    "arguments",
+    [
+        ("sk-very-secret",),
+        ("--sk-very-secret",),
+        ("check", "sk-very-secret"),
+        ("demo", "sk-very-secret"),
+        ("check", "--key=sk-very-secret"),
+        ("check", "--sk-very-secret"),
+        ("check", "--sk-very-secret=x"),
+        ("check", "-sk-very-secret"),
+        ("check", "--", "--sk-very-secret"),
+        ("check", "--keys-file", "sk-very-secret"),
+        ("check", "--keys-file", "sk-very-secret,sk-more-secret"),
+        ("check", "--timeout", "sk-very-secret"),
+        ("check", "--min-credits", "sk-very-secret"),
+        ("check", "--json=sk-very-secret"),
+        ("demo", "--keys", "sk-very-secret"),
+        ("demo", "--window", "sk-very-secret"),
+    ],
 )
 def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -> None:
     """A key given as an argument is refused, with status 2, and does not appear in the words that say so."""
@@ -402,7 +419,7 @@ def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -
 def test_no_secret_is_printed(api: SandboxServer, option: tuple[str, ...]) -> None:
     """Whatever became of the keys, nothing printed holds a secret."""
     pool = [api.add_key("a", secret="sk-good-secret"), ApiKey("sk-lost-secret", name="b"), ApiKey("sk-bare-secret")]
-    result = run("check", *option, CRUSTDATA_API_KEYS=entries(*pool[:2]), CRUSTDATA_API_KEY=pool[2].secret)
+    result = run("check", *option, CRUSTDATA_API_KEYS=entries(*pool[:2]), CRUSTDATA_API_KEY=pool[2].get_secret_value())
     assert result.status == 3
     assert "sk-" not in result.out + result.err
 
@@ -646,3 +663,10 @@ def test_a_result_that_cannot_be_written_in_process(monkeypatch: pytest.MonkeyPa
 def test_the_version_is_shown() -> None:
     """And nothing else is done."""
     assert run("--version").out == f"crustcredits {__version__}\n"
+
+
+def test_an_option_that_is_near_is_named() -> None:
+    """A typing error costs no search, and the usage of a known option is explained with its name."""
+    assert "Is --timeout meant?" in run("check", "--time-out", "3").err
+    assert "Option '--timeout' requires an argument" in run("check", "--timeout").err
+    assert "Invalid value for '--keys': it takes N. How many keys." in run("demo", "--keys", "0").err

@@ -20,7 +20,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 # What each must say.
 SAID = {
     "check_pool.py": [
-        "acme-prod    138940.37",
+        "acme/prod    138940.37",
         "initech      unknown: initech: Not in your plan",
         "total        138940.37 (1 of 4",
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crustcredits import ApiKey, Balance, Outcome
-from crustcredits._fanout import FanOut
+from crustcredits._fanout import FanOut, Key
 from crustcredits._keys import as_keys_async
 from tests.virtual import keys, now
 
@@ -28,7 +28,8 @@ class Asker:
         self.under_way = 0
         self.most = 0
 
-    async def __call__(self, key: ApiKey) -> Outcome[Balance]:
+    async def __call__(self, key: Key) -> Outcome[Balance]:
+        assert isinstance(key, ApiKey)
         self.asked.append(key.name)
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -75,7 +76,7 @@ async def test_a_slow_consumer_holds_back_the_asking() -> None:
 async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
     """Nothing that was asked is lost, and the caller sees his own error."""
 
-    def source() -> Iterator[ApiKey]:
+    def source() -> Iterator[Key]:
         yield from keys(2)
         raise LookupError("the database is gone")
 
@@ -90,7 +91,7 @@ async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
 async def test_an_asynchronous_source_is_read_as_it_comes() -> None:
     """Outcomes come out while the next key is still awaited."""
 
-    async def source() -> AsyncGenerator[ApiKey, None]:
+    async def source() -> AsyncGenerator[Key, None]:
         for key in keys(3):
             yield key
             await asyncio.sleep(5)
@@ -124,7 +125,7 @@ async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
 async def test_what_a_question_raises_ends_it_all() -> None:
     """Asking answers with outcomes; an exception is no outcome but the end."""
 
-    async def ask(key: ApiKey) -> Outcome[Balance]:
+    async def ask(key: Key) -> Outcome[Balance]:
         await asyncio.sleep(0 if key.name == "k3" else 9)
         raise RuntimeError("closed")
 
@@ -137,7 +138,7 @@ async def test_what_a_question_raises_ends_it_all() -> None:
 async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseException]) -> None:
     """Whatever it raises, also a cancellation that it met inside; and those already asked come first."""
 
-    async def source() -> AsyncGenerator[ApiKey, None]:
+    async def source() -> AsyncGenerator[Key, None]:
         yield keys(1)[0]
         raise kind
 
@@ -151,7 +152,7 @@ async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseExcepti
 async def test_a_question_that_ends_cancelled_ends_it_all() -> None:
     """Its key has no outcome, and no key is left out silently."""
 
-    async def ask(key: ApiKey) -> Outcome[Balance]:
+    async def ask(key: Key) -> Outcome[Balance]:
         if key.name == "k1":
             raise asyncio.CancelledError
         return await Asker()(key)
@@ -184,7 +185,7 @@ async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
 async def test_what_ends_it_from_outside_comes_even_while_the_source_is_awaited() -> None:
     """Such as the client's closing."""
 
-    async def source() -> AsyncGenerator[ApiKey, None]:
+    async def source() -> AsyncGenerator[Key, None]:
         await asyncio.sleep(3600)
         yield keys(1)[0]
 

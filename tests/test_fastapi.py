@@ -269,7 +269,7 @@ def test_credits_are_text_exact_to_the_digit(credits: str) -> None:
     assert text == format(Decimal(credits), "f")
     again = KeyResponse.model_validate_json(response.model_dump_json())
     assert again.credits == Decimal(credits)
-    assert (again.key, again.account) == ("prod", "acme")
+    assert (again.key, again.account) == ("acme/prod", "acme")
 
 
 def test_times_are_in_utc_and_the_age_counts_from_them() -> None:
@@ -299,7 +299,7 @@ def test_an_account_keeps_what_it_says() -> None:
     plain = json.loads(AccountResponse.model_validate(account).model_dump_json())
     assert plain.pop("age") > 0
     assert plain == {
-        "key": "prod",
+        "key": "acme/prod",
         "account": "acme",
         "credits": "5.0",
         "checked_at": "2026-01-01T12:00:00Z",
@@ -414,26 +414,27 @@ async def test_the_pool_can_be_filtered_and_sorted(sandbox: SandboxServer) -> No
             return [key["key"] for key in (await caller.get(f"/credits/keys{query}")).json()["keys"]]
 
         for key in pool:
-            await caller.get(f"/credits/keys/{key.name}")
-        assert await names("") == ["broken", "b", "c", "a"]
-        assert await names("?sort=name") == ["a", "b", "broken", "c"]
-        assert await names("?sort=credits") == ["c", "b", "a", "broken"]
-        assert await names("?sort=-credits") == ["a", "b", "c", "broken"]
-        assert await names("?sort=-age") == ["b", "c", "a", "broken"]
-        assert await names("?sort=age") == ["a", "c", "b", "broken"]
-        assert await names("?sort=age&state=fresh") == ["a", "c", "b"]
+            await caller.get(f"/credits/keys/{key.label}")
+        assert await names("") == ["broken", "acme/b", "c", "a"]
+        assert await names("?sort=name") == ["a", "acme/b", "broken", "c"]
+        assert await names("?sort=credits") == ["c", "acme/b", "a", "broken"]
+        assert await names("?sort=-credits") == ["a", "acme/b", "c", "broken"]
+        assert await names("?sort=-age") == ["acme/b", "c", "a", "broken"]
+        assert await names("?sort=age") == ["a", "c", "acme/b", "broken"]
+        assert await names("?sort=age&state=fresh") == ["a", "c", "acme/b"]
         assert await names("?state=failed") == ["broken"]
         assert await names("?state=stale") == []
         filtered = (await caller.get("/credits/keys?account=acme")).json()
-        assert [key["key"] for key in filtered["keys"]] == ["b"]
+        assert [key["key"] for key in filtered["keys"]] == ["acme/b"]
         assert filtered["total_credits"] == "20"
         assert (await caller.get("/credits/keys?state=nice")).status_code == 422
         assert (await caller.get("/credits/keys?sort=nice")).status_code == 422
 
 
-async def test_one_key_by_name(sandbox: SandboxServer) -> None:
-    """Also where the name has slashes; an unknown one is not repeated."""
-    app = app_of(sandbox, sandbox.add_key("acme/prod", credits="0.10"))
+async def test_one_key_by_label(sandbox: SandboxServer) -> None:
+    """Account and name, divided by a slash; an unknown one is not repeated."""
+    sandbox.add_account("acme", credits="0.10")
+    app = app_of(sandbox, sandbox.add_key("prod", account="acme"))
     async with calling(app) as caller:
         answer = await caller.get("/credits/keys/acme/prod")
         assert (answer.status_code, answer.json()["credits"]) == (200, "0.10")
@@ -782,7 +783,7 @@ def test_the_openapi_document_is_right() -> None:
     assert set(document["paths"]["/credits/keys"]["get"]["responses"]) == {"200", "422", "503"}
     assert list(answers["504"]["content"]) == ["application/problem+json"]
     assert answers["504"]["content"]["application/problem+json"]["schema"]["properties"]["title"]["type"] == "string"
-    assert KEY.secret not in json.dumps(document)
+    assert KEY.get_secret_value() not in json.dumps(document)
 
 
 async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -806,4 +807,4 @@ async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog:
     shown = [caplog.text, *(answer.text + repr(answer.headers) for answer in answers)]
     assert {answer.status_code for answer in answers} >= {200, 502, 503, 504}
     for text in shown:
-        assert not [key.name for key in keys if key.secret in text]
+        assert not [key.name for key in keys if key.get_secret_value() in text]

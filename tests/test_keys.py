@@ -3,16 +3,68 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import os
 import pickle
+import pprint
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import rich
+from pydantic import SecretStr
+from rich.console import Console
 
-from crustcredits import ApiKey, ConfigurationError, keys_from_env, keys_from_file, keys_from_text
-from crustcredits._keys import RefusedKey, as_key, as_keys, refuse_contradictions
+from crustcredits import ApiKey, ConfigurationError, UnusableKey, keys_from_env, keys_from_file, keys_from_text
+from crustcredits._keys import as_key, as_keys, contradiction
 
 SECRET = "sk-0123456789abcdef"
+
+
+def test_the_secret_is_reached_by_one_method_alone() -> None:
+    """No attribute, property or state holds it in the clear."""
+    key = ApiKey(SECRET, name="prod", account="acme")
+    assert key.get_secret_value() == SECRET
+    screen = io.StringIO()
+    rich.inspect(key, console=Console(file=screen), all=True)
+    for shown in (repr(inspect.getmembers(key)), pprint.pformat(key), screen.getvalue()):
+        assert SECRET[3:11] not in shown
+    assert not [name for name in dir(key) if SECRET in repr(getattr(key, name))]
+    with pytest.raises(TypeError, match="not pickled"):
+        key.__getstate__()
+    with pytest.raises(TypeError):
+        vars(key)
+
+
+def test_a_secret_str_is_a_secret() -> None:
+    """Pydantic's, or anything else with `get_secret_value()`; alone and in pools."""
+    assert ApiKey(SecretStr(SECRET)).get_secret_value() == SECRET
+    assert as_key(SecretStr(SECRET)) == ApiKey(SECRET)
+    pool = as_keys({"acme/prod": SecretStr(SECRET)})
+    assert isinstance(pool, Iterator)
+    assert next(pool) == ApiKey(SECRET, name="prod", account="acme")
+    assert "this is one (SecretStr); put it in a list" in str(as_keys(SecretStr(SECRET)))
+
+
+def test_the_label_is_account_and_name() -> None:
+    """Or the name alone. Only the part behind an account may have a slash."""
+    assert ApiKey(SECRET, name="prod").label == "prod"
+    assert ApiKey(SECRET, name="prod", account="acme").label == "acme/prod"
+    assert ApiKey(SECRET, name="eu/prod", account="acme").label == "acme/eu/prod"
+    with pytest.raises(ConfigurationError, match=r"the name of the API key holds a '/'.*give the two apart: account= and name="):
+        ApiKey(SECRET, name="acme/prod")
+    with pytest.raises(ConfigurationError, match="the account of the API key holds a '/'"):
+        ApiKey(SECRET, name="prod", account="big/co")
+    refused = as_key(ApiKey(SECRET, account="globex"), label="acme/prod")
+    assert isinstance(refused, UnusableKey)
+    assert "declare two accounts" in str(refused.error)
+
+
+def test_an_environment_is_no_pool() -> None:
+    """Its other values would be sent as keys."""
+    for environ in (os.environ, {"CRUSTDATA_API_KEY": SECRET, "DATABASE_URL": "x"}):
+        assert "read it with keys_from_env()" in str(as_keys(environ))
 
 
 def test_a_key_does_not_print() -> None:
@@ -20,7 +72,7 @@ def test_a_key_does_not_print() -> None:
     key = ApiKey(SECRET, name="prod", account="acme")
     assert repr(key) == "ApiKey('***', name='prod', account='acme')"
     assert SECRET not in f"{key} {key!r} {[key]} { {key: key} }"
-    assert key.secret == SECRET
+    assert key.get_secret_value() == SECRET
 
 
 def test_a_key_without_a_name_is_called_by_a_fingerprint() -> None:
@@ -36,7 +88,7 @@ def test_a_key_without_a_name_is_called_by_a_fingerprint() -> None:
 @pytest.mark.parametrize("raw", [f" {SECRET} ", f"\ufeff{SECRET}\r\n", f"\t\ufeff {SECRET}"])
 def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
     """They come from files and clipboards."""
-    assert ApiKey(raw).secret == SECRET
+    assert ApiKey(raw).get_secret_value() == SECRET
 
 
 @pytest.mark.parametrize(
@@ -56,6 +108,18 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         ("sk\n0123", "white space or control characters inside"),
         ("sk\u200b0123", "outside ASCII"),
         ("skł0123", "outside ASCII"),
+        ("postgres://app:0123@db", "holds '://': it seems to be a URL"),
+        ("sk-0123,sk-0124", "holds a comma: it seems to be a list of keys"),
+        ("sk-0123;sk-0124", "holds a semicolon"),
+        ('sk"0123', "holds a quotation mark"),
+        ("[sk-0123]", "holds a square bracket: it seems to be a section of an ini file"),
+        ("{sk-0123}", "holds a brace"),
+        ("f(0123)", "holds a bracket"),
+        ("a<0123", "holds an angle bracket"),
+        ("bob0123@example.com", "holds an e-mail address"),
+        ("-----BEGIN-0123", "a line of a PEM file"),
+        ("prod=0123", "holds '=': it seems to be a line NAME=SECRET"),
+        ({"secret": "0123"}, "not dict; rows of a database go through keys_from_records"),
         (b"sk-0123", "not bytes; decode it first"),
         (None, "not NoneType"),
     ],
@@ -67,6 +131,78 @@ def test_a_secret_that_cannot_be_one_is_refused_by_the_keys_name(raw: str, said:
     assert caught.value.key_name == "prod"
     assert str(caught.value).startswith("prod: ")
     assert "0123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "${KEY_0123}",
+        "$KEY_0123",
+        "%KEY_0123%",
+        "$(vault read 0123)",
+        "{{ key_0123 }}",
+        "<key 0123>",
+        "op://vault/0123",
+        "YOUR_API_KEY_0123",
+        "your-key-0123",
+        "sk-your-api-key-0123",
+        "REPLACE_ME_0123",
+        "sk-0123****",
+        "xxxx",
+        "sk-xxx",
+        "XXXX-XXXX-0123",
+        "sk0123xxxxxxxx",
+        "sk-0123...",
+        "sk-0123…",
+        "undefined",
+        "None",
+    ],
+)
+def test_a_placeholder_is_refused(raw: str) -> None:
+    """A template that nobody filled in is no key."""
+    with pytest.raises(ConfigurationError, match="is a placeholder, or a reference that was not replaced") as caught:
+        ApiKey(raw)
+    assert "0123" not in str(caught.value)
+
+
+def test_the_name_of_a_variable_is_refused() -> None:
+    """Its value was meant."""
+    with pytest.raises(ConfigurationError, match="is the name of a variable"):
+        ApiKey("CRUSTDATA_API_KEY")
+
+
+@pytest.mark.parametrize("raw", [f"{SECRET}=", f"{SECRET}==", "a.b_c~d+e/f-g", "0" * 300, "x-1", "Foxxxy", "yourself-7"])
+def test_what_may_be_a_key_is_taken(raw: str) -> None:
+    """Base64's padding stands at its end."""
+    assert ApiKey(raw).get_secret_value() == raw
+
+
+@pytest.mark.parametrize(
+    ("name", "account", "said"),
+    [
+        ("a8f5f167f44f4964e6c998dee827110c", None, "the name of the API key looks more like a secret than its value does"),
+        ("dev", "sk_live_0123456789abcdef", "the account of the API key looks more like a secret"),
+    ],
+)
+def test_a_name_that_looks_more_like_a_secret_is_not_repeated(name: str, account: str | None, said: str) -> None:
+    """The two may have been swapped. Where the secret looks like one too, the name may look as it likes."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        ApiKey("prod", name=name, account=account)
+    assert "0123" not in str(caught.value)
+    assert "a8f5" not in str(caught.value)
+    assert caught.value.key_name is None
+    assert ApiKey(SECRET, name="550e8400-e29b-41d4-a716-446655440000").name.startswith("550e")
+    for innocent in ("customer-number-1", "production", "customer20260101", "a-very-long-name-of-a-customer", "c" * 60):
+        assert ApiKey("s-1", name=innocent).name == innocent
+
+
+def test_a_mapping_of_secret_to_name_fails_without_a_word_of_the_secret() -> None:
+    """Each alone, by its place."""
+    pool = as_keys({SECRET: "prod"})
+    assert isinstance(pool, Iterator)
+    (key,) = pool
+    assert isinstance(key, UnusableKey)
+    assert SECRET not in f"{key!r} {key.error} {key.label}"
 
 
 @pytest.mark.parametrize(
@@ -117,10 +253,16 @@ def test_a_pool_is_an_iterable_or_a_mapping() -> None:
     listed = as_keys(iter([prod, "s-2"]))
     assert isinstance(listed, Iterator)
     assert next(listed) is prod
-    assert next(listed).secret == "s-2"
-    mapped = as_keys({"one": "s-1", "two": prod})
+    second = next(listed)
+    assert isinstance(second, ApiKey)
+    assert second.get_secret_value() == "s-2"
+    mapped = as_keys({"one": "s-1", "acme/two": prod, "globex/three": "s-3"})
     assert isinstance(mapped, Iterator)
-    assert [(key.name, key.secret, key.account) for key in mapped] == [("one", "s-1", None), ("two", "s-prod", "acme")]
+    assert [(key.label, key.get_secret_value()) for key in mapped if isinstance(key, ApiKey)] == [
+        ("one", "s-1"),
+        ("acme/two", "s-prod"),
+        ("globex/three", "s-3"),
+    ]
 
 
 @pytest.mark.parametrize("lone", ["sk-1", b"sk-1", bytearray(b"sk-1"), ApiKey("sk-1")])
@@ -148,7 +290,7 @@ def test_a_key_that_cannot_be_used_does_not_spoil_its_pool() -> None:
     """It is named by its name in a mapping, else by its place."""
     refused = list(as_keys(["s-1", "", b"s-3"]))  # type: ignore[arg-type]  # an Iterator here
     assert [key.name for key in refused[1:]] == ["keys[1]", "keys[2]"]
-    assert all(isinstance(key, RefusedKey) for key in refused[1:])
+    assert all(isinstance(key, UnusableKey) for key in refused[1:])
     named = list(as_keys({"empty": "", "sk-0123456789": "sk-0123456789", 3: "s-3"}))  # type: ignore[arg-type]  # as above
     assert [key.name for key in named] == ["empty", "keys[1]", "keys[2]"]
 
@@ -165,14 +307,13 @@ def test_a_key_that_cannot_be_used_does_not_spoil_its_pool() -> None:
 )
 def test_a_pool_that_contradicts_itself_is_refused(pool: list[ApiKey], said: str) -> None:
     """Its report could not be right."""
-    with pytest.raises(ConfigurationError, match=said):
-        refuse_contradictions(pool)
+    assert said in str(contradiction(pool))
 
 
 def test_one_secret_may_have_two_names() -> None:
     """Also once with its account and once without; and a refused key contradicts nobody."""
     twice = [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b"), ApiKey("s-1", name="a", account="acme")]
-    refuse_contradictions([*twice, as_key(""), as_key("")])
+    assert contradiction([*twice, as_key(""), as_key("")]) is None
 
 
 # --- text, files, the environment
@@ -181,13 +322,13 @@ def test_one_secret_may_have_two_names() -> None:
 def test_text_gives_keys_by_line_and_comma() -> None:
     """With names, accounts and comments."""
     text = "\ufeff# the pool\ns-1\n\n prod = s-2 , s-3 # the third\nacme/dev=s-4=,\nbig/co/ci=s-5#6\n"
-    found = [(key.secret, key.name, key.account) for key in keys_from_text(text)]
+    found = [(key.get_secret_value(), key.name, key.account) for key in keys_from_text(text)]
     assert found == [
         ("s-1", ApiKey("s-1").name, None),
         ("s-2", "prod", None),
         ("s-3", ApiKey("s-3").name, None),
         ("s-4=", "dev", "acme"),
-        ("s-5#6", "ci", "big/co"),
+        ("s-5#6", "co/ci", "big"),
     ]
 
 
@@ -201,7 +342,7 @@ def test_text_gives_keys_by_line_and_comma() -> None:
         ("a=s-1\n\n# x\nb=s secret", "line 4: the API key holds white space"),
         ("ok\nBearer s-secret", "line 2: the API key begins with"),
         ("a=s-1\na=s-2", "a: two different keys have this name"),
-        ("x/a=s-1, y/b=s-1", "b: its secret stands under two accounts"),
+        ("x/a=s-1, y/b=s-1", "y/b: its secret stands under two accounts"),
     ],
 )
 def test_a_bad_line_is_reported_by_its_number(text: str, said: str) -> None:
@@ -257,9 +398,9 @@ def test_the_environment_holds_one_key_or_many() -> None:
     """A secret that stands in both is kept once, under its name."""
     assert keys_from_env({}) == []
     assert keys_from_env({"CRUSTDATA_API_KEY": " ", "CRUSTDATA_API_KEYS": ""}) == []
-    assert [key.secret for key in keys_from_env({"CRUSTDATA_API_KEY": " s-1\n"})] == ["s-1"]
+    assert [key.get_secret_value() for key in keys_from_env({"CRUSTDATA_API_KEY": " s-1\n"})] == ["s-1"]
     both = keys_from_env({"CRUSTDATA_API_KEY": "s-1", "CRUSTDATA_API_KEYS": "a=s-2,b=s-3"})
-    assert [key.secret for key in both] == ["s-1", "s-2", "s-3"]
+    assert [key.get_secret_value() for key in both] == ["s-1", "s-2", "s-3"]
     same = keys_from_env({"CRUSTDATA_API_KEY": "s-2", "CRUSTDATA_API_KEYS": "a=s-2,b=s-3"})
     assert [key.name for key in same] == ["a", "b"]
 

@@ -78,7 +78,7 @@ def test_a_balance_becomes_plain_data() -> None:
     at = NOON.astimezone(timezone(timedelta(hours=2)))
     balance = Balance(key=KEY, credits=Decimal("138940.37"), checked_at=at, request_id="r-1", rate_limit=STATUS)
     assert balance.to_dict() == {
-        "key": "prod",
+        "key": "acme/prod",
         "account": "acme",
         "credits": "138940.37",
         "checked_at": "2026-01-01T12:00:00Z",
@@ -138,7 +138,7 @@ def test_an_outcome_with_a_balance_is_ok() -> None:
     assert outcome.result() is outcome.balance
     assert (outcome.request_id, outcome.rate_limit) == ("r-1", STATUS)
     assert outcome.to_dict() | {"rate_limit": None} == {
-        "key": "prod",
+        "key": "acme/prod",
         "account": "acme",
         "ok": True,
         "stale": False,

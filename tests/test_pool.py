@@ -118,14 +118,15 @@ async def test_each_fault_alone_hides_the_secret_and_names_the_key(
         assert error.key_name is not None
         shown += everything_shown_of_error(error)
     for text in shown:
-        assert not [key.name for key in pool if key.secret in text]
+        assert not [key.name for key in pool if key.get_secret_value() in text]
         assert "Bearer sandbox" not in text
 
 
 async def raised_by(client: CreditsClient, report: Report) -> Any:
     for outcome in report.failed:
+        assert isinstance(outcome.key, ApiKey)
         try:
-            await client.balance(outcome.key.secret, timeout=0.3)
+            await client.balance(outcome.key.get_secret_value(), timeout=0.3)
         except CrustCreditsError as error:
             yield error
     with suppress(CrustCreditsError):

@@ -54,7 +54,7 @@ async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, redis_server:
     code, said = PROGRAMS[title]
     keys = [sandbox.add_key("prod", credits=9406), sandbox.add_key("spare", credits=10), sandbox.add_key("broken")]
     sandbox.fail(keys[-1], Fault.FORBIDDEN)
-    pool = ",".join(f"{key.name}={key.secret}" for key in keys)
+    pool = ",".join(f"{key.name}={key.get_secret_value()}" for key in keys)
     environ = {"CRUSTDATA_API_URL": sandbox.url, "CRUSTDATA_API_KEYS": pool, "REDIS_URL": redis_server.url}
     loop = "import asyncio, uvloop; asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())\n" if on_uvloop() else ""
     status, out = await run(sys.executable, "-W", "error", "-c", loop + code, **environ)
@@ -66,7 +66,7 @@ async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, redis_server:
 async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The app opens the client, shows the pool and closes it."""
     monkeypatch.setenv("CRUSTDATA_API_URL", sandbox.url)
-    monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').secret}")
+    monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').get_secret_value()}")
     namespace: dict[str, object] = {}
     exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
 

@@ -240,7 +240,7 @@ def test_a_report_becomes_plain_data() -> None:
     report = Report([good("a", "1.50", account="acme"), bad("b", account="x"), good("c", "2"), good("d", "2")])
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == plain
-    assert [outcome["key"] for outcome in plain.pop("outcomes")] == ["a", "b", "c", "d"]
+    assert [outcome["key"] for outcome in plain.pop("outcomes")] == ["acme/a", "x/b", "c", "d"]
     assert plain == {
         "ok": False,
         "checked": 3,

@@ -23,7 +23,7 @@ async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -
     """With every field of the account, and the documented headers."""
     sandbox.add_account("acme", credits="138940.37", recurring_credits=Decimal(150000), wallets=[{"left": Decimal("1.50")}])
     key = sandbox.add_key("prod", account="acme")
-    bearer = {"Authorization": f"Bearer {key.secret}"}
+    bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
     status, document, headers = await ask(sandbox, **bearer)
     assert (status, document) == (200, {"credits": 138940.37})
     assert headers["x-ratelimit-limit"] == "300"
@@ -44,19 +44,19 @@ async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
     key = sandbox.add_key()
     assert (await ask(sandbox))[:2] == (401, {"message": "Missing API key in request"})
     assert (await ask(sandbox, Authorization="Bearer x"))[:2] == (401, {"message": "Invalid API key in request"})
-    assert (await ask(sandbox, Authorization=f"Token {key.secret}"))[0] == 401
+    assert (await ask(sandbox, Authorization=f"Token {key.get_secret_value()}"))[0] == 401
     for version in ({}, {"x-api-version": "1999-01-01"}):
-        status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.secret}", **version)
+        status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.get_secret_value()}", **version)
         assert status == 400
         assert document["error"]["message"] == "Missing or wrong x-api-version header"
-    assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.secret}"))[0] == 404
+    assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.get_secret_value()}"))[0] == 404
 
 
 async def test_it_counts_in_a_sliding_window() -> None:
     """Over the limit it answers 429, and says when the oldest request ages out."""
     async with SandboxServer(limit=2, period=0.05) as sandbox:
         key = sandbox.add_key()
-        bearer = {"Authorization": f"Bearer {key.secret}"}
+        bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
         assert [(await ask(sandbox, **bearer))[0] for _ in range(2)] == [200, 200]
         status, _, headers = await ask(sandbox, **bearer)
         if status != 200:  # on a machine that slow the first has aged out already
@@ -74,7 +74,7 @@ async def test_it_counts_by_client_account_or_key(scope: Any, refused: int) -> N
         sandbox.add_account("acme")
         keys = [sandbox.add_key(account="acme"), sandbox.add_key(account="acme"), sandbox.add_key()]
         for key in [*keys]:
-            await ask(sandbox, Authorization=f"Bearer {key.secret}")
+            await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}")
         await ask(sandbox, "/account/credits", Authorization="Bearer unknown")
         assert sandbox.refused == refused
 
@@ -86,8 +86,8 @@ async def test_it_records_every_arrival_without_showing_secrets(sandbox: Sandbox
         await client.balance(key)
     (arrival,) = sandbox.arrivals
     assert (arrival.key, arrival.path, arrival.refused) == ("prod", "/user/credits", False)
-    assert arrival.headers["Authorization"] == f"Bearer {key.secret}"
-    assert key.secret not in repr(sandbox.arrivals)
+    assert arrival.headers["Authorization"] == f"Bearer {key.get_secret_value()}"
+    assert key.get_secret_value() not in repr(sandbox.arrivals)
     assert isinstance(arrival, Arrival)
     assert isinstance(credits_client, CreditsClient)
 
@@ -104,7 +104,7 @@ async def test_it_can_do_without_a_record() -> None:
 async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServer) -> None:
     """N times, then the next, then fine again; or until healed."""
     key = sandbox.add_key()
-    bearer = {"Authorization": f"Bearer {key.secret}"}
+    bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
     sandbox.fail(key, Fault.FORBIDDEN, times=2)
     sandbox.fail(key, Fault.PAYMENT_REQUIRED, times=1)
     assert [(await ask(sandbox, **bearer))[0] for _ in range(4)] == [403, 403, 402, 200]
@@ -120,11 +120,11 @@ async def test_ordered_refusals_name_moments_of_their_own(sandbox: SandboxServer
     for _ in range(6):
         key = sandbox.add_key()
         sandbox.fail(key, Fault.REFUSED)
-        resets.append(int((await ask(sandbox, Authorization=f"Bearer {key.secret}"))[2]["x-ratelimit-reset"]))
+        resets.append(int((await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2]["x-ratelimit-reset"]))
     assert all(1 <= reset <= 60 for reset in resets)
     key = sandbox.add_key()
     sandbox.fail(key, Fault.REFUSED, retry_after=7)
-    assert (await ask(sandbox, Authorization=f"Bearer {key.secret}"))[2]["x-ratelimit-reset"] == "7"
+    assert (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2]["x-ratelimit-reset"] == "7"
     assert all(abs(one - other) > 2 for one, other in pairwise(resets))
 
 
@@ -160,14 +160,14 @@ def test_what_makes_no_sense_is_refused() -> None:
     for options in ({"limit": 0}, {"period": 0}, {"delay": (-1, 0)}, {"delay": (2, 1)}, {"delay": 5}):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             SandboxServer(**options)
-    assert sandbox.add_key(secret="sk-mine").secret == "sk-mine"
+    assert sandbox.add_key(secret="sk-mine").get_secret_value() == "sk-mine"
 
 
 async def test_a_delay_comes_partly_before_the_request_is_counted() -> None:
     """So that starts a period apart can arrive closer together."""
     async with SandboxServer(delay=(0.02, 0.02)) as sandbox:
         began = asyncio.get_running_loop().time()
-        await ask(sandbox, Authorization=f"Bearer {sandbox.add_key().secret}")
+        await ask(sandbox, Authorization=f"Bearer {sandbox.add_key().get_secret_value()}")
         took = asyncio.get_running_loop().time() - began
         assert took >= 0.02
         assert began <= sandbox.arrivals[0].at <= began + took

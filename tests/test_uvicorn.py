@@ -51,7 +51,7 @@ async def service(sandbox: SandboxServer, keys: list[ApiKey]) -> AsyncIterator[S
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("CRUSTDATA_", "COV_", "PYTEST_"))}
     environ |= {
         "CRUSTDATA_API_URL": sandbox.url,
-        "CRUSTDATA_API_KEYS": ",".join(f"{key.name}={key.secret}" for key in keys),
+        "CRUSTDATA_API_KEYS": ",".join(f"{key.name}={key.get_secret_value()}" for key in keys),
         "SERVICE_TOKEN": "t-1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -77,7 +77,7 @@ def check_end(running: Service, status: int, keys: list[ApiKey]) -> None:
     assert "Finished server process" in running.printed
     assert "Traceback" not in running.printed
     assert "Unclosed" not in running.printed
-    assert not [key.name for key in keys if key.secret in running.printed]
+    assert not [key.name for key in keys if key.get_secret_value() in running.printed]
 
 
 async def test_it_starts_answers_and_stops(sandbox: SandboxServer) -> None:

@@ -258,7 +258,7 @@ def test_a_field_of_another_kind_does_not_lose_the_balance(caplog: pytest.LogCap
 
 def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
     """Neither in values nor in names, nor quoted or in another case."""
-    echo = KEY.secret
+    echo = KEY.get_secret_value()
     found = account(
         api_key=echo, wallets=[{f"of {echo}": [echo.upper()]}], recurring_credits_frequency=f"x{echo}", credit_topups=[1]
     )

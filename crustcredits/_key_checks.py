@@ -1,0 +1,151 @@
+"""Whether a text can be an API key or the label of one, and what it seems to be instead.
+
+Pure: a problem is returned as a sentence and never raised, and no sentence repeats a secret. It must not know
+key objects or sources.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BYTE_ORDER_MARK = "\ufeff"
+_SCHEME = re.compile(r"(bearer|token)(\s|$)", re.IGNORECASE)
+
+_PLACEHOLDER = re.compile(
+    r"""
+      [$%]\{?\w | \$\( | \{\{ | ^<.*>$                      # ${KEY}, $KEY, %KEY%, $(command), {{ key }}, <key>
+    | ^op://                                                # a reference to a secret store
+    | ^your[-_ ] | (^|[-_. ])your[-_ ]?(api|secret|key|token) | (key|token|secret)[-_ ]here$
+    | (^|[-_. ])(replace|change)[-_ ]?me | ^(insert|enter|paste)[-_ ] | ^placeholder | ^(todo|null|none|nil|undefined)$
+    | \*{3,} | \.{3,} | … | (^|[-_.])x{3,}($|[-_.]) | x{6,}  # masked
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+")
+
+# What stands in no key, and where it comes from instead. The first that is found counts.
+_SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
+    (re.compile(r"\w@\w+\.\w"), "an e-mail address: it seems to be a list of people or a connection string"),
+    (re.compile("-----"), "'-----': it seems to be a line of a PEM file"),
+    (re.compile("['\"`]"), "a quotation mark: it seems to be a line of JSON, TOML or a shell script; give the key bare"),
+    (re.compile(","), "a comma: it seems to be a list of keys, or a line of a CSV file; a list goes into CRUSTDATA_API_KEYS"),
+    (re.compile(";"), "a semicolon: it seems to be a list, or a line of a CSV or ini file; divide keys by commas or lines"),
+    (re.compile(r"[\[\]]"), "a square bracket: it seems to be a section of an ini file, or a JSON list; give the key bare"),
+    (re.compile(r"[{}]"), "a brace: it seems to be JSON or a template; give the key bare"),
+    (re.compile(r"[<>]"), "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare"),
+    (re.compile(r"[()]"), "a bracket: it seems to be a line of a program; give the key bare"),
+)
+
+
+def trimmed(secret: str) -> str:
+    """Without outer white space and a byte-order mark, which come from files and clipboards."""
+    return secret.strip().removeprefix(_BYTE_ORDER_MARK).strip()
+
+
+def secret_problem(secret: object) -> str | None:
+    """Why this cannot be an API key, or None."""
+    if not isinstance(secret, str):
+        return _kind_problem(secret)
+    secret = trimmed(secret)
+    if not secret:
+        return "the API key is empty; is its variable set?"
+    if _SCHEME.match(secret):
+        return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
+    if _PLACEHOLDER.search(secret):
+        return "the API key is a placeholder, or a reference that was not replaced; put the key itself there"
+    if _VARIABLE.fullmatch(secret):
+        return "the API key is the name of a variable; put the key itself there"
+    return _character_problem(secret)
+
+
+def _kind_problem(secret: object) -> str:
+    hint = ""
+    if isinstance(secret, (bytes, bytearray)):
+        hint = "; decode it first"
+    elif isinstance(secret, dict):
+        hint = "; rows of a database go through keys_from_records()"
+    elif secret is None:
+        hint = "; is it missing where it comes from?"
+    return f"an API key is a str, a SecretStr or an ApiKey, not {type(secret).__name__}{hint}"
+
+
+def _character_problem(secret: str) -> str | None:
+    if secret[0] in "'\"" or secret[-1] in "'\"":
+        return "the API key begins or ends with a quotation mark; give it bare"
+    seems = next((said for mark, said in _SEEMS if mark.search(secret)), None)
+    if seems is not None:
+        return f"the API key holds {seems}"
+    if not secret.isascii():
+        return "the API key holds characters outside ASCII; copy it again from where it was issued"
+    if not secret.isprintable() or " " in secret:
+        return "the API key holds white space or control characters inside; is it one key, copied whole?"
+    if "=" in secret.rstrip("="):  # at the end it is base64's padding
+        return "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give the secret alone"
+    return None
+
+
+def label_problem(what: str, label: object, secret: object) -> str | None:
+    """Why this cannot be the name or the account (`what` says which) of a key with that secret, or None."""
+    if label is None:
+        return None
+    if not isinstance(label, str):
+        return f"the {what} of an API key is a str, not {type(label).__name__}"
+    label = label.strip()
+    if not label:
+        return f"the {what} of the API key is empty; leave it out or say what to call it"
+    if not label.isprintable():
+        return f"the {what} of the API key holds unprintable characters"
+    if label[0] in "'\"" or label[-1] in "'\"":
+        return f"the {what} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
+    if _gives_away(label, secret):
+        return f"the {what} of the API key holds its secret; give it another, because it is printed"
+    if looks_secret(label) and not looks_secret(secret):
+        return (
+            f"the {what} of the API key looks more like a secret than its value does, and is not repeated here; "
+            "the name stands first: NAME=SECRET, or {name: secret}"
+        )
+    return None
+
+
+def slash_problem(name: object, account: object) -> str | None:
+    """Why a label of these two could be taken for another's, or None."""
+    if isinstance(account, str) and "/" in account:
+        return "the account of the API key holds a '/', which divides account and name; give it another"
+    if account is None and isinstance(name, str) and "/" in name:
+        return "the name of the API key holds a '/', which divides account and name; give the two apart: account= and name="
+    return None
+
+
+def _gives_away(label: str, secret: object) -> bool:
+    # A short secret (in a test, say) may stand inside an innocent word; a real one never does.
+    bare = trimmed(secret) if isinstance(secret, str) else ""
+    return label == bare or (len(bare) >= 8 and bare in label)
+
+
+_RUN = re.compile(r"[A-Za-z0-9]{12,}")
+_VARIED = 8  # different characters
+_WORD_OR_NUMBER = re.compile(r"[A-Za-z]{12,24}|[A-Za-z]+[0-9]{1,8}|[0-9]+[A-Za-z]?")
+
+
+def looks_secret(text: object) -> bool:
+    """Whether it looks generated: 12 letters and digits in a row or more that are no word, no number and no word with a number."""
+    runs = _RUN.findall(text) if isinstance(text, str) else []
+    return any(len(set(run)) >= _VARIED and not _WORD_OR_NUMBER.fullmatch(run) for run in runs)
+
+
+# DB_PASSWORD, and what names such as `spring.datasource.url` end in: settings that hold other secrets, and addresses.
+_UPPER_SETTING = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
+_SETTING_WORDS = re.compile(
+    r"""
+    (.*[-_. ])?
+    ( password | passwd | passphrase | pass | pwd | secret | token | dsn | url | uri | username | hostname | credentials?
+    | (api|access|private|secret|public|signing|encryption|ssh)[-_. ]?key )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def is_setting(name: str) -> bool:
+    """Whether it is the name of a setting, such as `DB_PASSWORD` or `spring.datasource.url`, and not what people call a key."""
+    return bool(_UPPER_SETTING.fullmatch(name) or _SETTING_WORDS.fullmatch(name))

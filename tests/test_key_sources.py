@@ -1,0 +1,493 @@
+"""Where keys come from: what is read of which kind of file, what is refused, and that nothing but keys becomes one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from crustcredits import (
+    ApiKey,
+    ConfigurationError,
+    UnusableKey,
+    keys_from_env,
+    keys_from_file,
+    keys_from_records,
+    keys_from_text,
+)
+from crustcredits._key_checks import looks_secret
+
+ONE, TWO = "sk-0123456789abcdef01", "sk-fedcba987654321000"
+
+
+def parts(keys: list[ApiKey]) -> list[tuple[str, str]]:
+    """Labels and secrets."""
+    return [(key.label, key.get_secret_value()) for key in keys]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str, str], Path]:
+    def write(name: str, content: str) -> Path:
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+File = Callable[[str, str], Path]
+
+
+# --- env files
+
+ENV = f"""
+# the service's settings
+DATABASE_URL=postgres://app:hunter2@db/app
+STRIPE_KEY=sk_live_51H0123456789abcdef
+export CRUSTDATA_API_KEYS="acme/prod={ONE},
+  acme/dev={TWO}"  # two of them
+PRIVATE_KEY='-----BEGIN KEY-----
+CRUSTDATA_API_KEY=not-this-one
+-----END KEY-----'
+EMPTY=
+"""
+
+
+@pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", "settings", "settings.txt", "settings.sh", "app.conf"])
+def test_of_an_env_file_only_our_variables_are_read(file: File, name: str) -> None:
+    """Whatever it is called; other secrets, and what stands inside the quotes of another value, are left alone."""
+    assert parts(keys_from_file(file(name, ENV))) == [("acme/prod", ONE), ("acme/dev", TWO)]
+
+
+@pytest.mark.parametrize(
+    ("line", "secret"),
+    [
+        (f"CRUSTDATA_API_KEY={ONE}", ONE),
+        (f"export CRUSTDATA_API_KEY='{ONE}'", ONE),
+        (f'CRUSTDATA_API_KEY = "{ONE}"', ONE),
+        (f"CRUSTDATA_API_KEY={ONE} # a comment", ONE),
+        (f"CRUSTDATA_API_KEY=old-one\nCRUSTDATA_API_KEY={ONE}\r\n", ONE),
+    ],
+)
+def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret: str) -> None:
+    """With quotes, comments and spaces; the last one counts. Also from standard input, which is text."""
+    assert [key.get_secret_value() for key in keys_from_text(f"OTHER=1\n{line}\n")] == [secret]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".env", "STRIPE_KEY=sk_live_51H0123456789abcdef\n"),
+        (".env.production", "plain=value1\n"),
+        ("secrets", "export GITHUB_TOKEN=ghp_0123456789abcdef\n"),
+    ],
+)
+def test_an_env_file_without_our_variables_is_refused(file: File, name: str, content: str) -> None:
+    """None of its secrets is taken for a key."""
+    with pytest.raises(ConfigurationError, match="sets neither CRUSTDATA_API_KEY nor CRUSTDATA_API_KEYS") as caught:
+        keys_from_file(file(name, content))
+    assert caught.value.key_name == name
+
+
+@pytest.mark.parametrize(
+    "line", ["DB_PASSWORD=hunter2", "password=hunter2", "db.password = hunter2", "stripe-api-key=sk_live_51H01234", "REDIS_AUTH=a1"]
+)
+def test_a_name_that_is_a_settings_is_refused_in_text(line: str) -> None:
+    """`name=secret` is also how other programs keep their secrets."""
+    with pytest.raises(ConfigurationError, match="line 2: its name is that of a setting"):
+        keys_from_text(f"prod={ONE}\n{line}\n")
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("name", ["keys.json", "keys.txt", "keys"])
+def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str) -> None:
+    """By its suffix or by its content."""
+    assert parts(keys_from_file(file(name, json.dumps({"acme/prod": ONE, "dev": TWO})))) == [("acme/prod", ONE), ("dev", TWO)]
+    rows = [{"secret": ONE, "name": "prod", "account": "acme", "id": 7}, {"secret": TWO, "name": None}]
+    assert parts(keys_from_file(file(name, json.dumps(rows)))) == [("acme/prod", ONE), (ApiKey(TWO).label, TWO)]
+    variables = {"CRUSTDATA_API_KEY": ONE, "DATABASE_URL": "postgres://app:hunter2@db/app", "DEBUG": True}
+    assert [key.get_secret_value() for key in keys_from_file(file(name, json.dumps(variables)))] == [ONE]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "it is not JSON"),
+        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name stands in it twice"),
+        (json.dumps([ONE, TWO]), "this JSON does not hold keys"),
+        (json.dumps({"secret": ONE, "name": "prod"}), "this JSON does not hold keys"),
+        (json.dumps(ONE), "this JSON does not hold keys"),
+        (json.dumps({"prod": {"secret": ONE}}), "keys.json, entry 1: an API key is a str, a SecretStr or an ApiKey, not dict"),
+        (json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}), "keys.json, entry 2: its name is that of a setting"),
+        (json.dumps([{"secret": ONE}, {"name": "dev"}]), "dev: an API key is a str"),
+        (json.dumps({"CRUSTDATA_API_KEYS": [ONE]}), "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS hold text"),
+    ],
+)
+def test_other_json_is_refused(file: File, content: str, said: str) -> None:
+    """The message says where, and shows no value."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        keys_from_file(file("keys.json", content))
+    assert ONE not in str(caught.value)
+
+
+# --- CSV
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("name", ["keys.csv", "keys.txt", "keys"])
+def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
+    """Columns in any order, others ignored, empty cells for what is not known."""
+    rows = [["owner", "Name", "Secret", "account"], ["bob@x.io", "prod", f'"{ONE}"', "acme"], [], ["", "", TWO, ""]]
+    content = "\ufeff" + "\n".join(delimiter.join(row) for row in rows)
+    assert parts(keys_from_file(file(name, content))) == [("acme/prod", ONE), (ApiKey(TWO).label, TWO)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"name,key\nprod,{ONE}\n", "keys.csv: a CSV file needs a header row with a column 'secret'"),
+        (f"name,secret\nprod,{ONE}\ndev,{TWO},x\n", "keys.csv, line 3: the row has another number of cells"),
+        (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not CSV"),
+        ("name,secret\nprod,\n", "prod: the API key is empty"),
+    ],
+)
+def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
+    """Cells and headers are no keys."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        keys_from_file(file("keys.csv", content))
+    assert ONE not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [f"prod,{ONE},acme\n", f"hunter2\n{ONE}\n"])
+def test_a_bare_entry_that_looks_like_no_key_is_refused_beside_those_that_do(text: str) -> None:
+    """Such as the cells of a CSV file without a header row. With a name it is a key."""
+    with pytest.raises(ConfigurationError, match=r"line 1: it does not look like the other keys without a name"):
+        keys_from_text(text)
+    assert len(keys_from_text(f"a=hunter2\n{ONE}\n")) == 2
+    assert [key.get_secret_value() for key in keys_from_text(f"{ONE}, {TWO}")] == [ONE, TWO]
+    assert [key.get_secret_value() for key in keys_from_text("k1,k2")] == ["k1", "k2"]
+
+
+# --- other files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("app.ini", f"[crustdata]\nkey={ONE}\n"),
+        ("app.toml", f'key = "{ONE}"\n'),
+        ("app.yaml", f"key: {ONE}\n"),
+        ("app.properties", f"crustdata.key={ONE}\n"),
+        ("id.pem", f"{ONE}\n"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(file: File, name: str, content: str) -> None:
+    """By its suffix, which the message explains."""
+    with pytest.raises(ConfigurationError, match="files of this kind are not read"):
+        keys_from_file(file(name, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"[crustdata]\nkey={ONE}\n", "line 1: the API key holds a square bracket: it seems to be a section of an ini file"),
+        ("machine api login bob password hunter2", "white space"),
+        ("-----BEGIN-KEY-----\nabc\n", "a line of a PEM file"),
+        ("<key>abc</key>", "is a placeholder"),
+        ("bob@example.com", "an e-mail address"),
+    ],
+)
+def test_content_of_another_kind_is_refused(file: File, content: str, said: str) -> None:
+    """Although the name of the file would do."""
+    with pytest.raises(ConfigurationError, match=said):
+        keys_from_file(file("keys", content))
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (ONE, False),
+        (f"{ONE},{TWO}", False),
+        (f"a={ONE}\nb={TWO}", False),
+        ("c2VjcmV0/c2VjcmV0c2Vj+cmV0=", False),
+        ("kyes.txt", True),
+        (f"{ONE}.txt", False),
+        ("no/such/file", True),
+    ],
+)
+def test_a_path_that_may_be_a_key_is_not_repeated(path: str, shown: bool) -> None:
+    """`keys_from_file(<the keys>)` is a mistake that should cost no key."""
+    with pytest.raises(ConfigurationError, match=r"No such file|File name too long") as caught:
+        keys_from_file(path)
+    assert (path in str(caught.value)) is shown
+    assert ONE not in str(caught.value)
+    assert ("its path is not repeated" in str(caught.value)) is not shown
+
+
+def test_a_file_that_exists_is_named_when_it_cannot_be_read(tmp_path: Path) -> None:
+    """A directory, here."""
+    with pytest.raises(ConfigurationError, match=str(tmp_path)):
+        keys_from_file(tmp_path)
+    with pytest.raises(ConfigurationError, match="that is no path"):
+        keys_from_file([ONE])  # type: ignore[arg-type]  # the mistake under test
+
+
+# --- the environment
+
+
+def test_files_stand_in_for_variables(file: File) -> None:
+    """As Docker's and Kubernetes' secrets do: one key, and any file of keys."""
+    single, many = str(file("one", f"{ONE}\n")), str(file("many.json", json.dumps({"acme/prod": TWO})))
+    assert parts(keys_from_env({"CRUSTDATA_API_KEY_FILE": single})) == [(ApiKey(ONE).label, ONE)]
+    assert parts(keys_from_env({"CRUSTDATA_API_KEYS_FILE": many})) == [("acme/prod", TWO)]
+    both = keys_from_env({"CRUSTDATA_API_KEY_FILE": single, "CRUSTDATA_API_KEYS_FILE": many})
+    assert [key.get_secret_value() for key in both] == [ONE, TWO]
+    assert keys_from_env({"CRUSTDATA_API_KEY_FILE": " ", "CRUSTDATA_API_KEYS_FILE": ""}) == []
+
+
+def test_a_file_that_a_variable_names_has_to_be_right(file: File) -> None:
+    """The error names the variable, and no path that may be a key."""
+    with pytest.raises(ConfigurationError, match="the file of CRUSTDATA_API_KEY_FILE cannot be read: No such file") as caught:
+        keys_from_env({"CRUSTDATA_API_KEY_FILE": ONE})
+    assert ONE not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="the file of CRUSTDATA_API_KEYS_FILE cannot be read"):
+        keys_from_env({"CRUSTDATA_API_KEYS_FILE": ONE})
+    with pytest.raises(ConfigurationError, match="CRUSTDATA_API_KEY_FILE: the API key is empty"):
+        keys_from_env({"CRUSTDATA_API_KEY_FILE": str(file("empty", "\n"))})
+    for name in ("CRUSTDATA_API_KEY", "CRUSTDATA_API_KEYS"):
+        with pytest.raises(ConfigurationError, match=f"{name} and {name}_FILE are both set; keep one of them"):
+            keys_from_env({name: ONE, f"{name}_FILE": "one"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"CRUSTDATA_API_KEY": f"{ONE},{TWO}"}, "CRUSTDATA_API_KEY: the API key holds a comma: it seems to be a list of keys"),
+        (
+            {"CRUSTDATA_API_KEYS": f"{ONE};{TWO}"},
+            "CRUSTDATA_API_KEYS, line 1: the API key holds a semicolon: it seems to be a list",
+        ),
+    ],
+)
+def test_a_list_is_not_sent_as_one_key(environ: dict[str, str], said: str) -> None:
+    """The message says where a list goes."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        keys_from_env(environ)
+    assert ONE not in str(caught.value)
+
+
+# --- labels
+
+
+def test_a_label_in_text_is_account_and_name() -> None:
+    """An account has no slash, so the first one divides them. One name in two accounts is two keys."""
+    found = keys_from_text(f"acme/prod={ONE}, globex/prod={TWO}, acme/eu/west=s-3")
+    assert [(key.account, key.name, key.label) for key in found] == [
+        ("acme", "prod", "acme/prod"),
+        ("globex", "prod", "globex/prod"),
+        ("acme", "eu/west", "acme/eu/west"),
+    ]
+    with pytest.raises(ConfigurationError, match="acme/prod: two different keys have this name"):
+        keys_from_text(f"acme/prod={ONE}, acme/prod={TWO}")
+
+
+def test_the_padding_of_a_bare_key_is_no_empty_value() -> None:
+    """One `=`, or two, at the end of what looks generated."""
+    assert [key.get_secret_value() for key in keys_from_text(f"{ONE}=\n{TWO}==")] == [f"{ONE}=", f"{TWO}=="]
+    assert [key.get_secret_value() for key in keys_from_text(f"prod={ONE}=")] == [f"{ONE}="]
+
+
+@pytest.mark.parametrize("text", [f"{ONE}=prod", f"a={TWO}\n{ONE}/prod=s-1"])
+def test_a_secret_in_the_place_of_a_name_is_not_repeated(text: str) -> None:
+    """The message says which way round it goes."""
+    with pytest.raises(ConfigurationError, match="looks more like a secret than its value does") as caught:
+        keys_from_text(text)
+    assert ONE not in str(caught.value)
+
+
+# --- records
+
+
+class Row:
+    """As database drivers have them: no mapping, but with `keys()` and items by name."""
+
+    def __init__(self, **cells: Any) -> None:
+        self._cells = cells
+
+    def keys(self) -> list[str]:
+        return list(self._cells)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cells[name]
+
+
+def test_records_are_rows_of_a_database() -> None:
+    """Other columns are ignored, and a `SecretStr` is a secret."""
+    rows = [
+        {"id": 1, "secret": ONE, "name": "prod", "account": "acme", "password": "hunter2"},
+        {"secret": SecretStr(TWO), "name": "", "account": None},
+        Row(secret="s-3", name="dev"),
+    ]
+    found = keys_from_records(rows)  # type: ignore[arg-type]  # a driver's row is no Mapping
+    assert all(isinstance(key, ApiKey) for key in found)
+    assert [key.label for key in found] == ["acme/prod", ApiKey(TWO).label, "dev"]
+
+
+def test_a_row_that_cannot_be_used_fails_alone() -> None:
+    """It has its label, or its place where that would show a secret; and no secret."""
+    rows: list[Any] = [
+        {"secret": ONE, "name": "prod", "account": "acme"},
+        {"secret": None, "name": "dev", "account": "acme"},
+        {"secret": "https://x.io", "name": None},
+        {"secret": "prod", "name": TWO},
+        {"name": "lost"},
+        ("prod", TWO),
+        {"secret": TWO, "name": "prod", "account": "acme"},
+        {"secret": ONE, "name": "other", "account": "globex"},
+        {"secret": "s-9", "name": 9},
+    ]
+    found = keys_from_records(rows)
+    assert isinstance(found[0], ApiKey)
+    assert all(isinstance(key, UnusableKey) for key in found[1:])
+    assert [key.label for key in found] == [
+        "acme/prod",
+        "acme/dev",
+        "rows[2]",
+        "rows[3]",
+        "lost",
+        "rows[5]",
+        "acme/prod",
+        "globex/other",
+        "rows[8]",
+    ]
+    assert TWO not in repr(found)
+    assert not hasattr(found[1], "get_secret_value")
+    errors = [str(key.error) for key in found if isinstance(key, UnusableKey)]
+    assert errors[0] == (
+        "acme/dev: an API key is a str, a SecretStr or an ApiKey, not NoneType; is it missing where it comes from?"
+    )
+    assert errors[5].startswith("acme/prod: two different keys have this name")
+    assert errors[6].startswith("globex/other: its secret stands under two accounts")
+
+
+@pytest.mark.parametrize("rows", [{"secret": ONE}, ONE, 7])
+def test_what_is_no_rows_is_refused(rows: Any) -> None:
+    """One row goes into a list."""
+    with pytest.raises(ConfigurationError, match=r"put one row in a list: \[row\]"):
+        keys_from_records(rows)
+
+
+def test_what_the_source_of_rows_raises_is_raised() -> None:
+    """And no frame of ours shows the row before."""
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        yield {"secret": ONE}
+        raise LookupError("the database is gone")
+
+    with pytest.raises(LookupError) as caught:
+        keys_from_records(rows())
+    traceback = caught.tb
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+        if "/crustcredits/" in traceback.tb_frame.f_code.co_filename:
+            assert ONE not in repr(traceback.tb_frame.f_locals)
+
+
+# --- nothing else is sent
+
+TRUE_KEYS = [f"sk-{number:02}a1b2c3d4e5f6a7b8" for number in range(20)]
+# What else lies in such files: all of these would be sent if they were taken for keys.
+OTHER_SECRETS = [
+    "postgres://app:hunter2@db/app",
+    "sk_live_51H0123456789abcdefghij",
+    "hunter2",
+    "correct-horse-battery-staple",
+    "-----BEGIN PRIVATE KEY-----",
+    "bob@example.com",
+    "AKIAIOSFODNN7EXAMPLE",
+    "{{ vault.key }}",
+    "op://vault/item/key",
+    "${CRUSTDATA}",
+    "'quoted'",
+    "a;b",
+    "",
+]
+LABELS = st.sampled_from(["prod", "dev", "acme/prod", "acme/dev", "eu-west-1", "customer 7"])
+OTHER_NAMES = st.sampled_from(["DATABASE_URL", "STRIPE_KEY", "DB_PASSWORD", "db.password", "api_token", "SENTRY_DSN", "secret_key"])
+OTHERS = st.dictionaries(OTHER_NAMES, st.sampled_from(OTHER_SECRETS), max_size=4)
+KEYS = st.dictionaries(LABELS, st.sampled_from(TRUE_KEYS), min_size=1, max_size=4)
+
+
+def env_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    pool = ",".join(f"{label}={secret}" for label, secret in keys.items())
+    lines = [f"{name}={value}" for name, value in others.items()]
+    return "\n".join([*lines[:2], f'CRUSTDATA_API_KEYS="{pool}"', *lines[2:]])
+
+
+def text_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    return "\n".join(f"{name}={value}" for name, value in {**keys, **others}.items())
+
+
+def bare_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    """Without names every entry says that it is a key; what looks like one cannot be told apart."""
+    others = {name: value for name, value in others.items() if not looks_secret(value)}
+    return "\n".join(",".join([*keys.values(), value]) for value in [*others.values(), ""])
+
+
+def json_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    return json.dumps({**keys, **others})
+
+
+def json_records(keys: dict[str, str], others: dict[str, str]) -> str:
+    return json.dumps([{**others, "name": label, "secret": secret} for label, secret in keys.items()])
+
+
+def csv_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    head = ["name", *others, "secret"]
+    return "\n".join(",".join(row) for row in [head, *([label, *others.values(), secret] for label, secret in keys.items())])
+
+
+def headless_csv(keys: dict[str, str], others: dict[str, str]) -> str:
+    return "\n".join(",".join([label, secret, *others.values()]) for label, secret in keys.items())
+
+
+def ini_file(keys: dict[str, str], others: dict[str, str]) -> str:
+    return "[keys]\n" + text_file(keys, others)
+
+
+SHAPES = [env_file, text_file, bare_file, json_file, json_records, csv_file, headless_csv, ini_file]
+
+
+@settings(deadline=None, max_examples=300)
+@given(keys=KEYS, others=OTHERS, shape=st.sampled_from(SHAPES), indent=st.sampled_from(["", " ", "\n", "\ufeff"]))
+def test_nothing_but_a_true_key_ever_becomes_one(
+    keys: dict[str, str], others: dict[str, str], shape: Callable[..., str], indent: str
+) -> None:
+    """Of any mix of keys and other secrets, in any shape, there come true keys or none."""
+    try:
+        found = keys_from_text(indent + shape(keys, others))
+    except ConfigurationError as error:
+        shown = str(error)
+        assert not [secret for secret in [*TRUE_KEYS, *OTHER_SECRETS[:6]] if secret in shown]
+        return
+    assert {key.get_secret_value() for key in found} <= set(keys.values())
+
+
+def test_the_search_finds_what_is_sent() -> None:
+    """Files with nothing else in them are read, so that the search above is no empty one."""
+    keys = {"prod": TRUE_KEYS[0], "acme/dev": TRUE_KEYS[1]}
+    for shape in (env_file, text_file, json_file):
+        assert parts(keys_from_text(shape(keys, {}))) == list(keys.items())
+    for shape in (json_records, csv_file):
+        assert [key.get_secret_value() for key in keys_from_text(shape({"prod": TRUE_KEYS[0]}, {}))] == [TRUE_KEYS[0]]
+    other = {"STRIPE_KEY": "sk_live_51H0123456789abcdefghij"}
+    assert parts(keys_from_text(env_file(keys, other))) == list(keys.items())
+    assert keys_from_text(csv_file({"prod": TRUE_KEYS[0]}, other))[0].get_secret_value() == TRUE_KEYS[0]
