@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import attrs
 
+from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._errors import (
     APIConnectionError,
     APITimeoutError,
     AuthenticationError,
     ClientClosedError,
     CrustCreditsError,
+    GatewayError,
     InternalServerError,
     PaymentRequiredError,
     PermissionDeniedError,
@@ -39,7 +42,7 @@ _OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
 _OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
 # What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and has its own pause.
-_OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
+_OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, GatewayError, InternalServerError)
 
 # Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for which it then is. After
 # that nobody knows, and whoever asks has to wait and see.
@@ -69,7 +72,7 @@ class _Silence:
         self.claimed_by = None
         self.refresh_at = 0.0
 
-    def failed(self, digest: bytes, error: CrustCreditsError, retry: Retry, now: float) -> None:
+    def failed(self, digest: bytes, error: CrustCreditsError, retry: Retry, now: float, *, keeps: Callable[[], bool]) -> None:
         """It gave no answer for this key."""
         before = self.failures
         if before < _FAILURES:
@@ -78,7 +81,8 @@ class _Silence:
         self.claimed_by = None
         self.error, self.last = error, now
         if before < self.failures == _FAILURES:
-            _log.warning("no answer from the API, for %d keys in a row; kept answers are not renewed: %s", _FAILURES, error)
+            kept = "; kept answers are not renewed" if keeps() else ""
+            _log.warning("no answer from the API, for %d keys in a row%s: %s", _FAILURES, kept, error)
         if self.failures >= _FAILURES:
             self.refresh_at = now + retry.pause(error, self.failures - _FAILURES + 1)
 
@@ -126,6 +130,11 @@ class Kept:
         self._stale = None
         if isinstance(failure.error, _OF_THE_KEY):
             self._balance = self._fresh = None
+
+    @property
+    def has_balance(self) -> bool:
+        """Whether a balance is kept, however old."""
+        return self._balance is not None
 
     @property
     def failures(self) -> int:
@@ -211,6 +220,7 @@ class Answers:
         self._retry = retry
         self._kept: OrderedDict[Place, Kept] = OrderedDict()
         self._silences: defaultdict[str, _Silence] = defaultdict(_Silence)
+        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(CircuitBreaker)
 
     def find(self, place: Place) -> Kept | None:
         """What is known there; looking is using."""
@@ -222,7 +232,7 @@ class Answers:
     def succeeded(self, place: Place, balance: Balance, now: float) -> Place | None:
         """A balance came. Returns the place whose answer had to go for it, if any."""
         kept = self.find(place)
-        self._silences[place[0]].heard()
+        self._heard(place)
         evicted = None
         if kept is None:
             kept, evicted = self._make(place)
@@ -240,15 +250,27 @@ class Answers:
             for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
                 self._kept.pop((path, place[1]), None)
         if isinstance(failure.error, _OF_THE_KEY):
-            self._silences[place[0]].heard()
+            self._heard(place)
         elif isinstance(failure.error, _OF_THE_ENDPOINT):
-            self._silences[place[0]].failed(place[1], failure.error, self._retry, now)
+            if not isinstance(failure.error, GatewayError):  # its breaker knows of these
+                self._breakers[place[0]].given_up(place)
+            self._silences[place[0]].failed(place[1], failure.error, self._retry, now, keeps=self._keeps_any)
         else:
             self.given_up(place)
         return evicted
 
+    def breaker(self, path: str) -> CircuitBreaker:
+        """The circuit breaker of an endpoint."""
+        return self._breakers[path]
+
+    def keeps(self, place: Place) -> bool:
+        """Whether a balance is kept there."""
+        kept = self._kept.get(place)
+        return kept is not None and kept.has_balance
+
     def given_up(self, place: Place) -> None:
         """A call there has told nothing of the endpoint: another may find out."""
+        self._breakers[place[0]].given_up(place)
         silence = self._silences[place[0]]
         if silence.claimed_by == place:
             silence.claimed_by, silence.refresh_at = None, 0.0
@@ -257,6 +279,13 @@ class Answers:
         """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
         kept = self._kept.get(place)
         return kept is not None and kept.failures == 1 and self._silences[place[0]].failures < _FAILURES
+
+    def _keeps_any(self) -> bool:
+        return any(kept.has_balance for kept in self._kept.values())
+
+    def _heard(self, place: Place) -> None:
+        self._silences[place[0]].heard()
+        self._breakers[place[0]].succeeded()
 
     def _make(self, place: Place) -> tuple[Kept, Place | None]:
         kept = self._kept[place] = Kept(self._silences[place[0]])

@@ -72,12 +72,19 @@ class Asker:
             result = await self._attempt(path, key, turn)
             if isinstance(result, Balance):
                 return result
-            delay = self._retry.delay(result, turn.attempts) if turn.wanted else None
+            now = _now()
+            if turn.failing_since is None:
+                turn.failing_since = now
+            if not turn.wanted:
+                return result
+            elapsed, patience = now - turn.failing_since, turn.patience(now)
+            delay = self._retry.delay(result, turn.attempts, elapsed=elapsed, patience=patience)
             if delay is None:
                 return result
             _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, turn.attempts, self._retry.attempts, delay)
             turn.last = result
-            turn.waits(_now() + delay)
+            turn.on_retry()
+            turn.waits(now + delay)
             await asyncio.sleep(delay)
 
     async def refresh(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:

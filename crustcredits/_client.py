@@ -11,6 +11,8 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing, closing
 from decimal import Decimal
+from functools import partial
+from ssl import SSLContext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
@@ -29,14 +31,31 @@ from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
 from crustcredits._slots import HANGING_SHARE
 from crustcredits._tokens import LocalStore, TokenStore, check_store
-from crustcredits._transport import Transport, session_problem
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_problem
+from crustcredits._transport import Transport, session_problem, tls_problem
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 
 if TYPE_CHECKING:
     import aiohttp
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
+
+
+def _transport(
+    base_url: str | None, session: aiohttp.ClientSession | None, proxy: str | None, trust_env: object, tls: SSLContext | None
+) -> Transport | ConfigurationError:
+    """What sends requests; or what is wrong with the arguments, not raised, because they may hold credentials."""
+    origin = proxy_problem(proxy) or session_problem(session) or tls_problem(tls) or parse_base_url(base_url)
+    if isinstance(origin, ConfigurationError):
+        return origin
+    if not isinstance(trust_env, bool):
+        return ConfigurationError(f"trust_env is True or False, not {type(trust_env).__name__}")
+    if trust_env and proxy is None:
+        proxy = proxy_from_env(origin)
+        problem = proxy_problem(proxy, "the proxy of the environment (HTTPS_PROXY or ALL_PROXY)")
+        if problem is not None:
+            return problem
+    return Transport(origin, session=session, proxy=proxy, tls=tls)
 
 
 class CreditsClient:
@@ -52,10 +71,17 @@ class CreditsClient:
         request_timeout: Seconds from the start of one request to the last byte of its answer. Waiting for the rate limit
             or for a free place on the wire is not counted.
         retry: How failures that may pass are tried again.
-        session: An aiohttp session to use, for its connector, proxy and traces; it is never closed here. Its cookies,
-            credentials and middlewares are left out of these requests. A wait for a place in its connector counts as time on
-            the wire. By default the client opens and closes its own.
+        session: An aiohttp session to use, for its connector, proxy and traces; it is never closed here. Its cookies, `Host`,
+            credentials and middlewares are left out of these requests, and cookies that the API sets are taken out of its
+            jar at once. A wait for a place in its connector counts as time on the wire. By default the client opens and
+            closes its own.
         proxy: URL of an HTTP proxy.
+        trust_env: Whether to use the proxy that the environment names (`HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`) where `proxy` is not
+            given. They are read now; `.netrc` never is.
+        ssl: Which certificates to trust, for a company's own authority: `ssl.create_default_context(cafile=…)`. By default those of
+            the system, or of the file that the variable `SSL_CERT_FILE` named when aiohttp was imported; with a
+            `session`, what its connector trusts. A certificate that cannot be verified is an `APIConnectionError`, which is
+            not retried.
         max_age: Seconds, or a timedelta: an answer that came less long ago is given again instead of asking. This and the
             next two are what calls go by that do not say otherwise.
         stale_while_revalidate: Seconds, or a timedelta: an answer that is older than `max_age` by less than this is given at
@@ -90,17 +116,17 @@ class CreditsClient:
         retry: Retry = _RETRY,
         session: aiohttp.ClientSession | None = None,
         proxy: str | None = None,
+        trust_env: bool = False,
+        ssl: SSLContext | None = None,
         max_age: Seconds = 0.0,
         stale_while_revalidate: Seconds = 0.0,
         stale_if_error: Seconds = 0.0,
         max_entries: int = 10_000,
     ) -> None:
-        origin = proxy_problem(proxy) or session_problem(session) or parse_base_url(base_url)
-        if isinstance(origin, ConfigurationError):
-            del base_url, proxy  # They may hold credentials, and tracebacks are printed with local variables.
-            raise origin
-        transport = Transport(origin, session=session, proxy=proxy)
-        del base_url, proxy
+        transport = _transport(base_url, session, proxy, trust_env, ssl)
+        del base_url, proxy  # They may hold credentials, and tracebacks are printed with local variables.
+        if isinstance(transport, ConfigurationError):
+            raise transport
         check_whole("concurrency", concurrency, minimum=1)
         check_number("request_timeout", request_timeout, above=0)
         check_whole("max_entries", max_entries, minimum=1)
@@ -213,7 +239,7 @@ class CreditsClient:
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
             raise source
-        if on_outcome is not None and (inspect.iscoroutinefunction(on_outcome) or not callable(on_outcome)):
+        if on_outcome is not None and not _is_plain_function(on_outcome):
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
@@ -437,3 +463,11 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
+
+
+def _is_plain_function(function: object) -> bool:
+    """Whether it can be called and does not give a coroutine, also where its class defines the call."""
+    if not callable(function):
+        return False
+    call = function.func if isinstance(function, partial) else function
+    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__))

@@ -13,6 +13,7 @@ CrustCreditsError
 │   ├── PermissionDeniedError       403
 │   ├── RateLimitError              429
 │   └── InternalServerError         5xx
+├── GatewayError                401, 402 and 403 that are not the API's
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
 ├── BucketsUnavailableError
@@ -36,7 +37,7 @@ class CrustCreditsError(Exception):
 
     Attributes:
         message: What went wrong and what to do, in words, without the key's name.
-        key_name: The name of the key it happened to, or None when no single key is to blame. Never its secret.
+        key_name: The label of the key it happened to, or None when no single key is to blame. Never its secret.
         attempts: How many requests were put on the wire for this call.
         request_id: The server's `x-request-id`, when an answer brought one.
         rate_limit: What the last answer said of the rate limit, or None.
@@ -84,7 +85,15 @@ class ConfigurationError(CrustCreditsError, ValueError):
 
 
 class APIConnectionError(CrustCreditsError):
-    """No whole answer came: name resolution, connecting, TLS, a reset, or a body cut short. Retried."""
+    """No whole answer came: name resolution, connecting, TLS, a reset, or a body cut short.
+
+    Attributes:
+        retryable: Whether it may pass, and is retried. False when the server's certificate cannot be verified.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.retryable = retryable
 
 
 class APITimeoutError(CrustCreditsError, TimeoutError):
@@ -134,8 +143,8 @@ class RateLimitError(APIStatusError):
     """429: the server counts more requests than it allows.
 
     Attributes:
-        retry_after: Seconds until the server expects to take another request, at most the limit's period; None when
-            it did not say.
+        retry_after: Seconds until the server expects to take another request: the longer of `x-ratelimit-reset`, which is at most
+            the limit's period, and `Retry-After`, however long; None when it said neither.
     """
 
     def __init__(self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Any) -> None:
@@ -144,7 +153,32 @@ class RateLimitError(APIStatusError):
 
 
 class InternalServerError(APIStatusError):
-    """5xx: the server or a gateway before it failed. Retried."""
+    """5xx: the server or a gateway before it failed. Retried.
+
+    Attributes:
+        retry_after: Seconds that a 503 asks to wait in `Retry-After`; None when it does not.
+    """
+
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None, **details: Any) -> None:
+        super().__init__(message, status=status, **details)
+        self.retry_after = retry_after
+
+
+class GatewayError(CrustCreditsError):
+    """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
+
+    It says nothing of the key. After eight such answers in a row an endpoint is not asked for any key for a while.
+
+    Attributes:
+        status: The HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (HTTP {self.status})"
 
 
 class UnexpectedResponseError(CrustCreditsError):

@@ -26,6 +26,7 @@ class Fault(enum.Enum):
     UNAVAILABLE = "503 with an empty body"
     PAYMENT_REQUIRED = "402, out of credits"
     FORBIDDEN = "403, the plan does not allow it"
+    CHALLENGE = "403 with the HTML page of a gateway, which says nothing of the key"
     RESET = "the connection is reset before an answer"
     RESET_IN_BODY = "the connection is reset in the middle of the body"
     CUT_SHORT = "the connection is closed before the announced end of the body"
@@ -135,6 +136,7 @@ PLAIN: dict[Fault, tuple[int, str, str]] = {
         '{"error": {"type": "insufficient_credits", "message": "Out of credits", "metadata": {}}}',
     ),
     Fault.FORBIDDEN: (403, JSON_TYPE, '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}'),
+    Fault.CHALLENGE: (403, "text/html", "<html><head><title>Just a moment...</title></head><body>gateway</body></html>"),
     Fault.NOT_JSON: (200, JSON_TYPE, "credits: plenty"),
     Fault.WRONG_SHAPE: (200, JSON_TYPE, '{"credits": {"left": 9406}, "account": []}'),
     Fault.NAN: (200, JSON_TYPE, '{"credits": NaN, "account": {"credits": NaN}}'),

@@ -272,6 +272,7 @@ class TokenBucket:
         When the last three accounts, with no success between, were told the same moment, it does: see `Pause`.
         """
         paused = self._pause.until is not None
+        wait = None if wait is None else min(wait, self._period)  # by then every slot of the window is free
         if self._pause.refused(account, asyncio.get_running_loop().time(), wait):
             self._wake()
         return self._pause.until is not None and not paused

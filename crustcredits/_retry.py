@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -10,24 +11,35 @@ import attrs
 from crustcredits._checks import Number, Whole
 from crustcredits._errors import (
     APIConnectionError,
+    APIStatusError,
     APITimeoutError,
     CrustCreditsError,
+    GatewayError,
     InternalServerError,
     RateLimitError,
 )
 
-_TRANSIENT = (APIConnectionError, APITimeoutError, InternalServerError, RateLimitError)
+_TRANSIENT = (APITimeoutError, GatewayError, InternalServerError, RateLimitError)
+# 408: the request took too long to arrive. 425: it came too early (RFC 8470).
+_TRANSIENT_STATUSES = (408, 425)
+
+# After lost connections the fourth attempt comes no sooner than so many seconds after the first failure. Jitter from 0 alone could
+# spend all attempts within the first second of an outage of the network or of name resolution.
+_LATE_ATTEMPT = 4
+_OUTAGE = 4.0
 
 
 @attrs.frozen(kw_only=True)
 class Retry:
-    """How failures that may pass are tried again: lost connections, timeouts, 5xx and 429. Others never are.
+    """How failures that may pass are tried again: lost connections, timeouts, gateways, 408, 425, 429 and 5xx. Others never are.
 
     Attributes:
         attempts: Requests for one call at the most; 1 means never to try again.
-        backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time.
+        backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time. After lost
+            connections the fourth attempt comes no sooner than 4 s after the first failure, where the call has the time, so
+            that a short outage of the network or of name resolution is survived.
         backoff_max: Seconds; where the doubling stops.
-        wait_max: Seconds; a refusal (429) that asks for a longer wait is raised at once.
+        wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is raised at once.
 
     Raises:
         ConfigurationError: A value is not a number of that range.
@@ -39,26 +51,44 @@ class Retry:
     wait_max: float = attrs.field(default=65.0, validator=Number(minimum=0))
 
     def delay(
-        self, error: CrustCreditsError, attempts: int, uniform: Callable[[float, float], float] = random.uniform
+        self,
+        error: CrustCreditsError,
+        attempts: int,
+        uniform: Callable[[float, float], float] = random.uniform,
+        *,
+        elapsed: float = math.inf,
+        patience: float = math.inf,
     ) -> float | None:
         """Seconds to wait before the next attempt, or None when there is to be none.
 
-        `attempts` counts those made. A refusal waits what the server asked and a jitter more, so that keys refused
-        together do not come back together.
+        `attempts` counts those made, `elapsed` the seconds since the first of them failed, and `patience` those that are left. A
+        refusal waits as long as the server asked and a jitter more, so that keys refused together do not come back together.
         """
-        if attempts >= self.attempts or not isinstance(error, _TRANSIENT):
+        if attempts >= self.attempts or not _is_transient(error):
             return None
         jitter = self._jitter(attempts, uniform)
-        asked = error.retry_after if isinstance(error, RateLimitError) else None
-        if asked is None:
-            return jitter
-        return asked + jitter if asked <= self.wait_max else None
+        asked = _asked(error)
+        if asked is not None:
+            return asked + jitter if asked <= self.wait_max else None
+        outage = _OUTAGE - elapsed
+        late = isinstance(error, APIConnectionError) and attempts + 1 >= _LATE_ATTEMPT and outage < patience
+        return max(jitter, outage) if late else jitter
 
     def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
         """Seconds before an answer is refreshed again after so many failures in a row. There is no end to these."""
-        asked = error.retry_after if isinstance(error, RateLimitError) else None
-        return (asked or 0.0) + self._jitter(failures, uniform)
+        return (_asked(error) or 0.0) + self._jitter(failures, uniform)
 
     def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
         # The exponent is bounded because 2.0**1024 overflows.
         return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))
+
+
+def _is_transient(error: CrustCreditsError) -> bool:
+    if isinstance(error, APIConnectionError):
+        return error.retryable
+    return isinstance(error, _TRANSIENT) or (isinstance(error, APIStatusError) and error.status in _TRANSIENT_STATUSES)
+
+
+def _asked(error: CrustCreditsError) -> float | None:
+    """Seconds that the server asked to wait, or None."""
+    return error.retry_after if isinstance(error, (RateLimitError, InternalServerError)) else None

@@ -11,6 +11,7 @@ import enum
 import functools
 import math
 import os
+import ssl
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _NEVER_ROUNDED = math.inf
 # aiohttp takes a timeout of nought or less for none at all.
 _SHORTEST = 0.001
+# A share of the timeout: connecting has to end before the whole, so that the exception tells which of the two it was.
+_CONNECTING = 0.9
 
 
 class Fate(enum.Enum):
@@ -61,10 +64,13 @@ class _NotResentError(aiohttp.ClientError):
 class Transport:
     """Sends requests over one aiohttp session: its own, opened when first needed, or a caller's, never closed."""
 
-    def __init__(self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None) -> None:
+    def __init__(
+        self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._session = session
         self._proxy = proxy
+        self._tls = tls
         self._owned = session is None
 
     async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
@@ -77,7 +83,10 @@ class Transport:
             session = self._session = self._session or self._open()
             async with session.get(self._urls[path], **self._options(session, key, timeout)) as response:
                 answers.append(response)
-                return Response(response.status, response.headers, await _read_body(response))
+                if not self._owned:
+                    _forget_cookies(session, response)
+                body = await _read_body(response)
+                return Response(response.status, response.headers, body, framed=_is_framed(response))
         except asyncio.CancelledError as error:
             caught: BaseException = error
         except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
@@ -110,6 +119,7 @@ class Transport:
             "read_bufsize": MAX_BODY,
             "timeout": _client_timeout(timeout),
             "proxy": self._proxy,
+            "ssl": self._tls,
             "middlewares": (guard,),
         }
 
@@ -121,17 +131,32 @@ class Transport:
     def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
         details: dict[str, Any] = {"key_name": key.label} | (read_details(answers[0].headers, key) if answers else {})
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return Failure(APITimeoutError(f"no connection within {_CONNECTING * timeout:.3g} s", **details), Fate.UNSENT)
         if isinstance(error, TimeoutError):
             return Failure(APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up)
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
-        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
-            return Failure(APIConnectionError(f"could not connect ({_reason(error)})", **details), Fate.UNSENT)
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            said = f"the proxy refused to connect (HTTP {error.status})"
+            return Failure(APIConnectionError(said, **details), Fate.UNSENT)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
+            said = f"could not connect ({_reason(error)})"
+            return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # No network's doing: the caller's session, its connector or its traces.
             return Failure(ConfigurationError(f"the request failed in the session ({type(error).__name__})", **details), given_up)
         when = "while the answer came" if answers else "before an answer"
         return Failure(APIConnectionError(f"the connection failed {when} ({_reason(error)})", **details), given_up)
+
+
+def tls_problem(context: object) -> ConfigurationError | None:
+    """Why connections cannot be secured by what a caller gave as `ssl`; not raised, as above."""
+    if context is None or isinstance(context, ssl.SSLContext):
+        return None
+    remedy = "certificates are always verified: give a context that trusts yours, or name their file in SSL_CERT_FILE"
+    return ConfigurationError(f"ssl is an ssl.SSLContext, not {type(context).__name__}; {remedy}")
 
 
 def session_problem(session: object) -> ConfigurationError | None:
@@ -155,7 +180,22 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
 
 @functools.lru_cache(maxsize=8)
 def _client_timeout(seconds: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=max(seconds, _SHORTEST), ceil_threshold=_NEVER_ROUNDED)
+    total = max(seconds, _SHORTEST)
+    return aiohttp.ClientTimeout(total=total, connect=_CONNECTING * total, ceil_threshold=_NEVER_ROUNDED)
+
+
+def _is_framed(response: aiohttp.ClientResponse) -> bool:
+    """Whether the end of its body is told by a length or by chunks, and not by the end of the connection."""
+    return hdrs.CONTENT_LENGTH in response.headers or hdrs.TRANSFER_ENCODING in response.headers
+
+
+def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResponse) -> None:
+    """Take the cookies of an answer out of a caller's jar, where aiohttp has put them whatever one asks."""
+    if response.cookies:
+        host = response.url.host or ""
+        session.cookie_jar.clear(
+            lambda kept: kept.key in response.cookies and f".{host}".endswith(f".{kept['domain'].lstrip('.')}")
+        )
 
 
 async def _once(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
@@ -169,10 +209,11 @@ async def _once(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> a
 
 
 def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
-    """The same for a caller's session: and with this key and no cookie, whatever the session would add."""
+    """The same for a caller's session: with this key, the host of the URL and no cookie, whatever the session would add."""
 
     async def guard(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
         request.headers[hdrs.AUTHORIZATION] = authorization
+        request.headers[hdrs.HOST] = request.url.host_port_subcomponent or ""
         request.headers.pop(hdrs.COOKIE, None)
         return await _once(request, handler)
 
@@ -180,10 +221,14 @@ def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
 
 
 def _reason(error: BaseException) -> str:
-    """A word for the cause: the system's, or the exception's name, but never its text, which may hold anything."""
+    """A word for the cause: the system's, OpenSSL's or the exception's name, but never its text, which may hold anything."""
     if isinstance(error, _NotResentError) and error.__cause__ is not None:
         error = error.__cause__
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {cause.verify_message}"
+    if isinstance(cause, ssl.SSLError):  # its number is OpenSSL's and not the system's
+        return f"TLS: {(cause.reason or type(cause).__name__).replace('_', ' ').lower()}"
     if not isinstance(cause, OSError) or cause.errno is None:
         return type(error).__name__
     # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text of the others.

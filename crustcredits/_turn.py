@@ -5,6 +5,7 @@ It neither waits nor sends, and knows nobody by name.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Turn:
         since: What orders those that only refresh: since when nothing new is known.
         attempts: Requests put on the wire for it, the one under way included.
         last: Why the attempt before failed, or None.
+        failing_since: When its first attempt failed, or None.
         on_wire: Whether a request is under way.
         waiter: What it waits for in its queue, if it waits in one.
     """
@@ -42,6 +44,7 @@ class Turn:
     since = 0.0
     attempts = 0
     last: CrustCreditsError | None = None
+    failing_since: float | None = None
     on_wire = False
     waiter: asyncio.Future[int] | None = None
     _queue: Queue | None = None
@@ -49,6 +52,13 @@ class Turn:
 
     def on_wait(self) -> None:
         """It has just begun to wait; for those who have to know."""
+
+    def on_retry(self) -> None:
+        """An attempt has just failed, as `last` says, and another is to come; for those who have to know."""
+
+    def patience(self, now: float) -> float:
+        """Seconds for which somebody still waits for it, at the most."""
+        return math.inf
 
     def joins(self, queue: Queue) -> None:
         """It begins to wait in `queue`."""

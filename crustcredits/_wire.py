@@ -12,16 +12,25 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import SplitResult, quote, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 import attrs
 
 from crustcredits import _errors
-from crustcredits._errors import APIStatusError, ConfigurationError, CrustCreditsError, RateLimitError, UnexpectedResponseError
+from crustcredits._errors import (
+    APIConnectionError,
+    APIStatusError,
+    ConfigurationError,
+    CrustCreditsError,
+    GatewayError,
+    RateLimitError,
+    UnexpectedResponseError,
+)
 from crustcredits._keys import ApiKey
 from crustcredits._models import Account, Balance, RateLimitStatus
 from crustcredits._version import __version__
@@ -53,11 +62,15 @@ _USER_AGENT = f"crustcredits/{__version__}"
 
 @attrs.frozen(slots=True)
 class Response:
-    """One answer; `body` is None when it was larger than `MAX_BODY`."""
+    """One answer; `body` is None when it was larger than `MAX_BODY`.
+
+    `framed` is whether its headers told where the body ends; otherwise the end of the connection does, be it too early.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes | None
+    framed: bool = True
 
 
 def request_headers(key: ApiKey) -> dict[str, str]:
@@ -83,7 +96,20 @@ def parse_base_url(base_url: str | None, environ: Mapping[str, str] | None = Non
     return origin if problem is None else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
 
 
-def proxy_problem(proxy: object) -> ConfigurationError | None:
+def proxy_from_env(origin: str) -> str | None:
+    """The proxy that the environment names for `origin`: `HTTPS_PROXY` and the like, unless `NO_PROXY` excludes it.
+
+    None for plain http, which stays on this machine: a proxy elsewhere would see the key.
+    """
+    parts = urlsplit(origin)
+    if parts.scheme != "https" or proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = getproxies_environment()
+    proxy = proxies.get("https") or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | None:
     """What is wrong with a proxy's URL; it may hold credentials, so it is not repeated."""
     if proxy is None:
         return None
@@ -91,7 +117,7 @@ def proxy_problem(proxy: object) -> ConfigurationError | None:
         usable = isinstance(proxy, str) and urlsplit(proxy).scheme in {"http", "https"} and bool(urlsplit(proxy).hostname)
     except ValueError:
         usable = False
-    return None if usable else ConfigurationError("proxy is no http(s) URL; give it as http://host:port")
+    return None if usable else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port")
 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
@@ -138,8 +164,11 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
     if response.status != 200:
         return _read_failure(key, response, now, period)
     document, problem = _parse(response.body)
-    if problem is None and path == ACCOUNT_CREDITS:
-        document, problem = _account_of(document, key)
+    if problem is not None and _is_cut_short(response):
+        said = "the connection failed while the answer came (it ends too early)"
+        return APIConnectionError(said, key_name=key.label, **read_details(response.headers, key))
+    if problem is None:
+        document, problem = _user_of(document) if path == USER_CREDITS else _account_of(document, key)
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         said = f"the API answered with {problem or 'no number of credits'}"
@@ -156,8 +185,15 @@ def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
 
 # --- numbers and documents
 
+# Of our own: where a caller's context traps nothing, what is no number would become a NaN.
+_CONTEXT = Context(traps=[InvalidOperation])
+
 
 class _UnusableNumberError(ValueError):
+    pass
+
+
+class _TwiceError(ValueError):
     pass
 
 
@@ -165,7 +201,7 @@ def _number(text: str) -> Decimal:
     if len(text) > MAX_NUMBER_TEXT:
         raise _UnusableNumberError
     try:
-        number = Decimal(text)
+        number = Decimal(text, _CONTEXT)
     except InvalidOperation:  # an exponent of twenty digits
         raise _UnusableNumberError from None
     # Of a zero too: written out, 0E-50000000 is 50 MB.
@@ -178,9 +214,16 @@ def _no_constant(text: str) -> Any:
     raise _UnusableNumberError
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise _TwiceError
+    return document
+
+
 # White space as JSON has it, and a byte-order mark.
 _AROUND_JSON = " \t\r\n\ufeff"
-_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant, object_pairs_hook=_once)
 
 
 def _parse(body: bytes | None) -> tuple[Any, str | None]:
@@ -190,14 +233,30 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
         text = body.decode().strip(_AROUND_JSON)
         document, end = _DECODER.raw_decode(text)
         return (document, None) if end == len(text) else (None, "something that is not JSON")
+    except _TwiceError:
+        return None, "JSON in which a name stands twice"
     except _UnusableNumberError:
         return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
     except (ValueError, RecursionError):
         return None, "something that is not JSON"
 
 
+def _is_cut_short(response: Response) -> bool:
+    """Whether a body that is no JSON may have ended with the connection, in the middle of an object."""
+    return not response.framed and response.body is not None and response.body.strip()[:1] in {b"", b"{"}
+
+
+def _user_of(document: Any) -> tuple[Any, str | None]:
+    """What holds the credits: the document, or the account in it (either shape has been seen at either address)."""
+    if isinstance(document, dict) and "credits" not in document and isinstance(document.get("account"), dict):
+        return document["account"], None
+    return document, None
+
+
 def _account_of(document: Any, key: ApiKey) -> tuple[Any, str | None]:
     account = document.get("account") if isinstance(document, dict) else None
+    if account is None and isinstance(document, dict) and "credits" in document:
+        account = document  # the other shape, as above
     if not isinstance(account, dict):
         return None, "no account"
     if _is_deeper(account, MAX_DEPTH):
@@ -216,12 +275,16 @@ def _parts(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
+# Half of a character, as JSON can spell it and no encoding can write it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _without_secret(value: Any, key: ApiKey) -> Any:
-    """A part of a document, without the secret should the server echo it: it is kept, and shown, as sent."""
+    """A part of a document, which is kept and shown as sent: but without the secret, and without halves of characters."""
     if isinstance(value, str):
-        return _hide(value, key)
+        return _hide(_SURROGATE.sub("\ufffd", value), key)
     if isinstance(value, dict):
-        return {_hide(name, key): _without_secret(part, key) for name, part in value.items()}
+        return {_without_secret(name, key): _without_secret(part, key) for name, part in value.items()}
     return [_without_secret(part, key) for part in value] if isinstance(value, list) else value
 
 
@@ -280,17 +343,26 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
-    """Seconds that a refusal asks to wait, within 0 and `period`; None when it does not say.
+    """Seconds that a refusal (429) asks to wait; None when it does not say.
 
-    From `x-ratelimit-reset`, "wait that many seconds" (best-practices page), else from `Retry-After`, whose use by the API
-    is unverified: seconds or a date. No slot of a window can take longer than the window, so an epoch means the window.
+    The longer of `x-ratelimit-reset`, "wait that many seconds" (best-practices page), and `Retry-After`. No slot of a window
+    can take longer than the window, so a reset is at most `period`, also where it is an epoch.
     """
-    wait = _seconds(headers.get("x-ratelimit-reset"))
-    if wait is None:
-        wait = _seconds(headers.get("Retry-After"))
+    reset = _seconds(headers.get("x-ratelimit-reset"))
+    slot = None if reset is None else min(max(reset, 0.0), period)
+    waits = [wait for wait in (slot, read_wait(headers, now=now)) if wait is not None]
+    return max(waits, default=None)
+
+
+def read_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
+    """Seconds that `Retry-After` asks to wait, as seconds or as a date; None when it does not.
+
+    That the API sends it is unverified; gateways do. It speaks of no window, so it may be of any length.
+    """
+    wait = _seconds(headers.get("Retry-After"))
     if wait is None:
         wait = _seconds_until(headers.get("Retry-After"), now)
-    return None if wait is None else min(max(wait, 0.0), period)
+    return None if wait is None or math.isinf(wait) else max(wait, 0.0)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -324,6 +396,14 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 }
 
 
+# What these say of a key, only a JSON object says for the API: pages come from gateways, firewalls and captive portals.
+_OF_THE_KEY = (401, 402, 403)
+_NOT_THE_API = (
+    "a gateway answered in the API's place, with a page instead of JSON, so nothing is known of the key; "
+    "look for a proxy or firewall between here and the API"
+)
+
+
 def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
     status = response.status
     details: dict[str, Any] = {"key_name": key.label, **read_details(response.headers, key)}
@@ -334,9 +414,14 @@ def _read_failure(key: ApiKey, response: Response, now: datetime, period: float)
             else "an undocumented status"
         )
         return UnexpectedResponseError(f"the API answered with {what} (HTTP {status})", status=status, **details)
-    said = _clean(_message(response.body), key)
+    document, _ = _parse(response.body)
+    if status in _OF_THE_KEY and not isinstance(document, dict):
+        return GatewayError(_NOT_THE_API, status=status, **details)
+    said = _clean(_message(document), key)
     if status >= 500:
-        return _errors.InternalServerError(said or "the API or a gateway before it failed", status=status, **details)
+        wait = read_wait(response.headers, now=now) if status == 503 else None
+        said = said or "the API or a gateway before it failed"
+        return _errors.InternalServerError(said, status=status, retry_after=wait, **details)
     kind, default = _STATUS_ERRORS.get(status, (APIStatusError, "the API answered with an error"))
     if kind is RateLimitError:
         wait = read_retry_after(response.headers, now=now, period=period)
@@ -354,9 +439,8 @@ def _authentication_error(said: str | None) -> type[APIStatusError]:
     return _errors.InvalidKeyError if "invalid" in words else _errors.AuthenticationError
 
 
-def _message(body: bytes | None) -> str | None:
+def _message(document: Any) -> str | None:
     """The text of an error, from whichever of the places the vendor's own client meets it in."""
-    document, _ = _parse(body)
     if not isinstance(document, dict):
         return None
     error = document.get("error")

@@ -169,7 +169,7 @@ def check(
             context.fail("--json and --jsonl cannot be had together; give one of them.")
         floor = _floor(min_credits)
         run = _Run(_read_keys(keys_file), detail=detail, timeout=timeout, lines=as_jsonl)
-        run.finish(run.check(CreditsClient()))
+        run.finish(run.check(CreditsClient(trust_env=True)))
         report = run.report()
         if as_json:
             _echo(json.dumps(report.to_dict(), indent=2) + "\n")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from crustcredits import (
     Account,
     APIConnectionError,
     ApiKey,
+    APIStatusError,
     APITimeoutError,
     Balance,
     ClientClosedError,
@@ -733,3 +735,139 @@ async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
             with pytest.raises(ConfigurationError, match="timeout is a finite number"):
                 await call
     assert not server.arrivals
+
+
+# --- what passes by itself
+
+
+@pytest.mark.parametrize("fate", [Fate.UNSENT, Fate.ABANDONED])
+async def test_an_outage_of_three_seconds_is_survived_by_default(fate: Fate) -> None:
+    """Of the network or of name resolution, whatever the jitter draws, where the call has the time."""
+    gone = lost(APIConnectionError("could not connect"), fate)
+    for seed in range(200):
+        random.seed(seed)
+        began = now()
+        server = FakeServer(lambda name, times, began=began: gone if now() < began + 3 else Reply())  # type: ignore[misc]
+        async with fake_client(server) as client:
+            assert (await client.balance(KEY, timeout=20)).credits == 9406
+            assert len(server.arrivals) <= 4
+
+
+async def test_a_short_deadline_is_used_up_by_attempts() -> None:
+    """The fourth is not put off beyond it."""
+    for seed in range(50):
+        random.seed(seed)
+        server = FakeServer(lambda name, times: lost(APIConnectionError("could not connect"), Fate.UNSENT))
+        async with fake_client(server) as client:
+            with pytest.raises(APIConnectionError) as caught:
+                await client.balance(KEY, timeout=3)
+            assert caught.value.attempts == len(server.arrivals) == 4
+
+
+@pytest.mark.parametrize("status", [408, 425])
+async def test_a_request_that_came_too_late_or_too_early_is_tried_again(status: int) -> None:
+    """408 and 425; other statuses of that kind are not."""
+    server = FakeServer(lambda name, times: Reply(status=status, body="{}") if times == 0 else Reply())
+    async with fake_client(server) as client:
+        assert (await client.balance(KEY)).credits == 9406
+    server = FakeServer(lambda name, times: Reply(status=404, body="{}"))
+    async with fake_client(server) as client:
+        with pytest.raises(APIStatusError):
+            await client.balance(KEY)
+    assert len(server.arrivals) == 1
+
+
+async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
+    """By `Retry-After`, and not by the window's reset."""
+    headers = {"Retry-After": "7", "x-ratelimit-reset": "60"}
+    server = FakeServer(lambda name, times: Reply(status=503, body="", headers=headers) if times == 0 else Reply())
+    async with fake_client(server) as client:
+        await client.balance(KEY)
+    (first, _), (second, _) = server.arrivals
+    assert 7 <= second - first < 7.5
+
+
+async def test_a_wait_of_an_hour_is_raised_at_once() -> None:
+    """With the whole of it, and not with the window's length."""
+    server = FakeServer(lambda name, times: Reply(status=429, body="{}", headers={"Retry-After": "3600", "x-ratelimit-reset": "9"}))
+    async with fake_client(server) as client:
+        with pytest.raises(RateLimitError) as caught:
+            await client.balance(KEY)
+        assert now() < 1
+    assert (caught.value.retry_after, caught.value.attempts) == (3600, 1)
+
+
+async def test_long_waits_of_three_accounts_hold_back_no_other_for_longer_than_a_period() -> None:
+    """By then every slot of the window is free."""
+    refused = Reply(status=429, body="{}", headers={"Retry-After": "3600"})
+    server = FakeServer(lambda name, times: refused if name in {"k0", "k1", "k2"} else Reply())
+    async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
+        await client.check(keys(3))
+        await client.balance(keys(4)[3], timeout=70)
+        assert now() < 62
+
+
+async def test_one_answer_with_a_limit_of_one_stops_no_other_account() -> None:
+    """It may be a key's own, or nonsense."""
+    odd = {"x-ratelimit-limit": "1", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
+    usual = {"x-ratelimit-limit": "300", "x-ratelimit-remaining": "250", "x-ratelimit-reset": "60"}
+    server = FakeServer(lambda name, times: Reply(headers=odd if name == "k0" else usual))
+    async with fake_client(server) as client:
+        await client.balance(keys(1)[0])
+        report = await client.check(keys(100)[1:], timeout=20)
+        assert report.ok
+        assert now() < 5
+
+
+class Awaits:
+    async def __call__(self, outcome: object) -> None: ...
+
+    async def method(self, outcome: object) -> None: ...
+
+
+@pytest.mark.parametrize("function", [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), 7])
+async def test_a_coroutine_function_is_no_on_outcome(function: Any) -> None:
+    """However it is written: nobody would await it."""
+    server = FakeServer()
+    async with fake_client(server) as client:
+        with pytest.raises(ConfigurationError, match="on_outcome is a plain function"):
+            await client.check([KEY], on_outcome=function)
+    assert server.arrivals == []
+
+
+async def test_a_callable_object_is_an_on_outcome() -> None:
+    """And so is a partial of one."""
+    seen: list[Any] = []
+
+    class Notes:
+        def __call__(self, outcome: object) -> None:
+            seen.append(outcome)
+
+    async with fake_client(FakeServer()) as client:
+        await client.check([KEY], on_outcome=Notes())
+        await client.check([KEY], on_outcome=partial(Notes()))
+    assert len(seen) == 2
+
+
+async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither of a call whose last caller left while it was on the wire, nor of an API that is down."""
+    server = FakeServer(lambda name, times: Reply(seconds=1.0, status=503, body=""))
+    async with fake_client(server, retry=Retry(attempts=1)) as client:
+        callers = [asyncio.create_task(client.balance(key)) for key in keys(5)]
+        await asyncio.sleep(0.5)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.sleep(2)
+        assert "kept" not in caplog.text
+        assert "no answer from the API, for 3 keys in a row: k" in caplog.text
+
+
+async def test_what_becomes_of_a_kept_answer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Its refresh fails, and nobody else is told."""
+    server = FakeServer(lambda name, times: Reply(status=503, body="") if times else Reply())
+    async with fake_client(server, retry=Retry(attempts=1), stale_while_revalidate=60) as client:
+        for _ in range(2):
+            await client.check(keys(5))
+            await asyncio.sleep(20)
+        assert "its kept answer could not be refreshed" in caplog.text
+        assert "for 3 keys in a row; kept answers are not renewed: " in caplog.text

@@ -42,6 +42,7 @@ EXAMPLE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "RateLimitError": {"status": 429, "retry_after": 7.0},
     "InternalServerError": {"status": 500},
     "UnexpectedResponseError": {"status": 200},
+    "GatewayError": {"status": 403},
     "RateLimitWaitError": {"wait": 3.5},
     "InsufficientCreditsError": {"needed": Decimal(5), "available": Decimal("1.5")},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 import logging
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import pytest
 
 from crustcredits import (
     Account,
+    APIConnectionError,
     ApiKey,
     APIStatusError,
     AuthenticationError,
@@ -19,6 +21,7 @@ from crustcredits import (
     Balance,
     ConfigurationError,
     CrustCreditsError,
+    GatewayError,
     InternalServerError,
     InvalidKeyError,
     MissingKeyError,
@@ -278,7 +281,7 @@ def test_an_absurdly_nested_account_is_unexpected() -> None:
     assert "nested" in str(error(json.dumps({"account": {"credits": 1, "wallets": nested}}), path=ACCOUNT_CREDITS))
 
 
-@pytest.mark.parametrize("body", ['{"credits": 1}', '{"account": null}', '{"account": {}}', "[]"])
+@pytest.mark.parametrize("body", ['{"credits": null}', '{"account": null}', '{"account": {}}', "[]"])
 def test_an_account_without_credits_is_an_unexpected_response(body: str) -> None:
     """The balance is what it is for."""
     assert isinstance(error(body, path=ACCOUNT_CREDITS), UnexpectedResponseError)
@@ -308,23 +311,26 @@ def test_headers_that_are_no_numbers_are_left_out(nonsense: str) -> None:
     ("headers", "seconds"),
     [
         ({"x_ratelimit_reset": "7"}, 7.0),
-        ({"x_ratelimit_reset": "7", "Retry_After": "30"}, 7.0),
+        ({"x_ratelimit_reset": "7", "Retry_After": "30"}, 30.0),
+        ({"x_ratelimit_reset": "30", "Retry_After": "7"}, 30.0),
         ({"x_ratelimit_reset": "0.5"}, 0.5),
         ({"x_ratelimit_reset": "-3"}, 0.0),
         ({"x_ratelimit_reset": "1767268800"}, 60.0),
         ({"x_ratelimit_reset": "inf"}, 60.0),
         ({"x_ratelimit_reset": "soon", "Retry_After": "30"}, 30.0),
-        ({"x_ratelimit_reset": "nan", "Retry_After": "120"}, 60.0),
+        ({"x_ratelimit_reset": "nan", "Retry_After": "120"}, 120.0),
+        ({"Retry_After": "3600"}, 3600.0),
+        ({"Retry_After": "inf"}, None),
         ({"Retry_After": "Thu, 01 Jan 2026 12:00:20 GMT"}, 20.0),
         ({"Retry_After": "Thu, 01 Jan 2026 12:00:20 -0000"}, 20.0),
         ({"Retry_After": "Thu, 01 Jan 2026 11:00:00 GMT"}, 0.0),
-        ({"Retry_After": "Thu, 01 Jan 2099 12:00:00 GMT"}, 60.0),
+        ({"Retry_After": "Thu, 01 Jan 2099 12:00:00 GMT"}, 2_303_683_200.0),
         ({"Retry_After": "later"}, None),
         ({}, None),
     ],
 )
 def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    """From the reset, else from Retry-After, within the window whatever they say."""
+    """The longer of the reset, which is within the window whatever it says, and of Retry-After."""
     found = error('{"message": "slow down"}', status=429, **headers)
     assert isinstance(found, RateLimitError)
     assert found.retry_after == seconds
@@ -340,7 +346,7 @@ def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float
         (401, '{"message": "Missing API key in request"}', MissingKeyError, "Missing API key"),
         (401, '{"message": "Invalid API key in request"}', InvalidKeyError, "Invalid API key"),
         (401, '{"detail": "Who are you?"}', AuthenticationError, "Who are you?"),
-        (401, "", AuthenticationError, "does not accept the key"),
+        (401, "{}", AuthenticationError, "does not accept the key"),
         (402, '{"error": {"type": "insufficient_credits", "message": "none left"}}', PaymentRequiredError, "none left"),
         (403, '{"error": {"type": "permission_error", "reason": "not yours"}}', PermissionDeniedError, "not yours"),
         (404, '{"description": "gone"}', APIStatusError, "gone"),
@@ -382,3 +388,70 @@ def test_what_the_server_says_is_fit_for_a_log_line() -> None:
     assert len(found.message) <= 300
     assert found.request_id == "r ***"
     assert error("{}", status=401, x_request_id="\x00 \x01").request_id is None
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize("body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": 1, "message": 2}', None])
+def test_what_a_gateway_says_of_a_key_is_not_the_apis_word(status: int, body: str | None) -> None:
+    """Only a JSON object is."""
+    found = error(body, status=status, x_request_id="r-1")
+    assert type(found) is GatewayError
+    assert (found.status, found.request_id) == (status, "r-1")
+    assert str(found).startswith("prod: a gateway answered in the API's place")
+    assert str(found).endswith(f"(HTTP {status})")
+
+
+def test_a_503_asks_to_wait_by_retry_after_alone() -> None:
+    """Its reset is the window's, which does not make the server well."""
+    found = error("", status=503, Retry_After="17", x_ratelimit_reset="60")
+    assert isinstance(found, InternalServerError)
+    assert found.retry_after == 17
+    without = error("", status=503, x_ratelimit_reset="60")
+    assert isinstance(without, InternalServerError)
+    assert without.retry_after is None
+
+
+def test_a_body_that_ends_with_the_connection_may_be_cut_short() -> None:
+    """Then it is a lost connection, and not an answer of the wrong shape."""
+    for body in (b"", b'{"credits": 94', b'{"account": {"credits": 1}'):
+        found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=False), now=NOW, period=60.0)
+        assert isinstance(found, APIConnectionError)
+        assert "it ends too early" in str(found)
+    for body, framed in ((b"<html>", False), (b'{"credits": 94', True), (b"{}", False)):
+        found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=framed), now=NOW, period=60.0)
+        assert isinstance(found, UnexpectedResponseError)
+
+
+@pytest.mark.parametrize("text", ["1e99999999999999999999", "1E+999999999", "NaN"])
+def test_the_callers_decimal_context_does_not_matter(text: str) -> None:
+    """One that traps nothing would make a NaN of it."""
+    with decimal.localcontext(decimal.ExtendedContext):
+        assert isinstance(error(f'{{"credits": {text}}}'), UnexpectedResponseError)
+    with decimal.localcontext(decimal.Context(prec=2)):
+        assert balance('{"credits": 138940.37}').credits == Decimal("138940.37")
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    """Nobody knows which of the two is right."""
+    found = error('{"credits": 1, "credits": 2}')
+    assert isinstance(found, UnexpectedResponseError)
+    assert "JSON in which a name stands twice" in str(found)
+    assert isinstance(error('{"account": {"credits": 1, "a": {"b": 1, "b": 2}}}', path=ACCOUNT_CREDITS), UnexpectedResponseError)
+
+
+def test_half_a_character_is_replaced() -> None:
+    """No encoding could write it; the balance is not lost for it."""
+    found = read('{"account": {"credits": 1, "plan\\ud800": "a\\udfffb", "wallets": ["\\ud83d\\ude00"]}}', path=ACCOUNT_CREDITS)
+    assert isinstance(found, Account)
+    assert found.extra == {"plan\ufffd": "a\ufffdb"}
+    assert found.wallets == ["\U0001f600"]
+    json.dumps(found.to_dict(), ensure_ascii=False).encode()
+
+
+def test_either_shape_is_understood_at_either_address() -> None:
+    """Both have been seen."""
+    assert balance('{"account": {"credits": 7}}').credits == 7
+    assert balance('{"credits": 7, "account": {"credits": 8}}').credits == 7
+    flat = read('{"credits": 7, "recurring_credits": 9}', path=ACCOUNT_CREDITS)
+    assert isinstance(flat, Account)
+    assert (flat.credits, flat.recurring_credits, flat.extra) == (Decimal(7), Decimal(9), {})

@@ -1,0 +1,263 @@
+"""TLS, proxies and connecting, over real sockets on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+from aiohttp import web
+from yarl import URL
+
+from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry
+from crustcredits.testing import SandboxServer
+
+SECRET = "sk-0123456789abcdef"
+ONE = RateLimit(requests=1, scope="client")
+FAST = Retry(backoff=0.001)
+
+
+@asynccontextmanager
+async def listener(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+    """A server on a port of its own that does with each connection what it is told."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await serve(reader, writer)
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+
+
+@asynccontextmanager
+async def https_server(context: ssl.SSLContext) -> AsyncIterator[int]:
+    """An API over TLS, of which any key has 7 credits."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        return web.json_response({"credits": 7})
+
+    runner = web.ServerRunner(web.Server(answer, access_log=None))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA, name: str = "localhost") -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+async def test_a_context_that_trusts_a_companys_authority_is_used(authority: trustme.CA) -> None:
+    """Also where a session is given."""
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(https_server(server_context(authority)))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        for given in (None, session):
+            async with CreditsClient(base_url=f"https://localhost:{port}", session=given, ssl=trusting) as client:
+                assert (await client.balance(SECRET)).credits == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "localhost",
+            r"certificate verify failed: (self-signed certificate in certificate chain|unable to get local issuer certificate)",
+        ),
+        ("other.example", "certificate verify failed: "),
+    ],
+)
+async def test_a_certificate_that_cannot_be_verified_is_told_and_not_tried_again(
+    authority: trustme.CA, name: str, said: str
+) -> None:
+    """By OpenSSL's words; its token is home at once."""
+    async with (
+        https_server(server_context(authority, name)) as port,
+        CreditsClient(base_url=f"https://localhost:{port}", rate_limit=ONE) as client,
+    ):
+        with pytest.raises(APIConnectionError, match=said) as caught:
+            await client.balance(SECRET)
+        assert client.quota().free == 1
+    assert (caught.value.attempts, caught.value.retryable) == (1, False)
+
+
+async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
+    """And not by the system's word for OpenSSL's number. It may pass, so it is tried again."""
+
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(64)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with listener(plain) as port, CreditsClient(base_url=f"https://localhost:{port}", retry=Retry(attempts=2)) as client:
+        with pytest.raises(
+            APIConnectionError, match=r"could not connect \(TLS: (wrong version number|record layer failure)\)"
+        ) as caught:
+            await client.balance(SECRET)
+    assert (caught.value.attempts, caught.value.retryable) == (2, True)
+
+
+async def test_a_handshake_that_hangs_never_reached_the_api() -> None:
+    """Its token is home at once; so it is with a proxy that does not answer."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with listener(silent) as port:
+        for options in ({"base_url": f"https://localhost:{port}"}, {"proxy": f"http://localhost:{port}"}):
+            async with CreditsClient(**options, rate_limit=ONE, request_timeout=0.1, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
+                with pytest.raises(APITimeoutError, match=r"no connection within 0\.09 s"):
+                    await client.balance(SECRET)
+                assert client.quota().free == 1
+
+
+async def test_an_answer_that_hangs_may_have_reached_it() -> None:
+    """Its token stays out."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with listener(silent) as port:
+        options: dict[str, Any] = {"rate_limit": ONE, "request_timeout": 0.05, "retry": Retry(attempts=1)}
+        async with CreditsClient(base_url=f"http://localhost:{port}", **options) as client:
+            with pytest.raises(APITimeoutError, match=r"no whole answer within 0\.05 s"):
+                await client.balance(SECRET)
+            assert client.quota().free == 0
+
+
+async def test_a_proxy_that_refuses_shows_its_status() -> None:
+    """And neither its words nor its credentials."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Give me words\r\nContent-Length: 0\r\n\r\n")
+
+    async with (
+        listener(refuse) as port,
+        CreditsClient(proxy=f"http://bob:hunter2@localhost:{port}", rate_limit=ONE, retry=Retry(attempts=1)) as client,
+    ):
+        with pytest.raises(APIConnectionError, match=r"the proxy refused to connect \(HTTP 407\)") as caught:
+            await client.balance(SECRET)
+        assert client.quota().free == 1
+    assert "hunter2" not in str(caught.value)
+    assert "words" not in str(caught.value)
+
+
+async def test_the_environments_proxy_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only then; neither where it is excluded, nor for plain http, which stays on this machine."""
+    asked: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).splitlines()[0])
+        writer.write(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    async with listener(refuse) as port, SandboxServer() as sandbox:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
+        key = sandbox.add_key()
+        for name, value in (("HTTPS_PROXY", f"http://127.0.0.1:{port}"), ("ALL_PROXY", f"127.0.0.1:{port}")):
+            monkeypatch.setenv(name, value)
+            async with CreditsClient(trust_env=True, retry=Retry(attempts=1)) as client:
+                with pytest.raises(APIConnectionError, match="the proxy refused"):
+                    await client.balance(key)
+            async with CreditsClient(base_url=sandbox.url, trust_env=True) as client:
+                await client.balance(key)
+            monkeypatch.delenv(name)
+        assert asked == [b"CONNECT api.crustdata.com:443 HTTP/1.1"] * 2
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        for options in ({"trust_env": True}, {}):
+            base_url = f"https://localhost:{port + 1 if port < 65535 else port - 1}"
+            async with CreditsClient(base_url=base_url, **options, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
+                with pytest.raises(APIConnectionError, match="could not connect"):
+                    await client.balance(key)
+        assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ssl": False}, "ssl is an ssl.SSLContext, not bool; certificates are always verified"),
+        ({"ssl": "ca.pem"}, "ssl is an ssl.SSLContext, not str"),
+        ({"trust_env": 1}, "trust_env is True or False, not int"),
+    ],
+)
+def test_what_cannot_secure_a_connection_is_refused(options: dict[str, Any], said: str) -> None:
+    """When the client is made."""
+    with pytest.raises(ConfigurationError, match=said):
+        CreditsClient(**options)
+
+
+def test_a_proxy_of_the_environment_that_is_no_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its variable, and not repeated."""
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://bob:hunter2@localhost:1080")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(ConfigurationError, match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is no http") as caught:
+        CreditsClient(trust_env=True)
+    assert "hunter2" not in str(caught.value)
+    CreditsClient()
+
+
+async def test_a_body_cut_short_without_a_length_is_a_lost_connection() -> None:
+    """So it is tried again, and only then."""
+    bodies = [b'{"credits": 94', b"", b'{"credits": 9406}']
+
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n" + bodies.pop(0))
+        writer.close()
+
+    async with listener(cut) as port, CreditsClient(base_url=f"http://localhost:{port}", retry=FAST) as client:
+        report = await client.check([SECRET])
+    assert (report[0].credits, report[0].attempts) == (Decimal(9406), 3)
+
+
+async def test_a_given_session_keeps_its_own_cookies_and_sends_no_host_of_its_own() -> None:
+    """What the API sets is taken out of its jar, and all else stays."""
+    seen: list[str | None] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        seen.append(request.headers.get("Host"))
+        response = web.json_response({"credits": 7})
+        response.set_cookie("tracker", "1")
+        response.set_cookie("wide", "2", domain="localhost")
+        return response
+
+    runner = web.ServerRunner(web.Server(answer, access_log=None))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://localhost:{runner.addresses[0][1]}"
+    async with aiohttp.ClientSession(headers={"Host": "elsewhere.example"}) as session:
+        session.cookie_jar.update_cookies({"own": "3"}, URL(url))
+        session.cookie_jar.update_cookies({"tracker": "4"}, URL("http://other.example"))
+        async with CreditsClient(base_url=url, session=session) as client:
+            await client.balance(SECRET)
+        left = sorted((cookie.key, cookie["domain"]) for cookie in session.cookie_jar)
+    await runner.cleanup()
+    assert left == [("own", "localhost"), ("tracker", "other.example")]
+    assert seen == [url.removeprefix("http://")]
