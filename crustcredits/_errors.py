@@ -215,8 +215,8 @@ class InsufficientCreditsError(CrustCreditsError):
     Attributes:
         needed: Credits that were asked for, with the margin.
         available: Credits known to be there; what is unknown counts as nothing.
-        unknown: The names of the keys that could not be checked.
-        stale: The names of the keys whose balance is an old one.
+        unknown: The labels of the keys that could not be checked.
+        stale: The labels of the keys whose balance is an old one.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class Problem:
         status: The HTTP status of the service's answer.
         type: `urn:crustcredits:` and the name of the error's class.
         title: What went wrong, the same for all errors of a class.
-        key: The name of the key it happened to, or None.
+        key: The label of the key it happened to, or None.
         retry_after: Whole seconds after which it is worth asking again; None where nobody knows.
         more: Further members.
     """

@@ -1,4 +1,4 @@
-"""The pydantic models of what a service answers, made from ours by their attributes. They know keys by their names only."""
+"""The pydantic models of what a service answers, made from ours by their attributes. They know keys by their labels only."""
 
 from __future__ import annotations
 

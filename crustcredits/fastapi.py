@@ -1,7 +1,7 @@
 """crustcredits in a FastAPI service: a lifespan, a dependency, a router and exception handlers. Needs the extra `fastapi`.
 
 The client lives as long as the app and is found through its dependency only, so that a test can put another in its place.
-Keys appear by their names. What a router answers is `_pool`'s, in the models of `_responses`; what becomes of errors, `_problems`'.
+Keys appear by their labels. What a router answers is `_pool`'s, in the models of `_responses`; what becomes of errors, `_problems`'.
 """
 
 import inspect
@@ -190,13 +190,13 @@ def credits_router(
     prefix: str = "",
     tags: Sequence[str] = ("credits",),
 ) -> APIRouter:
-    """A router that shows a pool: `GET /keys`, `GET /keys/{name}` and `GET /healthz`, below `prefix`.
+    """A router that shows a pool: `GET /keys`, `GET /keys/{label}` and `GET /healthz`, below `prefix`.
 
     `/healthz` never does I/O: it tells from kept answers whether the pool is `ok`, `degraded` or `unknown`, with status 200.
     A key that cannot be used is listed as failed.
 
     Args:
-        keys: The pool; keys are shown by their names.
+        keys: The pool; keys are shown by their labels.
         public: Say `True` to let everybody see it.
         dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
         max_age: Seconds, or a timedelta, as for `CreditsClient`; failures are shown again for so long too. Callers may ask for
@@ -249,7 +249,7 @@ def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
 
 _CLOSING = {503: "The service is shutting down"}
 _UNKNOWN = {
-    404: "No key of the pool has this name",
+    404: "No key of the pool has this label",
     500: "The key cannot be used",
     502: "The API says no to the service's key, or something that is no balance",
     503: "The API cannot be reached, or the rate limit leaves no room, or the service is shutting down",
@@ -260,7 +260,7 @@ _UNKNOWN = {
 def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
     bounds = Query(ge=floor, le=max(floor, 1e9), description="Seconds that a balance may be old without being stale.")
 
-    @router.get("/keys", response_model=PoolResponse, responses=_documented(_CLOSING), summary="The pool, by name")
+    @router.get("/keys", response_model=PoolResponse, responses=_documented(_CLOSING), summary="The pool, by label")
     async def get_keys(
         client: CreditsDep,
         state: Annotated[State | None, Query(description="Only keys in this state.")] = None,
@@ -274,17 +274,17 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
             return _problem_response(problem_of(error))
 
     @router.get(
-        "/keys/{name:path}",
+        "/keys/{label:path}",
         response_model=KeyResponse,
         responses=_documented(_UNKNOWN),
-        summary="One key, by name",
+        summary="One key, by label",
     )
-    async def get_key(name: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
+    async def get_key(label: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
         try:
-            outcome = await pool.outcome(client, name, max_age)
+            outcome = await pool.outcome(client, label, max_age)
         except CrustCreditsError as error:
             return _problem_response(problem_of(error))
-        # The name is not repeated: whoever mistakes a secret for one shall not find it in an answer.
+        # The label is not repeated: it may be a secret in the wrong place.
         return outcome or _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
 
     @router.get("/healthz", response_model=HealthResponse, summary="What is known of the pool without asking")

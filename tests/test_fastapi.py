@@ -778,8 +778,8 @@ def test_the_openapi_document_is_right() -> None:
         assert schemas[name]["examples"]
     KeyResponse.model_validate(key["examples"][0])
     BalanceResponse.model_validate(schemas["AccountResponse"]["examples"][0])
-    assert set(document["paths"]) == {"/credits/keys", "/credits/keys/{name}", "/credits/healthz", "/account"}
-    answers = document["paths"]["/credits/keys/{name}"]["get"]["responses"]
+    assert set(document["paths"]) == {"/credits/keys", "/credits/keys/{label}", "/credits/healthz", "/account"}
+    answers = document["paths"]["/credits/keys/{label}"]["get"]["responses"]
     assert set(answers) == {"200", "404", "422", "500", "502", "503", "504"}
     assert answers["503"]["headers"]["Retry-After"]["schema"] == {"type": "integer"}
     assert set(document["paths"]["/credits/keys"]["get"]["responses"]) == {"200", "422", "503"}
