@@ -1,7 +1,8 @@
 """crustcredits in a FastAPI service: a lifespan, a dependency, a router and exception handlers. Needs the extra `fastapi`.
 
 The client lives as long as the app and is found through its dependency only, so that a test can put another in its place.
-Keys appear by their labels. What a router answers is `_pool`'s, in the models of `_responses`; what becomes of errors, `_problems`'.
+Keys appear by their labels. What a router answers is `_pool`'s, in the models of `_responses`; what becomes of errors is
+`_problems`'.
 """
 
 import inspect

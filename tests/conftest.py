@@ -13,6 +13,7 @@ from aiohttp import ClientResponse
 from aioresponses import aioresponses
 
 from crustcredits.fixtures import credits_client, sandbox
+from tests import searches
 from tests.processes import redis, start
 from tests.virtual import VirtualLoop
 
@@ -26,11 +27,13 @@ LOOPS: dict[str, tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    choices = [*LOOPS, "both"]
-    parser.addoption("--loop", choices=choices, default="both", help="The loop for tests in real time (default: both).")
+    extents, names = ["few", "usual", "long"], [*LOOPS, "both"]
+    parser.addoption("--search", choices=extents, default="usual", help="How many examples searches try (default: usual).")
+    parser.addoption("--loop", choices=names, default="both", help="The loop for tests in real time (default: both).")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    searches.extent = config.getoption("--search")
     config.addinivalue_line("markers", "virtual: runs in virtual time, without sockets")
     config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")
     config.addinivalue_line("markers", "any_loop: runs a program in another process, so the loop of the test does not matter")

@@ -24,6 +24,7 @@ from crustcredits._answers import Kept
 from crustcredits._calls import Calls
 from crustcredits._transport import Failure
 from crustcredits._wire import Response
+from tests.searches import examples
 from tests.virtual import FakeServer, Reply, fake_client, now, run
 
 EPSILON = 1e-3
@@ -173,7 +174,7 @@ def check(wishes: list[Wish], replies: list[tuple[int, float]], closes: float | 
     run(main())
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
 @given(wishes=WISHES, replies=REPLIES, closes=st.none() | seconds(40))
 def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     wishes: list[Wish], replies: list[tuple[int, float]], closes: float | None

@@ -22,6 +22,7 @@ from crustcredits import (
     keys_from_text,
 )
 from crustcredits._key_checks import looks_secret
+from tests.searches import examples
 
 ONE, TWO = "sk-0123456789abcdef01", "sk-fedcba987654321000"
 
@@ -466,7 +467,7 @@ def ini_file(keys: dict[str, str], others: dict[str, str]) -> str:
 SHAPES = [env_file, text_file, bare_file, json_file, json_records, csv_file, headless_csv, ini_file]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(keys=KEYS, others=OTHERS, shape=st.sampled_from(SHAPES), indent=st.sampled_from(["", " ", "\n", "\ufeff"]))
 def test_nothing_but_a_true_key_ever_becomes_one(
     keys: dict[str, str], others: dict[str, str], shape: Callable[..., str], indent: str

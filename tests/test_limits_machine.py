@@ -46,6 +46,7 @@ from crustcredits._quota import Quota
 from crustcredits._tokens import LocalStore
 from crustcredits._turn import Turn
 from tests.machines import EPSILON, LATE, MANY, PERIOD, VirtualMachine, within
+from tests.searches import examples
 from tests.told import balance
 from tests.virtual import now
 
@@ -483,7 +484,7 @@ def result_of(status: int, headers: RateLimitStatus | None) -> Balance | CrustCr
 
 
 TestLimits = pytest.mark.timeout(600)(Limits.TestCase)  # what fails takes minutes to be made small
-TestLimits.settings = settings(MANY, max_examples=40)
+TestLimits.settings = settings(MANY, max_examples=examples(40))
 
 
 class ComesHomeEarly(Limits):

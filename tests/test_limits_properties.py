@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from crustcredits._limits import TokenBucket
 from crustcredits._quota import grant_time
 from crustcredits._turn import Turn
+from tests.searches import examples
 from tests.virtual import now, run
 
 PERIOD = 10.0
@@ -177,7 +178,7 @@ def check(bucket: type[TokenBucket], tokens: int, callers: list[Caller]) -> None
 FEW_TOKENS = st.integers(1, 4) | st.sampled_from([10, 20])
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @given(tokens=FEW_TOKENS, callers=CALLERS)
 @example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0), Caller(0, 0, 0, "ended", 0)])
 def test_no_window_holds_more_than_the_tokens_and_nobody_is_lost_or_overtaken(tokens: int, callers: list[Caller]) -> None:

@@ -39,6 +39,7 @@ from crustcredits.redis import _SCRIPT, _SHA
 from tests.lua import EPOCH, FakeRedis, SortedSet, between, opening
 from tests.machines import EPSILON, LATE, MANY, PERIOD, VirtualMachine, within
 from tests.processes import Worker, worker
+from tests.searches import examples
 from tests.servers import RedisServer
 from tests.virtual import now
 
@@ -542,7 +543,7 @@ class Processes(VirtualMachine):
 
 
 TestProcesses = pytest.mark.timeout(600)(Processes.TestCase)  # what fails takes minutes to be made small
-TestProcesses.settings = settings(MANY, max_examples=15)
+TestProcesses.settings = settings(MANY, max_examples=examples(15))
 
 
 class GivesAtOnce(Processes):

@@ -1,0 +1,320 @@
+"""A canary secret through every source and every failure: found in nothing that a tool prints, logs or stores."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import io
+import json
+import logging
+import os
+import pprint
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich
+import sentry_sdk
+import structlog
+from rich.console import Console
+from rich.traceback import Traceback
+
+from crustcredits import (
+    ApiKey,
+    CreditsClient,
+    CrustCreditsError,
+    RateLimit,
+    Retry,
+    keys_from_env,
+    keys_from_file,
+    keys_from_records,
+    keys_from_text,
+)
+from crustcredits.redis import RedisBuckets
+from crustcredits.testing import Fault, SandboxServer
+
+CANARY = "sk-canary9f8e7d6c5b4a3928171605f4e3d2c1b0"
+OTHER = "sk-canary0011223344556677889900aabbccddee"
+# Tools cut long texts, so any piece of it counts.
+PIECES = [CANARY[start : start + 10] for start in range(3, len(CANARY) - 9)] + ["canary00112233"]
+HERE = Path(__file__).name
+
+
+def assert_no_canary(text: str) -> None:
+    assert not [piece for piece in PIECES if piece in text]
+
+
+def everything_shown(error: BaseException) -> Iterator[str]:
+    """By every tool that prints tracebacks with local variables, as it comes and with long values."""
+    yield "".join(traceback.format_exception(error))
+    yield "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    shapes: list[dict[str, Any]] = [{}, {"locals_max_string": 10_000, "locals_max_length": 1_000}]
+    for options in shapes:
+        yield printed(Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, **options))
+        transformed = structlog.tracebacks.ExceptionDictTransformer(show_locals=True, **options)
+        yield json.dumps(transformed((type(error), error, error.__traceback__)))
+    yield by_sentry(error)
+    yield f"{error} {error!r} {vars(error)} {error.__cause__!r} {error.__context__!r}"
+
+
+def printed(shown: Any) -> str:
+    console = Console(file=io.StringIO(), width=300, force_terminal=False)
+    console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def by_sentry(error: BaseException) -> str:
+    events: list[Any] = []
+    client = sentry_sdk.Client(
+        dsn="http://nobody@127.0.0.1:1/1",
+        default_integrations=False,
+        before_send=lambda event, hint: events.append(event),  # which sends nothing
+        max_value_length=10_000,
+    )
+    with sentry_sdk.new_scope() as scope:
+        scope.set_client(client)
+        scope.capture_exception(error)
+    client.close(timeout=0)
+    (event,) = events
+    assert HERE in json.dumps(event, default=repr), "frames are shown"
+    return json.dumps(event, default=repr)
+
+
+# --- sources
+
+
+# What is read stands here, so that no frame of the mistakes below has it in a local variable.
+TEXTS = {
+    "with a bad line": f"a={CANARY}\nb={OTHER} x",
+    "the wrong way round": f"{CANARY}=prod",
+    "with two of one name": f"a={CANARY}\na={OTHER}",
+    "with two accounts": f"x/a={CANARY}\ny/b={CANARY}",
+    "with other entries": f"{CANARY}\nhunter2",
+    "with long lines": f"a={CANARY * 20}; b={OTHER}",
+}
+FILES = {
+    "bad-line": f"a={CANARY}\nb=x {OTHER}\n",
+    "broken.json": f'{{"a": "{CANARY}"',
+    "other.json": json.dumps({"a": {"b": CANARY}}),
+    "swapped.json": json.dumps({CANARY: "prod"}),
+    "headless.csv": f"prod,{CANARY}\n",
+    "broken.csv": f'name,secret\nprod,"{CANARY}\n',
+    ".env": f"STRIPE_KEY={CANARY}\n",
+    "keys.ini": f"[keys]\na={CANARY}\n",
+}
+ENVIRONMENTS = {
+    "a bad variable": {"CRUSTDATA_API_KEY": f"{CANARY};{OTHER}", "DATABASE_URL": f"postgres://x:{CANARY}@db"},
+    "a bad list": {"CRUSTDATA_API_KEY": CANARY, "CRUSTDATA_API_KEYS": f"a={OTHER}, Bearer {CANARY}"},
+    "a key for a path": {"CRUSTDATA_API_KEY_FILE": CANARY},
+    "both": {"CRUSTDATA_API_KEY": CANARY, "CRUSTDATA_API_KEY_FILE": "x"},
+}
+
+MISTAKES: dict[str, Callable[[str, Path], object]] = {
+    **dict.fromkeys(TEXTS, lambda name, folder: keys_from_text(TEXTS[name])),
+    **dict.fromkeys(FILES, lambda name, folder: keys_from_file(written(name, folder))),
+    **dict.fromkeys(ENVIRONMENTS, lambda name, folder: keys_from_env(ENVIRONMENTS[name])),
+    "a key in quotes": lambda name, folder: ApiKey(f"'{CANARY}'"),
+    "a scheme": lambda name, folder: ApiKey(f"Bearer {CANARY}", name="prod"),
+    "two keys as one": lambda name, folder: ApiKey(f"{CANARY},{OTHER}"),
+    "a key as its name": lambda name, folder: ApiKey(CANARY, name=CANARY),
+    "a key as a name": lambda name, folder: ApiKey("prod", name=CANARY),
+    "a key as an account": lambda name, folder: ApiKey("prod", account=CANARY),
+    "bytes": lambda name, folder: ApiKey(CANARY.encode()),  # type: ignore[arg-type]  # the mistake under test
+    "text in bytes": lambda name, folder: keys_from_text(CANARY.encode()),  # type: ignore[arg-type]  # as above
+    "a key as a path": lambda name, folder: keys_from_file(CANARY),
+    "keys as a path": lambda name, folder: keys_from_file(f"{CANARY},{OTHER}"),
+    "a list as a path": lambda name, folder: keys_from_file([CANARY]),  # type: ignore[arg-type]  # as above
+    "one row": lambda name, folder: keys_from_records({"secret": CANARY}),  # type: ignore[dict-item]  # as above
+    "a key as rows": lambda name, folder: keys_from_records(CANARY),  # type: ignore[arg-type]  # as above
+    "rows that break off": lambda name, folder: keys_from_records(broken_rows()),
+    "a pickled key": lambda name, folder: ApiKey(CANARY).__reduce__(),
+    "a key's state": lambda name, folder: ApiKey(CANARY).__getstate__(),
+}
+
+
+def written(name: str, folder: Path) -> Path:
+    path = folder / name
+    path.write_text(FILES[name], encoding="utf-8")
+    return path
+
+
+def broken_rows() -> Iterator[dict[str, str]]:
+    yield {"secret": CANARY}
+    raise LookupError("the database is gone")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_source_shows_no_secret(mistake: str, tmp_path: Path) -> None:
+    """Whatever tool shows the error."""
+    with pytest.raises((CrustCreditsError, TypeError, LookupError)) as caught:
+        MISTAKES[mistake](mistake, tmp_path)
+    error = caught.value
+    if isinstance(error, CrustCreditsError):
+        assert error.__cause__ is error.__context__ is None
+    for shown in everything_shown(error):
+        assert_no_canary(shown)
+
+
+def test_the_printers_would_show_a_secret_that_is_there() -> None:
+    """So that finding none means something."""
+
+    def fails(held: str) -> None:
+        raise LookupError(len(held))
+
+    with pytest.raises(LookupError) as caught:
+        fails(CANARY)
+    by_tool = [any(piece in shown for piece in PIECES) for shown in everything_shown(caught.value)]
+    assert by_tool == [False, True, True, True, True, True, True, False]
+
+
+# --- calls
+
+
+async def keys_and_failures(sandbox: SandboxServer) -> list[ApiKey]:
+    good = sandbox.add_key("good", secret=CANARY)
+    pool = [good, ApiKey(OTHER, name="revoked")]
+    for fault in (Fault.FORBIDDEN, Fault.CHALLENGE, Fault.RESET, Fault.NOT_JSON, Fault.SILENCE, Fault.REDIRECT, Fault.REFUSED):
+        key = sandbox.add_key(fault.name, secret=f"{CANARY}{fault.name}")
+        sandbox.fail(key, fault)
+        pool.append(key)
+    return pool
+
+
+async def test_no_failing_call_shows_a_secret(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+    """In the error with all its frames, the log at DEBUG, and asyncio's own debug log."""
+    caplog.set_level(logging.DEBUG)
+    asyncio.get_running_loop().set_debug(True)
+    pool = await keys_and_failures(sandbox)
+    options: dict[str, Any] = {"retry": Retry(attempts=2, backoff=0.001, wait_max=0.01), "request_timeout": 0.1}
+    failures = 0
+    async with CreditsClient(base_url=sandbox.url, **options) as client:
+        for number in range(len(pool)):
+            try:
+                await client.balance(pool[number].get_secret_value(), timeout=2)
+            except CrustCreditsError as error:
+                failures += 1
+                for shown in everything_shown(error):
+                    assert_no_canary(shown)
+        report = await client.check({CANARY: "prod", "two": f"{OTHER},x", "three": CANARY})
+        for shown in (repr(list(report)), json.dumps(report.to_dict()), pprint.pformat(list(report)), printed(list(report))):
+            assert_no_canary(shown)
+        assert_no_canary(pprint.pformat(vars(client)) + pprint.pformat(vars(sandbox)))
+    assert failures == len(pool) - 1
+    assert_no_canary(caplog.text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_url": "http://127.0.0.1:1"},
+        {"base_url": "https://127.0.0.1:1", "trust_env": True},
+        {"proxy": f"http://bob:{CANARY}@127.0.0.1:1"},
+        {"base_url": "http://127.0.0.1:1", "buckets": f"redis://:{CANARY}@127.0.0.1:1"},
+    ],
+)
+async def test_no_unreachable_server_shows_a_secret(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Of the API, a proxy or Redis; nor do their own credentials show."""
+    caplog.set_level(logging.DEBUG)
+    if "buckets" in options:
+        options = options | {"buckets": RedisBuckets(options["buckets"], on_outage="raise")}
+    client = CreditsClient(**options, retry=Retry(attempts=1), rate_limit=RateLimit(pace=None))
+    with pytest.raises(CrustCreditsError) as caught:
+        await client.balance(CANARY, timeout=4)
+    await client.close()
+    options.clear()  # this frame is shown too
+    for shown in everything_shown(caught.value):
+        assert_no_canary(shown)
+    assert_no_canary(caplog.text)
+
+
+CALLS: dict[str, Callable[[CreditsClient], Awaitable[object]]] = {
+    "a key for a pool": lambda client: client.check(CANARY),
+    "a pool of two with one name": lambda client: client.check({"a": CANARY, "a ": OTHER}),
+    "an environment": lambda client: client.check({"CRUSTDATA_API_KEY": CANARY}),
+    "a gate": lambda client: client.require(10**9, [CANARY]),
+}
+
+
+@pytest.mark.parametrize("mistake", CALLS)
+async def test_no_mistaken_call_shows_a_secret(sandbox: SandboxServer, mistake: str) -> None:
+    """Arguments in the wrong place are not repeated."""
+    sandbox.add_key(secret=CANARY)
+    async with CreditsClient(base_url=sandbox.url) as client:
+        with pytest.raises(CrustCreditsError) as caught:
+            await CALLS[mistake](client)
+    for shown in everything_shown(caught.value):
+        assert_no_canary(shown)
+
+
+# --- objects
+
+
+def attributes(value: object, depth: int = 4) -> Iterator[str]:
+    """What can be reached from an object by its attributes and items, as text."""
+    yield repr(value)
+    if depth == 0 or isinstance(value, (type, str, bytes, int, float)) or callable(value):
+        return
+    names = [*getattr(value, "__dict__", ()), *(slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ()))]
+    for name in names:
+        yield from attributes(getattr(value, name, None), depth - 1)
+    if isinstance(value, dict):
+        yield from (text for part in [*value, *value.values()] for text in attributes(part, depth - 1))
+    elif isinstance(value, (list, tuple, set)):
+        yield from (text for part in value for text in attributes(part, depth - 1))
+
+
+async def test_no_object_holds_a_secret_in_the_clear() -> None:
+    """Keys, balances, outcomes, reports, clients and the sandbox, by any attribute, private ones included."""
+    async with SandboxServer(record=False) as sandbox, CreditsClient(base_url=sandbox.url, max_age=60) as client:
+        key = sandbox.add_key("prod", secret=CANARY)
+        report = await client.check([key, "two words"])
+        for value in (key, report[0].result(), report[0], report[1], report, client, sandbox):
+            assert_no_canary("\n".join(attributes(value)))
+            assert_no_canary(repr(inspect.getmembers(value, lambda part: not callable(part))))
+            screen = Console(file=io.StringIO(), width=300)
+            rich.inspect(value, console=screen, private=True)
+            assert isinstance(screen.file, io.StringIO)
+            assert_no_canary(screen.file.getvalue())
+
+
+# --- the command line
+
+
+async def printed_by(sandbox: SandboxServer, *arguments: str, given: bytes = b"", **environ: str) -> str:
+    """All that a real process prints, and its command line as others see it while it runs."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "crustcredits", *arguments),
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=clean | {"CRUSTDATA_API_URL": sandbox.url} | environ,
+    )
+    seen = await asyncio.to_thread(Path(f"/proc/{process.pid}/cmdline").read_text, encoding="utf-8")
+    out, err = await asyncio.wait_for(process.communicate(given), 20)
+    assert process.returncode in {0, 2, 3}, err
+    return seen.replace("\0", " ") + out.decode() + err.decode()
+
+
+@pytest.mark.any_loop
+async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_path: Path) -> None:
+    """Of keys that are good, unknown or unusable, from every source, in each format; and no argument takes one."""
+    sandbox.add_key("prod", secret=CANARY)
+    (tmp_path / "keys.json").write_text(json.dumps({"acme/prod": CANARY, "dev": OTHER}))
+    pool = f"prod={CANARY},dev={OTHER}"
+    runs = [
+        printed_by(sandbox, "check", CRUSTDATA_API_KEYS=pool),
+        printed_by(sandbox, "check", "--json", "--detail", CRUSTDATA_API_KEY=CANARY),
+        printed_by(sandbox, "check", "--jsonl", "--keys-file", "-", given=pool.encode()),
+        printed_by(sandbox, "check", "--keys-file", str(tmp_path / "keys.json")),
+        printed_by(sandbox, "check", CRUSTDATA_API_KEYS=f"{CANARY}=prod"),
+        printed_by(sandbox, "check", CRUSTDATA_API_KEY_FILE=CANARY),
+    ]
+    for run in runs:
+        assert_no_canary(await run)
+    assert len(sandbox.arrivals) >= 6
