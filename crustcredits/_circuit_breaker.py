@@ -1,4 +1,4 @@
-"""`CircuitBreaker`: stops what would be sent to an endpoint while a gateway answers in the API's place.
+"""`CircuitBreaker`: stops requests to an endpoint while a gateway answers in the API's place.
 
 A value: it is told the time, in the running loop's seconds, and neither asks nor waits. It must not know keys; a call is told
 from others by its place.
@@ -59,7 +59,7 @@ class CircuitBreaker:
         return True
 
     def given_up(self, place: Hashable) -> None:
-        """The call in that place ended without telling who answers; if it was the probe, the next one may be."""
+        """The call in that place ended without an answer. If it was the probe, the next call may be."""
         if self._probe == place:
             self._probe = None
 

@@ -223,7 +223,7 @@ class CreditsClient:
         Returns a report with one outcome for each key, in the order given. A secret that stands there twice is asked once.
 
         Args:
-            keys: An iterable of secrets and `ApiKey`s, or a mapping of name to either.
+            keys: An iterable of secrets and `ApiKey`s, or a mapping of label to either.
             detail: Ask `/account/credits`, so that each balance is an `Account`.
             timeout: Seconds, or a timedelta, for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
                 `APITimeoutError` for its error, or its last failure; what has come is kept.

@@ -1,4 +1,4 @@
-"""Whether a text can be an API key or the label of one, and what it seems to be instead.
+"""Checks of API keys and of their labels: whether a text can be one, and which other kind it seems to be.
 
 Pure: a problem is returned as a sentence and never raised, and no sentence repeats a secret. It must not know
 key objects or sources.
@@ -23,7 +23,7 @@ _PLACEHOLDER = re.compile(
 )
 _VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+")
 
-# What stands in no key, and where it comes from instead. The first that is found counts.
+# Marks that stand in no key, and the kind of text that they come from. The first one found counts.
 _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
     (re.compile(r"\w@\w+\.\w"), "an e-mail address: it seems to be a list of people or a connection string"),
@@ -85,24 +85,24 @@ def _character_problem(secret: str) -> str | None:
     return None
 
 
-def label_problem(what: str, label: object, secret: object) -> str | None:
-    """Why this cannot be the name or the account (`what` says which) of a key with that secret, or None."""
+def label_problem(part: str, label: object, secret: object) -> str | None:
+    """Why this cannot be the name or the account (`part` says which) of a key with that secret, or None."""
     if label is None:
         return None
     if not isinstance(label, str):
-        return f"the {what} of an API key is a str, not {type(label).__name__}"
+        return f"the {part} of an API key is a str, not {type(label).__name__}"
     label = label.strip()
     if not label:
-        return f"the {what} of the API key is empty; leave it out or say what to call it"
+        return f"the {part} of the API key is empty; leave it out or give one"
     if not label.isprintable():
-        return f"the {what} of the API key holds unprintable characters"
+        return f"the {part} of the API key holds unprintable characters"
     if label[0] in "'\"" or label[-1] in "'\"":
-        return f"the {what} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
+        return f"the {part} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
     if _gives_away(label, secret):
-        return f"the {what} of the API key holds its secret; give it another, because it is printed"
+        return f"the {part} of the API key holds its secret; give it another, because it is printed"
     if looks_secret(label) and not looks_secret(secret):
         return (
-            f"the {what} of the API key looks more like a secret than its value does, and is not repeated here; "
+            f"the {part} of the API key looks more like a secret than its value does, and is not repeated here; "
             "the name stands first: NAME=SECRET, or {name: secret}"
         )
     return None
@@ -134,7 +134,7 @@ def looks_secret(text: object) -> bool:
     return any(len(set(run)) >= _VARIED and not _WORD_OR_NUMBER.fullmatch(run) for run in runs)
 
 
-# DB_PASSWORD, and what names such as `spring.datasource.url` end in: settings that hold other secrets, and addresses.
+# Names of settings that hold other secrets and addresses: `DB_PASSWORD`, `spring.datasource.url`.
 _UPPER_SETTING = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 _SETTING_WORDS = re.compile(
     r"""
@@ -147,5 +147,5 @@ _SETTING_WORDS = re.compile(
 
 
 def is_setting(name: str) -> bool:
-    """Whether it is the name of a setting, such as `DB_PASSWORD` or `spring.datasource.url`, and not what people call a key."""
+    """Whether it is the name of a setting, such as `DB_PASSWORD` or `spring.datasource.url`, and not that of a key."""
     return bool(_UPPER_SETTING.fullmatch(name) or _SETTING_WORDS.fullmatch(name))

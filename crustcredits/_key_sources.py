@@ -64,7 +64,7 @@ _A_SETTING = (
 _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
 
 
-# --- what callers use
+# --- public
 
 
 def keys_from_text(text: str) -> list[ApiKey]:
@@ -122,8 +122,7 @@ def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | Unusab
     """Read keys from mappings with `secret`, and `name` and `account` where they are known, such as a database's rows.
 
     Other columns are ignored; a name or an account may be None or empty. A row that cannot be used becomes an `UnusableKey`,
-    and so does one whose label, or whose secret under another account, stands in a row before. In a check it fails
-    alone.
+    and so does a row with the label of an earlier one, or with its secret under another account. In a check it fails alone.
 
     Raises:
         ConfigurationError: These are no rows at all.
@@ -198,8 +197,8 @@ def _assignments(text: str) -> dict[str, str]:
 # --- files and text
 
 
-def _pool_of_file(path: Any, what: str) -> _Pool:
-    text = _text_of(path, what)
+def _pool_of_file(path: Any, file: str) -> _Pool:
+    text = _text_of(path, file)
     if isinstance(text, ConfigurationError):
         return text
     name = Path(path).name
@@ -207,7 +206,7 @@ def _pool_of_file(path: Any, what: str) -> _Pool:
     return _pool_of(text, place=f"{name}, line", suffix=suffix)
 
 
-def _text_of(path: Any, what: str) -> str | ConfigurationError:
+def _text_of(path: Any, file: str) -> str | ConfigurationError:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -217,9 +216,9 @@ def _text_of(path: Any, what: str) -> str | ConfigurationError:
     except (TypeError, ValueError):
         problem = "that is no path"
     if _may_be_shown(path):
-        return ConfigurationError(f"{what} {str(path)!r} cannot be read: {problem}")
+        return ConfigurationError(f"{file} {str(path)!r} cannot be read: {problem}")
     hint = "its path is not repeated, because it may be a key; keys themselves go through keys_from_text()"
-    return ConfigurationError(f"{what} cannot be read: {problem}; {hint}")
+    return ConfigurationError(f"{file} cannot be read: {problem}; {hint}")
 
 
 def _may_be_shown(path: Any) -> bool:
@@ -240,7 +239,7 @@ def _pool_of_text(text: object) -> _Pool:
 
 
 def _pool_of(text: str, *, place: str, suffix: str = "") -> _Pool:
-    """The keys of a text whose kind its suffix and its content tell. `place` is what a line's number is put behind."""
+    """The keys of a text of any kind; suffix and content tell which. The number of a line is put behind `place`."""
     text = text.removeprefix(_BYTE_ORDER_MARK)
     file = place.removesuffix("line").removesuffix(", ")
     if suffix in _JSON or (suffix in _PLAIN and text.lstrip()[:1] in {"{", "["}):
@@ -282,7 +281,7 @@ def _checked(entries: _Entries) -> _Pool:
 
 
 def _entries_of(text: str, place: str) -> Iterator[tuple[str, str]]:
-    """What stands between commas and line ends, and where."""
+    """The entries between commas and line ends, each with its place."""
     for number, line in enumerate(text.splitlines(), 1):
         for entry in _COMMENT.sub("", line).split(","):
             if entry.strip():
@@ -353,7 +352,7 @@ def _pool_of_json(document: Any, file: str) -> _Pool:
 
 
 def _delimiter_of(text: str) -> str | None:
-    """What divides the cells of a header row with a column `secret`; None when the first line is no such row."""
+    """The delimiter of a header row with a column `secret`; None when the first line is no such row."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((mark for mark in ",;\t" if "secret" in _columns(first.split(mark))), None)
 

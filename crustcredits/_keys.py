@@ -1,7 +1,7 @@
 """API keys: `ApiKey`, a secret that cannot print; `UnusableKey`, which stands for one in a pool; and pools of both.
 
-It knows nothing of files, requests or balances. What is wrong with a key is worked out as a value and raised only once no
-frame holds a secret any more, because many tools print tracebacks with their local variables.
+It knows nothing of files, requests or balances. A problem is returned as a value, and raised only when no frame holds a
+secret any more, because many tools print tracebacks with their local variables.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SecretValue(Protocol):
 
 
 class ApiKey:
-    """One Crustdata API key: its secret, what people call it, and whose balance it draws from.
+    """One Crustdata API key: a secret with a name, and the account whose balance it draws from.
 
     Args:
         secret: The key itself, a `str` or a `SecretStr`. Outer white space and a byte-order mark are dropped.
-        name: What people call it. Without one it is called by a short fingerprint of the secret, which gives nothing of
-            it away. Names are unique within an account.
+        name: A name for people, unique within an account. By default a short fingerprint of the secret, which gives nothing of it
+            away.
         account: Keys that name the same account share one balance: a report counts it once. The API does not tell
             which keys share an account, so only you can.
 
@@ -54,7 +54,7 @@ class ApiKey:
     _account: str | None
     _digest: bytes
     _name: str
-    _reveal: Callable[[], str]  # a closure, because what prints objects prints their attributes
+    _reveal: Callable[[], str]  # a closure, because tools that print an object print its attributes
 
     def __init__(self, secret: str | SecretValue, *, name: str | None = None, account: str | None = None) -> None:
         clear = clear_text(secret)
@@ -77,7 +77,7 @@ class ApiKey:
 
     @property
     def name(self) -> str:
-        """What people call the key; unique within its account."""
+        """The name for people; unique within its account."""
         return self._name
 
     @property
@@ -87,7 +87,7 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """`account/name` where an account is declared, else the name: what errors, logs, tables, JSON and routers call the key."""
+        """`account/name` where an account is declared, else the name. Errors, logs, tables, JSON and routers show it."""
         return label_of(self._name, self._account)
 
     @property
@@ -125,7 +125,7 @@ class UnusableKey:
     """A key of a pool that cannot be used, so that the others can be checked all the same. It holds no secret.
 
     Attributes:
-        name: What people call the key; where it has no name that can be shown, its place: `keys[3]`.
+        name: The name that was given; where it cannot be shown, or there is none, the key's place: `keys[3]`.
         account: The account that it declares, or None.
         error: Why it cannot be used, and the remedy.
     """
@@ -157,7 +157,7 @@ def digest_of(secret: str) -> bytes:
 
 
 def label_of(name: str, account: str | None) -> str:
-    """What people read: `account/name`, or the name alone."""
+    """`account/name`, or the name alone."""
     return name if account is None else f"{account}/{name}"
 
 
@@ -205,7 +205,7 @@ def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
-    # Iterators do not print what they iterate over; and what can be changed meanwhile is copied.
+    # Iterators do not print the elements of their source. A source that can be changed meanwhile is copied.
     if isinstance(keys, Mapping):
         return _each_labelled(iter(tuple(keys.items())))
     assert isinstance(keys, Iterable)
@@ -251,7 +251,7 @@ def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | 
 
 
 def contradicts(key: ApiKey, by_label: dict[str, ApiKey], accounts: dict[bytes, ApiKey]) -> ConfigurationError | None:
-    """Why a key cannot stand beside those that were given here before, which are noted in the two dictionaries."""
+    """Why a key cannot stand beside the earlier ones, or None. It is added to the two dictionaries, which hold these."""
     if by_label.setdefault(key.label, key).digest != key.digest:
         said = "two different keys have this name; give each a name of its own within its account"
         return ConfigurationError(said, key_name=key.label)
@@ -265,7 +265,7 @@ def contradicts(key: ApiKey, by_label: dict[str, ApiKey], accounts: dict[bytes, 
 
 
 def clear_text(secret: object) -> object:
-    """What an object such as a `SecretStr` keeps; anything else as it is."""
+    """The secret of an object such as a `SecretStr`; anything else as it is."""
     if type(secret) is str:  # most are, and the check of a protocol takes its time
         return secret
     return secret.get_secret_value() if isinstance(secret, SecretValue) and not isinstance(secret, type) else secret
@@ -294,9 +294,9 @@ def _pool_problem(keys: object) -> str | None:
     if isinstance(keys, type(os.environ)) or (isinstance(keys, Mapping) and not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(keys)):
         return "this is an environment, whose other values are no API keys; read it with keys_from_env()"
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
-        return "an asynchronous source of keys goes to stream(); this takes an iterable or a mapping of name to secret"
+        return "an asynchronous source of keys goes to stream(); this takes an iterable or a mapping of label to secret"
     if not isinstance(keys, (Iterable, Mapping)):
-        return f"keys are an iterable of str or ApiKey, or a mapping of name to secret, not {type(keys).__name__}"
+        return f"keys are an iterable of str or ApiKey, or a mapping of label to secret, not {type(keys).__name__}"
     return None
 
 

@@ -152,7 +152,7 @@ class Transport:
 
 
 def tls_problem(context: object) -> ConfigurationError | None:
-    """Why connections cannot be secured by what a caller gave as `ssl`; not raised, as above."""
+    """Why a caller's `ssl` cannot be used; not raised, because other arguments may hold credentials."""
     if context is None or isinstance(context, ssl.SSLContext):
         return None
     remedy = "certificates are always verified: give a context that trusts yours, or name their file in SSL_CERT_FILE"
@@ -190,7 +190,7 @@ def _is_framed(response: aiohttp.ClientResponse) -> bool:
 
 
 def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResponse) -> None:
-    """Take the cookies of an answer out of a caller's jar, where aiohttp has put them whatever one asks."""
+    """Take the cookies of an answer out of a caller's jar: aiohttp 3.14 always stores them there."""
     if response.cookies:
         host = response.url.host or ""
         session.cookie_jar.clear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Unpack, assert_type
 
 import aiohttp
 from fastapi import Depends, FastAPI
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from crustcredits import (
@@ -21,6 +23,7 @@ from crustcredits import (
     CreditsClient,
     CrustCreditsError,
     FreshnessOptions,
+    GatewayError,
     InsufficientCreditsError,
     KeyLike,
     KeysLike,
@@ -37,8 +40,10 @@ from crustcredits import (
     Source,
     State,
     TokenStore,
+    UnusableKey,
     keys_from_env,
     keys_from_file,
+    keys_from_records,
     keys_from_text,
 )
 from crustcredits.fastapi import (
@@ -158,3 +163,25 @@ async def tested(sandbox: SandboxServer) -> None:
     assert_type(key, ApiKey)
     sandbox.fail(key, Fault.SILENCE, times=2)
     assert_type(sandbox.arrivals, list[Arrival])
+
+
+async def keys_of_all_kinds(client: CreditsClient, rows: list[dict[str, str]]) -> None:
+    assert_type(ApiKey(SecretStr("secret"), name="prod", account="acme").label, str)
+    assert_type((await client.balance(SecretStr("secret"))).key, ApiKey)
+    pool = keys_from_records(rows)
+    assert_type(pool, list[ApiKey | UnusableKey])
+    await client.check(pool)
+    await client.check({"acme/prod": SecretStr("secret"), "dev": "secret"})
+    for key in pool:
+        if isinstance(key, UnusableKey):
+            assert_type(key.error.message, str)
+        else:
+            assert_type(key.get_secret_value(), str)
+
+
+async def behind_a_gateway() -> None:
+    async with CreditsClient(trust_env=True, ssl=ssl.create_default_context()) as client:
+        try:
+            await client.balance("secret")
+        except GatewayError as error:
+            assert_type(error.status, int)
