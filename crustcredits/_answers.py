@@ -9,18 +9,17 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import attrs
 
-from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._errors import (
     APIConnectionError,
     APITimeoutError,
     AuthenticationError,
     ClientClosedError,
     CrustCreditsError,
-    GatewayError,
     InternalServerError,
     PaymentRequiredError,
     PermissionDeniedError,
@@ -41,8 +40,9 @@ _OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
 # These of them hold on both endpoints: no such key, no credits. What a key may ask differs.
 _OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
-# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and has its own pause.
-_OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, GatewayError, InternalServerError)
+# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and has its own pause; answers of a
+# gateway have a circuit breaker, which ends calls at once.
+_OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
 
 # Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for which it then is. After
 # that nobody knows, and whoever asks has to wait and see.
@@ -220,7 +220,6 @@ class Answers:
         self._retry = retry
         self._kept: OrderedDict[Place, Kept] = OrderedDict()
         self._silences: defaultdict[str, _Silence] = defaultdict(_Silence)
-        self._breakers: defaultdict[str, CircuitBreaker] = defaultdict(CircuitBreaker)
 
     def find(self, place: Place) -> Kept | None:
         """What is known there; looking is using."""
@@ -232,7 +231,7 @@ class Answers:
     def succeeded(self, place: Place, balance: Balance, now: float) -> Place | None:
         """A balance came. Returns the place whose answer had to go for it, if any."""
         kept = self.find(place)
-        self._heard(place)
+        self._silences[place[0]].heard()
         evicted = None
         if kept is None:
             kept, evicted = self._make(place)
@@ -250,18 +249,13 @@ class Answers:
             for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
                 self._kept.pop((path, place[1]), None)
         if isinstance(failure.error, _OF_THE_KEY):
-            self._heard(place)
+            self._silences[place[0]].heard()
         elif isinstance(failure.error, _OF_THE_ENDPOINT):
-            if not isinstance(failure.error, GatewayError):  # its breaker knows of these
-                self._breakers[place[0]].given_up(place)
-            self._silences[place[0]].failed(place[1], failure.error, self._retry, now, keeps=self._keeps_any)
+            keeps = partial(self._keeps_any, place[0])
+            self._silences[place[0]].failed(place[1], failure.error, self._retry, now, keeps=keeps)
         else:
             self.given_up(place)
         return evicted
-
-    def breaker(self, path: str) -> CircuitBreaker:
-        """The circuit breaker of an endpoint."""
-        return self._breakers[path]
 
     def keeps(self, place: Place) -> bool:
         """Whether a balance is kept there."""
@@ -270,7 +264,6 @@ class Answers:
 
     def given_up(self, place: Place) -> None:
         """A call there has told nothing of the endpoint: another may find out."""
-        self._breakers[place[0]].given_up(place)
         silence = self._silences[place[0]]
         if silence.claimed_by == place:
             silence.claimed_by, silence.refresh_at = None, 0.0
@@ -280,12 +273,8 @@ class Answers:
         kept = self._kept.get(place)
         return kept is not None and kept.failures == 1 and self._silences[place[0]].failures < _FAILURES
 
-    def _keeps_any(self) -> bool:
-        return any(kept.has_balance for kept in self._kept.values())
-
-    def _heard(self, place: Place) -> None:
-        self._silences[place[0]].heard()
-        self._breakers[place[0]].succeeded()
+    def _keeps_any(self, path: str) -> bool:
+        return any(kept.has_balance for place, kept in self._kept.items() if place[0] == path)
 
     def _make(self, place: Place) -> tuple[Kept, Place | None]:
         kept = self._kept[place] = Kept(self._silences[place[0]])

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from crustcredits._buckets import Buckets
+from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._claim import Claim
-from crustcredits._errors import BucketsUnavailableError, CrustCreditsError
+from crustcredits._errors import BucketsUnavailableError, CrustCreditsError, GatewayError
 from crustcredits._keys import ApiKey
 from crustcredits._limits import RateLimit
 from crustcredits._models import Balance
@@ -25,7 +26,7 @@ from crustcredits._slots import Slots
 from crustcredits._tokens import TokenStore
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._turn import Turn
-from crustcredits._wire import read_response
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, read_response
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
@@ -55,6 +56,7 @@ class Asker:
         self._pace = rate_limit.limiter()
         self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
+        self._breakers = {path: CircuitBreaker(path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._room = max(1, concurrency // _REFRESHES)
         self._wire = RefreshGate(self._room)  # what refreshes go through on their way to the wire
         self._gates: dict[Hashable, RefreshGate] = {}  # and before that to each bucket, of those that have any
@@ -75,7 +77,7 @@ class Asker:
             now = _now()
             if turn.failing_since is None:
                 turn.failing_since = now
-            if not turn.wanted:
+            if not turn.wanted or (isinstance(result, GatewayError) and self._breakers[path].refusal(now) is not None):
                 return result
             elapsed, patience = now - turn.failing_since, turn.patience(now)
             delay = self._retry.delay(result, turn.attempts, elapsed=elapsed, patience=patience)
@@ -83,7 +85,6 @@ class Asker:
                 return result
             _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, turn.attempts, self._retry.attempts, delay)
             turn.last = result
-            turn.on_retry()
             turn.waits(now + delay)
             await asyncio.sleep(delay)
 
@@ -97,18 +98,25 @@ class Asker:
         finally:
             self._wire.leave(turn)
             gate.leave(turn)
-            if not len(gate):
+            if not len(gate) and self._gates.get(place) is gate:  # of several that end in one turn, the first removes it
                 del self._gates[place]
 
     async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """One request, with tokens of its own; the errors are values."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
+        breaker = self._breakers[path]
+        refusal = breaker.refusal(_now())
+        if refusal is not None:
+            return refusal.under(key.label)
         claim = self._buckets.claim(path, key)
         try:
-            slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn)
+            slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn, breaker)
         except BucketsUnavailableError as error:
             return BucketsUnavailableError(error.message, key_name=key.label)
+        if isinstance(slot, GatewayError):
+            return slot.under(key.label)
         answered = False
+        probe = breaker.start()
         claim.start()
         turn.attempts += 1
         turn.on_wire = True
@@ -121,9 +129,11 @@ class Asker:
             answered = True
             result = read_response(path, key, sent, now=datetime.now(UTC), period=self._rate_limit.period)
             claim.answered(sent.status, result)
+            _tell(breaker, sent, result, probe=probe)
             return result
         finally:
             turn.on_wire = False
+            breaker.end(probe=probe)
             self._slots.release(slot, answered=answered)
             claim.abandoned()  # unless an answer has said otherwise
 
@@ -136,12 +146,19 @@ class Asker:
             claim.put_back()
         return slot
 
-    async def _admit(self, claim: Claim, key: ApiKey, turn: Turn) -> object:
-        """Wait for the tokens, the pace and a place on the wire, in this order. Returns the place."""
+    async def _admit(self, claim: Claim, key: ApiKey, turn: Turn, breaker: CircuitBreaker) -> object:
+        """Wait for the tokens, the pace and a place on the wire, in this order.
+
+        Returns the place; or the refusal of a circuit breaker that has opened meanwhile, with nothing taken.
+        """
         began, again = _now(), False
         while True:
             try:
                 await claim.acquire(turn, again=again)
+                refusal = breaker.refusal(_now())
+                if refusal is not None:  # now, so that nobody waits for the pace in vain
+                    claim.put_back()
+                    return refusal
                 if not turn.wanted:
                     await self._wire.enter(turn)
                 if self._pace is not None:
@@ -150,10 +167,14 @@ class Asker:
             except BaseException:
                 claim.put_back()
                 raise
-            if claim.may_start():
+            refusal = breaker.refusal(_now())
+            if refusal is None and claim.may_start():
                 _log.debug("%s: its turn came after %.3f s", key.label, _now() - began)
                 return slot
             self._slots.release(slot, answered=False)
+            if refusal is not None:
+                claim.put_back()
+                return refusal
             again = True
 
     async def _keep_pace(self, pace: AsyncLimiter, turn: Turn) -> None:
@@ -165,6 +186,13 @@ class Asker:
             await pace.acquire()
         finally:
             self._pacing -= 1
+
+
+def _tell(breaker: CircuitBreaker, sent: Response, result: Balance | CrustCreditsError, *, probe: bool) -> None:
+    if isinstance(result, GatewayError):
+        breaker.gateway_answered(result, _now(), probe=probe)
+    elif isinstance(result, Balance) or is_apis_own(sent):
+        breaker.api_answered()
 
 
 def _settle(claim: Claim, failure: Failure) -> None:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
-from crustcredits._answers import Answers, Kept, Place
+from crustcredits._answers import Answers, Place
 from crustcredits._asker import Asker
-from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, GatewayError, RateLimitWaitError
+from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Balance, Outcome, outcome_for
@@ -48,11 +48,13 @@ class _Call(Turn):
         self.key = key
         self.seats: dict[Seat, _Patience | None] = {}
 
+    @property
+    def is_refresh(self) -> bool:
+        """Whether it only renews a kept answer, for nobody."""
+        return self.first is None and not self.wanted
+
     def on_wait(self) -> None:
         self.calls.refuse_hopeless(self)
-
-    def on_retry(self) -> None:
-        self.calls.stop_blocked(self)
 
     def patience(self, now: float) -> float:
         deadlines = (math.inf if patience is None else patience.deadline for patience in self.seats.values())
@@ -83,7 +85,7 @@ class Calls:
         outcome = kept.answer(freshness, now)
         if outcome is None:
             return None
-        if outcome.stale and place not in self._under_way and self._may_refresh(place, kept, now):
+        if outcome.stale and place not in self._under_way and kept.claim_refresh(place, now):
             refresh = _Call(self, place, key)
             refresh.wanted, refresh.since = False, kept.tried
             # It is no request's own, so it keeps none's context alive.
@@ -101,12 +103,9 @@ class Calls:
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
-        began, place = loop.time(), (path, key.digest)
-        refusal = None if place in self._under_way else self._answers.breaker(path).refuses(place, began)
-        if refusal is not None:
-            return self._or_kept(_failure(key, refusal.under(key.label)), place, key, freshness, began)
+        began = loop.time()
         seat: Seat = loop.create_future()
-        call = self._join(place, key, seat, None if deadline is None else _Patience(began, deadline))
+        call = self._join((path, key.digest), key, seat, None if deadline is None else _Patience(began, deadline))
         timer = None if deadline is None else loop.call_at(deadline, self._time_out, call, seat)
         try:
             outcome = await seat
@@ -116,15 +115,10 @@ class Calls:
         finally:
             if timer is not None:
                 timer.cancel()
-        return self._or_kept(outcome, place, key, freshness, began)
-
-    def stop_blocked(self, call: _Call) -> None:
-        """End the calls that must not be sent: an attempt of `call` has failed, which may open the circuit breaker."""
-        breaker, now = self._answers.breaker(call.place[0]), _now()
-        if isinstance(call.last, GatewayError) and breaker.failed(call.place, call.last, now):
-            self._stop_all(call.place[0])
-        elif breaker.blocks(call.place) is not None:
-            self._stop(call)
+        if outcome.balance is None and freshness.if_error:
+            kept = self._answers.find(call.place)
+            outcome = (kept and kept.instead_of(outcome, freshness, began, loop.time())) or outcome
+        return outcome if outcome.key is key else outcome_for(key, outcome)
 
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
@@ -142,39 +136,6 @@ class Calls:
         for seat, deadline in patient:
             if deadline < earliest:
                 self._time_out(call, seat)
-
-    def _or_kept(self, outcome: Outcome[Any], place: Place, key: ApiKey, freshness: Freshness, began: float) -> Outcome[Any]:
-        """The outcome for one who asks since `began`, or the kept answer that may stand in for it."""
-        if outcome.balance is None and freshness.if_error:
-            kept = self._answers.find(place)
-            outcome = (kept and kept.instead_of(outcome, freshness, began, _now())) or outcome
-        return outcome if outcome.key is key else outcome_for(key, outcome)
-
-    def _may_refresh(self, place: Place, kept: Kept, now: float) -> bool:
-        if not kept.claim_refresh(place, now):
-            return False
-        if self._answers.breaker(place[0]).refuses(place, now) is None:
-            return True
-        self._answers.given_up(place)
-        return False
-
-    def _stop_all(self, path: str) -> None:
-        for call in list(self._under_way.values()):
-            if call.place[0] == path and not call.on_wire:
-                self._stop(call)
-
-    def _stop(self, call: _Call) -> None:
-        """End a call that waits to be sent: with its last failure, or because the circuit breaker is open."""
-        error = call.last or self._answers.breaker(call.place[0]).blocks(call.place)
-        assert error is not None
-        error = error.under(call.key.label)
-        error.attempts = call.attempts
-        outcome = _failure(call.key, error)
-        evicted = None if call.last is None else self._answers.failed(call.place, outcome, _now())
-        self._settle(call, outcome)
-        self._end(call)
-        if evicted is not None:
-            self._forget(evicted)
 
     # --- seats
 
@@ -237,12 +198,10 @@ class Calls:
             outcome = _failure(call.key, result)
             kept = self._answers.keeps(call.place)
             evicted = self._answers.failed(call.place, outcome, _now())
-            if not call.wanted and kept and self._answers.has_just_failed(call.place):
-                # Nobody is told otherwise.
+            # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for all keys.
+            if call.is_refresh and call.attempts and kept and self._answers.has_just_failed(call.place):
                 _log.warning("%s; its kept answer could not be refreshed", result)
         self._settle(call, outcome)
-        if isinstance(result, GatewayError) and self._answers.breaker(call.place[0]).failed(call.place, result, _now()):
-            self._stop_all(call.place[0])
         if evicted is not None:
             self._forget(evicted)
 

@@ -1,13 +1,11 @@
 """`CircuitBreaker`: stops requests to an endpoint while a gateway answers in the API's place.
 
-A value: it is told the time, in the running loop's seconds, and neither asks nor waits. It must not know keys; a call is told
-from others by its place.
+A value: it is told the time, in the running loop's seconds, and neither sends nor waits. It must not know keys.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
 
 from crustcredits._errors import GatewayError
 
@@ -21,58 +19,65 @@ _LONGEST_PAUSE = 60.0
 
 
 class CircuitBreaker:
-    """Closed, every call may be sent. After eight answers of a gateway in a row it opens: then one probe at a time may.
+    """Closed, every request may be sent. After eight answers of a gateway in a row it opens: then one probe at a time may.
 
-    An answer of the API's own closes it again.
+    An answer of the API's own closes it. A request is a probe from right before it is sent until it ends, and no longer, so that
+    waiting and retrying keep no other request from being one.
+
+    Args:
+        path: The path of the endpoint, for the log.
     """
 
-    __slots__ = ("_failed_probes", "_in_a_row", "_next_probe", "_opened_by", "_probe")
+    __slots__ = ("_failed_probes", "_in_a_row", "_next_probe", "_open", "_path", "_probing", "_status")
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self._path = path
         self._in_a_row = 0
-        self._opened_by: GatewayError | None = None
+        self._open = False
+        self._status = 0  # of the answer that opened it
         self._failed_probes = 0
         self._next_probe = 0.0
-        self._probe: Hashable = None
+        self._probing = False
 
-    def succeeded(self) -> None:
-        """The API itself answered."""
-        if self._opened_by is not None:
-            _log.info("the API answers again, and no gateway in its place")
+    def refusal(self, now: float) -> GatewayError | None:
+        """Why a request must not be sent now, or None."""
+        if not self._open or (now >= self._next_probe and not self._probing):
+            return None
+        wait = max(self._next_probe - now, 0.0)
+        said = f"not asked, because a gateway answered {self._in_a_row} requests in a row in the API's place"
+        return GatewayError(f"{said}; try again in {wait:.0f} s or more", status=self._status)
+
+    def start(self) -> bool:
+        """A request is sent that was not refused. Returns whether it is a probe, which `end` has to be told."""
+        probe = self._open
+        self._probing = self._probing or probe
+        return probe
+
+    def end(self, *, probe: bool) -> None:
+        """The request has ended, whatever came of it."""
+        if probe:
+            self._probing = False
+
+    def api_answered(self) -> None:
+        """The answer was the API's own."""
+        if self._open:
+            _log.info("%s: the API answers again", self._path)
         self._in_a_row = 0
-        self._opened_by = self._probe = None
+        self._open = False
 
-    def failed(self, place: Hashable, error: GatewayError, now: float) -> bool:
-        """A gateway answered the call in that place. Returns whether the breaker has opened by that, or opened anew."""
+    def gateway_answered(self, error: GatewayError, now: float, *, probe: bool) -> None:
+        """The answer was a gateway's."""
         self._in_a_row += 1
-        if self._opened_by is not None:
-            if self._probe != place:  # sent before it opened
-                return False
+        if self._open and probe:
             self._failed_probes += 1
-        elif self._in_a_row < _THRESHOLD:
-            return False
+        elif self._open or self._in_a_row < _THRESHOLD:  # sent before it opened, or too few
+            return
         else:
             self._failed_probes = 0
-            _log.warning("a gateway answered %d requests in a row; no key is asked until the API answers a probe", self._in_a_row)
-        self._opened_by, self._probe = error, None
+            _log.warning(
+                "%s: a gateway answered %d requests in a row in the API's place; no key is asked until the API answers a probe",
+                self._path,
+                self._in_a_row,
+            )
+        self._open, self._status = True, error.status
         self._next_probe = now + min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed_probes, 60))
-        return True
-
-    def given_up(self, place: Hashable) -> None:
-        """The call in that place ended without an answer. If it was the probe, the next call may be."""
-        if self._probe == place:
-            self._probe = None
-
-    def blocks(self, place: Hashable) -> GatewayError | None:
-        """Why the call in that place must not be sent again, or None."""
-        return None if self._opened_by is None or self._probe == place else self._not_asked(self._opened_by)
-
-    def refuses(self, place: Hashable, now: float) -> GatewayError | None:
-        """Why a new call in that place must not be sent, or None. While the breaker is open, one that may is the probe."""
-        if self._opened_by is not None and self._probe is None and now >= self._next_probe:
-            self._probe = place
-        return self.blocks(place)
-
-    def _not_asked(self, error: GatewayError) -> GatewayError:
-        said = f"not asked, because a gateway answered the last {self._in_a_row} requests in the API's place; try again later"
-        return GatewayError(said, status=error.status)

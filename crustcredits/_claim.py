@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import suppress
 
 from crustcredits._debt import Told
-from crustcredits._errors import CrustCreditsError, RateLimitError
+from crustcredits._errors import CrustCreditsError, GatewayError, RateLimitError
 from crustcredits._learned import LearnedLimits
 from crustcredits._limits import TokenBucket
 from crustcredits._models import Balance, RateLimitStatus
@@ -152,7 +152,7 @@ class Claim:
                     "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served",
                     result.retry_after,
                 )
-        elif status < 500:  # a gateway's failure says nothing of the limit
+        elif status < 500 and not isinstance(result, GatewayError):  # a gateway's answer says nothing of the limit
             for bucket in self._buckets:
                 bucket.succeeded()
 

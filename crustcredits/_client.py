@@ -87,8 +87,8 @@ class CreditsClient:
         stale_while_revalidate: Seconds, or a timedelta: an answer that is older than `max_age` by less than this is given at
             once, marked `stale`, and refreshed behind. Refreshes give way to calls that somebody waits for, leave a tenth of
             the limit alone, and are spread evenly; so when more is asked than the limit allows, answers get older, not slower.
-        stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection, timeouts, 5xx, 429, the rate
-            limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
+        stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection, timeouts, a gateway, 5xx, 429, the
+            rate limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
             `Outcome`. For a minute after a failure it is given at once, and refreshed behind; also where the last calls
             for three other keys have failed. What the API says of the key itself (401, 402, 403) is never hidden so.
         max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
@@ -470,4 +470,5 @@ def _is_plain_function(function: object) -> bool:
     if not callable(function):
         return False
     call = function.func if isinstance(function, partial) else function
-    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__))
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return not any(kind(each) for kind in kinds for each in (call, type(call).__call__))

@@ -97,7 +97,7 @@ class APIConnectionError(CrustCreditsError):
 
 
 class APITimeoutError(CrustCreditsError, TimeoutError):
-    """The request was on its way and no whole answer came in time. Retried while the call's own time lasts."""
+    """No connection, or no whole answer, came in time. Retried while the call's own time lasts."""
 
 
 class APIStatusError(CrustCreditsError):
@@ -167,7 +167,8 @@ class InternalServerError(APIStatusError):
 class GatewayError(CrustCreditsError):
     """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
 
-    It says nothing of the key. After eight such answers in a row an endpoint is not asked for any key for a while.
+    It says nothing of the key. After eight such answers in a row no key is asked on the endpoint for a while; calls that are
+    not sent for this reason have this error too, with `attempts` 0.
 
     Attributes:
         status: The HTTP status.

@@ -6,6 +6,7 @@ key objects or sources.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _BYTE_ORDER_MARK = "\ufeff"
@@ -16,12 +17,16 @@ _PLACEHOLDER = re.compile(
       [$%]\{?\w | \$\( | \{\{ | ^<.*>$                      # ${KEY}, $KEY, %KEY%, $(command), {{ key }}, <key>
     | ^op://                                                # a reference to a secret store
     | ^your[-_ ] | (^|[-_. ])your[-_ ]?(api|secret|key|token) | (key|token|secret)[-_ ]here$
-    | (^|[-_. ])(replace|change)[-_ ]?me | ^(insert|enter|paste)[-_ ] | ^placeholder | ^(todo|null|none|nil|undefined)$
+    | (^|[-_. ])(replace|change)[-_ ]?me | ^(insert|enter|paste)[-_ ] | ^placeholder
+    | ^(todo|tbd|fixme|redacted|null|none|nil|undefined)$
     | \*{3,} | \.{3,} | … | (^|[-_.])x{3,}($|[-_.]) | x{6,}  # masked
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+")
+_VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+|(?i:(crustdata[-_])?api[-_]?keys?)")
+_OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
+# Lower-case words between slashes, or a name with the suffix of a file. No generated key is either.
+_PATH = re.compile(r"[a-z_.~-]*(/[a-z_.-]+)+|.*\.(txt|json|csv|tsv|env|ini|toml|ya?ml|pem|conf|cfg)", re.DOTALL)
 
 # Marks that stand in no key, and the kind of text that they come from. The first one found counts.
 _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -35,6 +40,8 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"[{}]"), "a brace: it seems to be JSON or a template; give the key bare"),
     (re.compile(r"[<>]"), "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare"),
     (re.compile(r"[()]"), "a bracket: it seems to be a line of a program; give the key bare"),
+    (re.compile(":"), "a colon: it seems to be a line of YAML, a user with a password, or a path; in text write NAME=SECRET"),
+    (re.compile(r"\\"), "a backslash: it seems to be a path, or a line that goes on in the next; give the key bare, on one line"),
 )
 
 
@@ -49,13 +56,17 @@ def secret_problem(secret: object) -> str | None:
         return _kind_problem(secret)
     secret = trimmed(secret)
     if not secret:
-        return "the API key is empty; is its variable set?"
+        return "the API key is empty; put the key there, or leave the entry out"
     if _SCHEME.match(secret):
         return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
     if _PLACEHOLDER.search(secret):
         return "the API key is a placeholder, or a reference that was not replaced; put the key itself there"
     if _VARIABLE.fullmatch(secret):
         return "the API key is the name of a variable; put the key itself there"
+    if _OPTION.fullmatch(secret):
+        return "the API key is an option of a command; put the key itself there"
+    if _PATH.fullmatch(secret):
+        return "the API key is the path of a file; files are read by keys_from_file(), and named by CRUSTDATA_API_KEYS_FILE"
     return _character_problem(secret)
 
 
@@ -82,6 +93,8 @@ def _character_problem(secret: str) -> str | None:
         return "the API key holds white space or control characters inside; is it one key, copied whole?"
     if "=" in secret.rstrip("="):  # at the end it is base64's padding
         return "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give the secret alone"
+    if not any(char.isalnum() for char in secret):
+        return "the API key holds no letter and no digit; copy it again from where it was issued"
     return None
 
 
@@ -100,10 +113,10 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
         return f"the {part} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
     if _gives_away(label, secret):
         return f"the {part} of the API key holds its secret; give it another, because it is printed"
-    if looks_secret(label) and not looks_secret(secret):
+    if looks_secret(label) and not may_be_key(secret):
         return (
-            f"the {part} of the API key looks more like a secret than its value does, and is not repeated here; "
-            "the name stands first: NAME=SECRET, or {name: secret}"
+            f"the {part} of the API key looks more like a secret than its value does: are the two swapped? "
+            "Write NAME=SECRET, or {name: secret}; the name is not shown, because it may be the key"
         )
     return None
 
@@ -119,8 +132,10 @@ def slash_problem(name: object, account: object) -> str | None:
 
 def _gives_away(label: str, secret: object) -> bool:
     # A short secret (in a test, say) may stand inside an innocent word; a real one never does.
-    bare = trimmed(secret) if isinstance(secret, str) else ""
-    return label == bare or (len(bare) >= 8 and bare in label)
+    whole = secret.casefold() if isinstance(secret, str) else ""
+    bare, name = trimmed(whole), label.casefold()
+    runs = _RUN.findall(name) if looks_secret(label) else []
+    return name == bare or (len(bare) >= 8 and bare in name) or any(run in whole for run in runs)
 
 
 _RUN = re.compile(r"[A-Za-z0-9]{12,}")
@@ -134,18 +149,35 @@ def looks_secret(text: object) -> bool:
     return any(len(set(run)) >= _VARIED and not _WORD_OR_NUMBER.fullmatch(run) for run in runs)
 
 
-# Names of settings that hold other secrets and addresses: `DB_PASSWORD`, `spring.datasource.url`.
-_UPPER_SETTING = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
-_SETTING_WORDS = re.compile(
-    r"""
-    (.*[-_. ])?
-    ( password | passwd | passphrase | pass | pwd | secret | token | dsn | url | uri | username | hostname | credentials?
-    | (api|access|private|secret|public|signing|encryption|ssh)[-_. ]?key )
-    """,
-    re.IGNORECASE | re.VERBOSE,
+_SHORTEST_KEY = 16
+_WORD = "(?:[a-z]{1,24}|[A-Z][a-z]{0,24}|[A-Z]{1,12})?[0-9]{0,4}"
+_WORDS = re.compile(f"{_WORD}(?:[-_./ ]{_WORD})*")
+
+
+def may_be_key(text: object) -> bool:
+    """Whether it is long enough for an API key, and no words with numbers: a weaker question, which true keys hardly fail."""
+    return isinstance(text, str) and len(text) >= _SHORTEST_KEY and not _WORDS.fullmatch(text)
+
+
+# Words in the names of settings that hold other secrets or addresses: `DB_PASSWORD`, `spring.datasource.url`, `clientSecret`.
+_SECRETS = frozenset({"password", "passwd", "passphrase", "pass", "pwd", "pw", "dbpass", "dbpassword", "secret", "token"})
+_ADDRESSES = frozenset({"dsn", "url", "uri", "credential", "credentials"})
+_KINDS_OF_KEYS = frozenset({"api", "access", "private", "secret", "public", "signing", "encryption", "ssh", "account", "client"})
+# Words that settings have and keys may have too: then the value decides.
+_PLAIN = frozenset(
+    {"user", "username", "login", "email", "host", "hostname", "port", "path", "home", "name", "version", "id", "type"}
 )
+_MORE_PLAIN = frozenset({"level", "region", "env", "debug", "db", "database", "auth"})
+_PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
-def is_setting(name: str) -> bool:
-    """Whether it is the name of a setting, such as `DB_PASSWORD` or `spring.datasource.url`, and not that of a key."""
-    return bool(_UPPER_SETTING.fullmatch(name) or _SETTING_WORDS.fullmatch(name))
+def is_setting(name: str, secret: object) -> bool:
+    """Whether a line `name=secret` seems to be a setting of a program, such as `DB_PASSWORD=…` or `port=…`, and not a key."""
+    words = [word.lower() for word in _PART.findall(name)]
+    if not (_SECRETS | _ADDRESSES).isdisjoint(words):
+        return True
+    if any(kind in _KINDS_OF_KEYS and key in {"key", "keys"} for kind, key in itertools.pairwise(words)):
+        return True
+    last = words[-1] if words else ""
+    upper = "_" in name and name.isupper() and last in {"key", "keys", "pat", "pin"}
+    return upper or (last in _PLAIN | _MORE_PLAIN and not may_be_key(secret))

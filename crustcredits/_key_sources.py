@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import is_setting, looks_secret
+from crustcredits._key_checks import is_setting, looks_secret, may_be_key
 from crustcredits._keys import (
     KEY_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
+    Uniqueness,
     UnusableKey,
     clear_text,
     contradiction,
-    contradicts,
     make_key,
     split_label,
     unusable,
@@ -34,6 +36,7 @@ _Pool: TypeAlias = list[ApiKey] | ConfigurationError
 _Entries: TypeAlias = Iterable[ApiKey | UnusableKey]
 
 _COLUMNS: Final = ("secret", "name", "account")
+_VARIABLES: Final = (KEY_VARIABLE, f"{KEY_VARIABLE}_FILE", KEYS_VARIABLE, f"{KEYS_VARIABLE}_FILE")
 
 _BYTE_ORDER_MARK = "\ufeff"
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -44,19 +47,22 @@ _CSV: Final = frozenset({".csv", ".tsv"})
 _ENV: Final = frozenset({".env"})
 _SUFFIXES: Final = _PLAIN | _JSON | _CSV | _ENV
 
-_OURS = re.compile(rf"^[ \t]*(?:export[ \t]+)?{KEY_VARIABLE}S?[ \t]*=", re.MULTILINE)
-_EXPORT = re.compile(r"^[ \t]*export[ \t]+\w+=", re.MULTILINE)
+# Columns of CSV files that are not meant for this library, or do not name the secret.
+_OTHER_COLUMNS: Final = frozenset({"name", "account", "key", "api_key", "apikey", "token", "password", "email", "user", "username"})
+
+_OURS = re.compile(rf"^[ \t]*(?:(?:export|declare -x)[ \t]+)?{KEY_VARIABLE}S?[ \t]*=", re.MULTILINE)
+_EXPORT = re.compile(r"^[ \t]*(?:export|declare -x)[ \t]+\w+=", re.MULTILINE)
 _ASSIGNMENT = re.compile(
     r"""
-    ^[ \t]* (?:export[ \t]+)? (?P<name>[A-Za-z_][\w.]*) [ \t]* = [ \t]*
+    ^[ \t]* (?:(?:export|declare[ ]-x)[ \t]+)? (?P<name>[A-Za-z_][\w.]*) [ \t]* = [ \t]*
     (?: '(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>[^\n]*) )
     """,
     re.MULTILINE | re.VERBOSE | re.DOTALL,
 )
 
 _A_SETTING = (
-    "its name is that of a setting, so this seems to be the configuration of a program; of an env file only "
-    f"{KEY_VARIABLE} and {KEYS_VARIABLE} are read, and keys need names such as prod or acme/prod"
+    "its name is that of a setting: this seems to be the configuration of a program, and not a list of keys; "
+    f"in an env file set {KEYS_VARIABLE}, in a list give each key a name such as prod or acme/prod"
 )
 
 
@@ -77,7 +83,7 @@ def keys_from_text(text: str) -> list[ApiKey]:
         ConfigurationError: A line cannot be used (the error names it by its number); two keys of one account have one name; one
             secret stands under two accounts; or the text is of another kind, such as the settings of a program.
     """
-    pool = _pool_of_text(text)
+    pool = _read_any(text)
     del text
     return _or_raise(pool)
 
@@ -85,11 +91,12 @@ def keys_from_text(text: str) -> list[ApiKey]:
 def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     """Read keys from a UTF-8 file: plain text, an env file, JSON or CSV, by its suffix and its content.
 
-    - Plain text has no suffix, or `.txt`, and is read as `keys_from_text` says.
+    - Plain text has no suffix, or `.txt`, `.text`, `.keys` or `.list`, and is read as `keys_from_text` says.
     - An env file has a line `CRUSTDATA_API_KEY=…` or `CRUSTDATA_API_KEYS=…`, with or without `export`. Only these two
       variables are read, as `keys_from_env` reads them, and all others are ignored.
     - JSON is an object of labels and secrets, `{"acme/prod": "…"}`, or a list of objects with `secret`, `name` and `account`.
-    - CSV has a header row with a column `secret`, and `name` and `account` where they are known; other columns are ignored.
+    - CSV (`.csv` or `.tsv`) has a header row with a column `secret`, and `name` and `account` where they are known; other
+      columns are ignored.
 
     Any other file is refused as a whole, so that no other secret of a service is sent as a key.
 
@@ -97,7 +104,7 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
         ConfigurationError: The file cannot be read or is of another kind; or as `keys_from_text`. A path that may be a key in the
             wrong place is not repeated.
     """
-    pool = _pool_of_file(path, "the keys file")
+    pool = _read_file(path, "the keys file")
     del path
     return _or_raise(pool)
 
@@ -113,7 +120,7 @@ def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
     Raises:
         ConfigurationError: A variable or its file cannot be used, or both are set.
     """
-    pool = _pool_of_environ(os.environ if environ is None else environ)
+    pool = _read_environ(os.environ if environ is None else environ)
     del environ
     return _or_raise(pool)
 
@@ -125,7 +132,7 @@ def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | Unusab
     and so does a row with the label of an earlier one, or with its secret under another account. In a check it fails alone.
 
     Raises:
-        ConfigurationError: These are no rows at all.
+        ConfigurationError: `rows` is not an iterable of rows.
     """
     problem = _rows_problem(rows)
     if problem is not None:
@@ -133,7 +140,7 @@ def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | Unusab
         raise ConfigurationError(problem)
     source = iter(rows)
     del rows
-    return _pool_of_rows(source)
+    return _read_rows(source)
 
 
 def _or_raise(pool: _Pool) -> list[ApiKey]:
@@ -145,29 +152,37 @@ def _or_raise(pool: _Pool) -> list[ApiKey]:
 # --- the environment and env files
 
 
-def _pool_of_environ(environ: Mapping[str, str]) -> _Pool:
-    paths = {name: environ.get(f"{name}_FILE", "").strip() for name in (KEY_VARIABLE, KEYS_VARIABLE)}
-    for name, path in paths.items():
-        if path and environ.get(name, "").strip():
+def _read_environ(environ: object) -> _Pool:
+    if not isinstance(environ, Mapping):
+        return ConfigurationError(f"an environment is a mapping of names to text, not {type(environ).__name__}")
+    values = {name: environ.get(name) or "" for name in _VARIABLES}
+    wrong = next((name for name, value in values.items() if not isinstance(value, str)), None)
+    if wrong is not None:
+        return ConfigurationError(f"{wrong} has to be text, not {type(values[wrong]).__name__}")
+    texts: dict[str, str] = {name: value.strip() for name, value in values.items()}
+    for name in (KEY_VARIABLE, KEYS_VARIABLE):
+        if texts[name] and texts[f"{name}_FILE"]:
             return ConfigurationError(f"{name} and {name}_FILE are both set; keep one of them")
-    if paths[KEYS_VARIABLE]:
-        many = _pool_of_file(paths[KEYS_VARIABLE], f"the file of {KEYS_VARIABLE}_FILE")
+    path = texts[f"{KEYS_VARIABLE}_FILE"]
+    if path:
+        many = _read_file(path, f"the file of {KEYS_VARIABLE}_FILE")
     else:
-        many = _pool_of(environ.get(KEYS_VARIABLE, ""), place=f"{KEYS_VARIABLE}, line")
-    if not paths[KEY_VARIABLE]:
-        return _joined(environ.get(KEY_VARIABLE, ""), many, place=KEY_VARIABLE)
-    single = _text_of(paths[KEY_VARIABLE], f"the file of {KEY_VARIABLE}_FILE")
+        many = _read(texts[KEYS_VARIABLE], place=f"{KEYS_VARIABLE}, line")
+    path = texts[f"{KEY_VARIABLE}_FILE"]
+    if not path:
+        return _joined(texts[KEY_VARIABLE], many, place=KEY_VARIABLE)
+    single = _text_of(path, f"the file of {KEY_VARIABLE}_FILE")
     if isinstance(single, ConfigurationError):
         return single
     return _joined(single, many, place=f"{KEY_VARIABLE}_FILE", required=True)
 
 
-def _pool_of_variables(values: Mapping[str, Any], file: str) -> _Pool:
+def _read_variables(values: Mapping[str, Any], file: str) -> _Pool:
     """Of an env file: the two variables, and nothing else."""
     single, many = values.get(KEY_VARIABLE, ""), values.get(KEYS_VARIABLE, "")
     if not (isinstance(single, str) and isinstance(many, str)):
         return _refused(file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} hold text")
-    return _joined(single, _pool_of(many, place=_at(file, f"{KEYS_VARIABLE}, line")), place=_at(file, KEY_VARIABLE))
+    return _joined(single, _read(many, place=_at(file, f"{KEYS_VARIABLE}, line")), place=_at(file, KEY_VARIABLE))
 
 
 def _joined(single: str, many: _Pool, *, place: str, required: bool = False) -> _Pool:
@@ -197,27 +212,29 @@ def _assignments(text: str) -> dict[str, str]:
 # --- files and text
 
 
-def _pool_of_file(path: Any, file: str) -> _Pool:
+def _read_file(path: Any, file: str) -> _Pool:
     text = _text_of(path, file)
     if isinstance(text, ConfigurationError):
         return text
     name = Path(path).name
     suffix = ".env" if name.startswith(".env") else Path(path).suffix.lower()
-    return _pool_of(text, place=f"{name}, line", suffix=suffix)
+    return _read(text, place=f"{name}, line", suffix=suffix)
 
 
 def _text_of(path: Any, file: str) -> str | ConfigurationError:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        problem = "it is not UTF-8 text"
+        problem = "it is not UTF-8 text; save it as UTF-8"
     except OSError as error:
         problem = error.strerror or type(error).__name__
     except (TypeError, ValueError):
         problem = "that is no path"
     if _may_be_shown(path):
         return ConfigurationError(f"{file} {str(path)!r} cannot be read: {problem}")
-    hint = "its path is not repeated, because it may be a key; keys themselves go through keys_from_text()"
+    hint = (
+        f"its path is not repeated, because it may be a key; give the path of a file, and put keys themselves into {KEYS_VARIABLE}"
+    )
     return ConfigurationError(f"{file} cannot be read: {problem}; {hint}")
 
 
@@ -227,40 +244,57 @@ def _may_be_shown(path: Any) -> bool:
         text = os.fsdecode(path)
         path = Path(text)
         named = path.suffix.lower() in _SUFFIXES - {""} or (os.sep in text and path.parent.is_dir())
-        return path.exists() or bool(_WORDS.fullmatch(text)) or (named and text.isprintable() and not looks_secret(path.name))
+        return path.exists() or bool(_WORDS.fullmatch(text)) or (named and text.isprintable() and not looks_secret(text))
     except (TypeError, ValueError, OSError):
         return False
 
 
-def _pool_of_text(text: object) -> _Pool:
+def _read_any(text: object) -> _Pool:
     if not isinstance(text, str):
         return ConfigurationError(f"keys are read from a str, not {type(text).__name__}; decode it first")
-    return _pool_of(text, place="line")
+    return _read(text, place="line")
 
 
-def _pool_of(text: str, *, place: str, suffix: str = "") -> _Pool:
+def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
     """The keys of a text of any kind; suffix and content tell which. The number of a line is put behind `place`."""
     text = text.removeprefix(_BYTE_ORDER_MARK)
-    file = place.removesuffix("line").removesuffix(", ")
+    file = _file_of(place)
     if suffix in _JSON or (suffix in _PLAIN and text.lstrip()[:1] in {"{", "["}):
-        document = _json_of(text)
-        if document is not None:
-            return _pool_of_json(document, file)
-        if suffix in _JSON:
-            return _refused(file, "it is not JSON, or a name stands in it twice")
+        try:
+            return _read_json(json.loads(text, object_pairs_hook=_once), file)
+        except _TwiceError:
+            return _refused(file, "a name stands twice in one object; rename one of the two")
+        except (ValueError, RecursionError):
+            if suffix in _JSON or not text.lstrip().startswith("["):  # which may be a section of an ini file
+                return _refused(file, "this is not valid JSON; correct it, or give the keys as text")
     delimiter = _delimiter_of(text) if suffix in _PLAIN | _CSV else None
     if delimiter is not None:
         return _checked(_rows_of_csv(text, delimiter, place))
-    if suffix in _CSV:
-        return _refused(file, "a CSV file needs a header row with a column 'secret', and 'name' and 'account' where they are known")
-    if _OURS.search(text):
-        return _pool_of_variables(_assignments(text), file)
+    if suffix in _CSV or _is_header(text):
+        columns = "a column 'secret', and 'name' and 'account' where they are known"
+        return _refused(file, f"a CSV file needs a header row with {columns}")
+    return _read_lines(text, place, suffix)
+
+
+def _read_lines(text: str, place: str, suffix: str) -> _Pool:
+    """The keys of an env file or of plain text."""
+    file = _file_of(place)
+    variables = _assignments(text) if _OURS.search(text) else {}
+    if not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(variables):
+        return _read_variables(variables, file)
+    if variables:
+        return _refused(file, f"{KEY_VARIABLE} or {KEYS_VARIABLE} stands inside the quotes of another value; is one not closed?")
     if suffix in _ENV or _EXPORT.search(text):
-        return _refused(file, f"this env file sets neither {KEY_VARIABLE} nor {KEYS_VARIABLE}; no other variable is read")
+        return _refused(file, f"this env file sets neither {KEY_VARIABLE}=… nor {KEYS_VARIABLE}=…; no other variable is read")
     if suffix not in _PLAIN:
         kinds = "plain text (.txt or no suffix), an env file, JSON or CSV"
         return _refused(file, f"files of this kind are not read, because they may hold other secrets; keys may stand in {kinds}")
     return _checked(_keys_of_entries(list(_entries_of(text, place))))
+
+
+def _file_of(place: str) -> str:
+    """The name of the file in a place such as `keys.txt, line`, or nothing."""
+    return place.removesuffix("line").removesuffix(", ")
 
 
 def _at(file: str, where: str) -> str:
@@ -283,25 +317,39 @@ def _checked(entries: _Entries) -> _Pool:
 def _entries_of(text: str, place: str) -> Iterator[tuple[str, str]]:
     """The entries between commas and line ends, each with its place."""
     for number, line in enumerate(text.splitlines(), 1):
-        for entry in _COMMENT.sub("", line).split(","):
+        for entry in _without_comment(line).split(","):
             if entry.strip():
                 yield entry.strip(), f"{place} {number}"
 
 
+def _without_comment(line: str) -> str:
+    """The line without its comment; but all of it where the comment seems to be half of a name, as in `customer #42=…`."""
+    entry = _COMMENT.sub("", line)
+    rest = line[len(entry) :].partition("=")[2].strip()
+    return line if entry.strip() and "=" not in entry and not may_be_key(entry.strip()) and may_be_key(rest) else entry
+
+
 def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | UnusableKey]:
-    # Where some bare entries look like keys, the others are the cells beside them, or anything else that is no key.
-    mixed = any("=" not in entry.rstrip("=") and looks_secret(entry) for entry, _ in entries)
+    # Where bare entries look like keys, a bare entry that certainly is none is a cell beside them, or another text.
+    mixed = any(_is_bare(entry) and may_be_key(entry) for entry, _ in entries)
     for entry, place in entries:
-        if mixed and "=" not in entry and not looks_secret(entry):
-            yield unusable("it does not look like the other keys without a name; if it is a key, give it one: NAME=SECRET", place)
+        if mixed and "=" not in entry and not may_be_key(entry):
+            yield unusable("this does not look like a key, as other entries do; if it is one, write NAME=SECRET", place)
         else:
             yield _key_of_entry(entry, place)
 
 
+def _is_bare(entry: str) -> bool:
+    """Whether it has no name: it has no `=`, or base64's padding at its end."""
+    return "=" not in entry.rstrip("=") and (not entry.endswith("=") or may_be_key(entry.rstrip("=")))
+
+
 def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
-    label, equals, secret = entry.partition("=")
-    if not equals or (not secret.strip("= ") and looks_secret(label)):  # "=" at the end of a bare key is base64's padding
+    if _is_bare(entry):
         return make_key(entry, None, None, place=place)
+    label, _, secret = entry.partition("=")
+    if "#" in label and label.count(" #"):
+        return unusable("a name holds no ' #', which begins a comment; give such names in JSON or CSV", place)
     if secret.strip() and not secret.strip("= "):
         return unusable("nothing but '=' stands behind a name; a key that ends in '=' needs a name before it", place)
     return _labelled(label, secret, place)
@@ -309,10 +357,14 @@ def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
 
 def _labelled(label: str, secret: object, place: str) -> ApiKey | UnusableKey:
     account, name = split_label(label)
-    key = make_key(secret, name, account, place=place)
-    if isinstance(key, UnusableKey):
-        return unusable(key.error.message, place)  # in a file a line is easier to find than a name
-    return unusable(_A_SETTING, place) if is_setting(key.name) else key
+    if account is None and is_setting(name, secret):
+        return unusable(_A_SETTING, place)
+    return _at_place(make_key(secret, name, account, place=place), place)
+
+
+def _at_place(key: ApiKey | UnusableKey, place: str) -> ApiKey | UnusableKey:
+    """In a file a line is easier to find than a name."""
+    return unusable(key.error.message, place) if isinstance(key, UnusableKey) else key
 
 
 # --- JSON
@@ -322,14 +374,6 @@ class _TwiceError(ValueError):
     pass
 
 
-def _json_of(text: str) -> Any:
-    """The document, or None when it is no JSON, or a name stands in it twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) != len(pairs):
@@ -337,13 +381,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _pool_of_json(document: Any, file: str) -> _Pool:
+def _read_json(document: Any, file: str) -> _Pool:
     if isinstance(document, dict) and not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(document):
-        return _pool_of_variables(document, file)
+        return _read_variables(document, file)
     if isinstance(document, dict) and "secret" not in document:
         return _checked(_labelled(label, secret, _at(file, f"entry {n}")) for n, (label, secret) in enumerate(document.items(), 1))
     if isinstance(document, list) and all(isinstance(row, dict) for row in document):
-        return _checked(_key_of_row(row, _at(file, f"entry {n}")) for n, row in enumerate(document, 1))
+        places = (_at(file, f"entry {number}") for number in itertools.count(1))
+        return _checked(_at_place(_key_of_row(row, place), place) for row, place in zip(document, places, strict=False))
     shapes = "{\"name\": \"secret\"}, or a list of objects with 'secret', 'name' and 'account'"
     return _refused(file, f"this JSON does not hold keys; it has to be {shapes}")
 
@@ -355,6 +400,12 @@ def _delimiter_of(text: str) -> str | None:
     """The delimiter of a header row with a column `secret`; None when the first line is no such row."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((mark for mark in ",;\t" if "secret" in _columns(first.split(mark))), None)
+
+
+def _is_header(text: str) -> bool:
+    """Whether the first line names columns, none of which is `secret`."""
+    first = _columns(next((line for line in text.splitlines() if line.strip()), "").split(","))
+    return len(first) > 1 and all(map(str.isidentifier, first)) and not _OTHER_COLUMNS.isdisjoint(first)
 
 
 def _columns(cells: Iterable[str]) -> list[str]:
@@ -371,10 +422,12 @@ def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | Unu
                 continue
             if not columns:
                 columns = _columns(cells)
+                if any(columns.count(column) > 1 for column in _COLUMNS):
+                    yield unusable("a column stands twice in the header row; rename one of the two", where)
             elif len(cells) != len(columns):
-                yield unusable("the row has another number of cells than the header row", where)
+                yield unusable("the row has a different number of cells from the header row", where)
             else:
-                yield _key_of_row(dict(zip(columns, cells, strict=True)), where)
+                yield _at_place(_key_of_row(dict(zip(columns, cells, strict=True)), where), where)
     except csv.Error:
         yield unusable("the row is not CSV; is a quotation mark missing?", f"{place} {reader.line_num}")
 
@@ -389,14 +442,14 @@ def _rows_problem(rows: object) -> str | None:
     return None
 
 
-def _pool_of_rows(rows: Iterator[Any]) -> list[ApiKey | UnusableKey]:
+def _read_rows(rows: Iterator[Any]) -> list[ApiKey | UnusableKey]:
     pool: list[ApiKey | UnusableKey] = []
-    by_label: dict[str, ApiKey] = {}
-    accounts: dict[bytes, ApiKey] = {}
+    taken = Uniqueness()
     for number, row in enumerate(rows):
         row = _key_of_row(row, f"rows[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
-        error = None if isinstance(row, UnusableKey) else contradicts(row, by_label, accounts)
-        pool.append(row if error is None else UnusableKey(name=row.name, account=row.account, error=error))
+        problem = None if isinstance(row, UnusableKey) else taken.take(row)
+        # By its place, because its label is that of an earlier row.
+        pool.append(row if problem is None else unusable(f"{row.label}: {problem}", f"rows[{number}]"))
     return pool
 
 
@@ -405,6 +458,15 @@ def _key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
     try:
         names = set(row.keys())
         secret, name, account = (row[column] if column in names else None for column in _COLUMNS)
-    except (AttributeError, TypeError, LookupError):
-        return unusable(f"a row is a mapping with 'secret', 'name' and 'account', not {type(row).__name__}", place)
-    return make_key(clear_text(secret), name or None, account or None, place=place)
+    except Exception as error:  # noqa: BLE001  # of a driver, a vault or a cipher: one row's trouble, and no other's
+        problem = f"a row is a mapping with 'secret', 'name' and 'account', and this {type(row).__name__} cannot be read as one"
+        return unusable(f"{problem} ({type(error).__name__})", place)
+    key = make_key(clear_text(secret), _text(name), _text(account), place=place)
+    if "secret" not in names and isinstance(key, UnusableKey):
+        return unusable("the row has no column 'secret'; give this name to the column of the keys", key.name, key.account)
+    return key
+
+
+def _text(name: object) -> object:
+    """The name of a column: numbers and UUIDs, which databases have for names, as text; an empty one is none."""
+    return str(name) if isinstance(name, (int, uuid.UUID)) and not isinstance(name, bool) else name or None

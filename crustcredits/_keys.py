@@ -19,6 +19,8 @@ from crustcredits._key_checks import label_problem, secret_problem, slash_proble
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
+# Names that tell an environment from a pool.
+_ENVIRONMENT = frozenset({KEY_VARIABLE, KEYS_VARIABLE, f"{KEY_VARIABLE}_FILE", f"{KEYS_VARIABLE}_FILE", "PATH", "HOME", "PWD"})
 
 
 @runtime_checkable
@@ -28,6 +30,13 @@ class SecretValue(Protocol):
     def get_secret_value(self) -> str:
         """The secret in the clear."""
         ...
+
+
+@attrs.frozen
+class Unreadable:
+    """Stands for a secret that could not be had; `error` is the name of the exception."""
+
+    error: str
 
 
 class ApiKey:
@@ -57,11 +66,11 @@ class ApiKey:
     _reveal: Callable[[], str]  # a closure, because tools that print an object print its attributes
 
     def __init__(self, secret: str | SecretValue, *, name: str | None = None, account: str | None = None) -> None:
+        self._name, self._account = "unfinished", None  # a traceback with local variables prints this half-made key
         clear = clear_text(secret)
         problem = _problem(clear, name, account)
         if problem is not None:
             key_name = printable_label(clear, name, account)
-            self._name, self._account = "refused", None  # a traceback with local variables prints this half-made key
             del secret, clear, name, account
             raise ConfigurationError(problem, key_name=key_name)
         assert isinstance(clear, str)
@@ -239,39 +248,51 @@ async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey |
             await source.aclose()
 
 
+class Uniqueness:
+    """The keys of a pool that were taken so far: no two may have one label, nor one secret two accounts."""
+
+    def __init__(self) -> None:
+        self._by_label: dict[str, ApiKey] = {}
+        self._accounts: dict[bytes, str] = {}
+
+    def take(self, key: ApiKey) -> str | None:
+        """Take a key beside the others; or the problem that it makes with one of them."""
+        if self._by_label.get(key.label, key).digest != key.digest:
+            return "two different keys have this name; rename one, because names are unique within an account"
+        account = key.account and self._accounts.get(key.digest, key.account)
+        if account != key.account:
+            return f"its secret stands under two accounts, {account!r} and {key.account!r}; remove the wrong entry"
+        self._by_label[key.label] = key
+        if account is not None:
+            self._accounts[key.digest] = account
+        return None
+
+
 def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | None:
     """Why no report of this pool could be right: two keys have one label, or one secret stands under two accounts."""
-    by_label: dict[str, ApiKey] = {}
-    accounts: dict[bytes, ApiKey] = {}
+    taken = Uniqueness()
     for key in keys:
-        error = None if isinstance(key, UnusableKey) else contradicts(key, by_label, accounts)
-        if error is not None:
-            return error
+        problem = None if isinstance(key, UnusableKey) else taken.take(key)
+        if problem is not None:
+            return ConfigurationError(problem, key_name=key.label)
     return None
 
 
-def contradicts(key: ApiKey, by_label: dict[str, ApiKey], accounts: dict[bytes, ApiKey]) -> ConfigurationError | None:
-    """Why a key cannot stand beside the earlier ones, or None. It is added to the two dictionaries, which hold these."""
-    if by_label.setdefault(key.label, key).digest != key.digest:
-        said = "two different keys have this name; give each a name of its own within its account"
-        return ConfigurationError(said, key_name=key.label)
-    if key.account is None:
-        return None
-    declared = accounts.setdefault(key.digest, key)
-    if declared.account == key.account:
-        return None
-    said = f"its secret stands under two accounts, {declared.account!r} and {key.account!r}; keep the right one"
-    return ConfigurationError(said, key_name=key.label)
-
-
 def clear_text(secret: object) -> object:
-    """The secret of an object such as a `SecretStr`; anything else as it is."""
+    """The secret of an object such as a `SecretStr`, or the name of the exception that it raised; anything else as it is."""
     if type(secret) is str:  # most are, and the check of a protocol takes its time
         return secret
-    return secret.get_secret_value() if isinstance(secret, SecretValue) and not isinstance(secret, type) else secret
+    if isinstance(secret, type) or not isinstance(secret, SecretValue):
+        return secret
+    try:
+        return secret.get_secret_value()
+    except Exception as error:  # noqa: BLE001  # of a vault or a cipher: one key's trouble, and no other's
+        return Unreadable(type(error).__name__)
 
 
 def _problem(secret: object, name: object, account: object) -> str | None:
+    if isinstance(secret, Unreadable):
+        return f"the API key cannot be read: its get_secret_value() raised {secret.error}"
     return (
         secret_problem(secret)
         or label_problem("name", name, secret)
@@ -291,8 +312,10 @@ def printable_label(secret: object, name: object, account: object) -> str | None
 def _pool_problem(keys: object) -> str | None:
     if isinstance(keys, (str, bytes, bytearray, SecretValue, UnusableKey)):
         return f"many keys are expected here and this is one ({type(keys).__name__}); put it in a list: [key]"
-    if isinstance(keys, type(os.environ)) or (isinstance(keys, Mapping) and not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(keys)):
+    if isinstance(keys, type(os.environ)) or (isinstance(keys, Mapping) and not _ENVIRONMENT.isdisjoint(keys)):
         return "this is an environment, whose other values are no API keys; read it with keys_from_env()"
+    if isinstance(keys, Mapping) and "secret" in keys and not {"name", "account"}.isdisjoint(keys):
+        return "this is one row, and not a mapping of label to secret; read it with keys_from_records([row])"
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
         return "an asynchronous source of keys goes to stream(); this takes an iterable or a mapping of label to secret"
     if not isinstance(keys, (Iterable, Mapping)):

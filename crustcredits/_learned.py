@@ -30,8 +30,8 @@ class LearnedLimits:
 
     A lower one is followed at once. A higher one, up to the configured one or with `follow="both"` beyond it, when no lower
     one was heard of the same bucket for a period: keys of several plans may share a bucket. Where several accounts draw on a
-    bucket of which it is not known that the server counts them together, the last few that were heard have to agree, and two
-    at least: one key of a smaller plan is no reason to hold back the others.
+    bucket of which it is not known that the server counts them together, the last few that were heard have to agree:
+    one key of a smaller plan is no reason to hold back the others.
     """
 
     def __init__(self, limit: RateLimit) -> None:
@@ -72,7 +72,7 @@ class LearnedLimits:
         told[account] = limit
         if len(told) > voices:
             del told[next(iter(told))]
-        if len(told) == 1:
+        if len(told) < voices:
             return self.configured
         return min(max(told.values()), max(min(told.values()), self.configured))
 

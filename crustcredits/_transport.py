@@ -138,11 +138,16 @@ class Transport:
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientHttpProxyError):
-            said = f"the proxy refused to connect (HTTP {error.status})"
+            remedy = "; give its user and password in the proxy's URL" if error.status == 407 else ""
+            said = f"the proxy refused to connect (HTTP {error.status}){remedy}"
             return Failure(APIConnectionError(said, **details), Fate.UNSENT)
+        if isinstance(error, aiohttp.ServerFingerprintMismatch):
+            said = "the server's certificate is not that of the session's fingerprint"
+            return Failure(APIConnectionError(said, retryable=False, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
-            said = f"could not connect ({_reason(error)})"
+            proxy = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
+            said = f"could not connect{proxy} ({_reason(error)})"
             return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # No network's doing: the caller's session, its connector or its traces.
@@ -153,10 +158,19 @@ class Transport:
 
 def tls_problem(context: object) -> ConfigurationError | None:
     """Why a caller's `ssl` cannot be used; not raised, because other arguments may hold credentials."""
-    if context is None or isinstance(context, ssl.SSLContext):
+    if context is None:
         return None
+    if isinstance(context, ssl.SSLContext):
+        remedy = "make it with ssl.create_default_context(cafile=…)"
+        return (
+            None if _verifies(context) else ConfigurationError(f"ssl does not verify the server's certificate and name; {remedy}")
+        )
     remedy = "certificates are always verified: give a context that trusts yours, or name their file in SSL_CERT_FILE"
     return ConfigurationError(f"ssl is an ssl.SSLContext, not {type(context).__name__}; {remedy}")
+
+
+def _verifies(context: ssl.SSLContext) -> bool:
+    return context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
 
 
 def session_problem(session: object) -> ConfigurationError | None:
@@ -225,10 +239,16 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, _NotResentError) and error.__cause__ is not None:
         error = error.__cause__
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {cause.verify_message}"
-    if isinstance(cause, ssl.SSLError):  # its number is OpenSSL's and not the system's
-        return f"TLS: {(cause.reason or type(cause).__name__).replace('_', ' ').lower()}"
+    # After the handshake aiohttp makes an error of its own of OpenSSL's, whose number is not the system's.
+    tls = next((each for each in (cause, cause.__cause__, cause.__context__) if isinstance(each, ssl.SSLError)), None)
+    if isinstance(tls, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {getattr(tls, 'verify_message', None) or 'OpenSSL gives no reason'}"
+    if tls is not None:
+        return f"TLS: {(getattr(tls, 'reason', None) or 'the handshake or a record failed').replace('_', ' ').lower()}"
+    if isinstance(cause, OSError) and (cause.strerror or "").startswith("[SSL"):
+        return "TLS: the connection failed after the handshake"
+    if isinstance(cause, ConnectionError) and cause.errno is None:
+        return "the connection was closed"
     if not isinstance(cause, OSError) or cause.errno is None:
         return type(error).__name__
     # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text of the others.

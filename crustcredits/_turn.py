@@ -53,9 +53,6 @@ class Turn:
     def on_wait(self) -> None:
         """It has just begun to wait; for those who have to know."""
 
-    def on_retry(self) -> None:
-        """An attempt has just failed, as `last` says, and another is to come; for those who have to know."""
-
     def patience(self, now: float) -> float:
         """Seconds for which somebody still waits for it, at the most."""
         return math.inf

@@ -102,7 +102,7 @@ def proxy_from_env(origin: str) -> str | None:
     None for plain http, which stays on this machine: a proxy elsewhere would see the key.
     """
     parts = urlsplit(origin)
-    if parts.scheme != "https" or proxy_bypass(parts.hostname or ""):
+    if parts.scheme != "https" or proxy_bypass(f"{parts.hostname}:{parts.port or 443}"):
         return None
     proxies = getproxies_environment()
     proxy = proxies.get("https") or proxies.get("all")
@@ -114,10 +114,12 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
     if proxy is None:
         return None
     try:
-        usable = isinstance(proxy, str) and urlsplit(proxy).scheme in {"http", "https"} and bool(urlsplit(proxy).hostname)
-    except ValueError:
+        parts = urlsplit(proxy) if isinstance(proxy, str) else None
+        usable = parts is not None and parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, too
         usable = False
-    return None if usable else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port")
+    remedy = "" if source == "proxy" else ", or exclude the API with NO_PROXY=api.crustdata.com"
+    return None if usable else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port{remedy}")
 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
@@ -165,7 +167,7 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
         return _read_failure(key, response, now, period)
     document, problem = _parse(response.body)
     if problem is not None and _is_cut_short(response):
-        said = "the connection failed while the answer came (it ends too early)"
+        said = "the connection failed while the answer came (the body is cut short)"
         return APIConnectionError(said, key_name=key.label, **read_details(response.headers, key))
     if problem is None:
         document, problem = _user_of(document) if path == USER_CREDITS else _account_of(document, key)
@@ -242,8 +244,17 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
 
 
 def _is_cut_short(response: Response) -> bool:
-    """Whether a body that is no JSON may have ended with the connection, in the middle of an object."""
-    return not response.framed and response.body is not None and response.body.strip()[:1] in {b"", b"{"}
+    """Whether a body ended with the connection, in the middle of an object."""
+    if response.framed or response.body is None:
+        return False
+    text = response.body.decode(errors="replace").strip(_AROUND_JSON)
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return not text or (text[0] == "{" and (error.pos >= len(text) or error.msg.startswith("Unterminated")))
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _user_of(document: Any) -> tuple[Any, str | None]:
@@ -399,9 +410,22 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 # What these say of a key, only a JSON object says for the API: pages come from gateways, firewalls and captive portals.
 _OF_THE_KEY = (401, 402, 403)
 _NOT_THE_API = (
-    "a gateway answered in the API's place, with a page instead of JSON, so nothing is known of the key; "
+    "a gateway answered in the API's place: the answer is no JSON object, so nothing is known of the key; "
     "look for a proxy or firewall between here and the API"
 )
+
+
+def is_apis_own(response: Response) -> bool:
+    """Whether an answer that is no balance is the API's own all the same: a JSON object, and no failure of a server."""
+    return response.status < 500 and isinstance(_parse_leniently(response.body), dict)
+
+
+def _parse_leniently(body: bytes | None) -> Any:
+    """The document of an error, in which no number and no name matters; None when there is none."""
+    try:
+        return json.loads(body or b"")
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
@@ -414,9 +438,10 @@ def _read_failure(key: ApiKey, response: Response, now: datetime, period: float)
             else "an undocumented status"
         )
         return UnexpectedResponseError(f"the API answered with {what} (HTTP {status})", status=status, **details)
-    document, _ = _parse(response.body)
+    document = _parse_leniently(response.body)
     if status in _OF_THE_KEY and not isinstance(document, dict):
-        return GatewayError(_NOT_THE_API, status=status, **details)
+        # Its headers may say a limit too, which is not the API's.
+        return GatewayError(_NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"])
     said = _clean(_message(document), key)
     if status >= 500:
         wait = read_wait(response.headers, now=now) if status == 503 else None

@@ -213,9 +213,8 @@ class _Link:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._due_at = None, when
-        if when is not None:
-            self._timer = asyncio.get_running_loop().call_at(when, self._begin)
+        self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
+        self._due_at = when
 
     def _next_message(self) -> float | None:
         if self._failing is not None:

@@ -825,7 +825,12 @@ class Awaits:
     async def method(self, outcome: object) -> None: ...
 
 
-@pytest.mark.parametrize("function", [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), 7])
+class Yields:
+    async def __call__(self, outcome: object) -> AsyncIterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("function", [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), Yields(), 7])
 async def test_a_coroutine_function_is_no_on_outcome(function: Any) -> None:
     """However it is written: nobody would await it."""
     server = FakeServer()

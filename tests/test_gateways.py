@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 import pytest
 
-from crustcredits import APIConnectionError, CreditsClient, GatewayError, InvalidKeyError, RateLimit, Retry
+from crustcredits import APIConnectionError, Balance, CreditsClient, GatewayError, InvalidKeyError, RateLimit, Retry
 from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._transport import Fate
 from crustcredits.testing import Fault, SandboxServer
@@ -63,11 +64,11 @@ async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFix
             assert 8 <= len(server.arrivals) <= 12  # four may be on the wire when it opens
             assert all(isinstance(outcome.error, GatewayError) for outcome in report)
             assert report[-1].attempts == 0
-            assert str(report[-1].error).startswith("k499: not asked, because a gateway answered the last ")
+            assert str(report[-1].error).startswith("k499: not asked, because a gateway answered ")
             with pytest.raises(GatewayError, match="k0: not asked"):
                 await client.balance(pool[0])
             assert len(server.arrivals) <= 12
-    assert caplog.text.count("a gateway answered 8 requests in a row; no key is asked until the API answers a probe") == 1
+    assert caplog.text.count("/user/credits: a gateway answered 8 requests in a row in the API's place; no key is asked") == 1
 
 
 @pytest.mark.virtual
@@ -88,7 +89,7 @@ async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureF
             await asyncio.sleep(5)
             assert (await client.check(pool)).ok is False  # the probe is one of them, and the others are not asked yet
             assert (await client.check(pool)).ok
-    assert "the API answers again, and no gateway in its place" in caplog.text
+    assert "/user/credits: the API answers again" in caplog.text
 
 
 @pytest.mark.virtual
@@ -161,22 +162,115 @@ async def test_a_probe_that_is_lost_lets_another_go() -> None:
 
 def test_the_pause_grows_to_a_minute() -> None:
     """However long it lasts. What was on the wire when it opened does not count."""
-    breaker, error = CircuitBreaker(), GatewayError("x", status=403)
-    assert [breaker.failed(number, error, 0.0) for number in range(8)] == [False] * 7 + [True]
-    assert breaker.failed("on the wire", error, 0.5) is False
+    breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
+    for number in range(8):
+        assert breaker.refusal(0.0) is None, number
+        assert breaker.start() is False
+        breaker.gateway_answered(error, 0.0, probe=False)
+    breaker.gateway_answered(error, 0.5, probe=False)
     moment, pauses = 0.0, []
     for _ in range(70):
         start = moment
-        while breaker.refuses("probe", moment) is not None:
+        while breaker.refusal(moment) is not None:
             moment += 0.5
         pauses.append(moment - start)
-        assert breaker.refuses("another", moment) is not None
-        assert breaker.blocks("probe") is None
-        assert breaker.failed("probe", error, moment)
+        assert breaker.start() is True
+        assert breaker.refusal(moment) is not None, "one probe at a time"
+        breaker.gateway_answered(error, moment, probe=True)
+        breaker.end(probe=True)
     assert pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert pauses[-1] == 60
-    breaker.succeeded()
-    assert breaker.refuses("another", moment) is None
+    breaker.api_answered()
+    assert breaker.refusal(moment) is None
+
+
+@pytest.mark.virtual
+async def test_what_a_gateway_says_of_a_limit_is_not_listened_to() -> None:
+    """Its limit is not the API's, and what it answers ends no pause."""
+    headers = {"x-ratelimit-limit": "1", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
+    odd = Reply(status=403, body="<html>", headers=headers)
+    server = FakeServer(lambda name, times: odd if name in {"k0", "k1", "k2"} else Reply())
+    async with fake_client(server, retry=ONCE) as client:
+        await client.check(keys(3))
+        assert client.quota().limit == 300
+        assert (await client.check(keys(20)[3:], timeout=20)).ok
+
+
+@pytest.mark.virtual
+async def test_a_gateway_ends_no_pause() -> None:
+    """Three refusals have begun it."""
+    refused = Reply(status=429, body="{}", headers={"x-ratelimit-reset": "50"})
+    late = Reply(seconds=1.0, status=403, body="<html>")
+    server = FakeServer(lambda name, times: late if name == "k3" else refused)
+    async with fake_client(server, retry=ONCE, rate_limit=RateLimit(pace=None)) as client:
+        await client.check(keys(4))
+        assert client.quota().paused is not None
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("status", [400, 401, 404, 429])
+async def test_any_answer_of_the_apis_own_closes_it(status: int) -> None:
+    """With a JSON object. Seven of a gateway, one of the API and seven more open nothing."""
+    own = Reply(status=status, body='{"message": "no"}')
+    server = FakeServer(lambda name, times: own if name == "k7" else CHALLENGE)
+    async with fake_client(server, retry=ONCE, concurrency=1, rate_limit=RateLimit(pace=None)) as client:
+        report = await client.check(keys(15))
+        assert [outcome.attempts for outcome in report] == [1] * 15
+
+
+@pytest.mark.virtual
+async def test_a_probe_is_one_request_and_no_call() -> None:
+    """While its key waits for its next attempt, or is told to wait, others find that the API is back."""
+    pool = keys(12)
+    hangs = Reply(seconds=99)
+    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else hangs if name == "k0" else Reply())
+    async with fake_client(server, retry=Retry(attempts=4, backoff=0.4), request_timeout=1.0) as client:
+        await client.check(pool)
+        await asyncio.sleep(2)
+        hanging = asyncio.create_task(client.balance(pool[0]))
+        refused = 0
+        for _ in range(30):
+            await asyncio.sleep(0.05)
+            try:
+                assert (await client.balance(pool[1])).credits == 9406
+            except GatewayError:
+                refused += 1
+            else:
+                break
+        assert 15 <= refused < 30, "as long as its request hangs, and no longer"
+        hanging.cancel()
+
+
+@pytest.mark.virtual
+async def test_it_opens_for_one_endpoint() -> None:
+    """The other is asked as before."""
+    server = since(1e9)
+    async with fake_client(server, retry=ONCE) as client:
+        await client.check(keys(20))
+        before = len(server.arrivals)
+        with pytest.raises(GatewayError, match="a gateway answered in the API's place"):
+            await client.account(keys(1)[0])
+        assert len(server.arrivals) == before + 1
+
+
+@pytest.mark.virtual
+async def test_many_refreshes_that_are_stopped_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """With few places for answers, at random moments: no error of ours, and all are served when the API is back."""
+    for seed in range(20):
+        random.seed(seed)
+        end = now() + 3.0
+        server = FakeServer(lambda name, times, end=end: CHALLENGE if times and now() < end else Reply())  # type: ignore[misc]
+        async with fake_client(server, retry=FAST, max_entries=6, stale_while_revalidate=60, concurrency=4) as client:
+            pool = keys(10)
+            while now() < end + 3:
+                calls = [asyncio.create_task(client.balance(random.choice(pool), timeout=2)) for _ in range(6)]
+                await asyncio.sleep(random.uniform(0, 0.3))
+                random.choice(calls).cancel()
+                outcomes = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(each) for each in outcomes} <= {Balance, GatewayError, asyncio.CancelledError}
+            assert (await client.check(pool, max_age=0, stale_while_revalidate=0)).ok
+    assert "Traceback" not in caplog.text
+    assert "never retrieved" not in caplog.text
 
 
 async def test_the_page_of_a_real_gateway(sandbox: SandboxServer) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,13 +94,96 @@ def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret:
 )
 def test_an_env_file_without_our_variables_is_refused(file: File, name: str, content: str) -> None:
     """None of its secrets is taken for a key."""
-    with pytest.raises(ConfigurationError, match="sets neither CRUSTDATA_API_KEY nor CRUSTDATA_API_KEYS") as caught:
+    with pytest.raises(ConfigurationError, match="sets neither CRUSTDATA_API_KEY=… nor CRUSTDATA_API_KEYS=…") as caught:
         keys_from_file(file(name, content))
     assert caught.value.key_name == name
 
 
 @pytest.mark.parametrize(
-    "line", ["DB_PASSWORD=hunter2", "password=hunter2", "db.password = hunter2", "stripe-api-key=sk_live_51H01234", "REDIS_AUTH=a1"]
+    ("text", "said"),
+    [
+        (f"customer #42={ONE}", "line 1: a name holds no ' #'"),
+        (f"a={ONE},\\\nb={TWO}", "line 1: the API key holds a backslash"),
+        ("db.internal:5432:app:app:s3cret", "line 1: the API key holds a colon"),
+        (f"prod: {ONE}", "line 1: the API key holds a colon: it seems to be a line of YAML"),
+        ("/run/secrets/crustdata", "is the path of a file"),
+        ("~/keys", "is the path of a file"),
+        ("keys.json", "is the path of a file"),
+        ("--keys-file", "is an option of a command"),
+        ("crustdata_api_key", "is the name of a variable"),
+        ("/", "holds no letter and no digit"),
+        ("name,email,password\nbob,bob,hunter2", "a CSV file needs a header row with a column 'secret'"),
+        ("user=admin\nport=5432", "line 1: its name is that of a setting"),
+        ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
+        ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
+        ('{"name": "x", "version": "1.0.0"}', "entry 1: its name is that of a setting"),
+        (f"MSG='it\nCRUSTDATA_API_KEY={ONE}\nB='x'", "stands inside the quotes of another value"),
+        (f"name,secret,secret\nprod,{ONE},{TWO}", "line 1: a column stands twice"),
+    ],
+)
+def test_text_of_another_kind_is_refused_with_the_reason(text: str, said: str) -> None:
+    """None of it is sent."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        keys_from_text(text)
+    assert ONE not in str(caught.value)
+
+
+def test_words_of_settings_are_names_where_the_value_is_a_key() -> None:
+    """Or where an account stands before them; and comments are comments."""
+    for label in ("user", "PROD_EU", "ACME_PROD", "acme/token", "acme/api-key", "name"):
+        assert [key.label for key in keys_from_text(f"{label}={ONE} # old={TWO}")] == [label]
+    assert len(keys_from_text(f"{ONE} # {TWO}=x")) == 1
+
+
+FORMATS: dict[str, Callable[[random.Random], str]] = {
+    "hexadecimal": lambda draw: draw.randbytes(16).hex(),
+    "long hexadecimal": lambda draw: draw.randbytes(20).hex(),
+    "UUID": lambda draw: str(uuid.UUID(int=draw.getrandbits(128), version=4)),
+    "base64 of 16": lambda draw: base64.b64encode(draw.randbytes(16)).decode(),
+    "base64 of 20": lambda draw: base64.b64encode(draw.randbytes(20)).decode(),
+    "base64 of 24": lambda draw: base64.b64encode(draw.randbytes(24)).decode(),
+    "base64url of 32": lambda draw: base64.urlsafe_b64encode(draw.randbytes(32)).decode().rstrip("="),
+    "with a prefix": lambda draw: "sk_live_" + base64.b32encode(draw.randbytes(15)).decode(),
+    "with dots": lambda draw: f"{draw.randbytes(8).hex()}.{draw.randbytes(12).hex()}",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_keys_of_usual_formats_are_read(form: str) -> None:
+    """Bare, in lists of one to a hundred; and with names that look generated too."""
+    draw = random.Random(form)
+    for count in (1, 2, 3, 10, 100) * 20:
+        secrets = [FORMATS[form](draw) for _ in range(count)]
+        assert [key.get_secret_value() for key in keys_from_text("\n".join(secrets))] == secrets
+        assert len(keys_from_text(",".join(f"{uuid.uuid4()}={secret}" for secret in secrets))) == count
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE}, "CRUSTDATA_API_KEY has to be text, not int"),
+        (ONE, "an environment is a mapping of names to text, not str"),
+    ],
+)
+def test_what_is_no_environment_is_refused(environ: Any, said: str) -> None:
+    """And a variable without a value, as dotenv has them, is not set."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        keys_from_env(environ)
+    assert ONE not in str(caught.value)
+    unset: Any = {"CRUSTDATA_API_KEY": None, "CRUSTDATA_API_KEYS": f"a={ONE}"}
+    assert [key.name for key in keys_from_env(unset)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "DB_PASSWORD=hunter2",
+        "password=hunter2",
+        "db.password = hunter2",
+        "stripe-api-key=sk_live_51H01234",
+        "REDIS_AUTH=a1",
+        "STRIPE_KEY=a1",
+    ],
 )
 def test_a_name_that_is_a_settings_is_refused_in_text(line: str) -> None:
     """`name=secret` is also how other programs keep their secrets."""
@@ -121,14 +207,14 @@ def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "it is not JSON"),
-        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name stands in it twice"),
+        ("{", "this is not valid JSON"),
+        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name stands twice in one object"),
         (json.dumps([ONE, TWO]), "this JSON does not hold keys"),
         (json.dumps({"secret": ONE, "name": "prod"}), "this JSON does not hold keys"),
         (json.dumps(ONE), "this JSON does not hold keys"),
         (json.dumps({"prod": {"secret": ONE}}), "keys.json, entry 1: an API key is a str, a SecretStr or an ApiKey, not dict"),
         (json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}), "keys.json, entry 2: its name is that of a setting"),
-        (json.dumps([{"secret": ONE}, {"name": "dev"}]), "dev: an API key is a str"),
+        (json.dumps([{"secret": ONE}, {"name": "dev"}]), "keys.json, entry 2: the row has no column 'secret'"),
         (json.dumps({"CRUSTDATA_API_KEYS": [ONE]}), "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS hold text"),
     ],
 )
@@ -155,9 +241,9 @@ def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
     ("content", "said"),
     [
         (f"name,key\nprod,{ONE}\n", "keys.csv: a CSV file needs a header row with a column 'secret'"),
-        (f"name,secret\nprod,{ONE}\ndev,{TWO},x\n", "keys.csv, line 3: the row has another number of cells"),
+        (f"name,secret\nprod,{ONE}\ndev,{TWO},x\n", "keys.csv, line 3: the row has a different number of cells"),
         (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not CSV"),
-        ("name,secret\nprod,\n", "prod: the API key is empty"),
+        ("name,secret\nprod,\n", "keys.csv, line 2: the API key is empty"),
     ],
 )
 def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
@@ -170,7 +256,7 @@ def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
 @pytest.mark.parametrize("text", [f"prod,{ONE},acme\n", f"hunter2\n{ONE}\n"])
 def test_a_bare_entry_that_looks_like_no_key_is_refused_beside_those_that_do(text: str) -> None:
     """Such as the cells of a CSV file without a header row. With a name it is a key."""
-    with pytest.raises(ConfigurationError, match=r"line 1: it does not look like the other keys without a name"):
+    with pytest.raises(ConfigurationError, match=r"line 1: this does not look like a key, as other entries do"):
         keys_from_text(text)
     assert len(keys_from_text(f"a=hunter2\n{ONE}\n")) == 2
     assert [key.get_secret_value() for key in keys_from_text(f"{ONE}, {TWO}")] == [ONE, TWO]
@@ -221,6 +307,7 @@ def test_content_of_another_kind_is_refused(file: File, content: str, said: str)
         ("c2VjcmV0/c2VjcmV0c2Vj+cmV0=", False),
         ("kyes.txt", True),
         (f"{ONE}.txt", False),
+        (f"sub/{ONE}/x.txt", False),
         ("no/such/file", True),
     ],
 )
@@ -317,6 +404,20 @@ def test_a_secret_in_the_place_of_a_name_is_not_repeated(text: str) -> None:
 # --- records
 
 
+class BrokenRow:
+    """Of a driver that gives up."""
+
+    def keys(self) -> list[str]:
+        raise LookupError(TWO)
+
+
+class Sealed:
+    """A secret of a vault that is out of reach."""
+
+    def get_secret_value(self) -> str:
+        raise RuntimeError(TWO)
+
+
 class Row:
     """As database drivers have them: no mapping, but with `keys()` and items by name."""
 
@@ -353,7 +454,9 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
         ("prod", TWO),
         {"secret": TWO, "name": "prod", "account": "acme"},
         {"secret": ONE, "name": "other", "account": "globex"},
-        {"secret": "s-9", "name": 9},
+        {"secret": "s-9", "name": True},
+        BrokenRow(),
+        {"secret": Sealed(), "name": "sealed"},
     ]
     found = keys_from_records(rows)
     assert isinstance(found[0], ApiKey)
@@ -365,9 +468,11 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
         "rows[3]",
         "lost",
         "rows[5]",
-        "acme/prod",
-        "globex/other",
+        "rows[6]",
+        "rows[7]",
         "rows[8]",
+        "rows[9]",
+        "sealed",
     ]
     assert TWO not in repr(found)
     assert not hasattr(found[1], "get_secret_value")
@@ -375,8 +480,12 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
     assert errors[0] == (
         "acme/dev: an API key is a str, a SecretStr or an ApiKey, not NoneType; is it missing where it comes from?"
     )
-    assert errors[5].startswith("acme/prod: two different keys have this name")
-    assert errors[6].startswith("globex/other: its secret stands under two accounts")
+    assert errors[3].startswith("lost: the row has no column 'secret'")
+    assert errors[4].startswith("rows[5]: a row is a mapping with 'secret'")
+    assert errors[5].startswith("rows[6]: acme/prod: two different keys have this name")
+    assert errors[6].startswith("rows[7]: globex/other: its secret stands under two accounts")
+    assert errors[8].endswith("this BrokenRow cannot be read as one (LookupError)")
+    assert errors[9] == "sealed: the API key cannot be read: its get_secret_value() raised RuntimeError"
 
 
 @pytest.mark.parametrize("rows", [{"secret": ONE}, ONE, 7])
@@ -400,6 +509,23 @@ def test_what_the_source_of_rows_raises_is_raised() -> None:
         traceback = traceback.tb_next
         if "/crustcredits/" in traceback.tb_frame.f_code.co_filename:
             assert ONE not in repr(traceback.tb_frame.f_locals)
+
+
+def test_a_refused_row_takes_no_other_with_it() -> None:
+    """It has no label that another could have."""
+    rows = [
+        {"secret": ONE, "name": "a", "account": "x"},
+        {"secret": ONE, "name": "a", "account": "y"},
+        {"secret": TWO, "name": "a", "account": "y"},
+    ]
+    assert [type(key) for key in keys_from_records(rows)] == [ApiKey, UnusableKey, ApiKey]
+
+
+def test_numbers_and_uuids_are_names_of_rows() -> None:
+    """As databases have them."""
+    number = uuid.UUID(int=7)
+    (key,) = keys_from_records([{"secret": ONE, "name": 7, "account": number}])
+    assert key.label == f"{number}/7"
 
 
 # --- nothing else is sent

@@ -63,8 +63,37 @@ def test_the_label_is_account_and_name() -> None:
 
 def test_an_environment_is_no_pool() -> None:
     """Its other values would be sent as keys."""
-    for environ in (os.environ, {"CRUSTDATA_API_KEY": SECRET, "DATABASE_URL": "x"}):
+    for environ in (
+        os.environ,
+        {"CRUSTDATA_API_KEY": SECRET, "DATABASE_URL": "x"},
+        {"CRUSTDATA_API_KEYS_FILE": "x"},
+        {"PATH": "x"},
+    ):
         assert "read it with keys_from_env()" in str(as_keys(environ))
+    assert "read it with keys_from_records([row])" in str(as_keys({"secret": SECRET, "name": "production-key"}))
+
+
+def test_a_secret_that_cannot_be_had_fails_alone() -> None:
+    """And the key that was to hold it can be printed."""
+
+    class Sealed:
+        def get_secret_value(self) -> str:
+            raise RuntimeError(SECRET)
+
+    with pytest.raises(ConfigurationError, match=r"prod: the API key cannot be read: its get_secret_value\(\) raised RuntimeError"):
+        ApiKey(Sealed(), name="prod")
+    refused = as_key(Sealed())
+    assert isinstance(refused, UnusableKey)
+    assert SECRET not in repr(refused)
+
+
+@pytest.mark.parametrize("name", [SECRET.upper(), SECRET[:18], f"x {SECRET[3:]}"])
+def test_a_name_with_a_piece_of_the_secret_is_refused(name: str) -> None:
+    """In any case, and where the secret is wrapped in something else."""
+    for secret in (SECRET, f"Bearer {SECRET}", f"'{SECRET}'"):
+        refused = as_key(secret, label=name)
+        assert isinstance(refused, UnusableKey)
+        assert name not in repr(refused)
 
 
 def test_a_key_does_not_print() -> None:
@@ -119,6 +148,7 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         ("bob0123@example.com", "holds an e-mail address"),
         ("-----BEGIN-0123", "a line of a PEM file"),
         ("prod=0123", "holds '=': it seems to be a line NAME=SECRET"),
+        (7, "not int"),
         ({"secret": "0123"}, "not dict; rows of a database go through keys_from_records"),
         (b"sk-0123", "not bytes; decode it first"),
         (None, "not NoneType"),

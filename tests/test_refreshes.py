@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
@@ -100,3 +101,8 @@ async def test_one_cancelled_and_wanted_in_one_moment_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(gate) == 1
+
+
+async def test_nobody_limits_the_time_of_what_only_refreshes() -> None:
+    """A turn without waiters has all the time there is."""
+    assert Turn().patience(5.0) == math.inf

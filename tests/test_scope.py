@@ -512,7 +512,8 @@ async def test_so_many_limits_are_remembered_and_no_more(follow: str) -> None:
     ("follow", "told", "common"),
     [
         ("down", [5], 300),
-        ("down", [5, 5], 5),
+        ("down", [5, 5], 300),
+        ("down", [5, 5, 5], 5),
         ("down", [5, 300], 300),
         ("down", [300, 5], 300),
         ("down", [300, 300, 300, 100, 80], 300),

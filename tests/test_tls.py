@@ -16,6 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry
+from crustcredits._transport import _reason
 from crustcredits.testing import SandboxServer
 
 SECRET = "sk-0123456789abcdef"
@@ -104,6 +105,59 @@ async def test_a_certificate_that_cannot_be_verified_is_told_and_not_tried_again
     assert (caught.value.attempts, caught.value.retryable) == (1, False)
 
 
+async def test_a_certificate_of_another_fingerprint_is_told_and_not_tried_again(authority: trustme.CA) -> None:
+    """Where the session's connector expects one."""
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(https_server(server_context(authority)))
+        connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(bytes(32)))
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        async with CreditsClient(base_url=f"https://localhost:{port}", session=session, rate_limit=ONE) as client:
+            with pytest.raises(APIConnectionError, match="not that of the session's fingerprint") as caught:
+                await client.balance(SECRET)
+            assert (caught.value.attempts, client.quota().free) == (1, 1)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            caused(aiohttp.ClientOSError(1, f"[SSL: X] {SECRET}"), ssl.SSLError(1, f"[SSL: X] {SECRET}")),
+            "TLS: the handshake or a record failed",
+        ),
+        (aiohttp.ClientOSError(1, f"[SSL: TLSV13_ALERT] {SECRET}"), "TLS: the connection failed after the handshake"),
+        (
+            caused(aiohttp.ClientOSError(1, "x"), ssl.SSLCertVerificationError(1, "x")),
+            "certificate verify failed: OpenSSL gives no reason",
+        ),
+        (ConnectionResetError(SECRET), "the connection was closed"),
+        (aiohttp.ClientOSError(104, SECRET), "Connection reset by peer"),
+        (aiohttp.ClientPayloadError(SECRET), "ClientPayloadError"),
+    ],
+)
+def test_the_reason_of_a_failure_is_never_its_text(error: Exception, reason: str) -> None:
+    """Which may hold anything; and OpenSSL's numbers are not the system's."""
+    assert _reason(error) == reason
+
+
+async def test_a_server_that_wants_a_certificate_is_told_in_words_of_tls_or_of_the_connection(authority: trustme.CA) -> None:
+    """With TLS 1.3 it refuses after the handshake."""
+    context, trusting = server_context(authority), ssl.create_default_context()
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(trusting)
+    async with (
+        https_server(context) as port,
+        CreditsClient(base_url=f"https://localhost:{port}", ssl=trusting, retry=Retry(attempts=1)) as client,
+    ):
+        with pytest.raises(APIConnectionError) as caught:
+            await client.balance(SECRET)
+    assert "not permitted" not in str(caught.value)
+
+
 async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
     """And not by the system's word for OpenSSL's number. It may pass, so it is tried again."""
 
@@ -158,7 +212,9 @@ async def test_a_proxy_that_refuses_shows_its_status() -> None:
         listener(refuse) as port,
         CreditsClient(proxy=f"http://bob:hunter2@localhost:{port}", rate_limit=ONE, retry=Retry(attempts=1)) as client,
     ):
-        with pytest.raises(APIConnectionError, match=r"the proxy refused to connect \(HTTP 407\)") as caught:
+        with pytest.raises(
+            APIConnectionError, match=r"the proxy refused to connect \(HTTP 407\); give its user and password"
+        ) as caught:
             await client.balance(SECRET)
         assert client.quota().free == 1
     assert "hunter2" not in str(caught.value)
@@ -198,11 +254,20 @@ async def test_the_environments_proxy_is_used_when_asked_for(monkeypatch: pytest
         assert len(asked) == 2
 
 
+def unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    return context
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"ssl": False}, "ssl is an ssl.SSLContext, not bool; certificates are always verified"),
         ({"ssl": "ca.pem"}, "ssl is an ssl.SSLContext, not str"),
+        ({"ssl": unverified()}, "ssl does not verify the server's certificate"),
+        ({"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)}, "ssl does not verify the server's certificate"),
+        ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is no http\(s\) URL"),
         ({"trust_env": 1}, "trust_env is True or False, not int"),
     ],
 )

@@ -391,12 +391,12 @@ def test_what_the_server_says_is_fit_for_a_log_line() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 402, 403])
-@pytest.mark.parametrize("body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": 1, "message": 2}', None])
+@pytest.mark.parametrize("body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": "cut', None])
 def test_what_a_gateway_says_of_a_key_is_not_the_apis_word(status: int, body: str | None) -> None:
     """Only a JSON object is."""
     found = error(body, status=status, x_request_id="r-1")
     assert type(found) is GatewayError
-    assert (found.status, found.request_id) == (status, "r-1")
+    assert (found.status, found.request_id, found.rate_limit) == (status, "r-1", None)
     assert str(found).startswith("prod: a gateway answered in the API's place")
     assert str(found).endswith(f"(HTTP {status})")
 
@@ -413,11 +413,13 @@ def test_a_503_asks_to_wait_by_retry_after_alone() -> None:
 
 def test_a_body_that_ends_with_the_connection_may_be_cut_short() -> None:
     """Then it is a lost connection, and not an answer of the wrong shape."""
-    for body in (b"", b'{"credits": 94', b'{"account": {"credits": 1}'):
+    for body in (b"", b'{"credits": 94', b'{"account": {"credits": 1}', b'{"cred', "\ufeff{".encode()):
         found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=False), now=NOW, period=60.0)
         assert isinstance(found, APIConnectionError)
-        assert "it ends too early" in str(found)
-    for body, framed in ((b"<html>", False), (b'{"credits": 94', True), (b"{}", False)):
+        assert "the body is cut short" in str(found)
+    whole: list[tuple[bytes, bool]] = [(b"<html>", False), (b'{"credits": 94', True), (b"{}", False), (b'{"credits": NaN}', False)]
+    whole += [(b'{"credits": 1, "credits": 2}', False), (b"{'credits': 1}", False), (b"[" * 60_000, False)]
+    for body, framed in whole:
         found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=framed), now=NOW, period=60.0)
         assert isinstance(found, UnexpectedResponseError)
 
