@@ -18,11 +18,15 @@ _PLACEHOLDER = re.compile(
     | ^op://                                                # a reference to a secret store
     | ^your[-_ ] | (^|[-_. ])your[-_ ]?(api|secret|key|token) | (key|token|secret)[-_ ]here$
     | (^|[-_. ])(replace|change)[-_ ]?me | ^(insert|enter|paste)[-_ ] | ^placeholder
-    | ^(todo|tbd|fixme|redacted|null|none|nil|undefined)$
     | \*{3,} | \.{3,} | … | (^|[-_.])x{3,}($|[-_.]) | x{6,}  # masked
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+# Of these a placeholder has one, unless it has a mark that stands in no key; looking for them is quick.
+_HINTS = ("your", "here", "replace", "change", "insert", "enter", "paste", "placeholder", "xxx", "...")
+_NO_VALUES = frozenset({"todo", "tbd", "fixme", "redacted", "null", "none", "nil", "undefined"})
+# Nothing but letters, digits and the marks of keys. Almost every key is such, and needs no further look at its characters.
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9+/_.~-]+=*")
 _VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+|(?i:(crustdata[-_])?api[-_]?keys?)")
 _OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
 # Lower-case words between slashes, or a name with the suffix of a file. No generated key is either.
@@ -59,13 +63,13 @@ def secret_problem(secret: object) -> str | None:
         return "the API key is empty; put the key there, or leave the entry out"
     if _SCHEME.match(secret):
         return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
-    if _PLACEHOLDER.search(secret):
+    if _is_placeholder(secret):
         return "the API key is a placeholder, or a reference that was not replaced; put the key itself there"
     if _VARIABLE.fullmatch(secret):
         return "the API key is the name of a variable; put the key itself there"
-    if _OPTION.fullmatch(secret):
+    if secret[0] == "-" and _OPTION.fullmatch(secret):
         return "the API key is an option of a command; put the key itself there"
-    if _PATH.fullmatch(secret):
+    if ("/" in secret or "." in secret) and _PATH.fullmatch(secret):
         return "the API key is the path of a file; files are read by keys_from_file(), and named by CRUSTDATA_API_KEYS_FILE"
     return _character_problem(secret)
 
@@ -81,7 +85,18 @@ def _kind_problem(secret: object) -> str:
     return f"an API key is a str, a SecretStr or an ApiKey, not {type(secret).__name__}{hint}"
 
 
+def _is_placeholder(secret: str) -> bool:
+    lower = secret.casefold()
+    if lower in _NO_VALUES:
+        return True
+    if _PLAIN_KEY.fullmatch(secret) and not any(hint in lower for hint in _HINTS):
+        return False
+    return _PLACEHOLDER.search(secret) is not None
+
+
 def _character_problem(secret: str) -> str | None:
+    if _PLAIN_KEY.fullmatch(secret) and "-----" not in secret:
+        return None if any(map(str.isalnum, secret)) else _NO_LETTER
     if secret[0] in "'\"" or secret[-1] in "'\"":
         return "the API key begins or ends with a quotation mark; give it bare"
     seems = next((said for mark, said in _SEEMS if mark.search(secret)), None)
@@ -93,9 +108,10 @@ def _character_problem(secret: str) -> str | None:
         return "the API key holds white space or control characters inside; is it one key, copied whole?"
     if "=" in secret.rstrip("="):  # at the end it is base64's padding
         return "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give the secret alone"
-    if not any(char.isalnum() for char in secret):
-        return "the API key holds no letter and no digit; copy it again from where it was issued"
-    return None
+    return None if any(map(str.isalnum, secret)) else _NO_LETTER
+
+
+_NO_LETTER = "the API key holds no letter and no digit; copy it again from where it was issued"
 
 
 def label_problem(part: str, label: object, secret: object) -> str | None:

@@ -73,8 +73,14 @@ class ApiKey:
             key_name = printable_label(clear, name, account)
             del secret, clear, name, account
             raise ConfigurationError(problem, key_name=key_name)
-        assert isinstance(clear, str)
-        kept = trimmed(clear)
+        self._fill(clear, name, account)
+
+    def _fill(self, secret: object, name: object, account: object) -> None:
+        """Set the parts, which have been checked."""
+        assert isinstance(secret, str)
+        assert name is None or isinstance(name, str)
+        assert account is None or isinstance(account, str)
+        kept = trimmed(secret)
         self._reveal = lambda: kept
         self._digest = digest_of(kept)
         self._name = f"key-{self._digest[:6].hex()}" if name is None else name.strip()
@@ -203,10 +209,9 @@ def make_key(secret: object, name: object, account: object, *, place: str) -> Ap
         label = printable_label(secret, name, account)
         shown_account, shown_name = (None, place) if label is None else split_label(label)
         return unusable(problem, shown_name, shown_account)
-    assert isinstance(secret, str)
-    assert name is None or isinstance(name, str)
-    assert account is None or isinstance(account, str)
-    return ApiKey(secret, name=name, account=account)
+    key = ApiKey.__new__(ApiKey)  # whose __init__ would check the same again
+    key._fill(secret, name, account)  # noqa: SLF001
+    return key
 
 
 def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError:

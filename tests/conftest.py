@@ -35,8 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     searches.extent = config.getoption("--search")
     config.addinivalue_line("markers", "virtual: runs in virtual time, without sockets")
+    config.addinivalue_line("markers", "thorough: tests a search itself, which CI does in one of its runs")
     config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")
     config.addinivalue_line("markers", "any_loop: runs a program in another process, so the loop of the test does not matter")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if searches.extent == "few" and item.get_closest_marker("thorough"):
+        pytest.skip("a search with few examples is not tested itself")
 
 
 def loops(config: pytest.Config) -> list[str]:

@@ -197,7 +197,8 @@ async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
 
 def test_two_starts_of_one_app_beside_each_other_have_a_client_each() -> None:
     """As with two `TestClient`s; each start has its own loop."""
-    app = FastAPI(lifespan=credits_lifespan(lifespan=credits_lifespan()))
+    quick = partial(CreditsClient, retry=QUICK)
+    app = FastAPI(lifespan=credits_lifespan(quick, lifespan=credits_lifespan(quick)))
 
     @app.get("/")
     async def ask(client: CreditsDep) -> str:

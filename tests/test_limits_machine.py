@@ -524,6 +524,7 @@ class IsDeaf(Limits):
     instead: ClassVar = Limits.instead | {"crustcredits._limits.TokenBucket.heard": lambda self, told, mark: None}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(180)  # up to 500 examples, slow where coverage is measured
 @pytest.mark.parametrize(
     ("broken", "said"),

@@ -570,6 +570,7 @@ class HasItsShareAtOnce(Processes):
     instead: ClassVar = {"crustcredits._shared.SharedTokens._share": SharedTokens._whole_share}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(180)  # up to 500 examples, slow where coverage is measured
 @pytest.mark.parametrize("broken", [GivesAtOnce, ForgetsWhatIsOut, LeasesForAPeriod, HasItsShareAtOnce])
 def test_a_broken_rule_is_found_out(broken: type[Processes]) -> None:
