@@ -210,7 +210,7 @@ def make_key(secret: object, name: object, account: object, *, place: str) -> Ap
         shown_account, shown_name = (None, place) if label is None else split_label(label)
         return unusable(problem, shown_name, shown_account)
     key = ApiKey.__new__(ApiKey)  # whose __init__ would check the same again
-    key._fill(secret, name, account)  # noqa: SLF001
+    key._fill(secret, name, account)  # noqa: SLF001  # of this very module
     return key
 
 

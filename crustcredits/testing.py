@@ -297,7 +297,7 @@ class SandboxServer:
         return refused, {
             "x-ratelimit-limit": str(self._limit),
             "x-ratelimit-remaining": str(self._limit - len(window)),
-            "x-ratelimit-reset": str(math.ceil(window[0] + self._period - now)),
+            "x-ratelimit-reset": str(math.ceil(self._period - (now - window[0]))),
             "x-request-id": f"sandbox-{self.requests}",
             "x-credits-used": "0",
         }
