@@ -133,7 +133,7 @@ class Asker:
             return result
         finally:
             turn.on_wire = False
-            breaker.end(probe=probe)
+            breaker.end(_now(), probe=probe)
             self._slots.release(slot, answered=answered)
             claim.abandoned()  # unless an answer has said otherwise
 

@@ -21,8 +21,8 @@ _LONGEST_PAUSE = 60.0
 class CircuitBreaker:
     """Closed, every request may be sent. After eight answers of a gateway in a row it opens: then one probe at a time may.
 
-    An answer of the API's own closes it. A request is a probe from right before it is sent until it ends, and no longer, so that
-    waiting and retrying keep no other request from being one.
+    An answer of the API's own below 500 closes it. A request is a probe from right before it is sent until it ends, and no
+    longer, so that waiting and retrying keep no other request from being one.
 
     Args:
         path: The path of the endpoint, for the log.
@@ -43,9 +43,9 @@ class CircuitBreaker:
         """Why a request must not be sent now, or None."""
         if not self._open or (now >= self._next_probe and not self._probing):
             return None
-        wait = max(self._next_probe - now, 0.0)
         said = f"not asked, because a gateway answered {self._in_a_row} requests in a row in the API's place"
-        return GatewayError(f"{said}; try again in {wait:.0f} s or more", status=self._status)
+        soon = "soon: a request is finding out whether the API is back" if self._probing else f"in {self._next_probe - now:.1f} s"
+        return GatewayError(f"{said}; try again {soon}", status=self._status)
 
     def start(self) -> bool:
         """A request is sent that was not refused. Returns whether it is a probe, which `end` has to be told."""
@@ -53,10 +53,12 @@ class CircuitBreaker:
         self._probing = self._probing or probe
         return probe
 
-    def end(self, *, probe: bool) -> None:
-        """The request has ended, whatever came of it."""
+    def end(self, now: float, *, probe: bool) -> None:
+        """The request has ended, whatever came of it. A probe without an answer of either kind puts off the next one."""
         if probe:
             self._probing = False
+            if now >= self._next_probe:
+                self._next_probe = now + self._pause()
 
     def api_answered(self) -> None:
         """The answer was the API's own."""
@@ -80,4 +82,7 @@ class CircuitBreaker:
                 self._in_a_row,
             )
         self._open, self._status = True, error.status
-        self._next_probe = now + min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed_probes, 60))
+        self._next_probe = now + self._pause()
+
+    def _pause(self) -> float:
+        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed_probes, 60))

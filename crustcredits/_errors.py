@@ -167,8 +167,8 @@ class InternalServerError(APIStatusError):
 class GatewayError(CrustCreditsError):
     """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
 
-    It says nothing of the key. After eight such answers in a row no key is asked on the endpoint for a while; calls that are
-    not sent for this reason have this error too, with `attempts` 0.
+    It says nothing of the key. After eight such answers in a row no key is asked on the endpoint for a while; calls that
+    end for this reason have this error too, and are not retried.
 
     Attributes:
         status: The HTTP status.

@@ -30,12 +30,20 @@ _PLAIN_KEY = re.compile(r"[A-Za-z0-9+/_.~-]+=*")
 _VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+|(?i:(crustdata[-_])?api[-_]?keys?)")
 _OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
 # Lower-case words between slashes, or a name with the suffix of a file. No generated key is either.
-_PATH = re.compile(r"[a-z_.~-]*(/[a-z_.-]+)+|.*\.(txt|json|csv|tsv|env|ini|toml|ya?ml|pem|conf|cfg)", re.DOTALL)
+_PATH = re.compile(
+    r"(~|\.\.?)/.*|/(etc|home|mnt|opt|root|run|srv|tmp|usr|var)/.*|[a-z_.~-]*(/[a-z_.-]+)+|.*\.(txt|json|csv|tsv|env|ini|toml|ya?ml|pem|conf|cfg)",
+    re.DOTALL,
+)
+
+# GitHub, GitLab, Slack, AWS, Google, SendGrid, Anthropic and OpenAI publish how their keys begin.
+_OTHER_SERVICE = re.compile(
+    r"gh[oprsu]_|github_pat_|glpat-|xox[abeprs]-|(AKIA|ASIA)[A-Z0-9]{16}$|AIza[\w-]{35}$|SG\.[\w-]+\.|sk-ant-|sk-proj-"
+)
 
 # Marks that stand in no key, and the kind of text that they come from. The first one found counts.
 _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
-    (re.compile(r"\w@\w+\.\w"), "an e-mail address: it seems to be a list of people or a connection string"),
+    (re.compile("@"), "an '@': it seems to be an e-mail address, or a part of a connection string"),
     (re.compile("-----"), "'-----': it seems to be a line of a PEM file"),
     (re.compile("['\"`]"), "a quotation mark: it seems to be a line of JSON, TOML or a shell script; give the key bare"),
     (re.compile(","), "a comma: it seems to be a list of keys, or a line of a CSV file; a list goes into CRUSTDATA_API_KEYS"),
@@ -69,6 +77,8 @@ def secret_problem(secret: object) -> str | None:
         return "the API key is the name of a variable; put the key itself there"
     if secret[0] == "-" and _OPTION.fullmatch(secret):
         return "the API key is an option of a command; put the key itself there"
+    if _OTHER_SERVICE.match(secret):
+        return "the API key is a key of another service; put the key of Crustdata there"
     if ("/" in secret or "." in secret) and _PATH.fullmatch(secret):
         return "the API key is the path of a file; files are read by keys_from_file(), and named by CRUSTDATA_API_KEYS_FILE"
     return _character_problem(secret)
@@ -129,7 +139,7 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
         return f"the {part} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
     if _gives_away(label, secret):
         return f"the {part} of the API key holds its secret; give it another, because it is printed"
-    if looks_secret(label) and not may_be_key(secret):
+    if looks_secret(label) and (secret_problem(secret) is not None or not may_be_key(secret)):
         return (
             f"the {part} of the API key looks more like a secret than its value does: are the two swapped? "
             "Write NAME=SECRET, or {name: secret}; the name is not shown, because it may be the key"
@@ -171,29 +181,32 @@ _WORDS = re.compile(f"{_WORD}(?:[-_./ ]{_WORD})*")
 
 
 def may_be_key(text: object) -> bool:
-    """Whether it is long enough for an API key, and no words with numbers: a weaker question, which true keys hardly fail."""
+    """Whether it is long enough for an API key, and no words with numbers: a weaker test, which true keys almost never fail."""
     return isinstance(text, str) and len(text) >= _SHORTEST_KEY and not _WORDS.fullmatch(text)
 
 
 # Words in the names of settings that hold other secrets or addresses: `DB_PASSWORD`, `spring.datasource.url`, `clientSecret`.
-_SECRETS = frozenset({"password", "passwd", "passphrase", "pass", "pwd", "pw", "dbpass", "dbpassword", "secret", "token"})
-_ADDRESSES = frozenset({"dsn", "url", "uri", "credential", "credentials"})
-_KINDS_OF_KEYS = frozenset({"api", "access", "private", "secret", "public", "signing", "encryption", "ssh", "account", "client"})
+_PASSWORDS = frozenset({"password", "passwd", "passphrase", "pwd"})
+_SECRETS = ("pass", "pw", "secret", "token", "salt", "cookie", "dsn", "url", "uri", "credential", "credentials")
+_ENDS = ("password", "passwd", "secret", "token", "apikey", "secretkey", "accesskey", "privatekey")
+_KINDS_OF_KEYS = frozenset({"api", "access", "private", "secret", "public", "encryption", "ssh"})
 # Words that settings have and keys may have too: then the value decides.
 _PLAIN = frozenset(
-    {"user", "username", "login", "email", "host", "hostname", "port", "path", "home", "name", "version", "id", "type"}
+    {
+        *("user", "username", "login", "email", "host", "hostname", "port", "path", "home", "name", "version", "id", "type"),
+        *("level", "region", "env", "debug", "db", "database", "auth"),
+    }
 )
-_MORE_PLAIN = frozenset({"level", "region", "env", "debug", "db", "database", "auth"})
 _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
 def is_setting(name: str, secret: object) -> bool:
     """Whether a line `name=secret` seems to be a setting of a program, such as `DB_PASSWORD=…` or `port=…`, and not a key."""
     words = [word.lower() for word in _PART.findall(name)]
-    if not (_SECRETS | _ADDRESSES).isdisjoint(words):
+    last = words[-1] if words else ""
+    if not _PASSWORDS.isdisjoint(words) or last in _SECRETS or last.endswith(_ENDS):
         return True
     if any(kind in _KINDS_OF_KEYS and key in {"key", "keys"} for kind, key in itertools.pairwise(words)):
         return True
-    last = words[-1] if words else ""
     upper = "_" in name and name.isupper() and last in {"key", "keys", "pat", "pin"}
-    return upper or (last in _PLAIN | _MORE_PLAIN and not may_be_key(secret))
+    return upper or (last in _PLAIN and not may_be_key(secret))

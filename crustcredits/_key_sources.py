@@ -62,7 +62,7 @@ _ASSIGNMENT = re.compile(
 
 _A_SETTING = (
     "its name is that of a setting: this seems to be the configuration of a program, and not a list of keys; "
-    f"in an env file set {KEYS_VARIABLE}, in a list give each key a name such as prod or acme/prod"
+    f"in an env file set {KEYS_VARIABLE}, in a list give each key another name, or write acme/prod with the account before it"
 )
 
 
@@ -155,7 +155,10 @@ def _or_raise(pool: _Pool) -> list[ApiKey]:
 def _read_environ(environ: object) -> _Pool:
     if not isinstance(environ, Mapping):
         return ConfigurationError(f"an environment is a mapping of names to text, not {type(environ).__name__}")
-    values = {name: environ.get(name) or "" for name in _VARIABLES}
+    try:
+        values = {name: environ.get(name) or "" for name in _VARIABLES}
+    except Exception as error:  # noqa: BLE001  # of a vault behind it, whose frames may hold anything
+        return ConfigurationError(f"the environment cannot be read ({type(error).__name__})")
     wrong = next((name for name, value in values.items() if not isinstance(value, str)), None)
     if wrong is not None:
         return ConfigurationError(f"{wrong} has to be text, not {type(values[wrong]).__name__}")

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 import attrs
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import label_problem, secret_problem, slash_problem, trimmed
+from crustcredits._key_checks import label_problem, looks_secret, secret_problem, slash_problem, trimmed
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
@@ -309,8 +309,8 @@ def _problem(secret: object, name: object, account: object) -> str | None:
 def printable_label(secret: object, name: object, account: object) -> str | None:
     """The label of a key that cannot be used, or None where it has none or it gives something away."""
     usable = label_problem("name", name, secret) or label_problem("account", account, secret) or slash_problem(name, account)
-    if usable is not None or not isinstance(name, str):
-        return None
+    if usable is not None or not isinstance(name, str) or looks_secret(name) or looks_secret(account):
+        return None  # the two may be swapped
     return label_of(name.strip(), account.strip() if isinstance(account, str) else None)
 
 

@@ -28,6 +28,9 @@ _TRANSIENT_STATUSES = (408, 425)
 _LATE_ATTEMPT = 4
 _OUTAGE = 4.0
 
+# Seconds; a refresh is tried again after as long at the most, whatever the server asked: the trouble may be over sooner.
+_LONGEST_PAUSE = 60.0
+
 
 @attrs.frozen(kw_only=True)
 class Retry:
@@ -36,8 +39,8 @@ class Retry:
     Attributes:
         attempts: Requests for one call at the most; 1 means never to try again.
         backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time. After lost
-            connections the fourth attempt comes no sooner than 4 s after the first failure, where the call has the time, so
-            that a short outage of the network or of name resolution is survived.
+            connections the fourth attempt comes no sooner than 4 s after the first failure, where the call has the time and
+            `backoff` is above 0, so that a short outage of the network or of name resolution is survived.
         backoff_max: Seconds; where the doubling stops.
         wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is raised at once.
 
@@ -71,12 +74,12 @@ class Retry:
         if asked is not None:
             return asked + jitter if asked <= self.wait_max else None
         outage = _OUTAGE - elapsed
-        late = isinstance(error, APIConnectionError) and attempts + 1 >= _LATE_ATTEMPT and outage < patience
-        return max(jitter, outage) if late else jitter
+        late = isinstance(error, APIConnectionError) and attempts + 1 >= _LATE_ATTEMPT and self.backoff > 0
+        return max(jitter, outage) if late and outage < patience else jitter
 
     def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
         """Seconds before an answer is refreshed again after so many failures in a row. There is no end to these."""
-        return (_asked(error) or 0.0) + self._jitter(failures, uniform)
+        return min(_asked(error) or 0.0, _LONGEST_PAUSE) + self._jitter(failures, uniform)
 
     def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
         # The exponent is bounded because 2.0**1024 overflows.

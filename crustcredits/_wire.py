@@ -416,8 +416,9 @@ _NOT_THE_API = (
 
 
 def is_apis_own(response: Response) -> bool:
-    """Whether an answer that is no balance is the API's own all the same: a JSON object, and no failure of a server."""
-    return response.status < 500 and isinstance(_parse_leniently(response.body), dict)
+    """Whether an answer that is no balance is the API's own all the same: a JSON object, no redirect and no 5xx."""
+    own = 200 <= response.status <= 299 or 400 <= response.status <= 499
+    return own and isinstance(_parse_leniently(response.body), dict)
 
 
 def _parse_leniently(body: bytes | None) -> Any:

@@ -54,7 +54,7 @@ async def test_a_kept_balance_stands_in() -> None:
 
 @pytest.mark.virtual
 async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """The rest of a pool fails at once, with the reason, also what waits for the limit or for its next attempt."""
+    """The rest of a pool fails when its turn comes, with the reason, and what waits for its next attempt fails at once."""
     server = since(1e9)
     pool = keys(500)
     with caplog.at_level(logging.WARNING, logger="crustcredits"):
@@ -155,8 +155,9 @@ async def test_a_probe_that_is_lost_lets_another_go() -> None:
     async with fake_client(server, retry=Retry(attempts=2)) as client:
         await client.check(pool)
         await asyncio.sleep(2)
-        with pytest.raises(APIConnectionError):
+        with pytest.raises((APIConnectionError, GatewayError)):
             await client.balance(pool[0])
+        await asyncio.sleep(2)
         assert (await client.balance(pool[1])).credits == 9406
 
 
@@ -177,7 +178,7 @@ def test_the_pause_grows_to_a_minute() -> None:
         assert breaker.start() is True
         assert breaker.refusal(moment) is not None, "one probe at a time"
         breaker.gateway_answered(error, moment, probe=True)
-        breaker.end(probe=True)
+        breaker.end(moment, probe=True)
     assert pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert pauses[-1] == 60
     breaker.api_answered()
@@ -229,7 +230,7 @@ async def test_a_probe_is_one_request_and_no_call() -> None:
         await asyncio.sleep(2)
         hanging = asyncio.create_task(client.balance(pool[0]))
         refused = 0
-        for _ in range(30):
+        for _ in range(60):
             await asyncio.sleep(0.05)
             try:
                 assert (await client.balance(pool[1])).credits == 9406
@@ -237,7 +238,7 @@ async def test_a_probe_is_one_request_and_no_call() -> None:
                 refused += 1
             else:
                 break
-        assert 15 <= refused < 30, "as long as its request hangs, and no longer"
+        assert 30 <= refused < 60, "as long as its request hangs and a pause more"
         hanging.cancel()
 
 

@@ -106,7 +106,10 @@ def test_an_env_file_without_our_variables_is_refused(file: File, name: str, con
         (f"a={ONE},\\\nb={TWO}", "line 1: the API key holds a backslash"),
         ("db.internal:5432:app:app:s3cret", "line 1: the API key holds a colon"),
         (f"prod: {ONE}", "line 1: the API key holds a colon: it seems to be a line of YAML"),
-        ("/run/secrets/crustdata", "is the path of a file"),
+        ("/run/secrets/crustdata-1", "is the path of a file"),
+        ("../secrets/key1", "is the path of a file"),
+        ("ghp_0123456789abcdef0123456789abcdef0123", "is a key of another service"),
+        ("JWTSECRET=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
         ("~/keys", "is the path of a file"),
         ("keys.json", "is the path of a file"),
         ("--keys-file", "is an option of a command"),
@@ -130,7 +133,17 @@ def test_text_of_another_kind_is_refused_with_the_reason(text: str, said: str) -
 
 def test_words_of_settings_are_names_where_the_value_is_a_key() -> None:
     """Or where an account stands before them; and comments are comments."""
-    for label in ("user", "PROD_EU", "ACME_PROD", "acme/token", "acme/api-key", "name"):
+    for label in (
+        "user",
+        "PROD_EU",
+        "ACME_PROD",
+        "acme/token",
+        "acme/api-key",
+        "name",
+        "Token Metrics",
+        "url-shortener",
+        "client-key",
+    ):
         assert [key.label for key in keys_from_text(f"{label}={ONE} # old={TWO}")] == [label]
     assert len(keys_from_text(f"{ONE} # {TWO}=x")) == 1
 
@@ -158,10 +171,18 @@ def test_keys_of_usual_formats_are_read(form: str) -> None:
         assert len(keys_from_text(",".join(f"{uuid.uuid4()}={secret}" for secret in secrets))) == count
 
 
+class Broken(dict[str, str]):
+    """An environment behind which a vault is out of reach."""
+
+    def get(self, name: str, default: object = None) -> Any:
+        raise LookupError(ONE)
+
+
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
         ({"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE}, "CRUSTDATA_API_KEY has to be text, not int"),
+        (Broken(), "the environment cannot be read \\(LookupError\\)"),
         (ONE, "an environment is a mapping of names to text, not str"),
     ],
 )
@@ -289,7 +310,7 @@ def test_a_file_of_another_kind_is_refused(file: File, name: str, content: str) 
         ("machine api login bob password hunter2", "white space"),
         ("-----BEGIN-KEY-----\nabc\n", "a line of a PEM file"),
         ("<key>abc</key>", "is a placeholder"),
-        ("bob@example.com", "an e-mail address"),
+        ("bob@example-company.com", "an '@': it seems to be an e-mail address"),
     ],
 )
 def test_content_of_another_kind_is_refused(file: File, content: str, said: str) -> None:

@@ -145,7 +145,7 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         ("{sk-0123}", "holds a brace"),
         ("f(0123)", "holds a bracket"),
         ("a<0123", "holds an angle bracket"),
-        ("bob0123@example.com", "holds an e-mail address"),
+        ("bob0123@example.com", "holds an '@'"),
         ("-----BEGIN-0123", "a line of a PEM file"),
         ("prod=0123", "holds '=': it seems to be a line NAME=SECRET"),
         (7, "not int"),
@@ -228,11 +228,18 @@ def test_a_name_that_looks_more_like_a_secret_is_not_repeated(name: str, account
 
 def test_a_mapping_of_secret_to_name_fails_without_a_word_of_the_secret() -> None:
     """Each alone, by its place."""
-    pool = as_keys({SECRET: "prod"})
-    assert isinstance(pool, Iterator)
-    (key,) = pool
-    assert isinstance(key, UnusableKey)
-    assert SECRET not in f"{key!r} {key.error} {key.label}"
+    for name in (
+        "prod",
+        "jane.doe@example-company.com",
+        "Acme Corp, Inc. (prod)",
+        "https://api.crustdata.com/x",
+        "${CRUSTDATA_API_KEY}",
+    ):
+        pool = as_keys({SECRET: name})
+        assert isinstance(pool, Iterator)
+        (key,) = pool
+        assert isinstance(key, UnusableKey)
+        assert SECRET not in f"{key!r} {key.error} {key.label}"
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,4 @@ def test_a_refresh_pauses_after_each_failure() -> None:
     assert [retry.pause(down, failures, longest) for failures in (1, 2, 3, 4, 5, 2000)] == [1, 2, 4, 8, 8, 8]
     assert retry.pause(RateLimitError("slow", retry_after=50.0), 1, longest) == 51
     assert retry.pause(RateLimitError("slow"), 1, longest) == 1
+    assert retry.pause(InternalServerError("slow", status=503, retry_after=86_400.0), 1, longest) == 61
