@@ -1,10 +1,12 @@
-"""Checks of numbers that callers give, with one wording for all of them."""
+"""Checks of arguments: one wording for all of them, and errors whose frames show none of them."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import attrs
 
@@ -13,11 +15,49 @@ from crustcredits._errors import ConfigurationError
 # Far beyond use, and within what floats can hold: 10**400 is a finite number too.
 _MOST = 1e300
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+#: An argument cannot be used, or is unknown.
+Refusal = ConfigurationError | TypeError
+
+
+def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T | Refusal:
+    """The result, or the refusal of an argument: not raised, and without the frames that hold the arguments.
+
+    An argument may be a secret in the wrong place, and tracebacks are printed with local variables. Callers drop their own
+    variables, then raise.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (ConfigurationError, TypeError) as error:
+        return error.with_traceback(None)
+
+
+def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A decorator: an argument that is refused is in no frame of the traceback."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        result = attempt(function, *args, **kwargs)
+        del args, kwargs
+        if isinstance(result, (ConfigurationError, TypeError)):
+            raise result
+        return result
+
+    return call
+
+
+def init_hides_arguments(cls: type[_T]) -> type[_T]:
+    """The same for classes whose `__init__` is generated."""
+    cls.__init__ = hides_arguments(cls.__init__)  # type: ignore[method-assign]  # this is what is wanted
+    return cls
+
 
 def check_whole(what: str, value: object, *, minimum: int) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
-        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {_shown(value)}")
+        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {shown(value)}")
 
 
 def check_number(
@@ -34,7 +74,7 @@ def check_number(
         return
     bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (minimum > -math.inf)
     bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
-    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {_shown(value)}")
+    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {shown(value)}")
 
 
 def check_kind(what: str, value: object, kind: type) -> None:
@@ -43,7 +83,7 @@ def check_kind(what: str, value: object, kind: type) -> None:
         raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Numbers as they are. Of anything else, which may be a key in the wrong place, only what it is."""
     return repr(value)[:80] if value is None or isinstance(value, (int, float, Decimal)) else f"a {type(value).__name__}"
 

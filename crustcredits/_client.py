@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 from crustcredits._answers import Answers
 from crustcredits._asker import Asker
 from crustcredits._calls import Calls, closed_error
-from crustcredits._checks import check_kind, check_number, check_whole
+from crustcredits._checks import Refusal, attempt, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
@@ -105,6 +105,7 @@ class CreditsClient:
         ConfigurationError: An argument cannot be used.
     """
 
+    @hides_arguments
     def __init__(
         self,
         *,
@@ -160,8 +161,13 @@ class CreditsClient:
             CrustCreditsError: The class says what went wrong; the tree stands in the README.
         """
         key = as_key(key)
-        how_old = self._freshness.given(**freshness) if freshness else self._freshness
-        deadline = None if timeout is None else self._deadline(timeout)
+        how_old, deadline = self._freshness, None
+        if freshness or timeout is not None:
+            said = self._said(freshness, timeout)
+            del freshness, timeout  # A secret may stand in the wrong place.
+            if isinstance(said, Exception):
+                raise said
+            how_old, deadline = said
         self._check_usable()
         # As `_ask` does; without it a kept answer costs a coroutine less.
         outcome: Outcome[Balance] | None = self._calls.known(USER_CREDITS, key, how_old)
@@ -175,7 +181,11 @@ class CreditsClient:
         The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
         """
         key = as_key(key)
-        how_old, deadline = self._freshness.given(**freshness), self._deadline(timeout)
+        said = self._said(freshness, timeout)
+        del freshness, timeout  # A secret may stand in the wrong place.
+        if isinstance(said, Exception):
+            raise said
+        how_old, deadline = said
         outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, key, how_old, deadline)
         return outcome.result()
 
@@ -239,17 +249,22 @@ class CreditsClient:
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
             raise source
+        said = self._said(freshness, timeout)
+        del freshness, timeout
+        if isinstance(said, Exception):
+            raise said
+        how_old, deadline = said
         if on_outcome is not None and not _is_plain_function(on_outcome):
+            del on_outcome
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
-        how_old = self._freshness.given(**freshness)
         self._check_usable()
         pool = list(source)
         problem = contradiction(pool)
         if problem is not None:
             raise problem
-        path, deadline = ACCOUNT_CREDITS if detail else USER_CREDITS, self._deadline(timeout)
+        path = ACCOUNT_CREDITS if detail else USER_CREDITS
         return Report(
             await in_order(
                 pool,
@@ -291,14 +306,17 @@ class CreditsClient:
             ClientClosedError: The client was closed meanwhile.
         """
         freshness.setdefault("stale_while_revalidate", 0.0)
+        needed = attempt(needed_credits, credits, margin)
         pending = self.check(keys, detail=detail, timeout=timeout, **freshness)
-        del keys  # No frame of ours holds a secret when something is raised.
+        del keys, credits, margin, timeout, freshness  # No frame of ours holds a secret when something is raised.
         with closing(pending):
-            needed = needed_credits(credits, margin)
+            if isinstance(needed, Exception):
+                raise needed
             report = await pending
         report.require(needed)
         return report
 
+    @hides_arguments
     def peek(self, key: KeyLike, *, detail: bool = False, max_age: Seconds | None = None) -> Outcome | None:
         """What is known of `key` without asking: the last answer, however old, or the last failure; None when there is neither.
 
@@ -382,12 +400,17 @@ class CreditsClient:
         del keys  # No frame of ours holds a secret when something is raised.
         if isinstance(source, ConfigurationError):
             raise source
-        if timeout is not None:
-            timeout = seconds("timeout", timeout, above=0)
-        how_old = self._freshness.given(**freshness)
+        how_old = attempt(self._freshness.given, **freshness)
+        most = attempt(_timeout, timeout)
+        del freshness, timeout
+        if isinstance(how_old, Exception):
+            raise how_old
+        if isinstance(most, Exception):
+            raise most
         path = ACCOUNT_CREDITS if detail else USER_CREDITS
-        return self._fan_out(source, lambda key: self._ask(path, key, how_old, self._deadline(timeout)))
+        return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most)))
 
+    @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
 
@@ -439,10 +462,12 @@ class CreditsClient:
             raise copy.copy(outcome.error)
         return outcome
 
-    def _deadline(self, timeout: Seconds | None) -> float | None:
-        if timeout is None:
-            return None
-        return asyncio.get_running_loop().time() + seconds("timeout", timeout, above=0)
+    def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None] | Refusal:
+        """How old a call's answer may be, and when it has to be there; or what is wrong with that, not raised."""
+        how_old, most = attempt(self._freshness.given, **freshness), attempt(_timeout, timeout)
+        if isinstance(how_old, Exception):
+            return how_old
+        return most if isinstance(most, Exception) else (how_old, _deadline(most))
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -463,6 +488,14 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
+
+
+def _timeout(timeout: Seconds | None) -> float | None:
+    return None if timeout is None else seconds("timeout", timeout, above=0)
+
+
+def _deadline(seconds: float | None) -> float | None:
+    return None if seconds is None else asyncio.get_running_loop().time() + seconds
 
 
 def _is_plain_function(function: object) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import attrs
 from aiolimiter import AsyncLimiter
 
-from crustcredits._checks import Number, Whole
+from crustcredits._checks import Number, Whole, init_hides_arguments
 from crustcredits._debt import Debt, Told
 from crustcredits._errors import BucketsUnavailableError, ConfigurationError
 from crustcredits._line import Line
@@ -43,6 +43,7 @@ def _check_follow(instance: object, attribute: attrs.Attribute[Any], value: obje
         raise ConfigurationError("follow is 'down' or 'both'")
 
 
+@init_hides_arguments
 @attrs.frozen(kw_only=True)
 class RateLimit:
     """The limit to keep: `requests` in any `period` seconds, for each endpoint.

@@ -6,7 +6,7 @@ from bisect import bisect_right
 
 import attrs
 
-from crustcredits._checks import check_whole
+from crustcredits._checks import check_whole, hides_arguments
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +41,7 @@ class Quota:
     _burst: float = attrs.field(alias="burst", repr=False)
     _pacing: int = attrs.field(alias="pacing", repr=False)
 
+    @hides_arguments
     def seconds_for(self, requests: int) -> float:
         """Seconds until the last of those that wait and of `requests` more could start, if what is under way ends now.
 

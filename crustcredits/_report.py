@@ -11,7 +11,7 @@ from typing import Any, Generic, overload
 
 import attrs
 
-from crustcredits._checks import check_number
+from crustcredits._checks import check_number, hides_arguments
 from crustcredits._errors import ConfigurationError, InsufficientCreditsError, PaymentRequiredError
 from crustcredits._models import Account, Balance, BalanceT, Outcome, credits_text
 
@@ -85,6 +85,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """Credits of each declared account, in the order of their first keys; None where all its keys failed."""
         return {account: credits for account, credits in self._credits.items() if isinstance(account, str)}
 
+    @hides_arguments
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Outcome[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
 
@@ -97,6 +98,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         rich = (outcome for outcome in self.succeeded if self.credits_of(outcome) >= floor)
         return tuple(sorted(rich, key=lambda outcome: (not outcome.stale, self.credits_of(outcome)), reverse=True))
 
+    @hides_arguments
     def low(self, threshold: Decimal | float) -> tuple[Outcome[BalanceT], ...]:
         """The keys whose account holds less than `threshold` credits, in the order given. Failed keys are left out.
 
@@ -139,6 +141,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         apart = {_answer(balance): balance for account, balance in known if not isinstance(account, str)}
         return _sum(balance.credits for balance in [*declared, *(apart[answer] for answer in apart.keys() - answers)])
 
+    @hides_arguments
     def require(self, credits: Decimal | float) -> None:
         """Do nothing when there are so many `available_credits`.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import attrs
 
-from crustcredits._checks import Number, Whole
+from crustcredits._checks import Number, Whole, init_hides_arguments
 from crustcredits._errors import (
     APIConnectionError,
     APIStatusError,
@@ -32,6 +32,7 @@ _OUTAGE = 4.0
 _LONGEST_PAUSE = 60.0
 
 
+@init_hides_arguments
 @attrs.frozen(kw_only=True)
 class Retry:
     """How failures that may pass are tried again: lost connections, timeouts, gateways, 408, 425, 429 and 5xx. Others never are.

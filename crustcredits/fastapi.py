@@ -19,6 +19,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Lifespan
 from starlette.websockets import WebSocketState
 
+from crustcredits._checks import hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._freshness import NEW, Seconds, seconds
@@ -60,6 +61,7 @@ _STATE = "crustcredits_client"
 # --- the client
 
 
+@hides_arguments
 def credits_lifespan(
     make_client: Callable[[], CreditsClient] = CreditsClient, *, lifespan: Lifespan[FastAPI] | None = None
 ) -> Lifespan[FastAPI]:
@@ -179,6 +181,7 @@ def _problem_response(problem: Problem) -> JSONResponse:
 # --- the router
 
 
+@hides_arguments
 def credits_router(
     keys: KeysLike,
     *,

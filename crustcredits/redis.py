@@ -17,7 +17,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from weakref import WeakSet
 
-from crustcredits._checks import check_kind, check_number
+from crustcredits._checks import check_kind, check_number, hides_arguments
 from crustcredits._errors import ConfigurationError
 from crustcredits._shared import BEAT, SharedTokens, Terms, micro
 from crustcredits._tokens import Tokens
@@ -80,6 +80,7 @@ class RedisBuckets:
         ConfigurationError: An argument cannot be used.
     """
 
+    @hides_arguments
     def __init__(
         self,
         url_or_client: str | Client,

@@ -22,7 +22,7 @@ from weakref import WeakSet
 import attrs
 from aiohttp import web
 
-from crustcredits._checks import check_kind, check_number, check_whole
+from crustcredits._checks import check_kind, check_number, check_whole, hides_arguments, shown
 from crustcredits._errors import ConfigurationError
 from crustcredits._faults import JSON_TYPE, PLAIN, STREAMED, Fault, bomb, reset, transport_of
 from crustcredits._keys import ApiKey, digest_of
@@ -80,6 +80,7 @@ class SandboxServer:
         ConfigurationError: An argument is none of those.
     """
 
+    @hides_arguments
     def __init__(
         self,
         *,
@@ -120,10 +121,12 @@ class SandboxServer:
 
     # --- what it holds
 
+    @hides_arguments
     def add_account(self, name: str, *, credits: Decimal | int | str = 1000, **fields: Any) -> None:
         """Open an account with these credits; `fields` are further ones of `/account/credits`, such as `recurring_credits`."""
         self._accounts[name] = _account_fields(credits) | fields
 
+    @hides_arguments
     def add_key(
         self,
         name: str | None = None,
@@ -142,7 +145,7 @@ class SandboxServer:
             ConfigurationError: There is no such account, or the secret or the name cannot be used.
         """
         if account is not None and account not in self._accounts:
-            raise ConfigurationError(f"the sandbox has no account {account!r}; open it with add_account() first")
+            raise ConfigurationError("the sandbox has no account of this name; open it with add_account() first")
         secret = secret or f"sandbox-{secrets.token_hex(16)}"
         key = ApiKey(secret, name=name, account=account if declared else None)
         owner = account
@@ -152,6 +155,7 @@ class SandboxServer:
         self._keys[key.digest] = (key, owner)
         return key
 
+    @hides_arguments
     def set_credits(self, key: ApiKey, credits: Decimal | int | str) -> None:
         """Change the credits of the account that `key` draws from, as spending them would.
 
@@ -160,6 +164,7 @@ class SandboxServer:
         """
         self._accounts[self._owner(key)]["credits"] = _credits(credits)
 
+    @hides_arguments
     def fail(self, key: ApiKey, fault: Fault, *, times: int | None = None, retry_after: int | None = None) -> None:
         """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before.
 
@@ -172,11 +177,18 @@ class SandboxServer:
         self._owner(key)
         self._orders[key.digest].append(_Order(fault, times, retry_after))
 
+    @hides_arguments
     def heal(self, key: ApiKey) -> None:
-        """Forget the faults ordered for `key`."""
+        """Forget the faults ordered for `key`.
+
+        Raises:
+            ConfigurationError: The sandbox did not issue `key`.
+        """
+        self._owner(key)
         self._orders.pop(key.digest, None)
 
     def _owner(self, key: ApiKey) -> str:
+        check_kind("key", key, ApiKey)
         if key.digest not in self._keys:
             raise ConfigurationError("the sandbox did not issue this key; make it with add_key()", key_name=key.label)
         return self._keys[key.digest][1]
@@ -355,7 +367,7 @@ def _credits(credits: Decimal | int | str) -> Decimal:
     with contextlib.suppress(InvalidOperation):
         if not isinstance(credits, float) and Decimal(credits).is_finite():
             return Decimal(credits)
-    raise ConfigurationError(f"credits are exact: give a finite Decimal, an int or their text, not {credits!r}")
+    raise ConfigurationError(f"credits are exact: give a finite Decimal, an int or their text, not {shown(credits)}")
 
 
 def _worst_window(times: list[float], period: float) -> int:

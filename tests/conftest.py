@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping
 from unittest.mock import Mock
 
@@ -76,6 +77,12 @@ def loop_policy(request: pytest.FixtureRequest) -> Iterator[None]:
     asyncio.set_event_loop_policy(LOOPS[request.param][1]())
     yield
     asyncio.set_event_loop_policy(None)
+
+
+@pytest.fixture(autouse=True)
+def _same_jitter(request: pytest.FixtureRequest) -> None:
+    """A test in virtual time has the same run each time: the jitter of retries is drawn from a seed of its own."""
+    random.seed(request.node.nodeid)
 
 
 def on_uvloop() -> bool:

@@ -755,6 +755,7 @@ async def test_whoever_was_to_find_out_and_does_not_leaves_it_to_the_next() -> N
         asked = len(server.arrivals)
         claiming = await outcome(client, pool[3])
         assert claiming.stale
+        # Its own time is shorter than the wait before the next attempt.
         with pytest.raises(InternalServerError):
             await client.balance(pool[3], timeout=0.02, stale_while_revalidate=0)
         assert len(server.arrivals) == asked + 1

@@ -106,6 +106,7 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
     assert sandbox.worst_window() <= 300
 
 
+@pytest.mark.any_loop
 async def test_each_fault_alone_hides_the_secret_and_names_the_key(
     sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,8 @@ import os
 import pprint
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from crustcredits import (
     CreditsClient,
     CrustCreditsError,
     RateLimit,
+    Report,
     Retry,
     keys_from_env,
     keys_from_file,
     keys_from_records,
     keys_from_text,
 )
+from crustcredits.fastapi import credits_lifespan, credits_router
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Fault, SandboxServer
 
@@ -231,12 +234,73 @@ async def test_no_unreachable_server_shows_a_secret(options: dict[str, Any], cap
     assert_no_canary(caplog.text)
 
 
-CALLS: dict[str, Callable[[CreditsClient], Awaitable[object]]] = {
+CALLS: dict[str, Callable[[Any], object]] = {
     "a key for a pool": lambda client: client.check(CANARY),
     "a pool of two with one name": lambda client: client.check({"a": CANARY, "a ": OTHER}),
     "an environment": lambda client: client.check({"CRUSTDATA_API_KEY": CANARY}),
     "a gate": lambda client: client.require(10**9, [CANARY]),
+    "a gate's arguments in each other's place": lambda client: client.require([CANARY], 5),
+    "a key as credits": lambda client: client.require(CANARY, ["x"]),
+    "a key as a margin": lambda client: client.require(5, ["x"], margin=CANARY),
+    "a key as a gate's timeout": lambda client: client.require(5, ["x"], timeout=CANARY),
+    "a key as a timeout": lambda client: client.balance("x", timeout=CANARY),
+    "a key as an age": lambda client: client.balance("x", max_age=CANARY),
+    "a key as an account's timeout": lambda client: client.account("x", timeout=CANARY),
+    "a key as a pool's timeout": lambda client: client.check(["x"], timeout=CANARY),
+    "a key as a pool's age": lambda client: client.check(["x"], stale_if_error=CANARY),
+    "a key as a function": lambda client: client.check(["x"], on_outcome=CANARY),
+    "a key as another argument": lambda client: client.balance("x", api_key=CANARY),
+    "a key as another argument of a pool": lambda client: client.check(["x"], api_key=CANARY),
+    "a key as a stream's timeout": lambda client: client.stream(["x"], timeout=CANARY),
+    "a key as a stream's age": lambda client: client.stream(["x"], max_age=CANARY),
+    "a key as a known one's age": lambda client: client.peek("x", max_age=CANARY),
+    "a key of a quota": lambda client: client.quota(key=f"{CANARY},x"),
 }
+
+
+def each_argument(function: Callable[..., object], *first: object, but: str = "", **others: object) -> dict[str, partial[object]]:
+    """Calls of `function`, each with the key for another of its optional arguments; `but` are those that may be any text."""
+    names = [name for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty]
+    calls = {name: partial(function, *first, **others | {name: CANARY}) for name in [*names, "api_key"] if name not in but.split()}
+    return {f"{function.__qualname__}: {name}": call for name, call in calls.items()}
+
+
+SANDBOX = SandboxServer()
+PLACES: dict[str, Callable[[], object]] = {
+    **each_argument(CreditsClient),
+    **each_argument(Retry),
+    **each_argument(RateLimit),
+    **each_argument(credits_router, ["x"], but="prefix tags", public=True),
+    **each_argument(credits_lifespan),
+    **each_argument(RedisBuckets, "redis://x", but="prefix"),
+    **each_argument(SandboxServer, but="record"),
+    **each_argument(SANDBOX.add_key, but="name declared secret"),
+    "the client's only argument": partial(CreditsClient, CANARY),  # type: ignore[call-arg]  # as above
+    "a router's pool": partial(credits_router, CANARY, public=True),
+    "Redis": partial(RedisBuckets, CANARY),
+    "a sandbox account's credits": partial(SANDBOX.add_account, "x", credits=CANARY),
+    "a sandbox key": partial(SANDBOX.fail, CANARY, Fault.RESET),  # type: ignore[arg-type]  # as above
+    "a sandbox key with credits": partial(SANDBOX.set_credits, CANARY, 5),  # type: ignore[arg-type]  # as above
+    "a sandbox key that works again": partial(SANDBOX.heal, CANARY),  # type: ignore[arg-type]  # as above
+    "a report's credits": partial(Report([]).require, CANARY),  # type: ignore[arg-type]  # as above
+    "a report's threshold": partial(Report([]).low, CANARY),  # type: ignore[arg-type]  # as above
+    "a report's least credits": partial(Report([]).ranked, CANARY),  # type: ignore[arg-type]  # as above
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_argument_in_the_wrong_place_is_shown(place: str) -> None:
+    """Neither in the message nor in a frame."""
+    with pytest.raises((CrustCreditsError, TypeError)) as caught:
+        PLACES[place]()
+    for shown in everything_shown(caught.value):
+        assert_no_canary(shown)
+
+
+async def called(call: Callable[[Any], object], client: CreditsClient) -> None:
+    result = call(client)
+    if inspect.isawaitable(result):
+        await result
 
 
 @pytest.mark.parametrize("mistake", CALLS)
@@ -244,8 +308,8 @@ async def test_no_mistaken_call_shows_a_secret(sandbox: SandboxServer, mistake: 
     """Arguments in the wrong place are not repeated."""
     sandbox.add_key(secret=CANARY)
     async with CreditsClient(base_url=sandbox.url) as client:
-        with pytest.raises(CrustCreditsError) as caught:
-            await CALLS[mistake](client)
+        with pytest.raises((CrustCreditsError, TypeError)) as caught:
+            await called(CALLS[mistake], client)
     for shown in everything_shown(caught.value):
         assert_no_canary(shown)
 
