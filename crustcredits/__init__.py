@@ -10,6 +10,8 @@ from crustcredits._errors import (
     BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
+    CreditsRequirementError,
+    CreditsUnknownError,
     CrustCreditsError,
     GatewayError,
     InsufficientCreditsError,
@@ -26,7 +28,7 @@ from crustcredits._freshness import FreshnessOptions, Seconds
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey
 from crustcredits._limits import RateLimit, Scope
-from crustcredits._models import Account, Balance, Outcome, RateLimitStatus, Source, State
+from crustcredits._models import Account, Balance, Known, Outcome, RateLimitStatus, Source, State, Unknown
 from crustcredits._quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
@@ -46,6 +48,8 @@ __all__ = [
     "ClientClosedError",
     "ConfigurationError",
     "CreditsClient",
+    "CreditsRequirementError",
+    "CreditsUnknownError",
     "CrustCreditsError",
     "FreshnessOptions",
     "GatewayError",
@@ -54,6 +58,7 @@ __all__ = [
     "InvalidKeyError",
     "KeyLike",
     "KeysLike",
+    "Known",
     "MissingKeyError",
     "Outcome",
     "PaymentRequiredError",
@@ -72,6 +77,7 @@ __all__ = [
     "TokenStore",
     "Tokens",
     "UnexpectedResponseError",
+    "Unknown",
     "UnusableKey",
     "__version__",
     "keys_from_env",

@@ -7,10 +7,12 @@ A secret is no part of what answers are found by.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
@@ -23,9 +25,10 @@ from crustcredits._errors import (
     InternalServerError,
     PaymentRequiredError,
     PermissionDeniedError,
+    RateLimitWaitError,
 )
 from crustcredits._freshness import Freshness
-from crustcredits._models import Balance, Outcome
+from crustcredits._models import Account, Balance, Known, Outcome, Unknown
 from crustcredits._retry import Retry
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS
 
@@ -48,6 +51,26 @@ _OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
 # that nobody knows, and whoever asks has to wait and see.
 _FAILURES = 3
 _DOWN = 60.0
+
+
+class Moment(NamedTuple):
+    """A moment on the running loop's clock and on the wall's."""
+
+    loop: float
+    wall: float
+
+    def age(self, now: float) -> float:
+        """Seconds since then, by the clock that has gone on for longer."""
+        return max(now - self.loop, time.time() - self.wall)
+
+
+_NEVER = Moment(-math.inf, -math.inf)
+
+
+def _grant_after(balance: Balance) -> float:
+    """When the account's next grant comes, which changes its balance; on the wall clock, infinite when nobody knows."""
+    date = balance.recurring_credits_refresh_date if isinstance(balance, Account) else None
+    return math.inf if date is None or date <= balance.checked_at else date.timestamp()
 
 
 class _Silence:
@@ -97,35 +120,54 @@ class Kept:
     Attributes:
         tried: When something was last heard of it, good or bad; the order of refreshing goes by it.
         refresh_at: When it may be refreshed again, as far as its own failures go.
+
+    Moments are of both clocks: the running loop's, and the wall's, which goes on while a laptop sleeps.
     """
 
-    __slots__ = ("_balance", "_failure", "_failures", "_fresh", "_received", "_silence", "_stale", "refresh_at", "tried")
+    __slots__ = (
+        "_balance",
+        "_failed",
+        "_failure",
+        "_failures",
+        "_fresh",
+        "_received",
+        "_refreshes_at",
+        "_silence",
+        "_stale",
+        "refresh_at",
+        "tried",
+    )
 
     def __init__(self, silence: _Silence) -> None:
         self._silence = silence
         self._balance: Balance | None = None
-        self._received = 0.0
-        self._failure: Outcome[Any] | None = None  # the last one, since the balance
+        self._received = _NEVER
+        self._refreshes_at = math.inf  # when the account's next grant comes, on the wall clock
+        self._failed: Moment | None = None  # when a request failed, since the balance
+        self._failure: Unknown | None = None  # the last one, since the balance
         self._failures = 0
         self.tried = 0.0
         self.refresh_at = 0.0
         # Made when first asked for, and then the same for all.
-        self._fresh: Outcome[Any] | None = None
-        self._stale: Outcome[Any] | None = None
+        self._fresh: Known[Any] | None = None
+        self._stale: Known[Any] | None = None
 
     def succeeded(self, balance: Balance, now: float) -> None:
         """A balance came."""
-        self._balance, self._failure = balance, None
-        self._received = self.tried = self.refresh_at = now
+        self._balance, self._failure, self._failed = balance, None, None
+        self._received = Moment(now, time.time())
+        self._refreshes_at = _grant_after(balance)
+        self.tried = self.refresh_at = now
         self._failures = 0
         self._fresh = self._stale = None
 
-    def failed(self, failure: Outcome[Any], retry: Retry, now: float) -> None:
+    def failed(self, failure: Unknown, retry: Retry, now: float) -> None:
         """None came. Where that is the API's word on the key, the balance from before holds no longer."""
-        assert failure.error is not None
-        self._failure = attrs.evolve(failure, attempts=0, source="kept")
+        self._failure = attrs.evolve(failure, attempts=0, source="cached")
         self._failures += 1
         self.tried = now
+        if failure.attempts:  # a failure that cost no request is not given again in place of one
+            self._failed = Moment(now, time.time())
         self.refresh_at = now + retry.pause(failure.error, self._failures)
         self._stale = None
         if isinstance(failure.error, _OF_THE_KEY):
@@ -150,29 +192,33 @@ class Kept:
         return True
 
     def answer(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
-        """The balance, if it is young enough to be given without asking. If it is stale, it is to be refreshed."""
+        """What is young enough to be given without asking: the balance, else the failure. A stale balance is to be refreshed."""
         balance = self._balance
-        if balance is None:
-            return None
-        age = now - self._received
-        if age < freshness.max_age:
-            return self._fresh or self._make_fresh(balance)
-        if age < freshness.max_age + freshness.revalidate:
-            return self._stale_now(balance, now)
-        if age < freshness.max_age + freshness.if_error and self._is_down(now):
-            return self._stale_now(balance, now)
+        if balance is not None:
+            age = self._age(freshness, now)
+            if age < freshness.max_age:
+                return self._fresh or self._make_fresh(balance)
+            if age < freshness.max_age + freshness.revalidate:
+                return self._stale_now(balance, now)
+            if age < freshness.max_age + freshness.if_error and self._is_down(now):
+                return self._stale_now(balance, now)
+        if self._failed is not None and self._failed.age(now) < freshness.error_age:
+            return self._failure
         return None
 
-    def instead_of(self, failure: Outcome[Any], freshness: Freshness, began: float, now: float) -> Outcome[Any] | None:
+    def instead_of(self, failure: Unknown, freshness: Freshness, began: float, now: float) -> Known[Any] | None:
         """The balance with this failure beside it, where it may stand in for a newer one.
 
         For one who asks since `began`: an answer that came meanwhile, in the moment of the failure, is what was asked for.
         """
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
-        if self._received > began or now - self._received < freshness.max_age:
+        age = self._age(freshness, now)
+        if self._received.loop > began or age < freshness.max_age:
             return self._fresh or self._make_fresh(self._balance)
-        if now - self._received >= freshness.max_age + freshness.if_error:
+        if age >= freshness.max_age + freshness.if_error:
+            return None
+        if isinstance(failure.error, RateLimitWaitError) and not freshness.own_limit:
             return None
         return attrs.evolve(self._stale or self._make_stale(self._balance), error=failure.error, attempts=failure.attempts)
 
@@ -181,34 +227,34 @@ class Kept:
         balance, failure = self._balance, self._failure
         if balance is None:
             return failure
-        if now - self._received >= freshness.max_age:
+        if self._age(freshness, now) >= freshness.max_age:
             return self._stale_now(balance, now)
         fresh = self._fresh or self._make_fresh(balance)
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
+
+    def _age(self, freshness: Freshness, now: float) -> float:
+        """Seconds since the balance came. One of an account that has had its next grant since then is older than `max_age`."""
+        wall = time.time()
+        age = max(now - self._received.loop, wall - self._received.wall)
+        return age if wall < self._refreshes_at else max(age, freshness.max_age + wall - self._refreshes_at)
 
     def _is_down(self, now: float) -> bool:
         own = self._failure is not None and now - self.tried < _DOWN
         return own or self._silence.reason(now) is not None
 
-    def _stale_now(self, balance: Balance, now: float) -> Outcome[Any]:
+    def _stale_now(self, balance: Balance, now: float) -> Known[Any]:
         """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
         stale = self._stale or self._make_stale(balance)
         reason = self._silence.reason(now) if stale.error is None else None
         return stale if reason is None else attrs.evolve(stale, error=reason.under(balance.key.label))
 
-    def _make_fresh(self, balance: Balance) -> Outcome[Any]:
-        self._fresh = Outcome(key=balance.key, balance=balance, checked_at=balance.checked_at, attempts=0, source="kept")
+    def _make_fresh(self, balance: Balance) -> Known[Any]:
+        self._fresh = Known(balance=balance, attempts=0, source="cached")
         return self._fresh
 
-    def _make_stale(self, balance: Balance) -> Outcome[Any]:
-        self._stale = Outcome(
-            key=balance.key,
-            balance=attrs.evolve(balance, stale=True),
-            error=None if self._failure is None else self._failure.error,
-            checked_at=balance.checked_at,
-            attempts=0,
-            source="kept",
-        )
+    def _make_stale(self, balance: Balance) -> Known[Any]:
+        error = None if self._failure is None else self._failure.error
+        self._stale = Known(balance=attrs.evolve(balance, stale=True), error=error, attempts=0, source="cached")
         return self._stale
 
 
@@ -238,9 +284,8 @@ class Answers:
         kept.succeeded(balance, now)
         return evicted
 
-    def failed(self, place: Place, failure: Outcome[Any], now: float) -> Place | None:
+    def failed(self, place: Place, failure: Unknown, now: float) -> Place | None:
         """None came. Returns the same."""
-        assert failure.error is not None
         kept, evicted = self.find(place), None
         if kept is None:
             kept, evicted = self._make(place)
@@ -272,6 +317,14 @@ class Answers:
         """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
         kept = self._kept.get(place)
         return kept is not None and kept.failures == 1 and self._silences[place[0]].failures < _FAILURES
+
+    def forget(self, digest: bytes | None) -> None:
+        """Drop what is kept of one key, or of all."""
+        if digest is None:
+            self._kept.clear()
+        else:
+            for path in (USER_CREDITS, ACCOUNT_CREDITS):
+                self._kept.pop((path, digest), None)
 
     def _keeps_any(self, path: str) -> bool:
         return any(kept.has_balance for place, kept in self._kept.items() if place[0] == path)

@@ -21,7 +21,7 @@ from crustcredits._asker import Asker
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, UnusableKey
-from crustcredits._models import Balance, Outcome, outcome_for
+from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
 from crustcredits._turn import Turn
 
 _log = logging.getLogger("crustcredits")
@@ -71,6 +71,7 @@ class Calls:
         self._asker = asker
         self._answers = answers
         self._under_way: dict[Place, _Call] = {}
+        self._outdated: set[_Call] = set()  # on the wire when their answers were declared invalid; joined by nobody
         self._dropped: set[asyncio.Task[None]] = set()
 
     def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
@@ -115,17 +116,26 @@ class Calls:
         finally:
             if timer is not None:
                 timer.cancel()
-        if outcome.balance is None and freshness.if_error:
+        if isinstance(outcome, Unknown) and freshness.if_error:
             kept = self._answers.find(call.place)
             outcome = (kept and kept.instead_of(outcome, freshness, began, loop.time())) or outcome
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
-        for call in list(self._under_way.values()):
+        for call in [*self._under_way.values(), *self._outdated]:
             self._settle(call, _failure(call.key, closed_error()))
             self._end(call)
         await asyncio.gather(*self._dropped, return_exceptions=True)
+
+    def invalidate(self, key: ApiKey | None) -> None:
+        """Drop what is kept of `key`, or of all keys. A request on the wire still answers those who wait, and nobody else."""
+        digest = None if key is None else key.digest
+        self._answers.forget(digest)
+        for place, call in list(self._under_way.items()):
+            if call.on_wire and digest in {None, place[1]}:
+                self._outdated.add(self._under_way.pop(place))
+                self._answers.given_up(place)
 
     def refuse_hopeless(self, call: _Call) -> None:
         """Send away those whose deadline is before the next attempt of `call` can start."""
@@ -163,14 +173,23 @@ class Calls:
 
     def _leave(self, call: _Call, seat: Seat) -> None:
         call.seats.pop(seat, None)
-        if call.seats or self._under_way.get(call.place) is not call:
+        if call.seats or not self._is_under_way(call):
             return
         call.wanted = False
         if not call.on_wire:
             self._drop(call)
 
+    def _is_under_way(self, call: _Call) -> bool:
+        return self._under_way.get(call.place) is call or call in self._outdated
+
+    def _remove(self, call: _Call) -> None:
+        if call in self._outdated:
+            self._outdated.remove(call)
+        else:
+            del self._under_way[call.place]
+
     def _drop(self, call: _Call) -> None:
-        del self._under_way[call.place]
+        self._remove(call)
         self._answers.given_up(call.place)
         self._end(call)
 
@@ -191,19 +210,25 @@ class Calls:
         ask = self._asker.ask if call.wanted else self._asker.refresh
         result = await ask(call.place[0], call.key, call)
         if isinstance(result, Balance):
-            outcome = Outcome(key=call.key, balance=result, checked_at=result.checked_at, attempts=call.attempts)
-            evicted = self._answers.succeeded(call.place, result, _now())
+            outcome: Outcome[Any] = Known(balance=result, attempts=call.attempts)
         else:
             result.attempts = call.attempts
             outcome = _failure(call.key, result)
-            kept = self._answers.keeps(call.place)
-            evicted = self._answers.failed(call.place, outcome, _now())
-            # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for all keys.
-            if call.is_refresh and call.attempts and kept and self._answers.has_just_failed(call.place):
-                _log.warning("%s; its kept answer could not be refreshed", result)
+        evicted = None if call in self._outdated else self._keep(call, outcome)
         self._settle(call, outcome)
         if evicted is not None:
             self._forget(evicted)
+
+    def _keep(self, call: _Call, outcome: Outcome[Any]) -> Place | None:
+        """Keep what came of a call. Returns the place whose answer had to go for it, if any."""
+        if isinstance(outcome, Known):
+            return self._answers.succeeded(call.place, outcome.balance, _now())
+        kept = self._answers.keeps(call.place)
+        evicted = self._answers.failed(call.place, outcome, _now())
+        # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for all keys.
+        if call.is_refresh and call.attempts and kept and self._answers.has_just_failed(call.place):
+            _log.warning("%s; its kept answer could not be refreshed", outcome.error)
+        return evicted
 
     def _forget(self, place: Place) -> None:
         """Its answer is no longer kept, so what only refreshes it can go."""
@@ -213,7 +238,7 @@ class Calls:
 
     def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
         """End the call, with this outcome for all who wait."""
-        del self._under_way[call.place]
+        self._remove(call)
         shared: Outcome[Any] | None = None
         for seat in call.seats:
             if seat.done():  # given up in this very turn of the loop
@@ -221,14 +246,14 @@ class Calls:
             if seat is call.first:
                 seat.set_result(outcome)
             else:
-                shared = shared or attrs.evolve(outcome, source="shared")
+                shared = shared or _shared(outcome)
                 seat.set_result(shared)
 
     def break_off(self, call: _Call) -> None:
         """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
-        if self._under_way.get(call.place) is not call:
+        if not self._is_under_way(call):
             return
-        del self._under_way[call.place]
+        self._remove(call)
         self._answers.given_up(call.place)
         error = None if call.task.cancelled() else call.task.exception()
         for seat in [seat for seat in call.seats if not seat.done()]:
@@ -243,8 +268,14 @@ def closed_error() -> ClientClosedError:
     return ClientClosedError("this client is closed; make a new one")
 
 
-def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Outcome[Any]:
-    return Outcome(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts)
+def _shared(outcome: Outcome[Any]) -> Outcome[Any]:
+    """The same outcome, for those who did not begin the call. `"none"` stays: no request was sent for anybody."""
+    return outcome if outcome.source == "none" else attrs.evolve(outcome, source="shared")
+
+
+def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
+    source: Source = "fetched" if error.attempts else "none"
+    return Unknown(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source)
 
 
 def _why_late(call: _Call, patience: _Patience, now: float) -> CrustCreditsError:

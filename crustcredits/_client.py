@@ -9,7 +9,7 @@ import asyncio
 import copy
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from decimal import Decimal
 from functools import partial
 from ssl import SSLContext
@@ -21,9 +21,9 @@ from crustcredits._asker import Asker
 from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import Refusal, attempt, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._errors import ClientClosedError, ConfigurationError
-from crustcredits._fanout import Ask, FanOut, in_order
+from crustcredits._fanout import Ask, FanOut, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async, contradiction
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._quota import Quota
@@ -91,6 +91,9 @@ class CreditsClient:
             rate limit), one that is older than `max_age` by less than this stands in: `stale`, with the error beside it in its
             `Outcome`. For a minute after a failure it is given at once, and refreshed behind; also where the last calls
             for three other keys have failed. What the API says of the key itself (401, 402, 403) is never hidden so.
+        max_error_age: Seconds, or a timedelta: a failure that cost a request less long ago is given again instead of asking, so
+            that a revoked key does not spend the rate limit. By default as long as `max_age`, and at least 1 s where any of the
+            three above is more than 0. A call that gives its own `max_age` and no `max_error_age` goes by that `max_age`.
         max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
             pools that are asked again and again.
 
@@ -122,6 +125,7 @@ class CreditsClient:
         max_age: Seconds = 0.0,
         stale_while_revalidate: Seconds = 0.0,
         stale_if_error: Seconds = 0.0,
+        max_error_age: Seconds | None = None,
         max_entries: int = 10_000,
     ) -> None:
         transport = _transport(base_url, session, proxy, trust_env, ssl)
@@ -133,7 +137,12 @@ class CreditsClient:
         check_whole("max_entries", max_entries, minimum=1)
         check_kind("rate_limit", rate_limit, RateLimit)
         check_kind("retry", retry, Retry)
-        how_old = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
+        how_old = NEW.given(
+            max_age=max_age,
+            stale_while_revalidate=stale_while_revalidate,
+            stale_if_error=stale_if_error,
+            max_error_age=max_error_age,
+        )
         self._freshness = NEW if how_old == NEW else how_old
         self._store = LocalStore() if buckets is None else check_store(buckets)
         self._asker = Asker(
@@ -154,7 +163,8 @@ class CreditsClient:
         """The credits that `key` has left, from `GET /user/credits`.
 
         `timeout`, seconds or a timedelta, is for the whole call: waiting and retries included. `max_age`,
-        `stale_while_revalidate` and `stale_if_error` say how old the answer may be; each by default what the client says. Also
+        `stale_while_revalidate`, `stale_if_error` and `max_error_age` say how old the answer may be; each by default what the
+        client says. Also
         with 0 for all of them a call already under way may be joined. A balance older than `max_age` is marked `stale`.
 
         Raises:
@@ -238,41 +248,23 @@ class CreditsClient:
             timeout: Seconds, or a timedelta, for all of it. A key whose answer has not come by then has `RateLimitWaitError` or
                 `APITimeoutError` for its error, or its last failure; what has come is kept.
             on_outcome: A plain function, called with each outcome as it lands.
-            freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
+            freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as for `balance`.
 
         Raises:
             ConfigurationError: This is no pool, or two different keys have one name, or one secret two accounts. A key that
                 cannot be used does not raise: its outcome says so.
             ClientClosedError: The client was closed meanwhile.
         """
-        source = as_keys(keys)
-        del keys  # No frame of ours holds a secret when something is raised.
-        if isinstance(source, ConfigurationError):
-            raise source
-        said = self._said(freshness, timeout)
-        del freshness, timeout
-        if isinstance(said, Exception):
-            raise said
-        how_old, deadline = said
+        begun = self._begin(keys, freshness, timeout)
+        del keys, freshness, timeout  # No frame of ours holds a secret when something is raised.
+        if isinstance(begun, Exception):
+            raise begun
         if on_outcome is not None and not _is_plain_function(on_outcome):
             del on_outcome
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
-        self._check_usable()
-        pool = list(source)
-        problem = contradiction(pool)
-        if problem is not None:
-            raise problem
-        path = ACCOUNT_CREDITS if detail else USER_CREDITS
-        return Report(
-            await in_order(
-                pool,
-                known=lambda key: self._calls.known(path, key, how_old),
-                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline)),
-                on_outcome=on_outcome,
-            )
-        )
+        return await self._report(*begun, detail=detail, on_outcome=on_outcome)
 
     async def require(
         self,
@@ -289,8 +281,9 @@ class CreditsClient:
         A check and no reservation: what others spend meanwhile is gone, so ask right before the batch, and with a `margin`.
         Each account counts once, and so do `lookalikes`, undeclared keys whose answers are the same; where others spend
         between two answers about one account they differ, so declare accounts. A key that could not be checked counts as
-        nothing. Stale balances count, with `stale_if_error`; the error names them, and so does the report. The report's
-        `available_credits` is what was found.
+        nothing. Stale balances count, with `stale_if_error`; the error names them, and so does the report. They stand in for
+        failures of the API, not where this client's own rate limit leaves no room in time: such a key is unknown. The
+        report's `available_credits` is what was found.
 
         Args:
             credits: Credits that the batch needs.
@@ -301,20 +294,38 @@ class CreditsClient:
             freshness: As for `check`; but for `stale_while_revalidate`, which is 0 unless it is said here: a gate waits.
 
         Raises:
-            InsufficientCreditsError: Fewer are known to be there.
+            InsufficientCreditsError: Fewer are there: no key whose credits are unknown could change that.
+            CreditsUnknownError: Fewer are known to be there, and keys that could not be checked decide. Both are a
+                `CreditsRequirementError`.
             ConfigurationError: As for `check`; or `credits` or `margin` is no finite number of at least 0.
             ClientClosedError: The client was closed meanwhile.
         """
         freshness.setdefault("stale_while_revalidate", 0.0)
         needed = attempt(needed_credits, credits, margin)
-        pending = self.check(keys, detail=detail, timeout=timeout, **freshness)
+        begun = self._begin(keys, freshness, timeout)
         del keys, credits, margin, timeout, freshness  # No frame of ours holds a secret when something is raised.
-        with closing(pending):
-            if isinstance(needed, Exception):
-                raise needed
-            report = await pending
+        if isinstance(needed, Exception):
+            raise needed
+        if isinstance(begun, Exception):
+            raise begun
+        source, how_old, deadline = begun
+        report = await self._report(source, how_old._replace(own_limit=False), deadline, detail=detail)
         report.require(needed)
         return report
+
+    def invalidate(self, key: KeyLike | None = None) -> None:
+        """Drop the answers kept of `key`, or of all keys: after a top-up, after a large batch, in tests.
+
+        The next call for it asks the API. A request that is on the wire now still answers its own callers, and its answer is not
+        kept.
+
+        Raises:
+            ConfigurationError: The key cannot be used.
+        """
+        key = None if key is None else as_key(key)
+        if isinstance(key, UnusableKey):
+            raise key.error
+        self._calls.invalidate(key)
 
     @hides_arguments
     def peek(self, key: KeyLike, *, detail: bool = False, max_age: Seconds | None = None) -> Outcome | None:
@@ -333,10 +344,13 @@ class CreditsClient:
         return self._calls.last(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._freshness.given(max_age=max_age))
 
     async def _fan_out(
-        self, source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None], ask: Ask
+        self,
+        source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
+        ask: Ask,
+        deadline: float | None = None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
-        run = FanOut(ask, room=self._room)
+        run = FanOut(ask, room=self._room, deadline=deadline)
         self._fan_outs.add(run)
         try:
             async with aclosing(run.outcomes(source)) as outcomes:
@@ -389,7 +403,7 @@ class CreditsClient:
             keys: Where the keys come from. What it raises is raised here, after the outcomes of those it gave before.
             detail: As for `check`.
             timeout: Seconds, or a timedelta, for each key, from when it is taken from `keys`.
-            freshness: `max_age`, `stale_while_revalidate` and `stale_if_error`, as for `balance`.
+            freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as for `balance`.
 
         Raises:
             ConfigurationError: This is no source of keys, or another argument cannot be used.
@@ -461,6 +475,36 @@ class CreditsClient:
         if isinstance(outcome.error, ClientClosedError):
             raise copy.copy(outcome.error)
         return outcome
+
+    def _begin(
+        self, keys: KeysLike, freshness: FreshnessOptions, timeout: Seconds | None
+    ) -> tuple[Iterator[ApiKey | UnusableKey], Freshness, float | None] | Refusal:
+        """The keys of a pool, how old their answers may be, and when these have to be there; or what is wrong, not raised."""
+        source, said = as_keys(keys), self._said(freshness, timeout)
+        if isinstance(source, ConfigurationError):
+            return source
+        return said if isinstance(said, Exception) else (source, *said)
+
+    async def _report(
+        self,
+        source: Iterator[ApiKey | UnusableKey],
+        how_old: Freshness,
+        deadline: float | None,
+        *,
+        detail: bool,
+        on_outcome: Callable[[Outcome[Any]], object] | None = None,
+    ) -> Report[Any]:
+        self._check_usable()
+        path = ACCOUNT_CREDITS if detail else USER_CREDITS
+        pool = await read_pool(source)
+        return Report(
+            await in_order(
+                pool,
+                known=lambda key: self._calls.known(path, key, how_old),
+                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline), deadline),
+                on_outcome=on_outcome,
+            )
+        )
 
     def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None] | Refusal:
         """How old a call's answer may be, and when it has to be there; or what is wrong with that, not raised."""

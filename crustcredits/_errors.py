@@ -17,19 +17,31 @@ CrustCreditsError
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
 ├── BucketsUnavailableError
-├── InsufficientCreditsError
+├── CreditsRequirementError
+│   ├── InsufficientCreditsError
+│   └── CreditsUnknownError
 └── ClientClosedError
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
     from crustcredits._models import RateLimitStatus
+    from crustcredits._report import Report
+
+
+class ErrorDetails(TypedDict, total=False):
+    """What each error can say of its call; see `CrustCreditsError`."""
+
+    key_name: str | None
+    attempts: int
+    request_id: str | None
+    rate_limit: RateLimitStatus | None
 
 
 class CrustCreditsError(Exception):
@@ -73,7 +85,10 @@ class CrustCreditsError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(kind: type[CrustCreditsError], args: tuple[Any, ...], state: dict[str, Any]) -> CrustCreditsError:
+_ErrorT = TypeVar("_ErrorT", bound=CrustCreditsError)
+
+
+def _rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:
     error = kind.__new__(kind, *args)
     error.args = args  # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
     error.__dict__.update(state)
@@ -91,7 +106,7 @@ class APIConnectionError(CrustCreditsError):
         retryable: Whether it may pass, and is retried. False when the server's certificate cannot be verified.
     """
 
-    def __init__(self, message: str, *, retryable: bool = True, **details: Any) -> None:
+    def __init__(self, message: str, *, retryable: bool = True, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.retryable = retryable
 
@@ -107,7 +122,7 @@ class APIStatusError(CrustCreditsError):
         status: The HTTP status.
     """
 
-    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+    def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.status = status
 
@@ -147,7 +162,9 @@ class RateLimitError(APIStatusError):
             the limit's period, and `Retry-After`, however long; None when it said neither.
     """
 
-    def __init__(self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Any) -> None:
+    def __init__(
+        self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Unpack[ErrorDetails]
+    ) -> None:
         super().__init__(message, status=status, **details)
         self.retry_after = retry_after
 
@@ -159,7 +176,7 @@ class InternalServerError(APIStatusError):
         retry_after: Seconds that a 503 asks to wait in `Retry-After`; None when it does not.
     """
 
-    def __init__(self, message: str, *, status: int, retry_after: float | None = None, **details: Any) -> None:
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, status=status, **details)
         self.retry_after = retry_after
 
@@ -174,7 +191,7 @@ class GatewayError(CrustCreditsError):
         status: The HTTP status.
     """
 
-    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+    def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.status = status
 
@@ -189,7 +206,7 @@ class UnexpectedResponseError(CrustCreditsError):
         status: The HTTP status it came with.
     """
 
-    def __init__(self, message: str, *, status: int, **details: Any) -> None:
+    def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.status = status
 
@@ -201,7 +218,7 @@ class RateLimitWaitError(CrustCreditsError):
         wait: Seconds it would have had to wait in all, as things stood.
     """
 
-    def __init__(self, message: str, *, wait: float, **details: Any) -> None:
+    def __init__(self, message: str, *, wait: float, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.wait = wait
 
@@ -210,14 +227,45 @@ class BucketsUnavailableError(CrustCreditsError):
     """The count that several processes share is out of reach, so nothing was sent; with `on_outage="raise"` only."""
 
 
-class InsufficientCreditsError(CrustCreditsError):
-    """A pool holds fewer credits than a batch needs; `CreditsClient.require` raises it.
+class CreditsRequirementError(CrustCreditsError):
+    """A pool is not known to hold the credits that a batch needs; `require` raises one of the two classes below.
 
     Attributes:
         needed: Credits that were asked for, with the margin.
-        available: Credits known to be there; what is unknown counts as nothing.
-        unknown: The labels of the keys that could not be checked.
+        available: Credits known to be there; those of unknown keys count as nothing.
+        report: What was found. Empty in a copy that was pickled, because keys are not.
+        errors: Why keys are unknown.
+        unknown: The labels of the unknown keys, in the order of `errors`.
         stale: The labels of the keys whose balance is an old one.
+    """
+
+    def __init__(
+        self, message: str, *, needed: Decimal, available: Decimal, report: Report, **details: Unpack[ErrorDetails]
+    ) -> None:
+        super().__init__(message, **details)
+        self.needed = needed
+        self.available = available
+        self.report = report
+        self.errors = tuple(outcome.error for outcome in report.failed)
+        self.unknown = tuple(outcome.key.label for outcome in report.failed)
+        self.stale = tuple(outcome.key.label for outcome in report.stale)
+
+    def __copy__(self) -> Self:
+        return _rebuild(type(self), self.args, self.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__ | {"report": type(self.report)([])})
+
+
+class InsufficientCreditsError(CreditsRequirementError):
+    """The known balances are too low, and no key whose credits are unknown could change that."""
+
+
+class CreditsUnknownError(CreditsRequirementError):
+    """The known balances are too low, and keys whose credits are unknown may hold the rest.
+
+    Attributes:
+        deciding: The errors of these keys. Those whose account is known from another key, or to be spent, are not among them.
     """
 
     def __init__(
@@ -226,15 +274,12 @@ class InsufficientCreditsError(CrustCreditsError):
         *,
         needed: Decimal,
         available: Decimal,
-        unknown: tuple[str, ...] = (),
-        stale: tuple[str, ...] = (),
-        **details: Any,
+        report: Report,
+        deciding: tuple[CrustCreditsError, ...],
+        **details: Unpack[ErrorDetails],
     ) -> None:
-        super().__init__(message, **details)
-        self.needed = needed
-        self.available = available
-        self.unknown = unknown
-        self.stale = stale
+        super().__init__(message, needed=needed, available=available, report=report, **details)
+        self.deciding = deciding
 
 
 class ClientClosedError(CrustCreditsError):

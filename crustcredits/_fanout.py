@@ -7,26 +7,34 @@ grows with `room`, never with the number of keys.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
-from crustcredits._keys import ApiKey, UnusableKey
-from crustcredits._models import Outcome, outcome_for
+from crustcredits._errors import ConfigurationError, RateLimitWaitError
+from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
+from crustcredits._models import Outcome, Unknown, outcome_for
 
 Key: TypeAlias = ApiKey | UnusableKey
 Ask: TypeAlias = Callable[[Key], Awaitable[Outcome[Any]]]
 
 
+# Keys that are read before other tasks have their turn: some milliseconds.
+_SLICE = 1_000
+
+
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
-    What `ask` raises ends it all; what the source of keys raises comes once those already asked have landed. However it
-    ends, it leaves no task behind and the source closed.
+    Keys that are not asked before the deadline, of the running loop, are told so at once. What `ask` raises ends it all; what
+    the source of keys raises comes once those already asked have landed. However it ends, it leaves no task behind and the
+    source closed.
     """
 
-    def __init__(self, ask: Ask, *, room: int) -> None:
+    def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
         self._ask = ask
+        self._began = asyncio.get_running_loop().time()
+        self._deadline = deadline
         self._room = asyncio.Semaphore(room)
         self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -61,6 +69,11 @@ class FanOut:
                 await self._start(key)
 
     async def _start(self, key: Key) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._deadline is not None and now >= self._deadline:
+            self._landed.put_nowait(_too_late(key, now - self._began))
+            await self._room.acquire()
+            return
         task = asyncio.create_task(self._ask_one(key))
         self._tasks.add(task)
         task.add_done_callback(self._on_asked)
@@ -92,6 +105,31 @@ class FanOut:
         await asyncio.gather(*remaining, return_exceptions=True)
 
 
+def _too_late(key: Key, waited: float) -> Unknown:
+    if isinstance(key, UnusableKey):
+        return Unknown(key=key, error=key.error)
+    message = "deadline too short: the keys before this one took all the time; raise timeout= or check fewer keys at once"
+    return Unknown(key=key, error=RateLimitWaitError(message, key_name=key.label, wait=waited))
+
+
+async def read_pool(source: Iterable[Key]) -> list[Key]:
+    """The keys of a pool. Other tasks run meanwhile.
+
+    Raises:
+        ConfigurationError: Two different keys have one label, or one secret two accounts.
+    """
+    pool: list[Key] = []
+    taken = Uniqueness()
+    for key in source:
+        problem = None if isinstance(key, UnusableKey) else taken.take(key)
+        if problem is not None:
+            raise ConfigurationError(problem, key_name=key.label)
+        pool.append(key)
+        if len(pool) % _SLICE == 0:
+            await asyncio.sleep(0)
+    return pool
+
+
 async def in_order(
     pool: Sequence[Key],
     *,
@@ -106,6 +144,8 @@ async def in_order(
     outcomes: dict[int, Outcome[Any]] = {}
     unknown: dict[bytes, list[int]] = {}
     for place, key in enumerate(pool):
+        if place % _SLICE == _SLICE - 1:
+            await asyncio.sleep(0)
         outcome = known(key)
         if outcome is None:
             unknown.setdefault(key.digest, []).append(place)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeAlias, cast
 
 import attrs
 
@@ -40,6 +41,13 @@ class RateLimitStatus:
         return {"limit": self.limit, "remaining": self.remaining, "reset": self.reset}
 
 
+_orders = itertools.count()
+
+
+def _next_order() -> int:
+    return next(_orders)
+
+
 @attrs.frozen(kw_only=True)
 class Balance:
     """The credits one key has left, from `GET /user/credits`.
@@ -60,6 +68,8 @@ class Balance:
     request_id: str | None = None
     rate_limit: RateLimitStatus | None = None
     stale: bool = False
+    # Which of two balances came last; the wall clock may have been set meanwhile.
+    _order: int = attrs.field(alias="order", factory=_next_order, eq=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the key by its label, credits as text, times as ISO 8601 in UTC."""
@@ -119,98 +129,170 @@ else:
     BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True)
 
 
-Source: TypeAlias = Literal["fetched", "shared", "kept"]
+Source: TypeAlias = Literal["fetched", "shared", "cached", "none"]
 State: TypeAlias = Literal["fresh", "stale", "failed"]
 
 
+def _repeats(name: str) -> Any:
+    """The default of a field that repeats one of the balance, so that type checkers see a field and not a property."""
+    return attrs.Factory(lambda known: getattr(known.balance, name), takes_self=True)
+
+
 @attrs.frozen(kw_only=True)
-class Outcome(Generic[BalanceT]):
-    """What came of checking one key: a balance, or the error that stands in its place, or a stale balance and its error.
+class Known(Generic[BalanceT]):
+    """A key whose credits are known.
 
     Attributes:
-        key: The key that was asked, as it was given; an `UnusableKey` where none could be made of it.
-        balance: The answer, or None. With `detail=True` it is an `Account`.
-        error: Why there is no balance; or, beside a stale one, why there is no newer; or None.
-        checked_at: When this became known, in UTC; with a balance, when that came.
-        attempts: How many requests were put on the wire for it; for a kept answer none.
-        source: `"fetched"` by this call; `"shared"` with another that was under way for the same key; or `"kept"` from before.
+        balance: The answer. With `detail=True` it is an `Account`.
+        error: Why there is no newer balance, beside one from the cache; else None.
+        attempts: Requests that were sent for it; 0 for an answer from the cache.
+        source: `"fetched"` by this call; `"shared"` with another call for the same key that was under way; or `"cached"`.
+        key: The key that was asked.
+        ok: Always True.
+        credits: Credits left.
+        checked_at: When the balance came, in UTC.
+        stale: Whether the balance is older than was asked for.
     """
 
-    key: ApiKey | UnusableKey
-    balance: BalanceT | None = None
+    balance: BalanceT
     error: CrustCreditsError | None = None
-    checked_at: datetime
-    attempts: int
+    attempts: int = 1
     source: Source = "fetched"
+    key: ApiKey = attrs.field(init=False, eq=False, repr=False, default=_repeats("key"))
+    ok: Literal[True] = attrs.field(default=True, init=False, eq=False, repr=False)
+    credits: Decimal = attrs.field(init=False, eq=False, repr=False, default=_repeats("credits"))
+    checked_at: datetime = attrs.field(init=False, eq=False, repr=False, default=_repeats("checked_at"))
+    stale: bool = attrs.field(init=False, eq=False, repr=False, default=_repeats("stale"))
 
     @property
-    def ok(self) -> bool:
-        """Whether there is a balance, be it a stale one."""
-        return self.balance is not None
-
-    @property
-    def stale(self) -> bool:
-        """Whether there is a balance that is older than was asked for."""
-        return self.balance is not None and self.balance.stale
+    def age(self) -> float:
+        """Seconds since the balance came, at least 0, by the wall clock at the moment of reading."""
+        return _age(self.checked_at)
 
     @property
     def state(self) -> State:
-        """`"fresh"` or `"stale"` where there is a balance, else `"failed"`."""
-        return "failed" if self.balance is None else "stale" if self.balance.stale else "fresh"
+        """`"fresh"` or `"stale"`."""
+        return "stale" if self.stale else "fresh"
 
     @property
-    def credits(self) -> Decimal | None:
-        """Credits left, or None when that is unknown. Unknown is not zero."""
-        return None if self.balance is None else self.balance.credits
+    def request_id(self) -> str | None:
+        """The server's `x-request-id` of the balance, or None."""
+        return self.balance.request_id
+
+    @property
+    def rate_limit(self) -> RateLimitStatus | None:
+        """The server's count as the balance brought it, or None."""
+        return self.balance.rate_limit
+
+    def result(self) -> BalanceT:
+        """The balance."""
+        return self.balance
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: as the balance's `to_dict`, with `ok`, `attempts`, `source`, and an error as its type's name and text."""
+        return _dict_of(self, self.balance.to_dict())
+
+
+@attrs.frozen(kw_only=True)
+class Unknown:
+    """A key whose credits are unknown, which is not zero.
+
+    Attributes:
+        key: The key that was asked; an `UnusableKey` where its text or row cannot be a key.
+        error: Why there is no balance.
+        checked_at: When the error came, in UTC.
+        attempts: Requests that were sent for it; 0 for an error from the cache.
+        source: As in `Known`; `"none"` when no request was sent, because the key cannot be used, or the rate limit or an outage
+            held the request back.
+        ok: Always False.
+        balance: Always None, as are `credits`.
+        stale: Always False.
+    """
+
+    key: ApiKey | UnusableKey
+    error: CrustCreditsError
+    checked_at: datetime = attrs.field(factory=lambda: datetime.now(UTC))
+    attempts: int = 0
+    source: Source = "none"
+    ok: Literal[False] = attrs.field(default=False, init=False, eq=False, repr=False)
+    balance: None = attrs.field(default=None, init=False, eq=False, repr=False)
+    credits: None = attrs.field(default=None, init=False, eq=False, repr=False)
+    stale: Literal[False] = attrs.field(default=False, init=False, eq=False, repr=False)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the error came, at least 0, by the wall clock at the moment of reading."""
+        return _age(self.checked_at)
+
+    @property
+    def state(self) -> State:
+        """Always `"failed"`."""
+        return "failed"
 
     @property
     def request_id(self) -> str | None:
         """The server's `x-request-id` of the last answer, or None."""
-        source = self.balance or self.error
-        return None if source is None else source.request_id
+        return self.error.request_id
 
     @property
     def rate_limit(self) -> RateLimitStatus | None:
-        """What the last answer said of the rate limit, or None."""
-        source = self.balance or self.error
-        return None if source is None else source.rate_limit
+        """The server's count as the last answer told it, or None."""
+        return self.error.rate_limit
 
-    def result(self) -> BalanceT:
-        """The balance.
+    def result(self) -> NoReturn:
+        """Raise the error.
 
         Raises:
-            CrustCreditsError: The error, when there is none.
+            CrustCreditsError: Always; a copy, because others may hold this outcome too.
         """
-        if self.balance is not None:
-            return self.balance
-        assert self.error is not None
-        # Others may hold this outcome too: a traceback is of one of them only.
         raise copy.copy(self.error)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the balance under its key's label, or the error as its type's name and text."""
-        balance = self.balance
-        known = {"credits": None, "checked_at": time_text(self.checked_at)} if balance is None else balance.to_dict()
-        return (
-            {"key": self.key.label, "account": self.key.account, "ok": self.ok, "stale": self.stale}
-            | known
-            | {
-                "request_id": self.request_id,
-                "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
-                "attempts": self.attempts,
-                "source": self.source,
-                "error": None if self.error is None else {"type": type(self.error).__name__, "message": str(self.error)},
-            }
-        )
+        """For JSON: the same members as `Known.to_dict`, with None for the credits."""
+        known = {"key": self.key.label, "account": self.key.account, "credits": None, "checked_at": time_text(self.checked_at)}
+        told = {
+            "stale": False,
+            "request_id": self.request_id,
+            "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
+        }
+        return _dict_of(self, known | told)
+
+
+#: The result for one key: `Known` or `Unknown`. `isinstance` and `match` tell them apart, also for type checkers.
+Outcome: TypeAlias = Known[BalanceT] | Unknown
 
 
 def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
     """The outcome of an equal secret, under `key`'s own name and account."""
     if key is outcome.key or key == outcome.key:
         return outcome
-    balance = None if outcome.balance is None or isinstance(key, UnusableKey) else attrs.evolve(outcome.balance, key=key)
     error = None if outcome.error is None else outcome.error.under(key.label)
-    return attrs.evolve(outcome, key=key, balance=balance, error=error)
+    if isinstance(outcome, Known) and isinstance(key, ApiKey):
+        return attrs.evolve(outcome, balance=attrs.evolve(outcome.balance, key=key), error=error)
+    assert error is not None  # an unusable key never has a balance
+    return attrs.evolve(cast("Unknown", outcome), key=key, error=error)
+
+
+def is_newer(balance: Balance, other: Balance) -> bool:
+    """Whether `balance` was received after `other`, or is the same."""
+    return balance._order >= other._order  # noqa: SLF001  # of this very module
+
+
+def _dict_of(outcome: Known[Any] | Unknown, known: dict[str, Any]) -> dict[str, Any]:
+    error = outcome.error
+    return {
+        "key": outcome.key.label,
+        "account": outcome.key.account,
+        "ok": outcome.ok,
+        **known,
+        "attempts": outcome.attempts,
+        "source": outcome.source,
+        "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+    }
+
+
+def _age(checked_at: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - checked_at).total_seconds())
 
 
 def credits_text(credits: Decimal) -> str:

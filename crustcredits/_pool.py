@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from crustcredits._client import CreditsClient
 from crustcredits._freshness import Freshness
 from crustcredits._keys import ApiKey, UnusableKey, contradiction
-from crustcredits._models import Outcome, State, time_text
+from crustcredits._models import Known, Outcome, State, Unknown, time_text
 from crustcredits._problems import problem_of
 from crustcredits._report import Report
 from crustcredits._responses import HealthResponse
@@ -37,8 +36,6 @@ class Pool:
         self._by_label = {key.label: key for key in sorted(self._keys, key=lambda key: isinstance(key, ApiKey))}
         self._freshness = freshness
         self._timeout = timeout
-        # A client keeps no errors; but callers of a service shall not make it ask the more for a key that fails.
-        self._failed: dict[_Key, tuple[Outcome[Any], float]] = {}  # and when, in the loop's time
         self._ailing: set[_Key] = set()
 
     async def report(
@@ -69,36 +66,25 @@ class Pool:
         return outcome
 
     async def _check(self, client: CreditsClient, keys: list[_Key], max_age: float) -> Report[Any]:
-        failed = self._still_failed(client, keys, max_age) if self._failed else {}
         report = await client.check(
-            [key for key in keys if key not in failed] if failed else keys,
+            keys,
             timeout=self._timeout,
             max_age=max_age,
             stale_while_revalidate=self._freshness.revalidate,
             stale_if_error=self._freshness.if_error,
+            # Not what the caller says of balances: a key that works again is to be seen.
+            max_error_age=self._freshness.error_age,
         )
         if report.failed or self._ailing:
             self._note(report)
-        if not failed:
-            return report
-        checked = iter(report)
-        return Report([failed.get(key) or next(checked) for key in keys])
+        return report
 
     def _note(self, report: Report[Any]) -> None:
-        """Remember what failed, and tell the log when a key begins to fail: callers are not told what the API said."""
+        """Tell the log when a key begins to fail: callers are not told what the API said."""
         failed = {outcome.key: outcome for outcome in report.failed}
         for key in failed.keys() - self._ailing:
             _log.warning("%s", failed[key].error)
         self._ailing = (self._ailing - {outcome.key for outcome in report}) | failed.keys()
-        now = asyncio.get_running_loop().time()
-        self._failed |= {key: (outcome, now) for key, outcome in failed.items()}
-
-    def _still_failed(self, client: CreditsClient, keys: list[_Key], max_age: float) -> dict[_Key, Outcome[Any]]:
-        """The failures of these keys that are young enough to be shown again, where no balance is known that will do."""
-        since = asyncio.get_running_loop().time() - self._freshness.max_age
-        self._failed = {key: (outcome, at) for key, (outcome, at) in self._failed.items() if at > since}
-        failed = [key for key in keys if key in self._failed]
-        return {key: self._failed[key][0] for key in failed if not _is_fresh(client, key, max_age)}
 
     def health(self, client: CreditsClient) -> HealthResponse:
         """What is known without asking."""
@@ -131,20 +117,15 @@ def _reasons(key: _Key, outcome: Outcome[Any] | None) -> list[str]:
     return [f"{key.label}: {'; '.join(reasons)}"] if reasons else []
 
 
-def _is_fresh(client: CreditsClient, key: _Key, max_age: float) -> bool:
-    known = None if isinstance(key, UnusableKey) else client.peek(key, max_age=max_age)
-    return known is not None and known.state == "fresh"
-
-
 def _sorted(outcomes: Iterable[Outcome[Any]], sort: Sort) -> list[Outcome[Any]]:
     listed = list(outcomes)
     if sort == "name":
         listed.sort(key=lambda outcome: outcome.key.label)
     elif sort != "given":
-        known = [outcome for outcome in listed if outcome.ok]
+        known = [outcome for outcome in listed if isinstance(outcome, Known)]
         if sort in {"age", "-age"}:
             known.sort(key=lambda outcome: outcome.checked_at, reverse=sort == "age")
         else:
-            known.sort(key=lambda outcome: outcome.result().credits, reverse=sort == "-credits")
-        listed = [*known, *(outcome for outcome in listed if not outcome.ok)]
+            known.sort(key=lambda outcome: outcome.credits, reverse=sort == "-credits")
+        listed = [*known, *(outcome for outcome in listed if isinstance(outcome, Unknown))]
     return listed

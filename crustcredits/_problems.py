@@ -18,6 +18,8 @@ from crustcredits._errors import (
     BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
+    CreditsRequirementError,
+    CreditsUnknownError,
     CrustCreditsError,
     GatewayError,
     InsufficientCreditsError,
@@ -31,6 +33,7 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._models import credits_text
+from crustcredits._retry import may_recover
 
 
 @attrs.frozen(kw_only=True)
@@ -62,7 +65,8 @@ class Problem:
 # The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its own callers have done nothing
 # wrong, so for them it is a bad gateway.
 _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
-    (InsufficientCreditsError, 409, "Not enough credits are known to be there"),
+    (InsufficientCreditsError, 409, "Not enough credits are there"),
+    (CreditsUnknownError, 503, "Not enough credits are known to be there, and some are unknown"),
     (RateLimitError, 503, "The credits API refuses more requests for now"),
     (RateLimitWaitError, 503, "The rate limit of the credits API leaves no room in time"),
     (BucketsUnavailableError, 503, "The count of the rate limit that processes share is out of reach"),
@@ -83,13 +87,17 @@ _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
 
 # A refusal that does not say how long: by then every slot of a one-minute window is free.
 _WINDOW = 60
+# Nobody knows how long an outage lasts. Callers come back after so many seconds.
+_OUTAGE = 5
 
 
 def problem_of(error: CrustCreditsError) -> Problem:
     """What to answer for `error`."""
     status, title = next((status, title) for kind, status, title in _ANSWERS if isinstance(error, kind))
     more: dict[str, Any] = {}
-    if isinstance(error, InsufficientCreditsError):
+    if isinstance(error, CreditsUnknownError) and not any(may_recover(each) for each in error.deciding):
+        status = 502  # the API, or the keys' own text, says no: asking again does not help
+    if isinstance(error, CreditsRequirementError):
         more = {
             "needed": credits_text(error.needed),
             "available": credits_text(error.available),
@@ -111,4 +119,7 @@ def _retry_after(error: CrustCreditsError) -> int | None:
         return max(1, math.ceil(error.wait))
     if isinstance(error, RateLimitError):
         return _WINDOW if error.retry_after is None else max(1, math.ceil(error.retry_after))
+    if isinstance(error, CreditsUnknownError):
+        # One key that recovers may decide.
+        return min((_retry_after(each) or _OUTAGE for each in error.deciding if may_recover(each)), default=None)
     return None

@@ -9,9 +9,13 @@ import attrs
 from crustcredits._checks import check_whole, hides_arguments
 
 
+def _all_taken_now(quota: Quota) -> tuple[float, ...]:
+    return (0.0,) * quota.free + (quota._period,) * (quota.limit - quota.free)  # noqa: SLF001  # a default of this class
+
+
 @attrs.frozen(kw_only=True)
 class Quota:
-    """What one bucket can still give, as it stood when asked.
+    """What one bucket can still give, as it stood when asked. In tests `Quota(limit=300, free=20)` makes one by hand.
 
     Attributes:
         limit: Tokens it has in all: requests in any one period.
@@ -28,18 +32,19 @@ class Quota:
 
     limit: int
     free: int
-    in_flight: int
-    waiting: int
-    refreshing: int
+    in_flight: int = 0
+    waiting: int = 0
+    refreshing: int = 0
     debt: int = 0
     paused: float | None = None
     probing: bool = False
     alone: bool = False
-    _returns: tuple[float, ...] = attrs.field(alias="returns", repr=False)
-    _period: float = attrs.field(alias="period", repr=False)
-    _pace: float | None = attrs.field(alias="pace", repr=False)
-    _burst: float = attrs.field(alias="burst", repr=False)
-    _pacing: int = attrs.field(alias="pacing", repr=False)
+    _period: float = attrs.field(alias="period", default=60.0, repr=False)
+    # When the tokens come home. One made by hand is as if those that are not free had all been taken just now.
+    _returns: tuple[float, ...] = attrs.field(alias="returns", default=attrs.Factory(_all_taken_now, takes_self=True), repr=False)
+    _pace: float | None = attrs.field(alias="pace", default=None, repr=False)
+    _burst: float = attrs.field(alias="burst", default=0.0, repr=False)
+    _pacing: int = attrs.field(alias="pacing", default=0, repr=False)
 
     @hides_arguments
     def seconds_for(self, requests: int) -> float:

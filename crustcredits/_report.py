@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, Generic, overload
@@ -12,8 +13,14 @@ from typing import Any, Generic, overload
 import attrs
 
 from crustcredits._checks import check_number, hides_arguments
-from crustcredits._errors import ConfigurationError, InsufficientCreditsError, PaymentRequiredError
-from crustcredits._models import Account, Balance, BalanceT, Outcome, credits_text
+from crustcredits._errors import (
+    ConfigurationError,
+    CreditsUnknownError,
+    InsufficientCreditsError,
+    PaymentRequiredError,
+)
+from crustcredits._keys import ApiKey
+from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
 _EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
@@ -45,9 +52,15 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def __iter__(self) -> Iterator[Outcome[BalanceT]]:
         return iter(self._outcomes)
 
+    def __eq__(self, other: object) -> bool:
+        return self._outcomes == other._outcomes if isinstance(other, Report) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._outcomes)
+
     def __repr__(self) -> str:
         stale = f" ({len(self.stale)} stale)" if self.stale else ""
-        return f"<Report of {len(self)} keys: {len(self.succeeded)} checked{stale}, {len(self.failed)} failed>"
+        return f"<Report of {len(self)} keys: {len(self.succeeded)} succeeded{stale}, {len(self.failed)} failed>"
 
     @property
     def ok(self) -> bool:
@@ -55,19 +68,25 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return not self.failed
 
     @cached_property
-    def succeeded(self) -> tuple[Outcome[BalanceT], ...]:
+    def succeeded(self) -> tuple[Known[BalanceT], ...]:
         """The outcomes with a balance."""
-        return tuple(outcome for outcome in self._outcomes if outcome.balance is not None)
+        return tuple(outcome for outcome in self._outcomes if isinstance(outcome, Known))
 
     @cached_property
-    def failed(self) -> tuple[Outcome[BalanceT], ...]:
-        """The outcomes with an error: their credits are unknown."""
-        return tuple(outcome for outcome in self._outcomes if outcome.balance is None)
+    def failed(self) -> tuple[Unknown, ...]:
+        """The outcomes without a balance: their credits are unknown."""
+        return tuple(outcome for outcome in self._outcomes if isinstance(outcome, Unknown))
 
     @cached_property
-    def stale(self) -> tuple[Outcome[BalanceT], ...]:
+    def stale(self) -> tuple[Known[BalanceT], ...]:
         """The outcomes with a balance that is older than was asked for. They count among the succeeded, and in all sums."""
-        return tuple(outcome for outcome in self if outcome.stale)
+        return tuple(outcome for outcome in self.succeeded if outcome.stale)
+
+    @cached_property
+    def by_label(self) -> Mapping[str, Outcome[BalanceT]]:
+        """The outcomes by the labels of their keys. Where two keys have one label, a usable key goes before an unusable one."""
+        usable = {outcome.key.label: outcome for outcome in self._outcomes if isinstance(outcome.key, ApiKey)}
+        return {outcome.key.label: outcome for outcome in self._outcomes} | usable
 
     @property
     def total_credits(self) -> Decimal | None:
@@ -86,7 +105,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return {account: credits for account, credits in self._credits.items() if isinstance(account, str)}
 
     @hides_arguments
-    def ranked(self, min_credits: Decimal | float = 0) -> tuple[Outcome[BalanceT], ...]:
+    def ranked(self, min_credits: Decimal | float = 0) -> tuple[Known[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
 
         Stale ones come last, failed ones are left out.
@@ -99,64 +118,118 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         return tuple(sorted(rich, key=lambda outcome: (not outcome.stale, self.credits_of(outcome)), reverse=True))
 
     @hides_arguments
-    def low(self, threshold: Decimal | float) -> tuple[Outcome[BalanceT], ...]:
-        """The keys whose account holds less than `threshold` credits, in the order given. Failed keys are left out.
+    def low(
+        self, credits: Decimal | float | None = None, *, grant_share: Decimal | float | None = None
+    ) -> tuple[Known[BalanceT], ...]:
+        """The keys whose account is low, in the order given. Failed keys are left out.
+
+        Args:
+            credits: Low is less than this.
+            grant_share: Low is also less than this share of the account's recurring grant: 0.1 is a tenth. It needs a report of
+                `detail=True`. Accounts without a recurring grant are not low by it.
 
         Raises:
-            ConfigurationError: `threshold` is not a finite number.
+            ConfigurationError: Neither is given, one of them is not a finite number, or `grant_share` is given for balances
+                without detail.
         """
-        ceiling = _decimal("threshold", threshold)
-        return tuple(outcome for outcome in self.succeeded if self.credits_of(outcome) < ceiling)
+        low = self._low(credits, grant_share)
+        return tuple(outcome for outcome in self.succeeded if self._account(outcome) in low)
+
+    @hides_arguments
+    def low_accounts(
+        self, credits: Decimal | float | None = None, *, grant_share: Decimal | float | None = None
+    ) -> tuple[str, ...]:
+        """The declared accounts that are low, in the order of their first keys. Unknown ones are left out.
+
+        The arguments and errors are those of `low`.
+        """
+        return tuple(account for account in self._low(credits, grant_share) if isinstance(account, str))
+
+    def _low(self, credits: Decimal | float | None, grant_share: Decimal | float | None) -> Mapping[Hashable, Balance]:
+        if credits is None and grant_share is None:
+            raise ConfigurationError("low needs a threshold: give credits=, grant_share= or both")
+        ceiling = None if credits is None else _decimal("credits", credits)
+        share = None if grant_share is None else _decimal("grant_share", grant_share)
+        if share is not None and not all(isinstance(outcome.balance, Account) for outcome in self.succeeded):
+            raise ConfigurationError("grant_share needs to know the grants: check the pool with detail=True")
+        known = {account: balance for account, balance in self._newest.items() if balance is not None}
+        return {
+            account: balance
+            for account, balance in known.items()
+            if (ceiling is not None and balance.credits < ceiling) or (share is not None and _is_below(balance, share))
+        }
 
     @property
-    def lookalikes(self) -> tuple[tuple[Outcome[BalanceT], ...], ...]:
+    def lookalikes(self) -> tuple[tuple[Known[BalanceT], ...], ...]:
         """Groups of different undeclared keys whose answers are the same to the last digit, so may share an account.
 
         No answer names its account. Where a group does share one, `total_credits` counts it more than once until the keys
         declare it.
         """
-        groups: defaultdict[Hashable, dict[bytes, Outcome[BalanceT]]] = defaultdict(dict)
+        groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
         for outcome in self.succeeded:
             digest = outcome.key.digest
-            if digest not in self._declared and outcome.balance is not None:
+            if digest not in self._declared:
                 groups[_answer(outcome.balance)].setdefault(digest, outcome)
         return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
 
     @property
     def available_credits(self) -> Decimal:
-        """Credits to count on: as `total_credits`, without what may be counted twice; 0 when nothing is known.
+        """Credits to count on, at least 0: as `total_credits`, without what may be counted twice or is not there.
 
-        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing; nor does
-        an account of which another key has since been told that it is out of credits (402).
+        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing. Neither
+        does an account of which another key has since been told that it is out of credits (402), or one that is
+        overdrawn: nobody can pay its debt from another account.
         """
-        spent = {self._account(each): each.checked_at for each in self.failed if isinstance(each.error, PaymentRequiredError)}
-        known = [
-            (account, balance)
-            for account, balance in self._newest.items()
-            if balance is not None and not (account in spent and spent[account] > balance.checked_at)
-        ]
+        known = [(account, balance) for account, balance in self._newest.items() if balance is not None]
         # A declared account, known by a str, counts for itself, whatever others answer.
         declared = [balance for account, balance in known if isinstance(account, str)]
         answers = {_answer(balance) for balance in declared}
         apart = {_answer(balance): balance for account, balance in known if not isinstance(account, str)}
-        return _sum(balance.credits for balance in [*declared, *(apart[answer] for answer in apart.keys() - answers)])
+        counted = [*declared, *(apart[answer] for answer in apart.keys() - answers)]
+        spent = {id(balance) for account, balance in known if self._is_spent(account, balance)}
+        return _sum(max(balance.credits, Decimal(0)) for balance in counted if id(balance) not in spent)
 
     @hides_arguments
     def require(self, credits: Decimal | float) -> None:
         """Do nothing when there are so many `available_credits`.
 
         Raises:
-            InsufficientCreditsError: `available_credits` is less.
+            InsufficientCreditsError: `available_credits` is less, and no key whose credits are unknown could change that.
+            CreditsUnknownError: The known ones are less, and keys whose credits are unknown decide.
             ConfigurationError: `credits` is no finite number of at least 0.
         """
         needed, available = needed_credits(credits), self.available_credits
         if available >= needed:
             return
-        unknown = tuple(outcome.key.label for outcome in self.failed)
-        stale = tuple(outcome.key.label for outcome in self.stale)
-        message = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
-        message += _listed("; unknown", unknown) + _listed("; stale", stale)
-        raise InsufficientCreditsError(message, needed=needed, available=available, unknown=unknown, stale=stale)
+        deciding = self._deciding()
+        counts = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
+        stale = _listed("; stale", self.stale)
+        if deciding:
+            undecided = _listed("; keys that could not be checked decide", deciding)
+            raise CreditsUnknownError(
+                f"{counts}{undecided}; see their errors, and check again{stale}",
+                needed=needed,
+                available=available,
+                report=self,
+                deciding=tuple(outcome.error for outcome in deciding),
+            )
+        message = f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
+        raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
+
+    def _deciding(self) -> list[Unknown]:
+        """The failed keys that may hold what is missing: nothing else tells of their account, and no 402 says that it is spent."""
+        return [
+            each for each in self.failed if self._newest[self._account(each)] is None and self._account(each) not in self._spent
+        ]
+
+    def _is_spent(self, account: Hashable, balance: Balance) -> bool:
+        """Whether a key of the account was told after this balance that the account is out of credits."""
+        return self._spent.get(account, balance.checked_at) > balance.checked_at
+
+    @cached_property
+    def _spent(self) -> Mapping[Hashable, datetime]:
+        return {self._account(each): each.checked_at for each in self.failed if isinstance(each.error, PaymentRequiredError)}
 
     def raise_on_error(self) -> None:
         """Do nothing when every key has a balance.
@@ -164,7 +237,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         Raises:
             ExceptionGroup: All the errors of the failed keys.
         """
-        errors = [outcome.error for outcome in self.failed if outcome.error is not None]
+        errors = [outcome.error for outcome in self.failed]
         if errors:
             raise ExceptionGroup(f"{len(errors)} of {len(self)} keys could not be checked", errors)
 
@@ -172,7 +245,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """For JSON: the totals, and every outcome by its key's name; credits as text."""
         return {
             "ok": self.ok,
-            "checked": len(self.succeeded),
+            "succeeded": len(self.succeeded),
             "failed": len(self.failed),
             "stale": len(self.stale),
             "total_credits": _text(self.total_credits),
@@ -181,11 +254,22 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             "outcomes": [outcome.to_dict() for outcome in self],
         }
 
-    def credits_of(self, outcome: Outcome[Any]) -> Decimal:
-        """Credits of the account that a key which has a balance draws from: its account's newest answer."""
-        credits = self._credits[self._account(outcome)]
-        assert credits is not None
-        return credits
+    @overload
+    def credits_of(self, outcome: Known[Any]) -> Decimal: ...
+    @overload
+    def credits_of(self, outcome: Unknown) -> Decimal | None: ...
+    def credits_of(self, outcome: Outcome[Any]) -> Decimal | None:
+        """Credits of the account that a key draws from, by the account's newest answer; None when no key of the account has one.
+
+        Raises:
+            ConfigurationError: The outcome is not of this report.
+        """
+        account = self._account(outcome)
+        if account not in self._credits:
+            raise ConfigurationError(
+                "this report has no such key; take outcomes from the report itself", key_name=outcome.key.label
+            )
+        return self._credits[account]
 
     @cached_property
     def _declared(self) -> Mapping[bytes, str]:
@@ -198,12 +282,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def _newest(self) -> Mapping[Hashable, Balance | None]:
-        """The newest answer of each account, declared or not; None where nothing is known."""
+        """The answer of each account, declared or not, that was received last; None where nothing is known."""
         newest: dict[Hashable, Balance | None] = {}
         for outcome in self._outcomes:
             account, balance = self._account(outcome), outcome.balance
             known = newest.setdefault(account, balance)
-            if balance is not None and (known is None or balance.checked_at >= known.checked_at):
+            if balance is not None and (known is None or is_newer(balance, known)):
                 newest[account] = balance
         return newest
 
@@ -211,6 +295,13 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def _credits(self) -> Mapping[Hashable, Decimal | None]:
         """The credits of that."""
         return {account: None if balance is None else balance.credits for account, balance in self._newest.items()}
+
+
+def _is_below(balance: Balance, share: Decimal) -> bool:
+    """Whether less than `share` of the recurring grant is left; False without a grant."""
+    if not isinstance(balance, Account) or not balance.recurring_credits:
+        return False
+    return balance.credits < _EXACT.multiply(balance.recurring_credits, share)
 
 
 def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
@@ -243,11 +334,11 @@ def _decimal(what: str, number: Decimal | float) -> Decimal:
     return number
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
-    if not names:
+def _listed(what: str, outcomes: Sequence[Outcome[Any]]) -> str:
+    if not outcomes:
         return ""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{what}: {', '.join(names[:_NAMED])}{more}"
+    more = f" and {len(outcomes) - _NAMED} more" if len(outcomes) > _NAMED else ""
+    return f"{what}: {', '.join(outcome.key.label for outcome in outcomes[:_NAMED])}{more}"
 
 
 def _text(credits: Decimal | None) -> str | None:
@@ -255,7 +346,7 @@ def _text(credits: Decimal | None) -> str | None:
 
 
 # What differs between two answers about one account.
-_OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale"}
+_OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale", "_order"}
 
 
 def _answer(balance: Balance) -> str:

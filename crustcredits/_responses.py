@@ -125,7 +125,7 @@ class KeyResponse(_Dated):
                     "state": "fresh",
                     "credits": "138940.37",
                     "checked_at": "2026-09-01T12:00:00Z",
-                    "source": "kept",
+                    "source": "cached",
                     "error": None,
                     "age": 1.25,
                 }
@@ -138,7 +138,7 @@ class PoolResponse(_Response):
     """What a pool came to, made from a `Report`. Unknown credits are null, never 0."""
 
     ok: Annotated[bool, Field(description="Whether every key listed has a balance.")]
-    checked: int
+    succeeded: int
     failed: int
     stale: int
     total_credits: Annotated[
@@ -155,10 +155,10 @@ class PoolResponse(_Response):
             return report
         return {
             "ok": report.ok,
-            "checked": len(report.succeeded),
+            "succeeded": len(report.succeeded),
             "failed": len(report.failed),
             "stale": len(report.stale),
-            "total_credits": report.total_credits if report else None,
+            "total_credits": report.total_credits,
             "accounts": report.accounts,
             "lookalikes": [[outcome.key.label for outcome in group] for group in report.lookalikes],
             "keys": list(report),

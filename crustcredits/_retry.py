@@ -13,10 +13,13 @@ from crustcredits._errors import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
+    BucketsUnavailableError,
+    ClientClosedError,
     CrustCreditsError,
     GatewayError,
     InternalServerError,
     RateLimitError,
+    RateLimitWaitError,
 )
 
 _TRANSIENT = (APITimeoutError, GatewayError, InternalServerError, RateLimitError)
@@ -85,6 +88,11 @@ class Retry:
     def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
         # The exponent is bounded because 2.0**1024 overflows.
         return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))
+
+
+def may_recover(error: CrustCreditsError) -> bool:
+    """Whether the same call may succeed later: after an outage, a timeout or the wait of a rate limit."""
+    return _is_transient(error) or isinstance(error, (RateLimitWaitError, BucketsUnavailableError, ClientClosedError))
 
 
 def _is_transient(error: CrustCreditsError) -> bool:

@@ -36,7 +36,7 @@ from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_text
 from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._limits import RateLimit
-from crustcredits._models import Account, Balance, Outcome
+from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._report import Report
 from crustcredits._version import __version__
 from crustcredits.testing import SandboxServer
@@ -258,8 +258,7 @@ class _Run:
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
-        missing = (Outcome[Balance](key=key, error=_NOT_CHECKED, checked_at=now, attempts=0) for key in self.pool)
-        return Report(self.landed.get(outcome.key, outcome) for outcome in missing)
+        return Report(self.landed.get(key) or Unknown(key=key, error=_NOT_CHECKED, checked_at=now) for key in self.pool)
 
     def _land(self, outcome: Outcome[Balance]) -> None:
         self.landed[outcome.key] = outcome
@@ -318,7 +317,7 @@ def _tables(report: Report, floor: Decimal | None) -> Iterator[RenderableType]:
     yield Text(_total(report), style="bold")
 
 
-def _failures_table(failures: list[Outcome[Balance]]) -> Table:
+def _failures_table(failures: list[Unknown]) -> Table:
     table = Table.grid(Column(max_width=30), Column(), padding=(0, 2, 0, 0))
     for outcome in failures:
         words = str(outcome.error).removeprefix(f"{outcome.key.label}: ")
@@ -345,7 +344,7 @@ def _grant(balance: Balance | None) -> tuple[Text, Text]:
 
 
 def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> Text:
-    if not outcome.ok:
+    if isinstance(outcome, Unknown):
         return Text("not checked", style="yellow") if outcome.error is _NOT_CHECKED else Text("failed", style="red")
     credits = report.credits_of(outcome)
     if credits <= 0 or credits < (floor or 0):

@@ -156,8 +156,9 @@ def _client_or_error(client: CreditsClient | None) -> CreditsClient:
 def install_exception_handlers(app: FastAPI) -> None:
     """Answer this library's errors, wherever a route raises them, with `application/problem+json`; web sockets are closed.
 
-    Timeouts are 504; out of reach is 503; refused or held back by the rate limit is 503 with `Retry-After`; not enough credits
-    is 409; a mistake in the service's own set-up is 500; and the rest, also the API's 401, 402 and 403, is 502. What the
+    Timeouts are 504; out of reach is 503; refused or held back by the rate limit is 503 with `Retry-After`. Not enough credits
+    is 409. Credits that are unknown are 503 with `Retry-After` where a key that decides may recover, else 502. A mistake in
+    the service's own set-up is 500; and the rest, also the API's 401, 402 and 403, is 502. What the
     API said goes to the log, and none of it into the answer.
     """
     app.add_exception_handler(CrustCreditsError, _on_error)  # type: ignore[arg-type]  # typed for requests or for web sockets
@@ -190,6 +191,7 @@ def credits_router(
     max_age: Seconds = 5.0,
     stale_while_revalidate: Seconds = 120.0,
     stale_if_error: Seconds = 3600.0,
+    max_error_age: Seconds | None = None,
     timeout: Seconds = 10.0,
     prefix: str = "",
     tags: Sequence[str] = ("credits",),
@@ -203,10 +205,11 @@ def credits_router(
         keys: The pool; keys are shown by their labels.
         public: Say `True` to let everybody see it.
         dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
-        max_age: Seconds, or a timedelta, as for `CreditsClient`; failures are shown again for so long too. Callers may ask for
-            older answers, not for newer ones, so that they cannot use up the rate limit.
+        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers, not for newer ones, so that
+            they cannot use up the rate limit.
         stale_while_revalidate: The same, as for `CreditsClient`. What the client itself goes by does not count here.
         stale_if_error: The same, as for `CreditsClient`.
+        max_error_age: The same, as for `CreditsClient`; by default `max_age`, and at least 1 s.
         timeout: Seconds, or a timedelta, that a caller waits at the most.
         prefix: As for `APIRouter`.
         tags: As for `APIRouter`.
@@ -222,7 +225,12 @@ def credits_router(
     problem = _audience_problem(public, dependencies)
     if problem is not None:
         raise ConfigurationError(problem)
-    freshness = NEW.given(max_age=max_age, stale_while_revalidate=stale_while_revalidate, stale_if_error=stale_if_error)
+    freshness = NEW.given(
+        max_age=max_age,
+        stale_while_revalidate=stale_while_revalidate,
+        stale_if_error=stale_if_error,
+        max_error_age=max_error_age,
+    )
     shown = Pool(pool, freshness, seconds("timeout", timeout, above=0))
     router = APIRouter(prefix=prefix, tags=list(tags), dependencies=list(dependencies))
     _add_routes(router, shown, freshness.max_age)

@@ -1,12 +1,12 @@
-"""Stop a batch that would run dry, before it starts.
+"""Stop a batch that would run dry, before it starts, and tell "too few credits" from "not known".
 
-What could not be checked counts as nothing, and so does a second key of one account. It is a check, not a reservation:
-credits that others spend meanwhile are gone. A sandbox stands in for the API.
+Buy credits for the first, and check again for the second. A second key of one account counts as nothing. It is a check, not a
+reservation: credits that others spend meanwhile are gone. A sandbox stands in for the API.
 """
 
 import asyncio
 
-from crustcredits import CreditsClient, InsufficientCreditsError
+from crustcredits import CreditsClient, CreditsUnknownError, InsufficientCreditsError
 from crustcredits.testing import Fault, SandboxServer
 
 
@@ -17,13 +17,17 @@ async def main() -> None:
         keys.append(sandbox.add_key("globex", credits=9000))
         sandbox.fail(keys[-1], Fault.INTERNAL_ERROR)
 
-        # 4000 and a fifth more are there; 5000 and a fifth more are not.
-        for needed in (4000, 5000):
+        # 4000 and a fifth more are there; 5000 and a fifth more are not, while globex gives no answer.
+        for needed in (4000, 5000, 20_000):
+            if needed == 20_000:
+                sandbox.heal(keys[-1])
+                client.invalidate()
             try:
                 report = await client.require(needed, keys, margin=1.2, timeout=30, max_age=10)
+            except CreditsUnknownError as error:
+                print(f"{needed}: wait, {error.available} are known, and {', '.join(error.unknown)} decides")
             except InsufficientCreditsError as error:
-                print(f"{needed}: stop, {error}")
-                print(f"    {error.needed - error.available} more would do, or an answer for {', '.join(error.unknown)}")
+                print(f"{needed}: stop, {error.needed - error.available} are missing")
             else:
                 print(f"{needed}: go, {report.available_credits} are there")
 

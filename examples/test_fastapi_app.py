@@ -38,9 +38,21 @@ async def test_the_pool_is_shown_by_name(http: AsyncClient) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_batch_that_would_run_dry_is_not_started(http: AsyncClient) -> None:
+async def test_a_batch_that_would_run_dry_is_not_started(http: AsyncClient, sandbox: SandboxServer) -> None:
     assert (await http.post("/batches", json={"credits": 90})).json() == {"state": "started", "available": "100.5"}
-    refused = await http.post("/batches", json={"credits": 95})
+    undecided = await http.post("/batches", json={"credits": 95})
+    assert (undecided.status_code, undecided.json()["unknown"]) == (502, ["broken"])
+
+
+@pytest.mark.asyncio
+async def test_a_batch_is_refused_when_all_is_known(
+    sandbox: SandboxServer, credits_client: CreditsClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVICE_TOKEN", "t-1")
+    app = create_app([sandbox.add_key("prod", credits="100.5")])
+    app.dependency_overrides[get_credits_client] = lambda: credits_client
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://test", headers={"Authorization": "Bearer t-1"}) as http:
+        refused = await http.post("/batches", json={"credits": 95})
     assert (refused.status_code, refused.json()["needed"]) == (409, "104.5")
 
 

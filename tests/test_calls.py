@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -23,6 +25,8 @@ from crustcredits import (
     ClientClosedError,
     ConfigurationError,
     CreditsClient,
+    CreditsUnknownError,
+    GatewayError,
     InsufficientCreditsError,
     InternalServerError,
     InvalidKeyError,
@@ -33,6 +37,7 @@ from crustcredits import (
     Report,
     Retry,
 )
+from crustcredits._answers import _grant_after
 from crustcredits._transport import Fate
 from crustcredits._wire import Response
 from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal
@@ -87,7 +92,7 @@ async def test_an_outcome_says_where_it_came_from() -> None:
     async with fake_client(server) as client:
         both = await asyncio.gather(outcome(client), outcome(client))
         kept = await outcome(client, max_age=5)
-    assert [(each.source, each.attempts) for each in (*both, kept)] == [("fetched", 1), ("shared", 1), ("kept", 0)]
+    assert [(each.source, each.attempts) for each in (*both, kept)] == [("fetched", 1), ("shared", 1), ("cached", 0)]
     assert kept.checked_at == both[0].checked_at
 
 
@@ -168,13 +173,13 @@ async def test_a_call_on_the_wire_without_askers_can_be_joined_again() -> None:
     assert len(server.arrivals) == 2
 
 
-async def test_errors_are_shared_by_those_who_wait_and_not_kept() -> None:
+async def test_errors_are_shared_by_those_who_wait_and_not_kept_without_a_cache() -> None:
     """Each has one of its own, so that no traceback mixes two of them."""
     server = FakeServer(counting(UNKNOWN_KEY, Reply()))
     other = ApiKey("secret-0", name="other")
     async with fake_client(server) as client:
         results = await asyncio.gather(*(client.balance(key) for key in (KEY, other, KEY)), return_exceptions=True)
-        assert (await client.balance(KEY, max_age=60)).credits == 9406
+        assert (await client.balance(KEY)).credits == 9406
     assert [str(error) for error in results] == [
         f"{name}: Invalid API key in request (HTTP 401)" for name in ("prod", "other", "prod")
     ]
@@ -351,7 +356,7 @@ async def test_a_pool_is_asked_only_for_what_is_not_known() -> None:
     async with fake_client(server) as client:
         await client.check(pool[::2])
         report = await client.check([*pool, pool[0]], max_age=60, on_outcome=lambda each: seen.append(each.key.name))
-    assert [each.source for each in report] == ["kept", "fetched"] * 3 + ["kept"]
+    assert [each.source for each in report] == ["cached", "fetched"] * 3 + ["cached"]
     assert seen == ["k0", "k2", "k4", "k0", "k1", "k3", "k5"]
     assert len(server.arrivals) == 6
 
@@ -382,7 +387,7 @@ async def test_at_most_so_many_answers_are_kept() -> None:
         await client.check([one, two])
         await client.balance(one, max_age=60)
         await client.balance(three)
-        assert (await outcome(client, one, max_age=60)).source == "kept"
+        assert (await outcome(client, one, max_age=60)).source == "cached"
         assert (await outcome(client, two, max_age=60)).source == "fetched"
         await outcome(client, ApiKey("secret-bad", name="bad"))
         assert client.peek(one) is None
@@ -413,7 +418,7 @@ async def test_a_stale_answer_is_given_at_once_and_refreshed_behind() -> None:
         assert {(str(balance.credits), balance.stale) for balance in balances} == {("1", True)}
         assert now() == pytest.approx(10, abs=0.1)
         again = await outcome(client)
-        assert (again.ok, again.stale, again.error, again.source, again.attempts) == (True, True, None, "kept", 0)
+        assert (again.ok, again.stale, again.error, again.source, again.attempts) == (True, True, None, "cached", 0)
         await asyncio.sleep(1)
         fresh = await client.balance(KEY)
         assert fresh.credits == 2
@@ -456,7 +461,7 @@ async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead
         for _ in range(600):
             report = await client.check(pool)
             assert report.ok
-            received = [kept._received for kept in client._calls._answers._kept.values()]
+            received = [kept._received.loop for kept in client._calls._answers._kept.values()]
             oldest.append(now() - min(received))
             await asyncio.sleep(1)
         assert now() - began == pytest.approx(600, abs=1)
@@ -636,7 +641,7 @@ async def test_while_the_api_is_down_the_last_good_answer_stands_in(trouble: Rep
         await client.balance(KEY)
         stand_in = await outcome(client, stale_if_error=600)
         assert stand_in.credits == 7
-        assert (stand_in.ok, stand_in.stale, stand_in.source) == (True, True, "kept")
+        assert (stand_in.ok, stand_in.stale, stand_in.source) == (True, True, "cached")
         assert stand_in.error is not None
         assert stand_in.attempts == stand_in.error.attempts >= 1
         assert (await client.balance(KEY, stale_if_error=600)).stale
@@ -819,7 +824,7 @@ async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
         await asyncio.sleep(30)
         fresh, stale, failed = client.peek(KEY, max_age=60), client.peek("secret-0"), client.peek(bad)
         assert fresh is not None
-        assert (fresh.ok, fresh.stale, fresh.source) == (True, False, "kept")
+        assert (fresh.ok, fresh.stale, fresh.source) == (True, False, "cached")
         assert stale is not None
         assert (stale.ok, stale.stale, stale.key.name) == (True, True, ApiKey("secret-0").name)
         assert failed is not None
@@ -883,3 +888,227 @@ async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureF
     async with fake_client(FakeServer(counting(BROKEN, Reply()))) as client:
         await asyncio.gather(*(client.balance(KEY) for _ in range(10)))
     assert caplog.text.count("that was attempt 1 of 4") == 1
+
+
+# --- the gate in an outage of our own
+
+
+async def test_no_old_answer_stands_in_at_a_gate_for_what_our_own_limit_held_back() -> None:
+    """A dashboard may show it; but nobody has failed to say what is there now, because nobody was asked."""
+    server = FakeServer()
+    limit = RateLimit(requests=1, period=60.0)
+    async with fake_client(server, rate_limit=limit, max_age=1, stale_if_error=3600) as client:
+        await client.balance(KEY)
+        await asyncio.sleep(5)
+        assert (await client.check([KEY], timeout=2)).stale
+        with pytest.raises(CreditsUnknownError) as caught:
+            await client.require(5, [KEY], timeout=2)
+    assert [type(error) for error in caught.value.deciding] == [RateLimitWaitError]
+    assert caught.value.available == 0
+
+
+async def test_an_old_answer_stands_in_at_a_gate_for_what_the_api_failed_to_say() -> None:
+    """With the failure beside it."""
+    server = FakeServer(counting(Reply(credits="10"), BROKEN))
+    async with fake_client(server, retry=ONCE, max_age=1, stale_if_error=3600) as client:
+        await client.balance(KEY)
+        await asyncio.sleep(5)
+        report = await client.require(10, [KEY])
+    assert isinstance(report[0].error, InternalServerError)
+
+
+# --- failures that are kept
+
+
+async def test_a_failure_is_given_again_for_as_long_as_a_balance_would_be() -> None:
+    """So that a revoked key does not spend the limit."""
+    server = FakeServer(lambda name, times: UNKNOWN_KEY if name == "prod" else Reply())
+    async with fake_client(server, max_age=30) as client:
+        for _ in range(298):
+            await outcome(client)
+        failed = await outcome(client)
+        assert server.asked == {"prod": 1}
+        assert (failed.source, failed.attempts, failed.ok) == ("cached", 0, False)
+        with pytest.raises(InvalidKeyError, match="twin: Invalid"):
+            await client.balance(ApiKey(KEY.get_secret_value(), name="twin"))
+        await asyncio.sleep(30)
+        await outcome(client)
+    assert server.asked == {"prod": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "seconds"),
+    [
+        ({"max_age": 5}, {}, 5.0),
+        ({"max_age": 0.1}, {}, 1.0),
+        ({"stale_if_error": 60}, {}, 1.0),
+        ({"max_age": 5, "max_error_age": 20}, {}, 20.0),
+        ({"max_error_age": 20}, {}, 20.0),
+        ({"max_age": 5, "max_error_age": 0}, {}, 0.0),
+        ({"max_age": 5}, {"max_error_age": 9}, 9.0),
+        ({"max_age": 5, "max_error_age": 20}, {"max_age": 7}, 7.0),
+        ({"max_age": 5, "max_error_age": 20}, {"max_age": 0}, 0.0),
+        ({"max_age": 5}, {"max_age": 0}, 0.0),
+        ({}, {}, 0.0),
+        ({}, {"max_age": timedelta(seconds=3)}, 3.0),
+    ],
+)
+async def test_how_long_a_failure_is_given_again(options: dict[str, Any], call: dict[str, Any], seconds: float) -> None:
+    """By default as long as a balance, and a second at least with any cache; a call's own word goes before."""
+    server = FakeServer(lambda name, times: UNKNOWN_KEY)
+    async with fake_client(server, **options) as client:
+        await outcome(client, **call)
+        await asyncio.sleep(seconds - 0.02 if seconds else 0.0)
+        assert (await outcome(client, **call)).source == ("cached" if seconds else "fetched")
+        await asyncio.sleep(0.03)
+        assert (await outcome(client, **call)).source == "fetched"
+
+
+async def test_a_failure_that_cost_no_request_is_not_given_again() -> None:
+    """The circuit breaker refuses for seconds, however long failures are kept."""
+    challenge = Reply(status=403, body="<html>")
+    server = FakeServer(lambda name, times: challenge if now() < 1 else Reply())
+    async with fake_client(server, retry=ONCE, max_age=3600, rate_limit=RateLimit(pace=None)) as client:
+        await client.check(keys(20))
+        late = await outcome(client)
+        assert (late.source, late.attempts, type(late.error)) == ("none", 0, GatewayError)
+        await asyncio.sleep(120)
+        assert (await outcome(client)).ok
+
+
+# --- how old an answer is
+
+
+async def test_an_answer_ages_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's clock stands still then, and the wall's goes on."""
+    server = FakeServer(lambda name, times: Reply() if name == "prod" else UNKNOWN_KEY)
+    asleep = 0.0
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began + asleep)
+    bad = keys(1)[0]
+    async with fake_client(server, max_age=60) as client:
+        await client.check([KEY, bad])
+        asleep = 59.0
+        assert {each.source for each in await client.check([KEY, bad])} == {"cached"}
+        asleep = 61.0
+        assert {each.source for each in await client.check([KEY, bad])} == {"fetched"}
+        asleep = -1e6  # a clock that is set back makes nothing younger, and keeps nothing for ever
+        assert {each.source for each in await client.check([KEY, bad])} == {"cached"}
+        await asyncio.sleep(61)
+        assert {each.source for each in await client.check([KEY, bad])} == {"fetched"}
+
+
+async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grant of that date is not in it. Where the API still names a date that is over, its answer counts all the same."""
+    at = datetime.now(UTC) + timedelta(seconds=100)
+    body = f'{{"account": {{"credits": 5, "recurring_credits_refresh_date": "{at.isoformat()}"}}}}'
+    server = FakeServer(lambda name, times: Reply(body=body))
+    async with fake_client(server, max_age=3600) as client:
+        await client.account(KEY)
+        assert (await client.check([KEY], detail=True))[0].source == "cached"
+        monkeypatch.setattr(time, "time", lambda: at.timestamp() + 1)
+        known = client.peek(KEY, detail=True)
+        assert known is not None
+        assert known.stale
+        assert (await client.check([KEY], detail=True))[0].source == "fetched"
+    assert _grant_after(Account(key=KEY, credits=Decimal(5), checked_at=at, recurring_credits_refresh_date=at)) == math.inf
+
+
+async def test_an_answer_is_shared_and_not_made_again() -> None:
+    """Of one key, asked again and again, there is one outcome in memory."""
+    async with fake_client(FakeServer(), max_age=60) as client:
+        await client.balance(KEY)
+        first = await outcome(client)
+        assert first is await outcome(client)
+        assert first.credits is first.result().credits
+
+
+# --- answers that are dropped
+
+
+async def test_kept_answers_can_be_dropped() -> None:
+    """Of one key on both endpoints, or of all; failures too."""
+    server = FakeServer(lambda name, times: UNKNOWN_KEY if name == "k1" else Reply(credits=str(times)))
+    pool = keys(3)
+    async with fake_client(server, max_age=3600) as client:
+        await client.check(pool)
+        await client.account(pool[0])
+        client.invalidate(pool[0].get_secret_value())
+        assert client.peek(pool[0]) is client.peek(pool[0], detail=True) is None
+        assert [each.source for each in await client.check(pool)] == ["fetched", "cached", "cached"]
+        client.invalidate()
+        assert {each.source for each in await client.check(pool)} == {"fetched"}
+        with pytest.raises(ConfigurationError):
+            client.invalidate("two words")
+
+
+async def test_what_was_on_the_wire_when_answers_were_dropped_is_not_kept() -> None:
+    """It may speak of before. Those who wait for it have it; who asks later asks anew."""
+    server = FakeServer(counting(Reply(credits="1", seconds=5.0), Reply(credits="2", seconds=1.0)))
+    async with fake_client(server, max_age=3600) as client:
+        before = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(1)
+        client.invalidate(KEY)
+        assert (await client.balance(KEY)).credits == 2
+        assert (await before).credits == 1
+        assert (await client.balance(KEY)).credits == 2
+    assert len(server.arrivals) == 2
+
+
+async def test_a_call_whose_answer_was_dropped_ends_with_the_client_or_its_caller() -> None:
+    """As any other."""
+    server = FakeServer(lambda name, times: Reply(seconds=5.0))
+    async with fake_client(server, max_age=3600) as client:
+        given_up, ended = (asyncio.create_task(client.balance(key)) for key in keys(2))
+        await asyncio.sleep(1)
+        client.invalidate()
+        given_up.cancel()
+        await asyncio.sleep(1)
+        await client.close()
+        with pytest.raises(ClientClosedError):
+            await ended
+    assert given_up.cancelled()
+
+
+# --- pools that are large
+
+
+async def test_other_tasks_run_while_a_large_pool_is_read() -> None:
+    """And while what is known of it is looked up."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    turns: list[int] = []
+
+    def source() -> Iterator[str]:
+        for number in range(20_000):
+            turns.append(loop.turns)
+            yield f"secret-{number % 5}"
+
+    async with fake_client(FakeServer(), max_age=3600) as client:
+        await client.check(source())
+        assert turns[-1] - turns[0] >= 19
+        turns.clear()
+        assert (await client.check(source())).ok
+        assert loop.turns - turns[-1] >= 19, "nothing was asked"
+
+
+async def test_the_time_in_which_a_pool_is_read_is_part_of_its_timeout() -> None:
+    """Those for whom nothing is left are told so, and are not asked."""
+    server = FakeServer()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+
+    def slow() -> Iterator[str | ApiKey]:
+        for number in range(1000):
+            loop.move(0.01)
+            yield f"secret-{number}"
+        yield "two words"
+
+    async with fake_client(server, rate_limit=RateLimit(requests=5000, pace=None)) as client:
+        began = now()
+        report = await client.check(slow(), timeout=5)
+        assert now() - began < 11
+    assert {type(each.error) for each in report} == {RateLimitWaitError, ConfigurationError}
+    assert {each.source for each in report} == {"none"}
+    assert "raise timeout=" in str(report[0].error)
+    assert not server.arrivals

@@ -25,7 +25,19 @@ from rich.cells import cell_len
 from rich.progress import Task, TaskID
 from typer.testing import CliRunner
 
-from crustcredits import Account, ApiKey, CreditsClient, CrustCreditsError, Outcome, RateLimit, Report, __version__, cli
+from crustcredits import (
+    Account,
+    ApiKey,
+    CreditsClient,
+    CrustCreditsError,
+    Known,
+    Outcome,
+    RateLimit,
+    Report,
+    Unknown,
+    __version__,
+    cli,
+)
 from crustcredits.__main__ import main
 from crustcredits._demo import demo_pool
 from crustcredits.testing import Fault, SandboxServer
@@ -107,7 +119,7 @@ def outcome(name: str, credits: str | None = None, **fields: Any) -> Outcome[Acc
     key = ApiKey(f"a-secret-of-some-length-{len(name)}-{hash(name)}", name=name, account=fields.pop("account", None))
     error = fields.pop("error", None)
     balance = None if credits is None else Account(key=key, credits=Decimal(credits), checked_at=NOW, **fields)
-    return Outcome(key=key, balance=balance, error=error, checked_at=NOW, attempts=1)
+    return Unknown(key=key, error=error, attempts=1) if balance is None else Known(balance=balance, error=error)
 
 
 def show(*outcomes: Outcome[Account], floor: Decimal | None = None) -> str:
@@ -370,7 +382,7 @@ def test_one_json_document(api: SandboxServer) -> None:
     result = run("check", "--json", "--detail", CRUSTDATA_API_KEYS=entries(*pool))
     assert (result.status, result.err) == (3, "")
     document = json.loads(result.out)
-    assert (document["checked"], document["failed"], document["total_credits"]) == (1, 1, "0.10")
+    assert (document["succeeded"], document["failed"], document["total_credits"]) == (1, 1, "0.10")
     assert document["outcomes"][0]["recurring_credits"] == "0"
     assert document["outcomes"][1]["error"]["type"] == "InvalidKeyError"
 

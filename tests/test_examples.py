@@ -27,8 +27,8 @@ SAID = {
     "stream_pool.py": ["customer-4 has only 400 credits", "5 customers have fewer than 500 credits"],
     "preflight.py": [
         "4000: go, 5000.50 are there",
-        "5000: stop, 6000.0 credits are needed and 5000.50 are known to be there; unknown: globex",
-        "999.50 more would do, or an answer for globex",
+        "5000: wait, 5000.50 are known, and globex decides",
+        "20000: stop, 9999.50 are missing",
     ],
     "choose_key.py": [
         "acme runs low: 70",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from crustcredits import ApiKey, Balance, Outcome
+from crustcredits import ApiKey, Balance, Known, Outcome
 from crustcredits._fanout import FanOut, Key
 from crustcredits._keys import as_keys_async
 from tests.virtual import keys, now
@@ -38,7 +38,7 @@ class Asker:
         finally:
             self.under_way -= 1
         balance = Balance(key=key, credits=Decimal(1), checked_at=NOON)
-        return Outcome(key=key, balance=balance, checked_at=NOON, attempts=1)
+        return Known(balance=balance)
 
 
 def tasks() -> int:

@@ -33,11 +33,14 @@ from crustcredits import (
     ClientClosedError,
     ConfigurationError,
     CreditsClient,
+    CreditsRequirementError,
+    CreditsUnknownError,
     CrustCreditsError,
     GatewayError,
     InsufficientCreditsError,
     InternalServerError,
     InvalidKeyError,
+    Known,
     MissingKeyError,
     Outcome,
     PaymentRequiredError,
@@ -48,6 +51,7 @@ from crustcredits import (
     Report,
     Retry,
     UnexpectedResponseError,
+    Unknown,
 )
 from crustcredits.fastapi import (
     AccountResponse,
@@ -259,8 +263,8 @@ async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(sandbox: Sand
 # --- models
 
 
-def outcome(credits: str) -> Outcome[Balance]:
-    return Outcome(key=KEY, balance=Balance(key=KEY, credits=Decimal(credits), checked_at=NOON), checked_at=NOON, attempts=1)
+def outcome(credits: str) -> Outcome:
+    return Known(balance=Balance(key=KEY, credits=Decimal(credits), checked_at=NOON))
 
 
 @pytest.mark.parametrize("credits", ["138940.37", "0.10", "1E+3", "9" * 64, "-0.5", "0." + "0" * 60 + "1"])
@@ -343,7 +347,7 @@ async def test_routes_of_ones_own_return_what_the_client_gave(sandbox: SandboxSe
 def test_a_pool_response_can_be_read_back() -> None:
     """A client in Python has the same models."""
     error = InvalidKeyError("no such key", status=401, key_name="prod")
-    failed: Outcome[Balance] = Outcome(key=ApiKey("sk-2", name="dev"), error=error, checked_at=NOON, attempts=1)
+    failed = Unknown(key=ApiKey("sk-2", name="dev"), error=error, checked_at=NOON, attempts=1)
     report = Report([outcome("5"), failed])
     response = PoolResponse.model_validate(report)
     again = PoolResponse.model_validate_json(response.model_dump_json(exclude={"keys": {"__all__": {"age"}}}))
@@ -390,9 +394,9 @@ async def test_the_pool_by_name(sandbox: SandboxServer) -> None:
         ("broken", "failed", None),
         ("keys[2]", "failed", None),
     ]
-    assert {name: pool[name] for name in ("ok", "checked", "failed", "stale", "total_credits")} == {
+    assert {name: pool[name] for name in ("ok", "succeeded", "failed", "stale", "total_credits")} == {
         "ok": False,
-        "checked": 1,
+        "succeeded": 1,
         "failed": 2,
         "stale": 0,
         "total_credits": "7.50",
@@ -499,11 +503,11 @@ async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: Sandbo
     assert sandbox.requests == 3
 
 
-async def test_a_failing_key_is_asked_again_after_max_age(sandbox: SandboxServer) -> None:
+async def test_a_failing_key_is_asked_again_after_max_error_age(sandbox: SandboxServer) -> None:
     """Its failure is not shown for ever."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
-    async with calling(app_of(sandbox, broken, max_age=0.01)) as caller:
+    async with calling(app_of(sandbox, broken, max_age=0.01, max_error_age=0.01)) as caller:
         assert (await caller.get("/credits/keys/broken?max_age=60")).status_code == 502
         sandbox.heal(broken)
         await asyncio.sleep(0.05)
@@ -560,12 +564,12 @@ async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServ
             assert (answer.status_code, answer.json()["title"]) == (503, "The service is shutting down")
 
 
-async def test_nothing_listed_is_nothing_known(sandbox: SandboxServer) -> None:
-    """Not zero credits."""
+async def test_an_empty_list_holds_nothing(sandbox: SandboxServer) -> None:
+    """An empty list holds 0 credits, and nothing is unknown."""
     async with calling(app_of(sandbox, sandbox.add_key("prod", account=None))) as caller:
         for query in ("account=typo", "state=stale"):
             pool = (await caller.get(f"/credits/keys?{query}")).json()
-            assert (pool["keys"], pool["total_credits"]) == ([], None)
+            assert (pool["keys"], pool["total_credits"]) == ([], "0")
 
 
 async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) -> None:
@@ -575,7 +579,7 @@ async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) ->
         await caller.get("/credits/keys/prod")
         sandbox.fail(key, Fault.UNAVAILABLE)
         answer = (await caller.get("/credits/keys/prod")).json()
-    assert (answer["state"], answer["credits"], answer["source"]) == ("stale", "5", "kept")
+    assert (answer["state"], answer["credits"], answer["source"]) == ("stale", "5", "cached")
     assert answer["error"]["title"] == "The credits API failed"
 
 
@@ -599,7 +603,7 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
     """`unknown`, then `degraded` with reasons, then `ok`, and never a request for it."""
     keys = [sandbox.add_key("prod"), sandbox.add_key("dev")]
     sandbox.fail(keys[1], Fault.FORBIDDEN)
-    async with calling(app_of(sandbox, *keys)) as caller:
+    async with calling(app_of(sandbox, *keys, max_error_age=0)) as caller:
 
         async def health() -> dict[str, Any]:
             answer = await caller.get("/credits/healthz")
@@ -681,6 +685,28 @@ async def test_health_of_many_lists_some_reasons(sandbox: SandboxServer) -> None
 # --- errors of ones own routes
 
 SAID = "the API said: sk-0123456789 is on fire"
+REPORT = Report([Unknown(key=ApiKey("sk-2", name="dev"), error=InvalidKeyError(SAID, status=401))])
+
+
+def requirement(*deciding: CrustCreditsError) -> CreditsUnknownError:
+    return CreditsUnknownError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT, deciding=deciding)
+
+
+REVOKED = InvalidKeyError(SAID, status=401)
+# Who decides, and what is answered: one that may recover is worth waiting for.
+DECIDING: list[tuple[list[CrustCreditsError], int, str | None]] = [
+    ([REVOKED], 502, None),
+    ([REVOKED, PermissionDeniedError(SAID, status=403), ConfigurationError(SAID)], 502, None),
+    ([UnexpectedResponseError(SAID, status=200)], 502, None),
+    ([APIConnectionError(SAID, retryable=False)], 502, None),
+    ([REVOKED, APITimeoutError(SAID)], 503, "5"),
+    ([APIConnectionError(SAID)], 503, "5"),
+    ([GatewayError(SAID, status=403)], 503, "5"),
+    ([InternalServerError(SAID, status=500)], 503, "5"),
+    ([BucketsUnavailableError(SAID)], 503, "5"),
+    ([RateLimitWaitError(SAID, wait=41.2), RateLimitError(SAID, retry_after=12.5)], 503, "13"),
+    ([RateLimitError(SAID), REVOKED], 503, "60"),
+]
 ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
     (BadRequestError(SAID, status=400, key_name="prod"), 502, None),
     (AuthenticationError(SAID, status=401, key_name="prod"), 502, None),
@@ -700,7 +726,8 @@ ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
     (APITimeoutError(SAID, key_name="prod"), 504, None),
     (ClientClosedError(SAID), 503, None),
     (ConfigurationError(SAID), 500, None),
-    (InsufficientCreditsError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), unknown=("dev",)), 409, None),
+    (InsufficientCreditsError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT), 409, None),
+    *((requirement(*deciding), status, retry_after) for deciding, status, retry_after in DECIDING),
 ]
 
 
@@ -725,7 +752,7 @@ def test_an_error_becomes_a_problem_document(
     assert answer.json()["title"]
     assert "on fire" not in answer.text
     assert f"answered with {status}: " in caplog.text
-    if status == 409:
+    if isinstance(error, CreditsRequirementError):
         assert (answer.json()["needed"], answer.json()["available"], answer.json()["unknown"]) == ("100", "0.5", ["dev"])
 
 
@@ -754,7 +781,7 @@ def test_a_web_socket_is_closed_with_a_reason() -> None:
 
 def test_every_error_has_an_answer() -> None:
     """None was forgotten when it was added to the tree."""
-    kinds = {type(error) for error, *_ in ERRORS} | {CrustCreditsError}
+    kinds = {type(error) for error, *_ in ERRORS} | {CrustCreditsError, CreditsRequirementError}
 
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))

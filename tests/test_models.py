@@ -22,8 +22,10 @@ from crustcredits import (
     ConfigurationError,
     CrustCreditsError,
     InvalidKeyError,
-    Outcome,
+    Known,
     RateLimitStatus,
+    Report,
+    Unknown,
 )
 from crustcredits._models import outcome_for
 
@@ -31,6 +33,7 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod", account="acme")
 STATUS = RateLimitStatus(limit=300, remaining=299, reset=60.0)
 
+REQUIREMENT = {"needed": Decimal(5), "available": Decimal("1.5"), "report": Report([])}
 EXAMPLE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "APIStatusError": {"status": 418},
     "BadRequestError": {"status": 400},
@@ -44,7 +47,9 @@ EXAMPLE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "UnexpectedResponseError": {"status": 200},
     "GatewayError": {"status": 403},
     "RateLimitWaitError": {"wait": 3.5},
-    "InsufficientCreditsError": {"needed": Decimal(5), "available": Decimal("1.5")},
+    "CreditsRequirementError": REQUIREMENT,
+    "InsufficientCreditsError": REQUIREMENT,
+    "CreditsUnknownError": REQUIREMENT | {"deciding": ()},
 }
 ERRORS = [value for value in vars(crustcredits).values() if inspect.isclass(value) and issubclass(value, CrustCreditsError)]
 
@@ -112,7 +117,7 @@ def test_an_account_becomes_plain_data() -> None:
     assert plain["rate_limit"] is None
 
 
-@pytest.mark.parametrize("record", [Balance, Account, Outcome, RateLimitStatus, crustcredits.Quota, crustcredits.RateLimit])
+@pytest.mark.parametrize("record", [Balance, Account, Known, Unknown, RateLimitStatus, crustcredits.Quota, crustcredits.RateLimit])
 def test_records_are_frozen_and_keyword_only(record: type) -> None:
     """What came back does not change."""
     parameters = inspect.signature(record).parameters.values()
@@ -121,14 +126,14 @@ def test_records_are_frozen_and_keyword_only(record: type) -> None:
         RateLimitStatus().limit = 1  # type: ignore[misc]  # the mistake under test
 
 
-def good() -> Outcome[Balance]:
+def good() -> Known[Balance]:
     balance = Balance(key=KEY, credits=Decimal(7), checked_at=NOON, request_id="r-1", rate_limit=STATUS)
-    return Outcome(key=KEY, balance=balance, checked_at=NOON, attempts=2)
+    return Known(balance=balance, attempts=2)
 
 
-def bad() -> Outcome[Balance]:
+def bad() -> Unknown:
     error = InvalidKeyError("no such key", status=401, key_name="prod", request_id="r-2", rate_limit=STATUS)
-    return Outcome(key=KEY, error=error, checked_at=NOON, attempts=1)
+    return Unknown(key=KEY, error=error, checked_at=NOON, attempts=1, source="fetched")
 
 
 def test_an_outcome_with_a_balance_is_ok() -> None:
@@ -155,12 +160,12 @@ def test_an_outcome_with_a_balance_is_ok() -> None:
 
 def test_a_stale_balance_stands_beside_its_error() -> None:
     """Both true: there is a balance, and it is an old one."""
-    outcome = attrs.evolve(good(), balance=attrs.evolve(good().result(), stale=True), error=bad().error, source="kept")
+    outcome = attrs.evolve(good(), balance=attrs.evolve(good().result(), stale=True), error=bad().error, source="cached")
     assert outcome.ok
     assert outcome.stale
     assert not attrs.evolve(bad()).stale
     plain = outcome.to_dict()
-    assert (plain["credits"], plain["ok"], plain["stale"], plain["source"]) == ("7", True, True, "kept")
+    assert (plain["credits"], plain["ok"], plain["stale"], plain["source"]) == ("7", True, True, "cached")
     assert plain["error"] == {"type": "InvalidKeyError", "message": "prod: no such key (HTTP 401)"}
 
 
@@ -180,10 +185,9 @@ def test_an_outcome_with_an_error_has_unknown_credits() -> None:
 
 def test_an_outcome_of_nothing_said_says_nothing() -> None:
     """An error before any answer has no id and no rate limit."""
-    outcome = Outcome(key=KEY, error=ConfigurationError("x"), checked_at=NOON, attempts=0)
+    outcome = Unknown(key=KEY, error=ConfigurationError("x"))
     assert outcome.to_dict()["rate_limit"] is None
-    assert Outcome(key=KEY, checked_at=NOON, attempts=0).request_id is None
-    assert Outcome(key=KEY, checked_at=NOON, attempts=0).rate_limit is None
+    assert (outcome.request_id, outcome.rate_limit, outcome.source, outcome.attempts) == (None, None, "none", 0)
 
 
 def test_an_outcome_is_told_under_the_name_of_an_equal_key() -> None:

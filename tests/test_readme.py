@@ -77,7 +77,7 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
     batch, key, health = await asyncio.to_thread(ask)
     assert isinstance(batch, dict)
     assert isinstance(key, dict)
-    assert (batch["total_credits"], key["state"], key["source"]) == ("9406.50", "fresh", "kept")
+    assert (batch["total_credits"], key["state"], key["source"]) == ("9406.50", "fresh", "cached")
     assert health == {"status": "ok", "keys": 1, "known": 1, "reasons": []}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
@@ -10,34 +11,52 @@ from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crustcredits import (
     Account,
+    APIConnectionError,
     ApiKey,
+    APITimeoutError,
     Balance,
     ConfigurationError,
+    CreditsRequirementError,
+    CreditsUnknownError,
+    CrustCreditsError,
+    GatewayError,
     InsufficientCreditsError,
     InternalServerError,
     InvalidKeyError,
+    Known,
     Outcome,
     PaymentRequiredError,
+    PermissionDeniedError,
+    RateLimitError,
+    RateLimitWaitError,
     Report,
+    UnexpectedResponseError,
+    Unknown,
+    keys_from_records,
 )
+from crustcredits._models import outcome_for
+from crustcredits._problems import problem_of
 from crustcredits._report import needed_credits
+from tests import searches
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def good(name: str, credits: str, *, account: str | None = None, later: int = 0, secret: str | None = None) -> Outcome[Balance]:
+def good(name: str, credits: str, *, account: str | None = None, later: int = 0, secret: str | None = None) -> Known[Balance]:
     key = ApiKey(secret or f"secret of {name}".replace(" ", "-"), name=name, account=account)
     at = NOON + timedelta(seconds=later)
-    return Outcome(key=key, balance=Balance(key=key, credits=Decimal(credits), checked_at=at), checked_at=at, attempts=1)
+    return Known(balance=Balance(key=key, credits=Decimal(credits), checked_at=at))
 
 
-def bad(name: str, *, account: str | None = None) -> Outcome[Balance]:
+def bad(name: str, *, account: str | None = None, error: CrustCreditsError | None = None) -> Unknown:
     key = ApiKey(f"secret-of-{name}", name=name, account=account)
-    error = InvalidKeyError("no such key", status=401, key_name=name)
-    return Outcome(key=key, error=error, checked_at=NOON, attempts=1)
+    error = error or InvalidKeyError("no such key", status=401, key_name=name)
+    return Unknown(key=key, error=error, checked_at=NOON, attempts=1, source="fetched")
 
 
 def names(outcomes: Sequence[Outcome[Any]]) -> list[str]:
@@ -52,7 +71,7 @@ def test_a_report_is_a_sequence_of_outcomes() -> None:
     assert (len(report), report[1], report[:1]) == (2, second, (first,))
     assert not report.ok
     assert (report.succeeded, report.failed) == ((first,), (second,))
-    assert repr(report) == "<Report of 2 keys: 1 checked, 1 failed>"
+    assert repr(report) == "<Report of 2 keys: 1 succeeded, 1 failed>"
     assert Report([first]).ok
 
 
@@ -64,9 +83,18 @@ def test_an_empty_report_is_ok_and_holds_nothing() -> None:
 
 def test_each_declared_account_counts_once_by_its_newest_answer() -> None:
     """Its keys draw from one balance, whichever was asked last."""
-    report = Report([good("a", "10", account="acme", later=2), good("b", "11", account="acme"), good("c", "5")])
-    assert report.total_credits == 15
-    assert dict(report.accounts) == {"acme": Decimal(10)}
+    newest = good("a", "10", account="acme"), good("b", "11", account="acme")
+    report = Report([newest[1], newest[0], good("c", "5")])
+    assert report.total_credits == 16
+    assert dict(report.accounts) == {"acme": Decimal(11)}
+
+
+def test_the_newest_answer_is_the_one_received_last() -> None:
+    """Also where the wall clock was set back between two answers, and where one is given again under another label."""
+    first, second = good("a", "10", account="acme", later=3600), good("b", "11", account="acme")
+    assert Report([first, second]).total_credits == Report([second, first]).total_credits == 11
+    renamed = outcome_for(ApiKey("secret-of-a", name="c", account="acme"), first)
+    assert Report([second, renamed]).total_credits == 11
 
 
 def test_a_failed_key_is_unknown_and_never_zero() -> None:
@@ -117,11 +145,13 @@ def test_low_names_the_keys_below_a_threshold() -> None:
     assert names(report.low(0)) == []
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5", None])
+@pytest.mark.parametrize("threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5"])
 def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
     """Anything else is refused by its name."""
-    with pytest.raises(ConfigurationError, match="threshold is a finite number"):
+    with pytest.raises(ConfigurationError, match="credits is a finite number"):
         Report([]).low(threshold)
+    with pytest.raises(ConfigurationError, match="grant_share is a finite number"):
+        Report([]).low_accounts(grant_share=threshold)
     with pytest.raises(ConfigurationError, match="min_credits is a finite number"):
         Report([]).ranked(threshold)
 
@@ -146,16 +176,16 @@ def test_undeclared_keys_with_the_same_answer_are_lookalikes() -> None:
 def test_lookalike_accounts_agree_in_everything_they_say() -> None:
     """With the whole account at hand, equal credits alone are no likeness."""
 
-    def account(name: str, grant: int) -> Outcome[Account]:
+    def account(name: str, grant: int) -> Known[Account]:
         key = ApiKey(f"secret-of-{name}", name=name)
         balance = Account(key=key, credits=Decimal(5), checked_at=NOON, request_id=name, recurring_credits=Decimal(grant))
-        return Outcome(key=key, balance=balance, checked_at=NOON, attempts=1)
+        return Known(balance=balance)
 
     report = Report([account("a", 100), account("b", 200), account("c", 100)])
     assert [names(group) for group in report.lookalikes] == [["a", "c"]]
 
 
-def old(name: str, credits: str, **options: Any) -> Outcome[Balance]:
+def old(name: str, credits: str, **options: Any) -> Known[Balance]:
     outcome = good(name, credits, **options)
     error = InternalServerError("down", status=503, key_name=name)
     return attrs.evolve(outcome, balance=attrs.evolve(outcome.result(), stale=True), error=error)
@@ -170,7 +200,7 @@ def test_a_stale_balance_counts_and_is_told() -> None:
     assert names(report.succeeded) == ["a", "b", "d"]
     assert names(report.ranked()) == ["b", "d", "a"]
     assert names(report.low(10)) == ["a", "b"]
-    assert repr(report) == "<Report of 4 keys: 3 checked (2 stale), 1 failed>"
+    assert repr(report) == "<Report of 4 keys: 3 succeeded (2 stale), 1 failed>"
     assert report.to_dict()["stale"] == 2
     assert Report([old("a", "1"), good("b", "1")]).lookalikes
 
@@ -189,10 +219,143 @@ def test_available_credits_count_once_what_may_be_counted_twice() -> None:
 def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> None:
     """As another of its keys has just been told; what was answered after that counts again."""
     spent = PaymentRequiredError("out of credits", status=402)
-    failed: Outcome[Balance] = attrs.evolve(bad("b", account="x"), error=spent, checked_at=NOON + timedelta(seconds=5))
+    failed = attrs.evolve(bad("b", account="x"), error=spent, checked_at=NOON + timedelta(seconds=5))
     assert Report([good("a", "5", account="x"), failed]).available_credits == 0
     assert Report([good("a", "5", account="x", later=9), failed]).available_credits == 5
     assert Report([good("a", "5", account="y"), failed]).available_credits == 5
+
+
+def test_an_overdrawn_account_takes_nothing_from_the_others() -> None:
+    """It cannot be spent from, and its debt is nobody else's; the total stays exact."""
+    report = Report([good("a", "-50", account="x"), good("b", "100"), good("c", "-5")])
+    assert report.available_credits == 100
+    assert report.total_credits == 45
+    report.require(80)
+    Report([good("a", "-50")]).require(0)
+    Report([bad("a")]).require(0)
+    Report([]).require(0)
+
+
+def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
+    """Nor does one of an account that was just said to be spent: the credits are too few, whatever these keys would answer."""
+    spent = bad("d", account="y", error=PaymentRequiredError("out of credits", status=402))
+    silent = bad("c", account="y", error=APITimeoutError("too late"))
+    known: list[Outcome] = [good("a", "5", account="x"), bad("b", account="x", error=APITimeoutError("too late"))]
+    report = Report([*known, silent, spent])
+    with pytest.raises(InsufficientCreditsError) as caught:
+        report.require(6)
+    assert caught.value.report is report
+    assert caught.value.errors == tuple(outcome.error for outcome in report.failed)
+    assert str(caught.value) == (
+        "6 credits are needed and 5 are known to be there; unknown: x/b, y/c, y/d; top up, or run a smaller batch"
+    )
+    with pytest.raises(CreditsUnknownError) as undecided:
+        Report([*known, silent]).require(6)
+    assert undecided.value.deciding == (silent.error,)
+    assert not isinstance(undecided.value, InsufficientCreditsError)
+    assert isinstance(undecided.value, CreditsRequirementError)
+
+
+OF_KEYS: list[CrustCreditsError | None] = [
+    None,
+    PaymentRequiredError("spent", status=402),
+    InvalidKeyError("revoked", status=401),
+    PermissionDeniedError("not allowed", status=403),
+    ConfigurationError("no key"),
+    UnexpectedResponseError("odd", status=200),
+    APIConnectionError("bad certificate", retryable=False),
+    APITimeoutError("too late"),
+    APIConnectionError("refused"),
+    InternalServerError("down", status=500),
+    GatewayError("blocked", status=403),
+    RateLimitError("too many"),
+    RateLimitWaitError("no room", wait=5.0),
+]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([None, "x", "y"]), st.integers(-5, 20), st.booleans(), st.sampled_from(OF_KEYS)), max_size=8
+    ),
+    st.integers(0, 60),
+)
+@settings(max_examples=searches.examples(300))
+def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, bool, CrustCreditsError | None]], needed: int) -> None:
+    """It passes, or is 409, 502 or 503 over HTTP, as counted here in another way."""
+    outcomes: list[Outcome[Balance]] = []
+    balances: dict[str, int] = {}  # of accounts and of keys for themselves, the last one given
+    errors: dict[str, list[CrustCreditsError]] = defaultdict(list)
+    for number, (account, credits, stale, error) in enumerate(pool):
+        owner = account or f"key {number}"
+        if error is None:
+            # No two answers of undeclared keys are the same, so that no key is like another one.
+            amount = credits if account else credits * 100 + number
+            outcomes.append((old if stale else good)(f"k{number}", str(amount), account=account, later=number))
+            balances[owner] = amount
+        else:
+            outcomes.append(bad(f"k{number}", account=account, error=error))
+            errors[owner].append(error)
+    spent = {owner for owner, said in errors.items() if any(isinstance(each, PaymentRequiredError) for each in said)}
+    available = sum(max(0, credits) for credits in balances.values())
+    deciding = [error for owner, said in errors.items() if owner not in {*balances, *spent} for error in said]
+    may_recover = any(error in OF_KEYS[-6:] for error in deciding)
+    expected = None if needed <= available else 409 if not deciding else 503 if may_recover else 502
+    report = Report(outcomes)
+    assert report.available_credits == available
+    if expected is None:
+        report.require(needed)
+        return
+    with pytest.raises(CreditsRequirementError) as caught:
+        report.require(needed)
+    error, problem = caught.value, problem_of(caught.value)
+    assert problem.status == expected
+    assert (problem.retry_after is not None) == (expected == 503)
+    assert isinstance(error, InsufficientCreditsError) == (expected == 409)
+    assert (int(error.needed), int(error.available), error.report) == (needed, available, report)
+
+
+def test_outcomes_are_found_by_label() -> None:
+    """Of two with one label, the one that can be used."""
+    unusable = Unknown(key=keys_from_records([{"secret": "", "name": "b"}])[0], error=ConfigurationError("empty"))
+    report = Report([good("a", "1", account="x"), good("b", "2"), unusable])
+    assert report.by_label["x/a"] is report[0]
+    assert report.by_label["b"] is report[1]
+    assert "c" not in report.by_label
+
+
+def test_the_credits_of_a_key_are_its_accounts() -> None:
+    """Also of one that failed, where another key of the account tells them; another report's outcome is refused."""
+    report = Report([good("a", "1", account="x"), good("b", "2", account="x", later=1), bad("c", account="x"), bad("d")])
+    assert [report.credits_of(outcome) for outcome in report] == [2, 2, 2, None]
+    with pytest.raises(ConfigurationError, match="e: this report has no such key"):
+        report.credits_of(good("e", "1"))
+
+
+def test_low_goes_by_credits_and_by_a_share_of_the_grant() -> None:
+    """Equal is not low, and without a grant no share of it is."""
+
+    def granted(name: str, credits: str, grant: int | None) -> Known[Account]:
+        key = ApiKey(f"secret-of-{name}", name=name, account=name)
+        recurring = None if grant is None else Decimal(grant)
+        return Known(balance=Account(key=key, credits=Decimal(credits), checked_at=NOON, recurring_credits=recurring))
+
+    report = Report([granted("a", "9.9", 100), granted("b", "10", 100), granted("c", "0", 0), granted("d", "1", None)])
+    assert report.low_accounts(grant_share=0.1) == ("a",)
+    assert report.low_accounts(1, grant_share=0.1) == ("a", "c")
+    assert names(report.low(grant_share=Decimal("0.11"))) == ["a", "b"]
+    assert Report([good("a", "1"), good("b", "1", account="x"), bad("c", account="y")]).low_accounts(5) == ("x",)
+    with pytest.raises(ConfigurationError, match="detail=True"):
+        Report([good("a", "1")]).low(grant_share=0.1)
+    with pytest.raises(ConfigurationError, match="give credits=, grant_share= or both"):
+        Report([]).low_accounts()
+
+
+def test_reports_with_the_same_outcomes_are_equal() -> None:
+    """So that tests can compare them."""
+    first = good("a", "1")
+    assert Report([first]) == Report([first])
+    assert len({Report([first]), Report([first]), Report([])}) == 2
+    assert Report([first]) != [first]
 
 
 def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
@@ -200,7 +363,7 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     report = Report([good("a", "5"), old("b", "4.5"), bad("c"), *(bad(f"other-{number}") for number in range(12))])
     report.require(Decimal("9.5"))
     report.require(0)
-    with pytest.raises(InsufficientCreditsError) as caught:
+    with pytest.raises(CreditsUnknownError) as caught:
         report.require(10)
     error = caught.value
     assert error.needed == 10
@@ -208,7 +371,10 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     assert (error.stale, error.unknown[0], error.unknown[-1]) == (("b",), "c", "other-11")
     assert len(error.unknown) == 13
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
-    assert str(error) == f"10 credits are needed and 9.5 are known to be there; unknown: {listed} and 3 more; stale: b"
+    assert str(error) == (
+        f"10 credits are needed and 9.5 are known to be there; keys that could not be checked decide: {listed} and 3 more; "
+        "see their errors, and check again; stale: b"
+    )
 
 
 @pytest.mark.parametrize("mistake", [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")])
@@ -243,7 +409,7 @@ def test_a_report_becomes_plain_data() -> None:
     assert [outcome["key"] for outcome in plain.pop("outcomes")] == ["acme/a", "x/b", "c", "d"]
     assert plain == {
         "ok": False,
-        "checked": 3,
+        "succeeded": 3,
         "failed": 1,
         "stale": 0,
         "total_credits": "5.50",

@@ -89,7 +89,9 @@ async def test_it_starts_answers_and_stops(sandbox: SandboxServer) -> None:
             pool = await answer.json()
             assert [key["credits"] for key in pool["keys"]] == ["100.5", None]
         async with session.post("/batches", json={"credits": 1000}) as answer:
-            assert answer.status == 409
+            assert answer.status == 502, "the refused key decides"
+        async with session.post("/batches", json={"credits": 1000}) as answer:
+            assert (await answer.json())["unknown"] == ["broken"]
         async with session.get("/credits/healthz") as answer:
             assert (await answer.json())["status"] == "degraded"
         check_end(running, await running.stop(), keys)

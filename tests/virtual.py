@@ -35,7 +35,13 @@ class _Selector(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop in which waiting takes no time."""
+    """An event loop in which waiting takes no time.
+
+    Attributes:
+        turns: How often it has had callbacks run.
+    """
+
+    turns = 0
 
     def __init__(self) -> None:
         self._virtual = _Selector()
@@ -44,7 +50,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
+    def move(self, seconds: float) -> None:
+        """Let time pass while a coroutine works."""
+        self._virtual.now += seconds
+
     def _run_once(self) -> None:
+        self.turns += 1
         if not self._ready:  # type: ignore[attr-defined]  # what the base class keeps its callbacks in
             self._virtual.now += _LEAST
         super()._run_once()  # type: ignore[misc]  # typeshed leaves it out

@@ -74,7 +74,7 @@ _CREDITS = Decimal(1000)
 
 
 def _model(name: str, checked_at: datetime) -> KeyResponse:
-    return KeyResponse(key=name, state="fresh", credits=_CREDITS, checked_at=checked_at, source="kept", error=None)
+    return KeyResponse(key=name, state="fresh", credits=_CREDITS, checked_at=checked_at, source="cached", error=None)
 
 
 def _keys_app(url: str, secrets: Sequence[str]) -> FastAPI:
@@ -96,7 +96,7 @@ def _pool_app(url: str, secrets: Sequence[str]) -> FastAPI:
     async def get_built() -> Any:
         return PoolResponse(
             ok=True,
-            checked=len(names),
+            succeeded=len(names),
             failed=0,
             stale=0,
             total_credits=_CREDITS,
@@ -237,7 +237,7 @@ def _whole_pool(server: Server, rounds: int, connections: int) -> list[Bound]:
     url = server.open(secrets)
     with _loaded(partial(_pool_app, url, secrets), connections) as (runner, load):
         (first,) = runner.run(load.run([request_for("/pool/keys")]))
-        assert first.body.startswith(b'{"ok":true,"checked":200,'), first.body.decode()
+        assert first.body.startswith(b'{"ok":true,"succeeded":200,'), first.body.decode()
         contenders = {
             "`GET /keys`, all kept": lambda: runner.run(_slice(load, ["/pool/keys"], _POOL)),
             "`GET /built`": lambda: runner.run(_slice(load, ["/built"], _POOL)),
