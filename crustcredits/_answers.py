@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -76,9 +76,10 @@ def _grant_after(balance: Balance) -> float:
 class _Silence:
     """Failures in a row on one endpoint that say nothing of the keys."""
 
-    __slots__ = ("_keys", "claimed_by", "error", "failures", "last", "refresh_at")
+    __slots__ = ("_blocked", "_keys", "claimed_by", "error", "failures", "last", "refresh_at")
 
-    def __init__(self) -> None:
+    def __init__(self, blocked: Callable[[], CrustCreditsError | None]) -> None:
+        self._blocked = blocked
         self._keys: set[bytes] = set()  # whose they were: one key's trouble is not the endpoint's
         self.claimed_by: Place | None = None  # whose refresh is to find out whether it answers again
         self.failures = 0  # of different keys, and then of any
@@ -111,7 +112,12 @@ class _Silence:
 
     def reason(self, now: float) -> CrustCreditsError | None:
         """Why the endpoint is down, if it is."""
-        return self.error if self.failures >= _FAILURES and now - self.last < _DOWN else None
+        return self.error if self.failures >= _FAILURES and now - self.last < _DOWN else self._blocked()
+
+    @property
+    def may_refresh(self) -> bool:
+        """Whether a request would be sent."""
+        return self._blocked() is None
 
 
 class Kept:
@@ -185,7 +191,7 @@ class Kept:
 
     def claim_refresh(self, place: Place, now: float) -> bool:
         """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
-        if now < self.refresh_at or now < self._silence.refresh_at:
+        if now < self.refresh_at or now < self._silence.refresh_at or not self._silence.may_refresh:
             return False
         if self._silence.reason(now) is not None:
             self._silence.claimed_by, self._silence.refresh_at = place, now + _DOWN
@@ -259,13 +265,16 @@ class Kept:
 
 
 class Answers:
-    """At most `room` of them, found by place."""
+    """At most `room` of them, found by place.
 
-    def __init__(self, room: int, retry: Retry) -> None:
+    `blocked` says why no request can be sent on an endpoint at the moment, or None.
+    """
+
+    def __init__(self, room: int, retry: Retry, blocked: Callable[[str], CrustCreditsError | None]) -> None:
         self._room = room
         self._retry = retry
         self._kept: OrderedDict[Place, Kept] = OrderedDict()
-        self._silences: defaultdict[str, _Silence] = defaultdict(_Silence)
+        self._silences = {path: _Silence(partial(blocked, path)) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
 
     def find(self, place: Place) -> Kept | None:
         """What is known there; looking is using."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Hashable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,15 @@ from crustcredits._slots import Slots
 from crustcredits._tokens import TokenStore
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._turn import Turn
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, read_response
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, is_apis_own, read_response
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
 
 _log = logging.getLogger("crustcredits")
+
+# Seconds for which a call waits where a gateway has answered for long; so a source without end is not read in vain at full speed.
+_REFUSED_AFTER = 1.0
 
 # Of the places on the wire, refreshes may have one in so many, and stand in the way of others nowhere else.
 _REFRESHES = 4
@@ -57,6 +61,7 @@ class Asker:
         self._pacing = 0  # calls that have a token and wait for the pace
         self._slots = Slots(concurrency)
         self._breakers = {path: CircuitBreaker(path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        self._probed = {path: asyncio.Event() for path in self._breakers}  # set and cleared when a probe has ended
         self._room = max(1, concurrency // _REFRESHES)
         self._wire = RefreshGate(self._room)  # what refreshes go through on their way to the wire
         self._gates: dict[Hashable, RefreshGate] = {}  # and before that to each bucket, of those that have any
@@ -68,16 +73,26 @@ class Asker:
         gate = self._gates.get(self._buckets.place(path, key))
         return self._buckets.quota(path, key, pacing=self._pacing, refreshing=0 if gate is None else len(gate))
 
+    def refusal(self, path: str) -> GatewayError | None:
+        """Why no key may be asked on `path` now, because a gateway answers there; or None."""
+        return self._breakers[path].refusal(_now())
+
     async def ask(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
         """Attempt after attempt, until there is a balance or an error that stays. What nobody wants any more is not tried again."""
         while True:
+            if self._breakers[path].is_open:
+                refusal = await self._wait_for_probe(path, key, turn)
+                if refusal is not None:
+                    return refusal
             result = await self._attempt(path, key, turn)
+            if result is None:
+                continue
             if isinstance(result, Balance):
                 return result
             now = _now()
             if turn.failing_since is None:
                 turn.failing_since = now
-            if not turn.wanted or (isinstance(result, GatewayError) and self._breakers[path].refusal(now) is not None):
+            if not turn.wanted:
                 return result
             elapsed, patience = now - turn.failing_since, turn.patience(now)
             delay = self._retry.delay(result, turn.attempts, elapsed=elapsed, patience=patience)
@@ -101,22 +116,46 @@ class Asker:
             if not len(gate) and self._gates.get(place) is gate:  # of several that end in one turn, the first removes it
                 del self._gates[place]
 
-    async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError:
-        """One request, with tokens of its own; the errors are values."""
+    async def _wait_for_probe(self, path: str, key: ApiKey, turn: Turn) -> CrustCreditsError | None:
+        """Wait while the circuit breaker is open. Returns the refusal, or the call's own last error, when that takes too long.
+
+        A probe on the wire is waited for, and in the first seconds so is the next one: as many of them as a call has attempts.
+        """
+        breaker, began = self._breakers[path], _now()
+        while (refusal := breaker.refusal(_now(), key.digest)) is not None:
+            attempted = turn.last is not None and turn.attempts
+            error = turn.last if turn.last is not None and attempted else refusal.under(key.label)
+            if not turn.wanted:
+                return error
+            until: float | None = None
+            if not breaker.is_probing:
+                until = breaker.next_probe(key.digest)
+                if breaker.failed_probes >= self._retry.attempts:
+                    until = min(until, began + _REFUSED_AFTER)
+                    if _now() >= until:
+                        return error
+            turn.last = error
+            turn.waits(_now() if until is None else until)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._probed[path].wait()
+            if not attempted:
+                turn.last = None
+        return None
+
+    async def _attempt(self, path: str, key: ApiKey, turn: Turn) -> Balance | CrustCreditsError | None:
+        """One request, with tokens of its own; the errors are values. None when a gateway has begun to answer before it."""
         # Asked for anew each time: a bucket that was idle during a backoff may have been forgotten.
         breaker = self._breakers[path]
-        refusal = breaker.refusal(_now())
-        if refusal is not None:
-            return refusal.under(key.label)
         claim = self._buckets.claim(path, key)
         try:
             slot = self._admit_at_once(claim, turn) or await self._admit(claim, key, turn, breaker)
         except BucketsUnavailableError as error:
             return BucketsUnavailableError(error.message, key_name=key.label)
-        if isinstance(slot, GatewayError):
-            return slot.under(key.label)
+        if slot is None:
+            return None
         answered = False
-        probe = breaker.start()
+        request = breaker.start(_now(), key.digest)
         claim.start()
         turn.attempts += 1
         turn.on_wire = True
@@ -129,11 +168,17 @@ class Asker:
             answered = True
             result = read_response(path, key, sent, now=datetime.now(UTC), period=self._rate_limit.period)
             claim.answered(sent.status, result)
-            _tell(breaker, sent, result, probe=probe)
+            if isinstance(result, GatewayError):
+                breaker.gateway_answered(request, result, _now())
+            elif isinstance(result, Balance) or is_apis_own(sent):
+                breaker.api_answered()
             return result
         finally:
             turn.on_wire = False
-            breaker.end(_now(), probe=probe)
+            breaker.end(request, _now())
+            if request.is_probe:
+                self._probed[path].set()
+                self._probed[path].clear()
             self._slots.release(slot, answered=answered)
             claim.abandoned()  # unless an answer has said otherwise
 
@@ -146,19 +191,18 @@ class Asker:
             claim.put_back()
         return slot
 
-    async def _admit(self, claim: Claim, key: ApiKey, turn: Turn, breaker: CircuitBreaker) -> object:
+    async def _admit(self, claim: Claim, key: ApiKey, turn: Turn, breaker: CircuitBreaker) -> object | None:
         """Wait for the tokens, the pace and a place on the wire, in this order.
 
-        Returns the place; or the refusal of a circuit breaker that has opened meanwhile, with nothing taken.
+        Returns the place; or None where the circuit breaker has opened meanwhile, with nothing taken.
         """
         began, again = _now(), False
         while True:
             try:
                 await claim.acquire(turn, again=again)
-                refusal = breaker.refusal(_now())
-                if refusal is not None:  # now, so that nobody waits for the pace in vain
+                if breaker.refusal(_now(), key.digest) is not None:  # now, so that nobody waits for the pace in vain
                     claim.put_back()
-                    return refusal
+                    return None
                 if not turn.wanted:
                     await self._wire.enter(turn)
                 if self._pace is not None:
@@ -167,14 +211,14 @@ class Asker:
             except BaseException:
                 claim.put_back()
                 raise
-            refusal = breaker.refusal(_now())
-            if refusal is None and claim.may_start():
+            refused = breaker.refusal(_now(), key.digest) is not None
+            if not refused and claim.may_start():
                 _log.debug("%s: its turn came after %.3f s", key.label, _now() - began)
                 return slot
             self._slots.release(slot, answered=False)
-            if refusal is not None:
+            if refused:
                 claim.put_back()
-                return refusal
+                return None
             again = True
 
     async def _keep_pace(self, pace: AsyncLimiter, turn: Turn) -> None:
@@ -186,13 +230,6 @@ class Asker:
             await pace.acquire()
         finally:
             self._pacing -= 1
-
-
-def _tell(breaker: CircuitBreaker, sent: Response, result: Balance | CrustCreditsError, *, probe: bool) -> None:
-    if isinstance(result, GatewayError):
-        breaker.gateway_answered(result, _now(), probe=probe)
-    elif isinstance(result, Balance) or is_apis_own(sent):
-        breaker.api_answered()
 
 
 def _settle(claim: Claim, failure: Failure) -> None:

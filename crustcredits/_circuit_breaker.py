@@ -1,11 +1,14 @@
 """`CircuitBreaker`: stops requests to an endpoint while a gateway answers in the API's place.
 
-A value: it is told the time, in the running loop's seconds, and neither sends nor waits. It must not know keys.
+A value: it is told the time, in the running loop's seconds, and neither sends nor waits.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
+
+import attrs
 
 from crustcredits._errors import GatewayError
 
@@ -13,76 +16,108 @@ _log = logging.getLogger("crustcredits")
 
 # Answers of a gateway in a row after which it opens.
 _THRESHOLD = 8
-# Seconds until the first probe after it has opened; twice as many after each probe that fails, up to the longest.
+# Seconds until the first probe after it has opened; twice as many after each probe that a gateway answers, up to the longest.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
+
+
+@attrs.frozen
+class Sent:
+    """A request on its way, as `CircuitBreaker.start` returns it and `end` wants it back."""
+
+    at: float
+    whose: Hashable
+    is_probe: bool
 
 
 class CircuitBreaker:
     """Closed, every request may be sent. After eight answers of a gateway in a row it opens: then one probe at a time may.
 
-    An answer of the API's own below 500 closes it. A request is a probe from right before it is sent until it ends, and no
-    longer, so that waiting and retrying keep no other request from being one.
+    Only requests that were sent after the row had begun make it longer, so that those on the wire together count once. An answer
+    of the API's own below 500 closes it. A probe that ends without an answer of either kind closes it too, but one more
+    answer of a gateway opens it again. A key whose probe a gateway has answered lets other keys go first: the gateway may
+    refuse that key alone.
 
     Args:
         path: The path of the endpoint, for the log.
+
+    Attributes:
+        is_open: Whether it is open.
+        failed_probes: Probes that a gateway has answered since the API did.
+        is_probing: Whether a probe is on the wire.
     """
 
-    __slots__ = ("_failed_probes", "_in_a_row", "_next_probe", "_open", "_path", "_probing", "_status")
+    __slots__ = ("_in_a_row", "_next_probe", "_path", "_refused", "_row_began", "_status", "failed_probes", "is_open", "is_probing")
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._in_a_row = 0
-        self._open = False
-        self._status = 0  # of the answer that opened it
-        self._failed_probes = 0
+        self._row_began = 0.0
+        self.is_open = False
+        self._status = 0  # of the last answer of a gateway
         self._next_probe = 0.0
-        self._probing = False
+        self._refused: Hashable = None  # whose probe a gateway answered last
+        self.failed_probes = 0
+        self.is_probing = False
 
-    def refusal(self, now: float) -> GatewayError | None:
-        """Why a request must not be sent now, or None."""
-        if not self._open or (now >= self._next_probe and not self._probing):
+    def refusal(self, now: float, whose: Hashable = None) -> GatewayError | None:
+        """Why no request for this key may be sent now, or None."""
+        if not self.is_open or (now >= self.next_probe(whose) and not self.is_probing):
             return None
-        said = f"not asked, because a gateway answered {self._in_a_row} requests in a row in the API's place"
-        soon = "soon: a request is finding out whether the API is back" if self._probing else f"in {self._next_probe - now:.1f} s"
-        return GatewayError(f"{said}; try again {soon}", status=self._status)
+        soon = "while a probe is on the wire" if self.is_probing else f"for {max(0.0, self._next_probe - now):.1f} s"
+        said = f"not asked {soon}, because a gateway answered {_THRESHOLD} requests in a row in the API's place"
+        return GatewayError(f"{said}; look for a proxy or firewall between here and the API, or try again", status=self._status)
 
-    def start(self) -> bool:
-        """A request is sent that was not refused. Returns whether it is a probe, which `end` has to be told."""
-        probe = self._open
-        self._probing = self._probing or probe
-        return probe
+    def next_probe(self, whose: Hashable) -> float:
+        """When a request for this key may be a probe, unless one is on the wire then."""
+        stands_back = whose is not None and whose == self._refused
+        return self._next_probe + (self._pause() if stands_back else 0.0)
 
-    def end(self, now: float, *, probe: bool) -> None:
-        """The request has ended, whatever came of it. A probe without an answer of either kind puts off the next one."""
-        if probe:
-            self._probing = False
-            if now >= self._next_probe:
-                self._next_probe = now + self._pause()
+    def start(self, now: float, whose: Hashable) -> Sent:
+        """A request is sent that was not refused."""
+        self.is_probing = self.is_probing or self.is_open
+        return Sent(now, whose, self.is_open)
+
+    def end(self, sent: Sent, now: float) -> None:
+        """The request has ended, whatever came of it."""
+        if not sent.is_probe:
+            return
+        self.is_probing = False
+        if self.is_open and now >= self._next_probe:
+            self.is_open, self._in_a_row, self._row_began = False, _THRESHOLD - 1, now
 
     def api_answered(self) -> None:
         """The answer was the API's own."""
-        if self._open:
+        if self._in_a_row >= _THRESHOLD - 1 and self._status:
             _log.info("%s: the API answers again", self._path)
-        self._in_a_row = 0
-        self._open = False
+        self._in_a_row = self.failed_probes = self._status = 0
+        self.is_open = False
+        self._refused = None
 
-    def gateway_answered(self, error: GatewayError, now: float, *, probe: bool) -> None:
+    def gateway_answered(self, sent: Sent, error: GatewayError, now: float) -> None:
         """The answer was a gateway's."""
-        self._in_a_row += 1
-        if self._open and probe:
-            self._failed_probes += 1
-        elif self._open or self._in_a_row < _THRESHOLD:  # sent before it opened, or too few
+        if self.is_open and not sent.is_probe:  # sent before it opened
             return
-        else:
-            self._failed_probes = 0
+        if self._in_a_row and sent.at < self._row_began:
+            return
+        if not self._in_a_row:
+            self._row_began = now
+        self._in_a_row += 1
+        self._status = error.status
+        if sent.is_probe:
+            self.failed_probes += 1
+            self._refused = sent.whose
+        elif self._in_a_row < _THRESHOLD:
+            return
+        elif not self.failed_probes:
             _log.warning(
-                "%s: a gateway answered %d requests in a row in the API's place; no key is asked until the API answers a probe",
+                "%s: a gateway answered %d requests in a row in the API's place; no key is asked until the API answers a probe; "
+                "look for a proxy or firewall between here and the API",
                 self._path,
                 self._in_a_row,
             )
-        self._open, self._status = True, error.status
+        self.is_open = True
         self._next_probe = now + self._pause()
 
     def _pause(self) -> float:
-        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed_probes, 60))
+        return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self.failed_probes, 60))

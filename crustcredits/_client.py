@@ -153,7 +153,7 @@ class CreditsClient:
             request_timeout=request_timeout,
             retry=retry,
         )
-        self._calls = Calls(self._asker, Answers(max_entries, retry))
+        self._calls = Calls(self._asker, Answers(max_entries, retry, self._asker.refusal))
         self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False

@@ -26,8 +26,8 @@ _TRANSIENT = (APITimeoutError, GatewayError, InternalServerError, RateLimitError
 # 408: the request took too long to arrive. 425: it came too early (RFC 8470).
 _TRANSIENT_STATUSES = (408, 425)
 
-# After lost connections the fourth attempt comes no sooner than so many seconds after the first failure. Jitter from 0 alone could
-# spend all attempts within the first second of an outage of the network or of name resolution.
+# After lost connections and answers of a gateway the fourth attempt comes no sooner than so many seconds after the first failure.
+# Jitter from 0 alone could spend all attempts within the first second of an outage of the network or of name resolution.
 _LATE_ATTEMPT = 4
 _OUTAGE = 4.0
 
@@ -43,8 +43,9 @@ class Retry:
     Attributes:
         attempts: Requests for one call at the most; 1 means never to try again.
         backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time. After lost
-            connections the fourth attempt comes no sooner than 4 s after the first failure, where the call has the time and
-            `backoff` is above 0, so that a short outage of the network or of name resolution is survived.
+            connections and answers of a gateway the fourth attempt comes no sooner than 4 s after the first failure, where the
+            call has the time and `backoff` is above 0, so that a short outage of the network, of name resolution or of a
+            gateway is survived.
         backoff_max: Seconds; where the doubling stops.
         wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is raised at once.
 
@@ -78,7 +79,7 @@ class Retry:
         if asked is not None:
             return asked + jitter if asked <= self.wait_max else None
         outage = _OUTAGE - elapsed
-        late = isinstance(error, APIConnectionError) and attempts + 1 >= _LATE_ATTEMPT and self.backoff > 0
+        late = isinstance(error, (APIConnectionError, GatewayError)) and attempts + 1 >= _LATE_ATTEMPT and self.backoff > 0
         return max(jitter, outage) if late and outage < patience else jitter
 
     def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:

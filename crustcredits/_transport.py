@@ -128,6 +128,9 @@ class Transport:
         connector = aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
+    def _peer(self) -> str:
+        return "" if self._proxy is None else " to the API or its proxy"
+
     def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
         details: dict[str, Any] = {"key_name": key.label} | (read_details(answers[0].headers, key) if answers else {})
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
@@ -146,14 +149,14 @@ class Transport:
             return Failure(APIConnectionError(said, retryable=False, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
-            proxy = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else ""
-            said = f"could not connect{proxy} ({_reason(error)})"
+            peer = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else self._peer()
+            said = f"could not connect{peer} ({_reason(error)})"
             return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # No network's doing: the caller's session, its connector or its traces.
             return Failure(ConfigurationError(f"the request failed in the session ({type(error).__name__})", **details), given_up)
         when = "while the answer came" if answers else "before an answer"
-        return Failure(APIConnectionError(f"the connection failed {when} ({_reason(error)})", **details), given_up)
+        return Failure(APIConnectionError(f"the connection{self._peer()} failed {when} ({_reason(error)})", **details), given_up)
 
 
 def tls_problem(context: object) -> ConfigurationError | None:

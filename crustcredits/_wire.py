@@ -251,7 +251,7 @@ def _is_cut_short(response: Response) -> bool:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return not text or (text[0] == "{" and (error.pos >= len(text) or error.msg.startswith("Unterminated")))
+        return not text or (text[0] == "{" and (error.pos >= len(text) or text[-1] != "}"))
     except (ValueError, RecursionError):
         return False
     return False

@@ -967,9 +967,9 @@ async def test_how_long_a_failure_is_given_again(options: dict[str, Any], call: 
 async def test_a_failure_that_cost_no_request_is_not_given_again() -> None:
     """The circuit breaker refuses for seconds, however long failures are kept."""
     challenge = Reply(status=403, body="<html>")
-    server = FakeServer(lambda name, times: challenge if now() < 1 else Reply())
-    async with fake_client(server, retry=ONCE, max_age=3600, rate_limit=RateLimit(pace=None)) as client:
-        await client.check(keys(20))
+    server = FakeServer(lambda name, times: challenge if now() < 20 else Reply())
+    async with fake_client(server, retry=ONCE, max_age=3600) as client:
+        await client.check(keys(40))
         late = await outcome(client)
         assert (late.source, late.attempts, type(late.error)) == ("none", 0, GatewayError)
         await asyncio.sleep(120)
@@ -1052,6 +1052,18 @@ async def test_what_was_on_the_wire_when_answers_were_dropped_is_not_kept() -> N
         assert (await client.balance(KEY)).credits == 2
         assert (await before).credits == 1
         assert (await client.balance(KEY)).credits == 2
+    assert len(server.arrivals) == 2
+
+
+async def test_what_was_not_yet_sent_when_answers_were_dropped_is_kept() -> None:
+    """It will speak of after that."""
+    server = FakeServer()
+    async with fake_client(server, max_age=3600, rate_limit=RateLimit(requests=1)) as client:
+        await client.balance(keys(1)[0])
+        waiting = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(1)
+        client.invalidate()
+        assert await waiting == await client.balance(KEY)
     assert len(server.arrivals) == 2
 
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
+from contextlib import aclosing
+from itertools import pairwise
 
 import pytest
 
-from crustcredits import APIConnectionError, Balance, CreditsClient, GatewayError, InvalidKeyError, RateLimit, Retry
+from crustcredits import (
+    APIConnectionError,
+    APITimeoutError,
+    Balance,
+    CreditsClient,
+    GatewayError,
+    InternalServerError,
+    InvalidKeyError,
+    RateLimit,
+    Retry,
+)
 from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._transport import Fate
 from crustcredits.testing import Fault, SandboxServer
@@ -54,21 +67,57 @@ async def test_a_kept_balance_stands_in() -> None:
 
 @pytest.mark.virtual
 async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """The rest of a pool fails when its turn comes, with the reason, and what waits for its next attempt fails at once."""
+    """The rest of a pool waits for the first probes, and then fails with the reason, a second for each room full of keys."""
     server = since(1e9)
     pool = keys(500)
     with caplog.at_level(logging.WARNING, logger="crustcredits"):
         async with fake_client(server, retry=FAST, concurrency=4) as client:
             report = await client.check(pool)
-            assert now() < 1
-            assert 8 <= len(server.arrivals) <= 12  # four may be on the wire when it opens
+            times = [moment for moment, _ in server.arrivals]
+            opened = next(after for after, (before, later) in enumerate(pairwise(times), 1) if later - before > 0.9)
+            assert 8 <= opened <= 16  # four may be on the wire when it opens, and when the row began
+            assert [round(later - before) for before, later in pairwise(times[opened - 1 : opened + 4])] == [1, 2, 4, 8]
+            assert now() < 1 + 2 + 4 + 8 + 500 / (4 * 9) + 2
             assert all(isinstance(outcome.error, GatewayError) for outcome in report)
-            assert report[-1].attempts == 0
-            assert str(report[-1].error).startswith("k499: not asked, because a gateway answered ")
-            with pytest.raises(GatewayError, match="k0: not asked"):
-                await client.balance(pool[0])
-            assert len(server.arrivals) <= 12
+            assert (report[-1].attempts, report[-1].source) == (0, "none")
+            assert str(report[-1].error).startswith("k499: not asked for ")
+            assert "look for a proxy or firewall" in str(report[-1].error)
+            began = now()
+            with pytest.raises(GatewayError, match="k400: not asked for"):
+                await client.balance(pool[400])
+            assert now() - began == pytest.approx(1, abs=0.01)
     assert caplog.text.count("/user/credits: a gateway answered 8 requests in a row in the API's place; no key is asked") == 1
+
+
+@pytest.mark.virtual
+async def test_a_call_without_time_for_the_next_probe_fails_at_once() -> None:
+    """It is told why."""
+    async with fake_client(since(1e9), retry=FAST) as client:
+        await client.check(keys(20), timeout=0.5)
+        began = now()
+        with pytest.raises(GatewayError, match="k0: "):
+            await client.balance(keys(1)[0], timeout=0.1)
+        assert now() == began
+
+
+@pytest.mark.virtual
+async def test_a_key_that_was_asked_keeps_its_own_failure() -> None:
+    """That it was not asked again is no news."""
+    async with fake_client(since(1e9), retry=FAST) as client:
+        report = await client.check(keys(5))
+        assert {outcome.attempts > 0 for outcome in report} == {True}
+        assert all("a gateway answered in the API's place" in str(outcome.error) for outcome in report)
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("count", [3, 8, 30, 250])
+async def test_a_gateway_that_answers_for_seconds_sinks_no_pool(count: int, seconds: float) -> None:
+    """Requests on the wire together are one answer of it; and calls wait for the probes."""
+    server = since(seconds)
+    async with fake_client(server) as client:
+        report = await client.check(keys(count), timeout=60)
+    assert [str(outcome.error) for outcome in report.failed] == []
 
 
 @pytest.mark.virtual
@@ -78,18 +127,49 @@ async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureF
     pool = keys(20)
     with caplog.at_level(logging.INFO, logger="crustcredits"):
         async with fake_client(server, retry=FAST) as client:
-            await client.check(pool)
+            await client.check(pool, timeout=0.5)
             before = len(server.arrivals)
             opened = now()
-            while now() < 12:
-                await asyncio.gather(*(client.balance(key) for key in pool), return_exceptions=True)
+            while now() < 9:
+                await asyncio.gather(*(client.balance(key, timeout=5) for key in pool), return_exceptions=True)
                 await asyncio.sleep(0.05)
-            probes = [moment - opened for moment, _ in server.arrivals[before:] if moment < 10]
+            probes = [moment - opened for moment, _ in server.arrivals[before:]]
             assert [round(moment) for moment in probes] == [1, 3, 7]
-            await asyncio.sleep(5)
-            assert (await client.check(pool)).ok is False  # the probe is one of them, and the others are not asked yet
-            assert (await client.check(pool)).ok
+            await asyncio.sleep(3600)
+            assert (await client.check(pool)).ok, "all wait for the probe, which is one of them"
     assert "/user/credits: the API answers again" in caplog.text
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("trouble", ["hangs", "gateway", "down"])
+async def test_one_key_in_trouble_keeps_no_other_from_being_asked(trouble: str) -> None:
+    """It is the first of the pool each time, and so would be each probe."""
+    bad = {"hangs": Reply(seconds=99), "gateway": CHALLENGE, "down": Reply(status=500, body="")}[trouble]
+    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else bad if name == "k0" else Reply())
+    pool = keys(20)
+    async with fake_client(server, request_timeout=0.5) as client:
+        for _ in range(3):
+            await client.check(pool, timeout=3)
+            await asyncio.sleep(1)
+        report = await client.check(pool, timeout=3)
+        assert [outcome.key.name for outcome in report.failed] == ["k0"]
+        began = now()
+        with pytest.raises((APIConnectionError, APITimeoutError, InternalServerError, GatewayError)):
+            await client.balance(pool[0], timeout=20)
+        assert now() - began <= 20
+
+
+@pytest.mark.virtual
+async def test_a_stream_without_end_is_not_emptied_while_it_is_open() -> None:
+    """Its keys wait like others."""
+    count = 0
+    source = (f"secret-{number}" for number in itertools.count())
+    async with fake_client(since(1e9), retry=FAST) as client, aclosing(client.stream(source)) as outcomes:
+        async for _ in outcomes:
+            count += 1
+            if now() > 60:
+                break
+    assert count <= 60 * 32 * 9
 
 
 @pytest.mark.virtual
@@ -131,56 +211,71 @@ async def test_an_answer_of_the_apis_own_ends_the_row() -> None:
 
 @pytest.mark.virtual
 async def test_a_probe_that_is_given_up_lets_another_go() -> None:
-    """Cancelled, or failed for another reason."""
-    pool = keys(10)
+    """Others wait for its end, and not longer."""
+    pool = keys(40)
     server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else Reply(seconds=5 if name == "k0" else 0.01))
     async with fake_client(server, retry=ONCE) as client:
-        await client.check(pool)
+        await client.check(pool, timeout=0.5)
         await asyncio.sleep(2)
         probe = asyncio.create_task(client.balance(pool[0]))
         await asyncio.sleep(0.1)
-        with pytest.raises(GatewayError, match="not asked"):
-            await client.balance(pool[1])
+        waiting = asyncio.create_task(client.balance(pool[1]))
+        with pytest.raises(GatewayError, match="not asked while a probe is on the wire"):
+            await client.balance(pool[2], timeout=0.5)
         probe.cancel()
-        await asyncio.sleep(6)  # what is on the wire is finished
-        assert (await client.balance(pool[1])).credits == 9406
+        began = now()
+        assert (await waiting).credits == 9406
+        assert now() - began < 5  # what is on the wire is finished
 
 
 @pytest.mark.virtual
-async def test_a_probe_that_is_lost_lets_another_go() -> None:
-    """A timeout tells nothing of who answers."""
-    pool = keys(10)
+async def test_a_probe_that_is_lost_proves_no_gateway() -> None:
+    """All are asked again; one more answer of a gateway is enough to stop that."""
+    pool = keys(40)
     gone = lost(APIConnectionError("reset"), Fate.ABANDONED)
-    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else gone if name == "k0" else Reply())
-    async with fake_client(server, retry=Retry(attempts=2)) as client:
-        await client.check(pool)
+    server = FakeServer(lambda name, times: gone if name == "k0" and now() > 1 else CHALLENGE)
+    async with fake_client(server, retry=ONCE) as client:
+        await client.check(pool, timeout=0.5)
         await asyncio.sleep(2)
-        with pytest.raises((APIConnectionError, GatewayError)):
+        with pytest.raises(APIConnectionError):
             await client.balance(pool[0])
-        await asyncio.sleep(2)
-        assert (await client.balance(pool[1])).credits == 9406
+        before = len(server.arrivals)
+        report = await client.check(pool[1:], timeout=0.5)
+        assert 1 <= len(server.arrivals) - before <= 8
+        assert all(isinstance(outcome.error, GatewayError) for outcome in report)
 
 
 def test_the_pause_grows_to_a_minute() -> None:
-    """However long it lasts. What was on the wire when it opened does not count."""
+    """However long it lasts. What was on the wire when it opened, or when the row began, does not count."""
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
-    for number in range(8):
-        assert breaker.refusal(0.0) is None, number
-        assert breaker.start() is False
-        breaker.gateway_answered(error, 0.0, probe=False)
-    breaker.gateway_answered(error, 0.5, probe=False)
-    moment, pauses = 0.0, []
+    early = [breaker.start(0.0, None) for _ in range(8)]
+    for request in early:
+        breaker.gateway_answered(request, error, 0.5)
+        assert not breaker.is_open
+    for number in range(7):
+        assert breaker.refusal(0.5) is None, number
+        request = breaker.start(0.5, None)
+        assert request.is_probe is False
+        breaker.gateway_answered(request, error, 0.5)
+    breaker.gateway_answered(early[0], error, 1.0)
+    moment, pauses = 0.5, []
     for _ in range(70):
         start = moment
         while breaker.refusal(moment) is not None:
             moment += 0.5
         pauses.append(moment - start)
-        assert breaker.start() is True
+        request = breaker.start(moment, None)
+        assert request.is_probe is True
         assert breaker.refusal(moment) is not None, "one probe at a time"
-        breaker.gateway_answered(error, moment, probe=True)
-        breaker.end(moment, probe=True)
+        breaker.gateway_answered(request, error, moment)
+        breaker.end(request, moment)
     assert pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert pauses[-1] == 60
+    moment += 60
+    breaker.end(breaker.start(moment, None), moment)
+    assert breaker.refusal(moment) is None, "a probe without an answer proves nothing"
+    breaker.gateway_answered(breaker.start(moment, None), error, moment)
+    assert breaker.refusal(moment + 59) is not None, "it is the same outage, and the pause as long as before"
     breaker.api_answered()
     assert breaker.refusal(moment) is None
 
@@ -221,24 +316,18 @@ async def test_any_answer_of_the_apis_own_closes_it(status: int) -> None:
 
 @pytest.mark.virtual
 async def test_a_probe_is_one_request_and_no_call() -> None:
-    """While its key waits for its next attempt, or is told to wait, others find that the API is back."""
+    """While its key waits for its next attempt others find that the API is back."""
     pool = keys(12)
     hangs = Reply(seconds=99)
     server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else hangs if name == "k0" else Reply())
     async with fake_client(server, retry=Retry(attempts=4, backoff=0.4), request_timeout=1.0) as client:
-        await client.check(pool)
+        await client.check(pool, timeout=0.5)
         await asyncio.sleep(2)
         hanging = asyncio.create_task(client.balance(pool[0]))
-        refused = 0
-        for _ in range(60):
-            await asyncio.sleep(0.05)
-            try:
-                assert (await client.balance(pool[1])).credits == 9406
-            except GatewayError:
-                refused += 1
-            else:
-                break
-        assert 30 <= refused < 60, "as long as its request hangs and a pause more"
+        await asyncio.sleep(0.05)
+        began = now()
+        assert (await client.balance(pool[1])).credits == 9406
+        assert now() - began == pytest.approx(0.96, abs=0.02), "as long as the probe hangs"
         hanging.cancel()
 
 
@@ -247,7 +336,7 @@ async def test_it_opens_for_one_endpoint() -> None:
     """The other is asked as before."""
     server = since(1e9)
     async with fake_client(server, retry=ONCE) as client:
-        await client.check(keys(20))
+        await client.check(keys(20), timeout=0.5)
         before = len(server.arrivals)
         with pytest.raises(GatewayError, match="a gateway answered in the API's place"):
             await client.account(keys(1)[0])
@@ -268,7 +357,7 @@ async def test_many_refreshes_that_are_stopped_leave_nothing_behind(caplog: pyte
                 await asyncio.sleep(random.uniform(0, 0.3))
                 random.choice(calls).cancel()
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                assert {type(each) for each in outcomes} <= {Balance, GatewayError, asyncio.CancelledError}
+                assert {type(each) for each in outcomes} <= {Balance, GatewayError, APITimeoutError, asyncio.CancelledError}
             assert (await client.check(pool, max_age=0, stale_while_revalidate=0)).ok
     assert "Traceback" not in caplog.text
     assert "never retrieved" not in caplog.text

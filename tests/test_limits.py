@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiolimiter import AsyncLimiter
 
-from crustcredits import ApiKey, ConfigurationError, RateLimit
+from crustcredits import ApiKey, ConfigurationError, Quota, RateLimit
 from crustcredits._buckets import _CLAIMS, Buckets, account_of
 from crustcredits._limits import TokenBucket
 from crustcredits._line import Line
@@ -800,3 +800,11 @@ def test_refusals_mean_one_moment_within_a_second(apart: float, begins: bool) ->
     """What is said in whole seconds can differ by as much."""
     pause = Pause()
     assert [pause.refused(account, 0.0, wait) for account, wait in zip("abc", (5.0, 5.5, 5.0 + apart), strict=True)][2] == begins
+
+
+def test_a_quota_can_be_made_by_hand() -> None:
+    """For users' tests. The tokens that are not free are as if taken just now."""
+    quota = Quota(limit=300, free=20)
+    assert [quota.seconds_for(requests) for requests in (20, 21, 300, 321)] == [0.0, 60.0, 60.0, 120.0]
+    assert Quota(limit=10, free=0, waiting=10).seconds_for(1) == 120.0
+    assert Quota(limit=300, free=20) == Quota(limit=300, free=20)
