@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Coroutine
 from decimal import Decimal
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import attrs
 
@@ -35,17 +37,48 @@ def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) 
 
 
 def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A decorator: an argument that is refused is in no frame of the traceback."""
+    """A decorator for functions and coroutine functions: whatever they raise, no frame of theirs holds local variables.
+
+    An argument may hold a secret, in its place or in a wrong one, and tracebacks are printed with local variables.
+    """
+    if inspect.iscoroutinefunction(function):
+        return cast("Callable[_P, _T]", _hides_arguments_of_coroutine(function))
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        result = attempt(function, *args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  # any of them is raised again
+            raised = error
         del args, kwargs
-        if isinstance(result, (ConfigurationError, TypeError)):
-            raise result
-        return result
+        raise _without_locals(raised)
 
     return call
+
+
+def _hides_arguments_of_coroutine(function: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    @functools.wraps(function)
+    async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        pending = attempt(function, *args, **kwargs)
+        del args, kwargs  # the coroutine drops its own while it runs
+        if isinstance(pending, Exception):
+            raise pending
+        try:
+            return await pending
+        except Exception as error:  # noqa: BLE001  # any of them is raised again
+            raised = error
+        raise _without_locals(raised)
+
+    return call
+
+
+def _without_locals(error: Exception) -> Exception:
+    """The error, with the lines of its traceback and none of the variables."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    return error
 
 
 def init_hides_arguments(cls: type[_T]) -> type[_T]:
@@ -77,15 +110,26 @@ def check_number(
     raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {shown(value)}")
 
 
+def check_flag(what: str, value: object) -> bool:
+    """It, if it is True or False. Raises `ConfigurationError` otherwise."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{what} is True or False, not {_a(type(value))}")
+    return value
+
+
 def check_kind(what: str, value: object, kind: type) -> None:
     """Raise `ConfigurationError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
-        raise ConfigurationError(f"{what} is a {kind.__name__}, not {type(value).__name__}")
+        raise ConfigurationError(f"{what} is {_a(kind)}, not {type(value).__name__}")
 
 
 def shown(value: object) -> str:
     """Numbers as they are. Of anything else, which may be a key in the wrong place, only what it is."""
-    return repr(value)[:80] if value is None or isinstance(value, (int, float, Decimal)) else f"a {type(value).__name__}"
+    return repr(value)[:80] if value is None or isinstance(value, (int, float, Decimal)) else _a(type(value))
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOaeio' else 'a'} {kind.__name__}"
 
 
 class Whole:

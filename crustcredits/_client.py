@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 from crustcredits._answers import Answers
 from crustcredits._asker import Asker
 from crustcredits._calls import Calls, closed_error
-from crustcredits._checks import Refusal, attempt, check_kind, check_number, check_whole, hides_arguments
+from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
+from crustcredits._key_checks import is_likely_key
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
@@ -173,8 +174,9 @@ class CreditsClient:
         key = as_key(key)
         how_old, deadline = self._freshness, None
         if freshness or timeout is not None:
-            said = self._said(freshness, timeout)
-            del freshness, timeout  # A secret may stand in the wrong place.
+            # As `hides_arguments` does, which would cost those with nothing to hide too.
+            said = attempt(self._said, freshness, timeout)
+            del freshness, timeout
             if isinstance(said, Exception):
                 raise said
             how_old, deadline = said
@@ -185,17 +187,14 @@ class CreditsClient:
             outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
         return outcome.result()
 
+    @hides_arguments
     async def account(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
 
         The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
         """
         key = as_key(key)
-        said = self._said(freshness, timeout)
-        del freshness, timeout  # A secret may stand in the wrong place.
-        if isinstance(said, Exception):
-            raise said
-        how_old, deadline = said
+        how_old, deadline = self._said(freshness, timeout)
         outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, key, how_old, deadline)
         return outcome.result()
 
@@ -229,6 +228,7 @@ class CreditsClient:
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> Report[Balance]: ...
+    @hides_arguments
     async def check(
         self,
         keys: KeysLike,
@@ -255,17 +255,16 @@ class CreditsClient:
                 cannot be used does not raise: its outcome says so.
             ClientClosedError: The client was closed meanwhile.
         """
-        begun = self._begin(keys, freshness, timeout)
-        del keys, freshness, timeout  # No frame of ours holds a secret when something is raised.
-        if isinstance(begun, Exception):
-            raise begun
+        source = _pool_of(keys)
+        del keys  # A frame that is under way may be printed too, in a log line.
+        how_old, deadline = self._said(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
-            del on_outcome
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to await between outcomes"
             )
-        return await self._report(*begun, detail=detail, on_outcome=on_outcome)
+        return await self._report(source, how_old, deadline, detail=check_flag("detail", detail), on_outcome=on_outcome)
 
+    @hides_arguments
     async def require(
         self,
         credits: Decimal | float,
@@ -301,18 +300,15 @@ class CreditsClient:
             ClientClosedError: The client was closed meanwhile.
         """
         freshness.setdefault("stale_while_revalidate", 0.0)
-        needed = attempt(needed_credits, credits, margin)
-        begun = self._begin(keys, freshness, timeout)
-        del keys, credits, margin, timeout, freshness  # No frame of ours holds a secret when something is raised.
-        if isinstance(needed, Exception):
-            raise needed
-        if isinstance(begun, Exception):
-            raise begun
-        source, how_old, deadline = begun
+        needed, source = needed_credits(credits, margin), _pool_of(keys)
+        del keys, credits  # as in check
+        how_old, deadline = self._said(freshness, timeout)
+        detail = check_flag("detail", detail)
         report = await self._report(source, how_old._replace(own_limit=False), deadline, detail=detail)
         report.require(needed)
         return report
 
+    @hides_arguments
     def invalidate(self, key: KeyLike | None = None) -> None:
         """Drop the answers kept of `key`, or of all keys: after a top-up, after a large batch, in tests.
 
@@ -324,7 +320,7 @@ class CreditsClient:
         """
         key = None if key is None else as_key(key)
         if isinstance(key, UnusableKey):
-            raise key.error
+            raise copy.copy(key.error)
         self._calls.invalidate(key)
 
     @hides_arguments
@@ -339,7 +335,7 @@ class CreditsClient:
         """
         key = as_key(key)
         if isinstance(key, UnusableKey):
-            raise key.error
+            raise copy.copy(key.error)
         self._check_loop()
         return self._calls.last(ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._freshness.given(max_age=max_age))
 
@@ -386,6 +382,7 @@ class CreditsClient:
         timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
+    @hides_arguments
     def stream(
         self,
         keys: KeysLike | AsyncIterable[KeyLike],
@@ -409,19 +406,9 @@ class CreditsClient:
             ConfigurationError: This is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
-        source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None] | ConfigurationError
-        source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else as_keys(keys)
-        del keys  # No frame of ours holds a secret when something is raised.
-        if isinstance(source, ConfigurationError):
-            raise source
-        how_old = attempt(self._freshness.given, **freshness)
-        most = attempt(_timeout, timeout)
-        del freshness, timeout
-        if isinstance(how_old, Exception):
-            raise how_old
-        if isinstance(most, Exception):
-            raise most
-        path = ACCOUNT_CREDITS if detail else USER_CREDITS
+        source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else _pool_of(keys)
+        how_old, most = self._how_old(freshness), _timeout(timeout)
+        path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
         return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most)))
 
     @hides_arguments
@@ -437,7 +424,7 @@ class CreditsClient:
         """
         key = None if key is None else as_key(key)
         if isinstance(key, UnusableKey):
-            raise key.error
+            raise copy.copy(key.error)
         self._check_loop()
         return self._asker.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
@@ -476,15 +463,6 @@ class CreditsClient:
             raise copy.copy(outcome.error)
         return outcome
 
-    def _begin(
-        self, keys: KeysLike, freshness: FreshnessOptions, timeout: Seconds | None
-    ) -> tuple[Iterator[ApiKey | UnusableKey], Freshness, float | None] | Refusal:
-        """The keys of a pool, how old their answers may be, and when these have to be there; or what is wrong, not raised."""
-        source, said = as_keys(keys), self._said(freshness, timeout)
-        if isinstance(source, ConfigurationError):
-            return source
-        return said if isinstance(said, Exception) else (source, *said)
-
     async def _report(
         self,
         source: Iterator[ApiKey | UnusableKey],
@@ -506,12 +484,19 @@ class CreditsClient:
             )
         )
 
-    def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None] | Refusal:
-        """How old a call's answer may be, and when it has to be there; or what is wrong with that, not raised."""
-        how_old, most = attempt(self._freshness.given, **freshness), attempt(_timeout, timeout)
-        if isinstance(how_old, Exception):
-            return how_old
-        return most if isinstance(most, Exception) else (how_old, _deadline(most))
+    def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
+        """How old a call's answer may be, and when it has to be there."""
+        return self._how_old(freshness), _deadline(_timeout(timeout))
+
+    def _how_old(self, freshness: FreshnessOptions) -> Freshness:
+        unknown = sorted(freshness.keys() - FreshnessOptions.__annotations__.keys())
+        if unknown:
+            # Who writes **{key: name} the wrong way round has a secret for the name of an argument.
+            name = f" {unknown[0]!r}" if unknown[0].isidentifier() and not is_likely_key(unknown[0]) else ""
+            raise TypeError(
+                f"unknown argument{name}; known are {', '.join(FreshnessOptions.__annotations__)}, and those of the method"
+            )
+        return self._freshness.given(**freshness)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -532,6 +517,13 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
+
+
+def _pool_of(keys: object) -> Iterator[ApiKey | UnusableKey]:
+    pool = as_keys(keys)
+    if isinstance(pool, ConfigurationError):
+        raise pool
+    return pool
 
 
 def _timeout(timeout: Seconds | None) -> float | None:

@@ -38,6 +38,7 @@ _PATH = re.compile(
 # GitHub, GitLab, Slack, AWS, Google, SendGrid, Anthropic and OpenAI publish how their keys begin.
 _OTHER_SERVICE = re.compile(
     r"gh[oprsu]_|github_pat_|glpat-|xox[abeprs]-|(AKIA|ASIA)[A-Z0-9]{16}$|AIza[\w-]{35}$|SG\.[\w-]+\.|sk-ant-|sk-proj-"
+    r"|npm_|pypi-|hf_|whsec_|rk_live_|shpat_|dop_v1_|hvs\.|xapp-|sk-or-v1-|sk-svcacct-|AGE-SECRET-KEY-"
 )
 
 # Marks that stand in no key, and the kind of text that they come from. The first one found counts.
@@ -53,6 +54,10 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"[<>]"), "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare"),
     (re.compile(r"[()]"), "a bracket: it seems to be a line of a program; give the key bare"),
     (re.compile(":"), "a colon: it seems to be a line of YAML, a user with a password, or a path; in text write NAME=SECRET"),
+    (
+        re.compile("[|&!?^*]"),
+        "a mark that stands in no key: it seems to be a list, or a part of a URL; give the key bare",
+    ),
     (re.compile(r"\\"), "a backslash: it seems to be a path, or a line that goes on in the next; give the key bare, on one line"),
 )
 
@@ -139,7 +144,7 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
         return f"the {part} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
     if _gives_away(label, secret):
         return f"the {part} of the API key holds its secret; give it another, because it is printed"
-    if looks_secret(label) and (secret_problem(secret) is not None or not may_be_key(secret)):
+    if (looks_secret(label) or is_likely_key(label)) and (secret_problem(secret) is not None or not may_be_key(secret)):
         return (
             f"the {part} of the API key looks more like a secret than its value does: are the two swapped? "
             "Write NAME=SECRET, or {name: secret}; the name is not shown, because it may be the key"
@@ -183,6 +188,17 @@ _WORDS = re.compile(f"{_WORD}(?:[-_./ ]{_WORD})*")
 def may_be_key(text: object) -> bool:
     """Whether it is long enough for an API key, and no words with numbers: a weaker test, which true keys almost never fail."""
     return isinstance(text, str) and len(text) >= _SHORTEST_KEY and not _WORDS.fullmatch(text)
+
+
+_MIXED = 7  # changes between letters and digits
+
+
+def is_likely_key(text: object) -> bool:
+    """Whether it is so long, and mixes letters and digits so often, that it is no name, such as a UUID."""
+    if not isinstance(text, str) or len(text) < _SHORTEST_KEY or not _PLAIN_KEY.fullmatch(text):
+        return False
+    kinds = [char.isdigit() for char in text if char.isalnum()]
+    return sum(before != after for before, after in itertools.pairwise(kinds)) >= _MIXED
 
 
 # Words in the names of settings that hold other secrets or addresses: `DB_PASSWORD`, `spring.datasource.url`, `clientSecret`.

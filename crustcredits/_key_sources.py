@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from crustcredits._checks import hides_arguments
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import is_setting, looks_secret, may_be_key
+from crustcredits._key_checks import is_likely_key, is_setting, looks_secret, may_be_key, secret_problem
 from crustcredits._keys import (
     KEY_VARIABLE,
     KEYS_VARIABLE,
@@ -73,6 +74,7 @@ _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
 # --- public
 
 
+@hides_arguments
 def keys_from_text(text: str) -> list[ApiKey]:
     """Read keys from text: one a line or divided by commas, each `secret`, `name=secret` or `account/name=secret`.
 
@@ -88,6 +90,7 @@ def keys_from_text(text: str) -> list[ApiKey]:
     return _or_raise(pool)
 
 
+@hides_arguments
 def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     """Read keys from a UTF-8 file: plain text, an env file, JSON or CSV, by its suffix and its content.
 
@@ -109,6 +112,7 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     return _or_raise(pool)
 
 
+@hides_arguments
 def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
     """Read keys from the environment.
 
@@ -125,6 +129,7 @@ def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
     return _or_raise(pool)
 
 
+@hides_arguments
 def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | UnusableKey]:
     """Read keys from mappings with `secret`, and `name` and `account` where they are known, such as a database's rows.
 
@@ -247,7 +252,11 @@ def _may_be_shown(path: Any) -> bool:
         text = os.fsdecode(path)
         path = Path(text)
         named = path.suffix.lower() in _SUFFIXES - {""} or (os.sep in text and path.parent.is_dir())
-        return path.exists() or bool(_WORDS.fullmatch(text)) or (named and text.isprintable() and not looks_secret(text))
+        return (
+            path.exists()
+            or bool(_WORDS.fullmatch(text))
+            or (named and text.isprintable() and not looks_secret(text) and not is_likely_key(path.stem))
+        )
     except (TypeError, ValueError, OSError):
         return False
 
@@ -333,10 +342,10 @@ def _without_comment(line: str) -> str:
 
 
 def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | UnusableKey]:
-    # Where bare entries look like keys, a bare entry that certainly is none is a cell beside them, or another text.
-    mixed = any(_is_bare(entry) and may_be_key(entry) for entry, _ in entries)
+    # Where other entries look like keys, a bare entry that certainly is none is a cell beside them, or half of a name.
+    mixed = any(may_be_key(entry if _is_bare(entry) else entry.partition("=")[2].strip()) for entry, _ in entries)
     for entry, place in entries:
-        if mixed and "=" not in entry and not may_be_key(entry):
+        if mixed and "=" not in entry and not may_be_key(entry) and secret_problem(entry) is None:
             yield unusable("this does not look like a key, as other entries do; if it is one, write NAME=SECRET", place)
         else:
             yield _key_of_entry(entry, place)

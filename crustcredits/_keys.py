@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import label_problem, looks_secret, secret_problem, slash_problem, trimmed
+from crustcredits._key_checks import is_likely_key, label_problem, looks_secret, secret_problem, slash_problem, trimmed
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
@@ -219,11 +219,15 @@ def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
-    # Iterators do not print the elements of their source. A source that can be changed meanwhile is copied.
+    # A `map` does not print its source, whose own iterator may. A source that can be changed meanwhile is copied.
     if isinstance(keys, Mapping):
         return _each_labelled(iter(tuple(keys.items())))
     assert isinstance(keys, Iterable)
-    return _each(iter(tuple(keys) if isinstance(keys, AbstractSet) else keys))
+    return _each(map(_same, tuple(keys) if isinstance(keys, AbstractSet) else keys))
+
+
+def _same(key: Any) -> Any:
+    return key
 
 
 def _each(keys: Iterator[Any]) -> Iterator[ApiKey | UnusableKey]:
@@ -242,15 +246,27 @@ def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | Unusabl
 
 async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey | UnusableKey, None]:
     """The keys of an asynchronous source, as they come. However it ends, the source is closed, if it can be."""
-    source, number = aiter(keys), 0
+    advance, close = _methods_of(keys)
+    del keys  # it may print its keys
+    number = 0
     try:
-        async for key in source:
+        async for key in advance():
             key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # as above
             number += 1
             yield key
     finally:
+        await close()
+
+
+def _methods_of(keys: AsyncIterable[Any]) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
+    """A source's iterator, and what closes it if it can be closed, as functions: they do not print it."""
+    source = aiter(keys)
+
+    async def close() -> None:
         if isinstance(source, AsyncGenerator):
             await source.aclose()
+
+    return lambda: source, close
 
 
 class Uniqueness:
@@ -309,7 +325,11 @@ def _problem(secret: object, name: object, account: object) -> str | None:
 def printable_label(secret: object, name: object, account: object) -> str | None:
     """The label of a key that cannot be used, or None where it has none or it gives something away."""
     usable = label_problem("name", name, secret) or label_problem("account", account, secret) or slash_problem(name, account)
-    if usable is not None or not isinstance(name, str) or looks_secret(name) or looks_secret(account):
+    if (
+        usable is not None
+        or not isinstance(name, str)
+        or any(looks_secret(part) or is_likely_key(part) for part in (name, account))
+    ):
         return None  # the two may be swapped
     return label_of(name.strip(), account.strip() if isinstance(account, str) else None)
 

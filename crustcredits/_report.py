@@ -43,8 +43,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def __getitem__(self, index: int) -> Outcome[BalanceT]: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Outcome[BalanceT]]: ...
-    def __getitem__(self, index: int | slice) -> Outcome[BalanceT] | Sequence[Outcome[BalanceT]]:
-        return self._outcomes[index]
+    @hides_arguments
+    def __getitem__(self, index: Any) -> Outcome[BalanceT] | Sequence[Outcome[BalanceT]]:
+        if isinstance(index, str):
+            raise TypeError("a report is indexed by place; by_label finds an outcome by its key's label")
+        found: Outcome[BalanceT] | Sequence[Outcome[BalanceT]] = self._outcomes[index]
+        return found
 
     def __len__(self) -> int:
         return len(self._outcomes)
@@ -258,12 +262,15 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def credits_of(self, outcome: Known[Any]) -> Decimal: ...
     @overload
     def credits_of(self, outcome: Unknown) -> Decimal | None: ...
+    @hides_arguments
     def credits_of(self, outcome: Outcome[Any]) -> Decimal | None:
         """Credits of the account that a key draws from, by the account's newest answer; None when no key of the account has one.
 
         Raises:
             ConfigurationError: The outcome is not of this report.
         """
+        if not isinstance(outcome, (Known, Unknown)):
+            raise ConfigurationError("credits_of takes an outcome of this report; by_label finds it by its key's label")
         account = self._account(outcome)
         if account not in self._credits:
             raise ConfigurationError(

@@ -31,7 +31,6 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from crustcredits._client import CreditsClient
-from crustcredits._demo import demo_pool
 from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_text
 from crustcredits._keys import ApiKey, UnusableKey
@@ -40,6 +39,7 @@ from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._report import Report
 from crustcredits._version import __version__
 from crustcredits.testing import SandboxServer
+from crustcredits.testing._demo import demo_pool
 
 _LOW, _USAGE, _FAILED = 1, 2, 3
 _UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = 74, 130, 141  # as sysexits.h has it, and 128 and the signal's number

@@ -19,7 +19,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Lifespan
 from starlette.websockets import WebSocketState
 
-from crustcredits._checks import hides_arguments
+from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._freshness import NEW, Seconds, seconds
@@ -85,16 +85,14 @@ def credits_lifespan(
             "make_client is a function that makes a client, because each start of the app needs a new one; "
             "give CreditsClient itself, or functools.partial(CreditsClient, …)"
         )
+    make = _unprinted(make_client)  # a partial prints its arguments, and this function's frame lives as long as the app
     inner = lifespan or _no_lifespan
     if inspect.isasyncgenfunction(inner):
         inner = asynccontextmanager(inner)
 
     @asynccontextmanager
     async def with_client(app: FastAPI) -> AsyncGenerator[Mapping[str, Any], None]:
-        made: object = make_client()
-        if not isinstance(made, CreditsClient):
-            raise ConfigurationError(f"make_client is to make a CreditsClient, and made a {type(made).__name__}")
-        async with made as client:
+        async with make() as client:
             outer = getattr(app.state, _STATE, None)
             setattr(app.state, _STATE, client)
             try:
@@ -105,6 +103,17 @@ def credits_lifespan(
                 setattr(app.state, _STATE, outer)
 
     return with_client
+
+
+def _unprinted(make_client: Callable[[], CreditsClient]) -> Callable[[], CreditsClient]:
+    @hides_arguments
+    def make() -> CreditsClient:
+        made: object = make_client()
+        if not isinstance(made, CreditsClient):
+            raise ConfigurationError(f"make_client is to make a CreditsClient, and made a {type(made).__name__}")
+        return made
+
+    return make
 
 
 @asynccontextmanager
@@ -127,6 +136,7 @@ async def get_credits_client(connection: HTTPConnection) -> CreditsClient:
 CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 
 
+@hides_arguments
 def credits_client_of(app: Any) -> CreditsClient:
     """The client of a running app, or of the app in a `TestClient`: for your own lifespan, and for tasks beside the requests.
 
@@ -153,6 +163,7 @@ def _client_or_error(client: CreditsClient | None) -> CreditsClient:
 # --- errors
 
 
+@hides_arguments
 def install_exception_handlers(app: FastAPI) -> None:
     """Answer this library's errors, wherever a route raises them, with `application/problem+json`; web sockets are closed.
 
@@ -222,6 +233,9 @@ def credits_router(
     del keys  # No frame of ours holds a secret when something is raised.
     if isinstance(pool, ConfigurationError):
         raise pool
+    check_kind("prefix", prefix, str)
+    if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
+        raise ConfigurationError("prefix begins with '/' and does not end with one: prefix='/credits'")
     problem = _audience_problem(public, dependencies)
     if problem is not None:
         raise ConfigurationError(problem)

@@ -362,7 +362,7 @@ def _connect(url: str) -> Redis | ConfigurationError:
         client = Redis.from_url(url, retry=Retry(NoBackoff(), 0))  # when it is asked again is decided here
         # Now, and not at the first call, it is to say that it does not know an option of the URL.
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RedisError):
         return ConfigurationError(
             "the URL is none of Redis, or has an option that redis-py does not know: redis://host:port/number"
         )

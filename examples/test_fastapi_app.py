@@ -10,8 +10,8 @@ from httpx2 import ASGITransport, AsyncClient
 
 from crustcredits import CreditsClient
 from crustcredits.fastapi import get_credits_client
-from crustcredits.fixtures import credits_client, sandbox
 from crustcredits.testing import Fault, SandboxServer
+from crustcredits.testing.fixtures import credits_client, sandbox
 
 __all__ = ["credits_client", "sandbox"]  # fixtures, found by their names
 

@@ -13,12 +13,13 @@ import uvloop
 from aiohttp import ClientResponse
 from aioresponses import aioresponses
 
-from crustcredits.fixtures import credits_client, sandbox
+from crustcredits.testing.fixtures import credits_client, make_credits_client, make_sandbox, sandbox
 from tests import searches
 from tests.processes import redis, start
 from tests.virtual import VirtualLoop
 
-__all__ = ["credits_client", "redis", "sandbox", "start"]  # fixtures, found by their names
+# Fixtures, found by their names.
+__all__ = ["credits_client", "make_credits_client", "make_sandbox", "redis", "sandbox", "start"]
 
 
 LOOPS: dict[str, tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asyncio.AbstractEventLoopPolicy]]] = {

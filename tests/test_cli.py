@@ -39,8 +39,8 @@ from crustcredits import (
     cli,
 )
 from crustcredits.__main__ import main
-from crustcredits._demo import demo_pool
 from crustcredits.testing import Fault, SandboxServer
+from crustcredits.testing._demo import demo_pool
 
 pytestmark = pytest.mark.own_loops
 

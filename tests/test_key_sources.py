@@ -639,3 +639,11 @@ def test_the_search_finds_what_is_sent() -> None:
     other = {"STRIPE_KEY": "sk_live_51H0123456789abcdefghij"}
     assert parts(keys_from_text(env_file(keys, other))) == list(keys.items())
     assert keys_from_text(csv_file({"prod": TRUE_KEYS[0]}, other))[0].get_secret_value() == TRUE_KEYS[0]
+
+
+def test_half_of_a_name_is_not_sent_as_a_key() -> None:
+    """A comma in a customer's name divides it; what is left of it is no key where the others are."""
+    with pytest.raises(ConfigurationError, match="this does not look like a key, as other entries do"):
+        keys_from_text("Acme, Inc=sk_live_0123456789abcdef0123")
+    with pytest.raises(ConfigurationError, match="line 1: this does not look like a key"):
+        keys_from_text("Production\nprod=sk_live_0123456789abcdef0123")

@@ -211,6 +211,7 @@ def test_what_may_be_a_key_is_taken(raw: str) -> None:
     ("name", "account", "said"),
     [
         ("a8f5f167f44f4964e6c998dee827110c", None, "the name of the API key looks more like a secret than its value does"),
+        ("3fa85f64-5717-4562-b3fc-2c963f66afa6", None, "the name of the API key looks more like a secret"),
         ("dev", "sk_live_0123456789abcdef", "the account of the API key looks more like a secret"),
     ],
 )
@@ -220,9 +221,17 @@ def test_a_name_that_looks_more_like_a_secret_is_not_repeated(name: str, account
         ApiKey("prod", name=name, account=account)
     assert "0123" not in str(caught.value)
     assert "a8f5" not in str(caught.value)
+    assert "3fa8" not in str(caught.value)
     assert caught.value.key_name is None
     assert ApiKey(SECRET, name="550e8400-e29b-41d4-a716-446655440000").name.startswith("550e")
-    for innocent in ("customer-number-1", "production", "customer20260101", "a-very-long-name-of-a-customer", "c" * 60):
+    for innocent in (
+        "customer-number-1",
+        "production",
+        "customer20260101",
+        "eu1-db2-node3-prod",
+        "a-very-long-name-of-a-customer",
+        "c" * 60,
+    ):
         assert ApiKey("s-1", name=innocent).name == innocent
 
 

@@ -35,14 +35,15 @@ from crustcredits import (
     Retry,
     UnexpectedResponseError,
 )
-from crustcredits._faults import bomb
 from crustcredits.testing import Fault, SandboxServer
+from crustcredits.testing._sockets import bomb
 
 EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
     Fault.REFUSED: RateLimitError,
     Fault.INTERNAL_ERROR: InternalServerError,
     Fault.BAD_GATEWAY: InternalServerError,
     Fault.UNAVAILABLE: InternalServerError,
+    Fault.INVALID_KEY: InvalidKeyError,
     Fault.PAYMENT_REQUIRED: PaymentRequiredError,
     Fault.FORBIDDEN: PermissionDeniedError,
     Fault.CHALLENGE: GatewayError,
@@ -58,6 +59,7 @@ EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
     Fault.ENDLESS: UnexpectedResponseError,
     Fault.BOMB: UnexpectedResponseError,
     Fault.COOKIE: None,
+    Fault.GLITCH: None,
     Fault.STALE: None,
 }
 # Two connections are lost under whoever comes next (STALE), so that some need more than a second attempt.
@@ -98,7 +100,7 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
             assert type(outcome.error) is InvalidKeyError
     once_failed = {outcome.key.name for outcome in report.failed if outcome.key.name.startswith("once")}
     # A second attempt helps against what may pass; against a refusal only waiting does, and `wait_max` does not allow it.
-    lasting = {PaymentRequiredError, PermissionDeniedError, UnexpectedResponseError, RateLimitError}
+    lasting = {InvalidKeyError, PaymentRequiredError, PermissionDeniedError, UnexpectedResponseError, RateLimitError}
     assert once_failed == {f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting}
     # Some 210 requests at a pace of 100 a second, and 4 times 0.5 s for those that hang, in parallel.
     assert max(landed.values()) < 8

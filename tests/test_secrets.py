@@ -7,11 +7,13 @@ import inspect
 import io
 import json
 import logging
+import operator
 import os
 import pprint
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 import rich
 import sentry_sdk
 import structlog
+from fastapi import FastAPI
 from rich.console import Console
 from rich.traceback import Traceback
 
@@ -35,7 +38,7 @@ from crustcredits import (
     keys_from_records,
     keys_from_text,
 )
-from crustcredits.fastapi import credits_lifespan, credits_router
+from crustcredits.fastapi import credits_client_of, credits_lifespan, credits_router, install_exception_handlers
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Fault, SandboxServer
 
@@ -234,6 +237,39 @@ async def test_no_unreachable_server_shows_a_secret(options: dict[str, Any], cap
     assert_no_canary(caplog.text)
 
 
+class Fails:
+    """A store, a source of keys and a service that fail, each in its own way, and print what they hold."""
+
+    def __init__(self, held: str) -> None:
+        self.held = held
+
+    def __repr__(self) -> str:
+        return f"Fails({self.held!r})"
+
+    def open(self, **terms: object) -> None:
+        raise OSError(len(self.held))
+
+    tokens = close = open
+    __call__ = open
+
+    def __iter__(self) -> Fails:
+        return self
+
+    __aiter__ = __iter__
+
+    def __next__(self) -> str:
+        raise LookupError(len(self.held))
+
+    async def __anext__(self) -> str:
+        del self  # the frame is the caller's own
+        raise LookupError
+
+
+async def streamed(client: CreditsClient) -> None:
+    async for _ in client.stream(Fails(CANARY)):
+        pass
+
+
 CALLS: dict[str, Callable[[Any], object]] = {
     "a key for a pool": lambda client: client.check(CANARY),
     "a pool of two with one name": lambda client: client.check({"a": CANARY, "a ": OTHER}),
@@ -249,11 +285,20 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "a key as a pool's timeout": lambda client: client.check(["x"], timeout=CANARY),
     "a key as a pool's age": lambda client: client.check(["x"], stale_if_error=CANARY),
     "a key as a function": lambda client: client.check(["x"], on_outcome=CANARY),
+    "a key beyond the last argument": lambda client: client.check(["x"], CANARY),
     "a key as another argument": lambda client: client.balance("x", api_key=CANARY),
     "a key as another argument of a pool": lambda client: client.check(["x"], api_key=CANARY),
     "a key as a stream's timeout": lambda client: client.stream(["x"], timeout=CANARY),
     "a key as a stream's age": lambda client: client.stream(["x"], max_age=CANARY),
     "a key as a known one's age": lambda client: client.peek("x", max_age=CANARY),
+    "a gate with a key as a flag": lambda client: client.require(10**9, ["x"], detail=CANARY),
+    "a pool with a key as a flag": lambda client: client.check(["x"], detail=CANARY),
+    "a gate that says no": lambda client: client.require(10**9, {"prod": CANARY}),
+    "a key for the name of an argument": lambda client: client.check(["x"], **{CANARY: "prod"}),
+    "a source that fails": lambda client: client.check(Fails(CANARY)),
+    "an endless source that fails": streamed,
+    "a key that cannot be used": lambda client: client.peek(f"{CANARY} x"),
+    "a key to be dropped": lambda client: client.invalidate(f"{CANARY} x"),
     "a key of a quota": lambda client: client.quota(key=f"{CANARY},x"),
 }
 
@@ -282,16 +327,52 @@ PLACES: dict[str, Callable[[], object]] = {
     "a sandbox key": partial(SANDBOX.fail, CANARY, Fault.RESET),  # type: ignore[arg-type]  # as above
     "a sandbox key with credits": partial(SANDBOX.set_credits, CANARY, 5),  # type: ignore[arg-type]  # as above
     "a sandbox key that works again": partial(SANDBOX.heal, CANARY),  # type: ignore[arg-type]  # as above
+    "a router with a good pool": partial(credits_router, {"prod": CANARY}, public=True, prefix="credits"),
+    "a router's prefix": partial(credits_router, ["x"], public=True, prefix=CANARY),
+    "a router's source": partial(credits_router, Fails(CANARY), public=True),
+    "a client with a good proxy": partial(CreditsClient, proxy=f"http://bob:{CANARY}@127.0.0.1:1", buckets=Fails(CANARY)),  # type: ignore[arg-type]  # as above
+    "Redis with an option": partial(RedisBuckets, f"rediss://:{CANARY}@127.0.0.1:1/0?ssl_cert_reqs=CERT_NONE"),
+    "Redis with another protocol": partial(RedisBuckets, f"redis://:{CANARY}@127.0.0.1:1/0?protocol=5"),
+    "an app": partial(install_exception_handlers, CANARY),  # type: ignore[arg-type]  # as above
+    "an app of a client": partial(credits_client_of, CANARY),
+    "a report's label": partial(operator.getitem, Report([]), CANARY),
+    "a report's key": partial(Report([]).credits_of, CANARY),
+    "records": partial(keys_from_records, Fails(CANARY)),  # type: ignore[arg-type]  # as above
     "a report's credits": partial(Report([]).require, CANARY),  # type: ignore[arg-type]  # as above
     "a report's threshold": partial(Report([]).low, CANARY),  # type: ignore[arg-type]  # as above
     "a report's least credits": partial(Report([]).ranked, CANARY),  # type: ignore[arg-type]  # as above
 }
 
 
+async def test_a_lifespan_shows_nothing_of_its_clients_arguments() -> None:
+    """A partial prints them, and any start that fails has its frame."""
+
+    @asynccontextmanager
+    async def no_database(app: FastAPI) -> AsyncIterator[None]:
+        if CANARY:
+            raise LookupError("the database is down")
+        yield
+
+    lifespan = credits_lifespan(partial(CreditsClient, proxy=f"http://bob:{CANARY}@127.0.0.1:1"), lifespan=no_database)
+    with pytest.raises(LookupError) as caught:
+        async with lifespan(FastAPI()):
+            pass
+    del lifespan
+    for shown in everything_shown(caught.value):
+        assert_no_canary(shown)
+
+
+def test_what_hides_arguments_shows_where_a_fault_is() -> None:
+    """The frames of the caller's own code are there, with their lines."""
+    with pytest.raises(LookupError) as caught:
+        credits_router(Fails(CANARY), public=True)
+    assert "__next__" in "".join(traceback.format_exception(caught.value))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_no_argument_in_the_wrong_place_is_shown(place: str) -> None:
     """Neither in the message nor in a frame."""
-    with pytest.raises((CrustCreditsError, TypeError)) as caught:
+    with pytest.raises((CrustCreditsError, TypeError, LookupError, OSError, AttributeError)) as caught:
         PLACES[place]()
     for shown in everything_shown(caught.value):
         assert_no_canary(shown)
@@ -308,7 +389,7 @@ async def test_no_mistaken_call_shows_a_secret(sandbox: SandboxServer, mistake: 
     """Arguments in the wrong place are not repeated."""
     sandbox.add_key(secret=CANARY)
     async with CreditsClient(base_url=sandbox.url) as client:
-        with pytest.raises((CrustCreditsError, TypeError)) as caught:
+        with pytest.raises((CrustCreditsError, TypeError, LookupError)) as caught:
             await called(CALLS[mistake], client)
     for shown in everything_shown(caught.value):
         assert_no_canary(shown)

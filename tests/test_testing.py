@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -181,3 +184,34 @@ async def test_the_limit_of_a_pool_holds_against_it() -> None:
             assert (await client.check(keys)).ok
         assert sandbox.refused == 0
         assert sandbox.worst_window() <= 20
+
+
+@pytest.mark.parametrize(("sandbox", "credits_client"), [({"limit": 2, "period": 5.0}, {"max_age": 60})], indirect=True)
+async def test_the_fixtures_take_options(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+    """By indirect parametrization."""
+    key = sandbox.add_key()
+    for _ in range(3):
+        await credits_client.balance(key)
+    assert (sandbox.requests, sandbox.refused) == (1, 0)
+
+
+async def test_the_factories_take_options(
+    make_sandbox: Callable[..., Awaitable[SandboxServer]], make_credits_client: Callable[..., CreditsClient], sandbox: SandboxServer
+) -> None:
+    """Of as many as a test needs; all end with it."""
+    other = await make_sandbox(limit=1)
+    here, there = make_credits_client(max_age=60), make_credits_client(base_url=other.url)
+    assert (await here.balance(sandbox.add_key(credits=5))).credits == 5
+    assert (await there.balance(other.add_key(credits=7))).credits == 7
+
+
+@pytest.mark.xfail(raises=ConfigurationError, strict=True, reason="the fixture refuses them")
+@pytest.mark.parametrize("sandbox", [{"limits": 2}, 5], indirect=True)
+async def test_unknown_options_of_a_fixture_are_refused(sandbox: SandboxServer) -> None:
+    """They are not ignored."""
+
+
+def test_the_package_imports_no_pytest() -> None:
+    """Its fixtures do."""
+    program = "import sys, crustcredits.testing; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

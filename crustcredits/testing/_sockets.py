@@ -1,13 +1,9 @@
-"""What can go wrong with an answer of the sandbox, and how it is done to a real connection.
-
-It knows a request and what is to happen to it; which key it is ordered for and what is counted is `testing`'s.
-"""
+"""How the faults that need a socket are done to a real connection. It knows a request, and no keys and no counts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import functools
 import gzip
 import socket
@@ -16,30 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-
-class Fault(enum.Enum):
-    """What can go wrong with the answer to a key; `SandboxServer.fail` orders it."""
-
-    REFUSED = "429, as when the account is hammered from elsewhere"
-    INTERNAL_ERROR = "500 with a JSON error"
-    BAD_GATEWAY = "502 with a gateway's HTML"
-    UNAVAILABLE = "503 with an empty body"
-    PAYMENT_REQUIRED = "402, out of credits"
-    FORBIDDEN = "403, the plan does not allow it"
-    CHALLENGE = "403 with the HTML page of a gateway, which says nothing of the key"
-    RESET = "the connection is reset before an answer"
-    RESET_IN_BODY = "the connection is reset in the middle of the body"
-    CUT_SHORT = "the connection is closed before the announced end of the body"
-    SILENCE = "no answer, for ever"
-    DRIP = "the answer begins, and its body drips for ever"
-    NOT_JSON = "200 with text that is not JSON"
-    WRONG_SHAPE = "200 with JSON of another shape"
-    NAN = "200 with NaN for the credits"
-    REDIRECT = "302 to another origin"
-    ENDLESS = "200 with a body that does not end"
-    BOMB = "200 with a small compressed body that swells to 16 MiB"
-    COOKIE = "the right answer, and a cookie with the key's name"
-    STALE = "the right answer, and the kept connection is lost just when the next request is on its way"
+from crustcredits.testing._faults import Fault
 
 
 def reset(request: web.BaseRequest) -> web.Response:
@@ -119,25 +92,4 @@ STREAMED: dict[Fault, Callable[[web.BaseRequest, Mapping[str, str]], Awaitable[w
     Fault.RESET: _reset_at_once,
     Fault.RESET_IN_BODY: _reset_in_body,
     Fault.CUT_SHORT: _cut_short,
-}
-
-JSON_TYPE = "application/json"
-PLAIN: dict[Fault, tuple[int, str, str]] = {
-    Fault.INTERNAL_ERROR: (
-        500,
-        JSON_TYPE,
-        '{"error": {"type": "internal_error", "message": "Something went wrong", "metadata": {}}}',
-    ),
-    Fault.BAD_GATEWAY: (502, "text/html", "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"),
-    Fault.UNAVAILABLE: (503, "text/plain", ""),
-    Fault.PAYMENT_REQUIRED: (
-        402,
-        JSON_TYPE,
-        '{"error": {"type": "insufficient_credits", "message": "Out of credits", "metadata": {}}}',
-    ),
-    Fault.FORBIDDEN: (403, JSON_TYPE, '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}'),
-    Fault.CHALLENGE: (403, "text/html", "<html><head><title>Just a moment...</title></head><body>gateway</body></html>"),
-    Fault.NOT_JSON: (200, JSON_TYPE, "credits: plenty"),
-    Fault.WRONG_SHAPE: (200, JSON_TYPE, '{"credits": {"left": 9406}, "account": []}'),
-    Fault.NAN: (200, JSON_TYPE, '{"credits": NaN, "account": {"credits": NaN}}'),
 }

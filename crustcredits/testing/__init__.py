@@ -1,0 +1,12 @@
+"""Stand-ins for the API, for your tests and for ours: `SandboxServer` on a loopback socket, and `fake_client` without one.
+
+Both answer as the API's documents say, have balances that change with time, and fail in every way that `Fault` lists. The rest of
+the library never imports this package, and this package imports no pytest; `crustcredits.testing.fixtures` does.
+"""
+
+from crustcredits.testing._api import Arrival, FakeAPI
+from crustcredits.testing._faults import Fault
+from crustcredits.testing._memory import FakeClient, fake_client
+from crustcredits.testing._server import SandboxServer
+
+__all__ = ["Arrival", "FakeAPI", "FakeClient", "Fault", "SandboxServer", "fake_client"]

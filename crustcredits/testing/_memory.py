@@ -1,0 +1,122 @@
+"""`fake_client`: a real client whose requests are answered in memory, without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import TypedDict, Unpack
+
+from crustcredits._checks import hides_arguments
+from crustcredits._client import CreditsClient
+from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
+from crustcredits._freshness import Seconds
+from crustcredits._keys import ApiKey, split_label
+from crustcredits._limits import RateLimit
+from crustcredits._retry import Retry
+from crustcredits._transport import Failure, Fate, Transport
+from crustcredits._wire import Response, request_headers
+from crustcredits.testing._api import FakeAPI
+from crustcredits.testing._faults import Fault
+
+_ORIGIN = "https://in-memory.invalid"
+# What tests wait for is over soon: a request that hangs, a retry, the pace.
+_TIMEOUT = 0.05
+_RETRY = Retry(backoff=0.0)
+_RATE_LIMIT = RateLimit(pace=None)
+
+_HANGING = {Fault.SILENCE: Fate.ABANDONED, Fault.DRIP: Fate.ANSWERED}
+_LOST = {
+    Fault.RESET: ("before an answer", Fate.ABANDONED),
+    Fault.RESET_IN_BODY: ("while the answer came", Fate.ANSWERED),
+    Fault.CUT_SHORT: ("while the answer came", Fate.ANSWERED),
+}
+_TOO_LARGE = {Fault.ENDLESS, Fault.BOMB}
+
+
+class _MemoryTransport(Transport):
+    """In place of the transport over aiohttp."""
+
+    def __init__(self, api: FakeAPI) -> None:
+        super().__init__(_ORIGIN, session=None, proxy=None)
+        self._api = api
+
+    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
+        await asyncio.sleep(0)
+        answer = self._api.answer("GET", path, request_headers(key))
+        fault = answer.fault
+        if fault in _HANGING:
+            await asyncio.sleep(timeout)
+            error = APITimeoutError(f"no whole answer within {timeout:.3g} s", key_name=key.label)
+            return Failure(error, _HANGING[fault])
+        if fault in _LOST:
+            when, fate = _LOST[fault]
+            return Failure(APIConnectionError(f"the connection failed {when} (in memory)", key_name=key.label), fate)
+        if fault is Fault.REDIRECT:
+            return Response(302, {**answer.headers, "Location": f"{_ORIGIN}/elsewhere"}, b"")
+        return Response(answer.status, answer.headers, None if fault in _TOO_LARGE else answer.body.encode())
+
+
+class FakeClientOptions(TypedDict, total=False):
+    """The options of `CreditsClient` that mean something without a socket."""
+
+    rate_limit: RateLimit
+    concurrency: int
+    request_timeout: float
+    retry: Retry
+    max_age: Seconds
+    stale_while_revalidate: Seconds
+    stale_if_error: Seconds
+    max_error_age: Seconds | None
+    max_entries: int
+
+
+class FakeClient(CreditsClient):
+    """A client of a fake API in memory; `fake_client` makes one.
+
+    Attributes:
+        api: The API: change balances, revoke keys, order faults, and see what arrived.
+        keys: The keys it was made with, in this order.
+    """
+
+    def __init__(self, api: FakeAPI, keys: list[ApiKey], **options: Unpack[FakeClientOptions]) -> None:
+        options.setdefault("request_timeout", _TIMEOUT)
+        options.setdefault("retry", _RETRY)
+        options.setdefault("rate_limit", _RATE_LIMIT)
+        super().__init__(base_url=_ORIGIN, **options)
+        self._asker.transport = _MemoryTransport(api)
+        self.api = api
+        self.keys = keys
+
+
+@hides_arguments
+def fake_client(credits: Mapping[str, Decimal | int | str] | None = None, **options: Unpack[FakeClientOptions]) -> FakeClient:
+    """A `CreditsClient` without a socket, whose API knows keys by these labels, with these credits: for your unit tests.
+
+    Everything but the network is real: limits, retries, the cache, reports and gates. Keys of one account share its balance.
+    Faults are those of the sandbox; `Fault` tells what each does without a socket.
+
+        async with fake_client({"acme/prod": 50, "globex/prod": 0}) as client:
+            client.api.fail(client.api.key("globex/prod"), Fault.INVALID_KEY)
+            report = await client.check(client.keys)
+
+    So that tests wait for nothing, a request times out after 0.05 s, retries have no backoff and starts have no pace, unless
+    `options` say otherwise. These are the options of `CreditsClient`.
+
+    Raises:
+        ConfigurationError: A label or an amount cannot be used, or keys of one account have different credits.
+    """
+    api = FakeAPI()
+    keys: list[ApiKey] = []
+    amounts: dict[str, Decimal | int | str] = {}
+    for label, amount in (credits or {}).items():
+        account, name = split_label(label)
+        if account is None:
+            keys.append(api.add_key(name, credits=amount))
+            continue
+        if amounts.setdefault(account, amount) != amount:
+            raise ConfigurationError("keys of one account share one balance: give them the same credits", key_name=label)
+        if not any(key.account == account for key in keys):
+            api.add_account(account, credits=amount)
+        keys.append(api.add_key(name, account=account))
+    return FakeClient(api, keys, **options)
