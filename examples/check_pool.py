@@ -6,7 +6,7 @@ Keys come from `CRUSTDATA_API_KEY` or `CRUSTDATA_API_KEYS`; without any, a sandb
 import asyncio
 from contextlib import AsyncExitStack
 
-from crustcredits import CreditsClient, keys_from_env
+from crustcredits import CreditsClient, Known, Unknown, keys_from_env
 from crustcredits.testing import Fault, SandboxServer
 
 
@@ -24,7 +24,11 @@ async def main() -> None:
         report = await client.check(keys, timeout=120)
 
     for outcome in report:
-        print(f"{outcome.key.label:12} {outcome.credits if outcome.ok else f'unknown: {outcome.error}'}")
+        match outcome:
+            case Known(key=key, credits=credits):
+                print(f"{key.label:12} {credits}")
+            case Unknown(key=key, error=error):
+                print(f"{key.label:12} unknown: {error}")
     print(f"{'total':12} {report.total_credits} ({len(report.failed)} of {len(report)} keys unknown)")
 
 

@@ -17,7 +17,7 @@ async def choose(client: CreditsClient, keys: Sequence[ApiKey], credits: int) ->
     for outcome in report.low(100):
         print(f"  {outcome.key.label} runs low: {outcome.credits}")
     best = report.ranked(min_credits=credits)
-    return best[0].result().key if best else None
+    return best[0].key if best else None
 
 
 async def main() -> None:

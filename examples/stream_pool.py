@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from crustcredits import ApiKey, CreditsClient
+from crustcredits import ApiKey, CreditsClient, Known
 from crustcredits.testing import SandboxServer
 
 
@@ -26,7 +26,7 @@ async def main() -> None:
         aclosing(client.stream(rows(sandbox), timeout=30)) as outcomes,
     ):
         async for outcome in outcomes:
-            if outcome.credits is not None and outcome.credits < 500:
+            if isinstance(outcome, Known) and outcome.credits < 500:
                 low.append(outcome.key.label)
                 print(f"{outcome.key.label} has only {outcome.credits} credits")
     print(f"{len(low)} customers have fewer than 500 credits")

@@ -43,7 +43,7 @@ async def run(*command: str, **environ: str) -> tuple[int | None, str]:
 
 def test_every_block_is_known() -> None:
     """A new one needs a test of its own."""
-    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 7, "console"]
+    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 8, "console"]
     assert len(PYTHON[0].splitlines()) <= 30
     assert len([line for line in PYTHON[4].splitlines() if line.strip()]) <= 15
 
@@ -82,7 +82,7 @@ async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkey
 
 
 @pytest.mark.any_loop
-@pytest.mark.parametrize("block", [5, 6])
+@pytest.mark.parametrize("block", [5, 6, 7])
 async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int) -> None:
     """Under pytest, in a directory that holds nothing but the README's service."""
     (tmp_path / "service.py").write_text(PYTHON[4])
