@@ -7,9 +7,11 @@ grows with `room`, never with the number of keys.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from crustcredits._errors import ConfigurationError, RateLimitWaitError
 from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
@@ -26,15 +28,14 @@ _SLICE = 1_000
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
-    Keys that are not asked before the deadline, of the running loop, are told so at once. What `ask` raises ends it all; what
-    the source of keys raises comes once those already asked have landed. However it ends, it leaves no task behind and the
-    source closed.
+    After the deadline, in the running loop's time, no further key of an iterator is asked, and no outcome comes of it. What
+    `ask` raises ends it all; what the source of keys raises comes once those already asked have landed. However it ends, it
+    leaves no task behind and the source closed.
     """
 
     def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
         self._ask = ask
-        self._began = asyncio.get_running_loop().time()
-        self._deadline = deadline
+        self._deadline = math.inf if deadline is None else deadline
         self._room = asyncio.Semaphore(room)
         self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -65,15 +66,13 @@ class FanOut:
                 async for key in keys:
                     await self._start(key)
         else:
+            loop = asyncio.get_running_loop()
             for key in keys:
+                if loop.time() >= self._deadline:
+                    break
                 await self._start(key)
 
     async def _start(self, key: Key) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._deadline is not None and now >= self._deadline:
-            self._landed.put_nowait(_too_late(key, now - self._began))
-            await self._room.acquire()
-            return
         task = asyncio.create_task(self._ask_one(key))
         self._tasks.add(task)
         task.add_done_callback(self._on_asked)
@@ -105,13 +104,6 @@ class FanOut:
         await asyncio.gather(*remaining, return_exceptions=True)
 
 
-def _too_late(key: Key, waited: float) -> Unknown:
-    if isinstance(key, UnusableKey):
-        return Unknown(key=key, error=key.error)
-    message = "deadline too short: the keys before this one took all the time; raise timeout= or check fewer keys at once"
-    return Unknown(key=key, error=RateLimitWaitError(message, key_name=key.label, wait=waited))
-
-
 async def read_pool(source: Iterable[Key]) -> list[Key]:
     """The keys of a pool. Other tasks run meanwhile.
 
@@ -139,28 +131,68 @@ async def in_order(
 ) -> list[Outcome[Any]]:
     """One outcome for each key of a pool, in its order: what is known, and what a fan-out over the rest, each secret once, brings.
 
-    `on_outcome` is called with each as it lands.
+    Keys for which the fan-out had no time left are told so. `on_outcome` is called with each as it lands.
     """
-    outcomes: dict[int, Outcome[Any]] = {}
-    unknown: dict[bytes, list[int]] = {}
-    for place, key in enumerate(pool):
-        if place % _SLICE == _SLICE - 1:
-            await asyncio.sleep(0)
-        outcome = known(key)
-        if outcome is None:
-            unknown.setdefault(key.digest, []).append(place)
-            continue
-        outcomes[place] = outcome
-        if on_outcome is not None:
-            on_outcome(outcome)
+    began = asyncio.get_running_loop().time()
+    outcomes = _Outcomes(pool, on_outcome)
+    unknown = await outcomes.take_known(known)
     if unknown:
-        async with aclosing(fan_out(iter([pool[same[0]] for same in unknown.values()]))) as landed:
+        async with aclosing(fan_out(iter([pool[place] for place in unknown]))) as landed:
             async for outcome in landed:
-                for place in unknown[outcome.key.digest]:
-                    outcomes[place] = outcome_for(pool[place], outcome)
-                    if on_outcome is not None:
-                        on_outcome(outcomes[place])
-    return [outcomes[place] for place in range(len(pool))]
+                outcomes.take(outcome)
+    return await outcomes.complete(asyncio.get_running_loop().time() - began)
+
+
+class _Outcomes:
+    """The outcomes of a pool, by place."""
+
+    def __init__(self, pool: Sequence[Key], on_outcome: Callable[[Outcome[Any]], object] | None) -> None:
+        self._pool = pool
+        self._on_outcome = on_outcome
+        self._landed: list[Outcome[Any] | None] = [None] * len(pool)
+        self._missing = len(pool)
+        self._first: dict[bytes, int] = {}
+        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # of secrets that stand in the pool more than once
+
+    async def take_known(self, known: Callable[[Key], Outcome[Any] | None]) -> Collection[int]:
+        """Take what is known, and return the places of the others, each secret once."""
+        for place, key in enumerate(self._pool):
+            if place % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
+            outcome = known(key)
+            if outcome is not None:
+                self._land(place, outcome)
+            elif self._first.setdefault(key.digest, place) != place:
+                self._again[key.digest].append(place)
+        return self._first.values()
+
+    def take(self, outcome: Outcome[Any]) -> None:
+        """Take what came of one secret."""
+        digest = outcome.key.digest
+        for place in (self._first[digest], *self._again.get(digest, ())):
+            self._land(place, outcome_for(self._pool[place], outcome))
+
+    async def complete(self, waited: float) -> list[Outcome[Any]]:
+        """All of them; those that are missing came too late."""
+        for place, key in enumerate(self._pool) if self._missing else ():
+            if place % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
+            if self._landed[place] is None:
+                self._land(place, _too_late(key, waited))
+        return cast("list[Outcome[Any]]", self._landed)
+
+    def _land(self, place: int, outcome: Outcome[Any]) -> None:
+        self._landed[place] = outcome
+        self._missing -= 1
+        if self._on_outcome is not None:
+            self._on_outcome(outcome)
+
+
+def _too_late(key: Key, waited: float) -> Unknown:
+    if isinstance(key, UnusableKey):
+        return Unknown(key=key, error=key.error)
+    message = "deadline too short: the keys before this one took all the time; raise timeout= or check fewer keys at once"
+    return Unknown(key=key, error=RateLimitWaitError(message, key_name=key.label, wait=waited))
 
 
 def _raised_by(task: asyncio.Task[None]) -> BaseException | None:
