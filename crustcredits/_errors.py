@@ -246,9 +246,9 @@ class CreditsRequirementError(CrustCreditsError):
         self.needed = needed
         self.available = available
         self.report = report
-        self.errors = tuple(outcome.error for outcome in report.failed)
-        self.unknown = tuple(outcome.key.label for outcome in report.failed)
-        self.stale = tuple(outcome.key.label for outcome in report.stale)
+        self.errors: tuple[CrustCreditsError, ...] = tuple(outcome.error for outcome in report.failed)
+        self.unknown: tuple[str, ...] = tuple(outcome.key.label for outcome in report.failed)
+        self.stale: tuple[str, ...] = tuple(outcome.key.label for outcome in report.stale)
 
     def __copy__(self) -> Self:
         return _rebuild(type(self), self.args, self.__dict__)
