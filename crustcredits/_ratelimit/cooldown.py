@@ -1,0 +1,129 @@
+"""`EndpointCooldown`: the trial after a refusal, and the holds that a run of refused probes makes. A value: it is told the time."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+# Refused probes in a row that make a hold: by what the counts in the answers say.
+_TOGETHER = 2
+_AFTER_A_HOLD = 3
+_UNKNOWN = 8
+_ALONE = 24
+# A trial doubles its width with each served answer, and is over beyond this; it is never wider than the most.
+_OVER = 16
+_WIDEST = 64
+# Periods for which a hold is remembered.
+_MEMORY = 2
+# Seconds of a hold of unknown length; doubled with each refused probe, up to the longest.
+_FIRST_HOLD = 0.25
+_LONGEST_UNKNOWN = 8.0
+# After a hold a refused probe holds again for so long, unless the counts are known to be of all accounts together.
+_WEAK_HOLD = 1.0
+# Refused probes after a hold before it doubles, in case the server counts refused requests too; and seconds of the longest.
+_PATIENT = 8
+_LONGEST_HOLD = 32.0
+_MOST_DOUBLINGS = 10
+
+
+@attrs.define(eq=False)
+class Trial:
+    """A state in which each request is a probe: so many at a time as it is wide.
+
+    Attributes:
+        until: No start before this, while it is held.
+        width: Probes that may be on the wire.
+        on_wire: Probes that are.
+        refused: Refused probes in a row.
+        is_held: Whether it has become a hold of the endpoint.
+        holds: Refused probes since it was held, the one that made the hold included.
+        with_counts: Whether the refusal that made the last hold told counts.
+    """
+
+    until: float
+    width: int = 1
+    on_wire: int = 0
+    refused: int = 0
+    is_held: bool = False
+    holds: int = 0
+    with_counts: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Evidence:
+    """What is known of a refusal, beside its own wait.
+
+    Attributes:
+        has_counts: Whether it told counts.
+        is_foreign: Whether served answers tell counts and it does not: something in front of the API refused.
+        is_sure: Whether all accounts are known to be counted together.
+        is_alone: Whether an answer of the last period seemed to be counted apart.
+    """
+
+    has_counts: bool
+    is_foreign: bool
+    is_sure: bool
+    is_alone: bool
+
+
+class EndpointCooldown:
+    """What refusals on one endpoint do to all calls.
+
+    Attributes:
+        trial: The trial under way, or None.
+    """
+
+    __slots__ = ("_held_at", "_period", "trial")
+
+    def __init__(self, period: float) -> None:
+        self._period = period
+        self._held_at = -math.inf
+        self.trial: Trial | None = None
+
+    def refused(self, probe: Trial | None, wait: float | None, evidence: Evidence, now: float) -> bool:
+        """A request was refused; `probe` is the trial in which it was sent. Returns whether the endpoint is now held (again)."""
+        trial = self.trial = self.trial or Trial(now)
+        if probe is trial:
+            trial.refused += 1
+        elif trial.is_held:  # it was sent before the hold
+            trial.until = max(trial.until, now + min(wait or 0.0, self._period))
+            return False
+        if not trial.is_held and trial.refused < self._needed(evidence, now) - 1:
+            return False
+        again, trial.is_held, trial.with_counts, trial.width = trial.is_held, True, evidence.has_counts, 1
+        trial.holds += 1
+        self._held_at = now
+        span = self._span(trial.holds, wait, again=again, sure=evidence.is_sure)
+        trial.until = max(trial.until, now + min(span, self._period))
+        return True
+
+    def served(self, probe: Trial | None, *, alone: bool) -> None:
+        """A request was served; `alone` is whether its counts seem to be of its own account."""
+        trial = self.trial
+        if trial is None or (probe is not trial and not alone):
+            return
+        trial.width = min(_WIDEST, 2 * trial.width)
+        trial.refused = trial.holds = 0
+        if trial.width > _OVER or (alone and (not trial.is_held or trial.with_counts)):
+            self.trial = None
+
+    def _needed(self, evidence: Evidence, now: float) -> int:
+        if evidence.is_sure:
+            return _TOGETHER
+        if evidence.is_foreign:
+            return _UNKNOWN
+        if evidence.is_alone:
+            return _ALONE
+        return _AFTER_A_HOLD if self._held_at > now - _MEMORY * self._period else _UNKNOWN
+
+    @staticmethod
+    def _span(holds: int, wait: float | None, *, again: bool, sure: bool) -> float:
+        """Seconds of the next hold."""
+        span = min(_LONGEST_UNKNOWN, _FIRST_HOLD * 2.0 ** min(_MOST_DOUBLINGS, holds - 1)) if wait is None else wait
+        more = 2.0 ** min(_MOST_DOUBLINGS, max(0, holds - 1 - _PATIENT))
+        if again and not sure:
+            return min(max(_LONGEST_HOLD, span), min(span, _WEAK_HOLD) * more)
+        if more > 1:
+            return max(span, min(_LONGEST_HOLD, max(span, _FIRST_HOLD) * more))
+        return span

@@ -1,0 +1,146 @@
+"""`FairQueue`: calls that wait, and whose turn it is. It knows no time and no limits."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Hashable
+
+
+class Flow:
+    """The calls of one `check` or `stream`; all single calls together are one flow.
+
+    Args:
+        single: Whether these are single calls.
+        background: Whether nobody awaits them.
+    """
+
+    __slots__ = ("background", "single")
+
+    def __init__(self, *, single: bool = False, background: bool = False) -> None:
+        self.single = single
+        self.background = background
+
+
+class Call:
+    """One question about one key, as the scheduler sees it.
+
+    Attributes:
+        account: The account whose tokens it takes; of a key without a declared one the key itself.
+        flow: The flow it belongs to.
+        was_asked: Whether a request was sent for it before.
+        spared: Refusals that cost it no attempt so far.
+        queue: The queue in which it waits, if any.
+        called: Whether a returned token of the common bucket has called it.
+    """
+
+    __slots__ = ("_index", "_pool", "account", "called", "flow", "key", "queue", "spared", "was_asked")
+
+    def __init__(self, key: Hashable, account: Hashable, flow: Flow) -> None:
+        self.key = key
+        self.account = account
+        self.flow = flow
+        self.was_asked = False
+        self.spared = 0
+        self.called = False
+        self.queue: FairQueue | None = None
+        self._pool: list[Call] = []
+        self._index = 0
+
+
+class _Line:
+    """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
+
+    __slots__ = ("accounts", "asked", "fresh", "turns")
+
+    def __init__(self) -> None:
+        self.accounts: dict[Hashable, deque[Call]] = {}
+        self.turns: deque[Hashable] = deque()
+        self.fresh: list[Call] = []
+        self.asked: list[Call] = []
+
+    def next(self, queue: FairQueue) -> Call:
+        """The first call of the account whose turn it is. Calls that have left meanwhile are passed over."""
+        while True:
+            account = self.turns.popleft()
+            calls, found = self.accounts[account], None
+            while calls and found is None:
+                call = calls.popleft()
+                found = call if call.queue is queue else None
+            if calls:
+                self.turns.append(account)
+            else:
+                del self.accounts[account]
+            if found is not None:
+                return found
+
+
+class FairQueue:
+    """Foreground flows take turns, then background flows. In a flow accounts take turns; of an account the first call comes first.
+
+    Each operation takes constant time, amortised.
+    """
+
+    __slots__ = ("_background", "_foreground", "_length", "_lines")
+
+    def __init__(self) -> None:
+        self._lines: dict[Flow, _Line] = {}
+        self._foreground: deque[Flow] = deque()
+        self._background: deque[Flow] = deque()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def push(self, call: Call) -> None:
+        """Add a call at the end of its account."""
+        line = self._lines.get(call.flow)
+        if line is None:
+            line = self._lines[call.flow] = _Line()
+            (self._background if call.flow.background else self._foreground).append(call.flow)
+        calls = line.accounts.get(call.account)
+        if calls is None:
+            calls = line.accounts[call.account] = deque()
+            line.turns.append(call.account)
+        calls.append(call)
+        pool = line.asked if call.was_asked else line.fresh
+        call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # its place is this module's
+        pool.append(call)
+        self._length += 1
+
+    def remove(self, call: Call) -> None:
+        """Take out a call, wherever it stands."""
+        pool, index = call._pool, call._index  # noqa: SLF001  # as above
+        last = pool.pop()
+        if last is not call:
+            pool[index] = last
+            last._index = index  # noqa: SLF001  # as above
+        call.queue = None
+        self._length -= 1
+
+    def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
+        """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
+
+        Single calls keep their turns unless `draw_singles`. The queue must not be empty.
+        """
+        while True:
+            ring = self._foreground or self._background
+            flow = ring.popleft()
+            line = self._lines[flow]
+            if not line.fresh and not line.asked:
+                del self._lines[flow]
+                continue
+            if draw is not None and line.fresh and (draw_singles or not flow.single):
+                call = line.fresh[draw.randrange(len(line.fresh))]
+            else:
+                call = line.next(self)
+            self.remove(call)
+            if line.fresh or line.asked:
+                ring.append(flow)
+            else:
+                del self._lines[flow]
+            return call
+
+    def lengths(self) -> dict[Flow, int]:
+        """How many calls of each flow wait."""
+        return {flow: len(line.fresh) + len(line.asked) for flow, line in self._lines.items()}

@@ -1,0 +1,332 @@
+"""The admission queue, one rule at a time and in random worlds, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import statistics
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow
+from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.token_bucket import TokenBucket
+from tests import searches
+from tests.ratelimit.worlds import (
+    Client,
+    Headers,
+    Job,
+    Key,
+    Server,
+    Sliding,
+    by_account,
+    by_key,
+    full,
+    keys,
+    no_headers,
+    only_reset,
+    spans,
+    together,
+)
+from tests.virtual import now, run
+
+OK = Answer(status=200)
+
+
+def call(name: str, flow: Flow, account: str | None = None) -> Call:
+    return Call(name, account or name, flow)
+
+
+def started(scheduler: Scheduler, at: float) -> list[Request]:
+    """What starts now."""
+    requests: list[Request] = []
+    while isinstance(granted := scheduler.grant(at), Request):
+        requests.append(granted)
+    return requests
+
+
+# --- one rule at a time
+
+
+def test_flows_take_turns_and_accounts_within_them() -> None:
+    """Of an account the first call comes first; background flows come last."""
+    queue, one, two, back = FairQueue(), Flow(), Flow(single=True), Flow(background=True)
+    order = [("r1", back, "r1"), ("a1", one, "a"), ("a2", one, "a"), ("b1", one, "b"), ("s1", two, "s1"), ("s2", two, "s2")]
+    for name, flow, account in order:
+        queue.push(call(name, flow, account))
+    assert queue.lengths() == {back: 1, one: 3, two: 2}
+    assert [queue.pop().key for _ in order] == ["a1", "s1", "b1", "s2", "a2", "r1"]
+    assert not len(queue)
+
+
+def test_a_draw_takes_calls_that_were_never_asked_and_leaves_single_calls_their_turns() -> None:
+    """Each once; those that have left are passed over."""
+    queue, flow, singles, draw = FairQueue(), Flow(), Flow(single=True), random.Random(1)
+    calls = [call(str(number), flow, "one") for number in range(20)]
+    calls[0].was_asked = True
+    for each in calls:
+        queue.push(each)
+    queue.remove(calls[5])
+    drawn = [queue.pop(draw).key for _ in range(18)]
+    assert sorted(map(int, map(str, drawn))) == [number for number in range(1, 20) if number != 5]
+    assert drawn != sorted(drawn, key=lambda name: int(str(name)))
+    assert queue.pop(draw).key == "0"
+    for name in ("x", "y"):
+        queue.push(call(name, singles))
+    assert queue.pop(draw).key == "x"
+    assert queue.pop(draw, draw_singles=True).key == "y"
+
+
+def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
+    """Nothing of it remains."""
+    queue, gone, flow = FairQueue(), Flow(), Flow()
+    left = call("left", gone)
+    queue.push(left)
+    queue.push(call("there", flow))
+    queue.remove(left)
+    assert queue.pop().key == "there"
+    assert queue.lengths() == {}
+
+
+def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
+    """Not after its start, and at once where the server does not count it."""
+    bucket = TokenBucket(2)
+    bucket.take(0.0)
+    mark = bucket.take(1.0)
+    assert (bucket.free(5.0), bucket.is_whole) == (0, False)
+    bucket.return_at(70.0)
+    assert (bucket.free(69.9), bucket.nth_return(1), bucket.nth_return(2)) == (0, 70.0, None)
+    assert bucket.own(mark) == 2
+    bucket.put_back()
+    assert bucket.own(mark) == 1
+    assert bucket.free(70.0) == 2
+    assert bucket.is_whole
+    bucket.limit = 0
+    assert bucket.free(71.0) == 0
+
+
+@pytest.mark.virtual
+async def test_the_pace_is_cut_and_comes_back() -> None:
+    """By half, and then by 2 % of the configured rate per second; without a pace the first cut sets one."""
+    pace = Pace(100.0, 5.0)
+    pace.cut(0.0)
+    assert pace.current(0.0) == 50
+    assert pace.wait(0.0) is None
+    pace.take(0.0)
+    assert pace.wait(0.0) == pytest.approx(0.02)
+    assert pace.current(10.0) == pytest.approx(70)
+    for _ in range(9):
+        pace.cut(10.0)
+    assert pace.current(10.0) == 5
+    assert pace.current(100.0) == 100
+    assert pace.wait(100.0) is None
+    free = Pace(None, 5.0)
+    assert free.wait(0.0) is None
+    free.take(0.0)
+    assert free.current(0.0) is None
+    free.cut(0.0)
+    assert free.current(0.0) == 50
+
+
+@pytest.mark.virtual
+async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
+    """Wherever it waits: for its turn, for its account, or called by a common token."""
+    scheduler, flow = Scheduler(Terms(requests=1, pace=None, scope="client"), 1), Flow()
+    calls = [call(name, flow) for name in "abcd"]
+    for each in calls:
+        scheduler.put(each)
+    (first,) = started(scheduler, 0.0)
+    scheduler.remove(calls[1], 1.0)
+    scheduler.remove(calls[1], 1.0)
+    scheduler.ended(first, OK, 1.0)
+    assert scheduler.grant(1.0) == pytest.approx(61.3)
+    assert calls[2].called is False
+    (second,) = started(scheduler, 61.4)
+    assert second.call is calls[2]
+    # The next token calls the last call; before it starts it is given up, and the token is free for another.
+    scheduler.ended(second, Answer(status=None, unsent=True), 62.0)
+    assert calls[3].called
+    scheduler.remove(calls[3], 62.0)
+    another = call("e", flow)
+    scheduler.put(another)
+    assert [request.call for request in started(scheduler, 62.0)] == [another]
+
+
+@pytest.mark.virtual
+async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down() -> None:
+    """The call that it has called waits for its account, and blocks nobody behind it."""
+    scheduler, flow = Scheduler(Terms(requests=2, pace=None, scope="client"), 1), Flow()
+    for name, account in (("a1", "A"), ("b1", "B"), ("a2", "A")):
+        scheduler.put(call(name, flow, account))
+    first, second = started(scheduler, 0.0)
+    assert (first.call.key, second.call.key) == ("a1", "b1")
+    scheduler.put(call("c1", flow, "C"))
+    assert started(scheduler, 0.5) == []
+    scheduler.ended(second, Answer(status=500), 1.0)
+    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
+    assert scheduler.grant(1.0) == 1.0
+    (third,) = started(scheduler, 1.0)
+    assert third.call.key == "c1"
+    scheduler.ended(third, OK, 2.0)
+    assert scheduler.grant(2.0) == 31.0
+    assert started(scheduler, 31.0) == []
+    (fourth,) = started(scheduler, 61.3)
+    assert fourth.call.key == "a2"
+
+
+@pytest.mark.virtual
+async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
+    """Eight times as many as count."""
+    scheduler, flow = Scheduler(Terms(requests=1000, pace=None, slots=2, scope="account"), 1), Flow()
+    for number in range(30):
+        scheduler.put(call(str(number), flow))
+    hanging: list[Request] = []
+    while requests := started(scheduler, 0.0):
+        for request in requests:
+            scheduler.hangs(request)
+        hanging += requests
+    assert len(hanging) == 2 + 2 * 8
+    for request in hanging:
+        scheduler.ended(request, Answer(status=None), 10.0)
+    assert len(started(scheduler, 10.0)) == 2
+
+
+@pytest.mark.virtual
+async def test_what_only_single_calls_may_take() -> None:
+    """With a reserve a single call beside a large check hardly waits; without, it waits for the next token."""
+    for reserve, median, worst in ((0.1, 0.1, 1.0), (0.0, 40.0, 62.0)):
+        client = Client(Server(lambda scope: Sliding(300)), Terms(reserve=reserve))
+        client.put(keys(5000), Flow())
+        singles: list[Job] = []
+        for number in range(40):
+            await asyncio.sleep(7)
+            singles += client.put(keys(1, f"me{number}-"), client.singles)
+        await asyncio.sleep(100)
+        took = [job.took for job in singles]
+        assert statistics.median(took) <= median
+        assert max(took) <= worst
+
+
+@pytest.mark.virtual
+async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -> None:
+    """The same within a declared account."""
+    client = Client(Server(lambda scope: Sliding(300), by_account), Terms(reserve=0.1, scope="account"))
+    client.put(keys(2000, "d", lambda number: "D"), Flow())
+    await asyncio.sleep(20)
+    (single,) = client.put([("d7", "D")], client.singles)
+    await asyncio.sleep(1)
+    assert single.took < 0.1
+
+
+@pytest.mark.virtual
+async def test_refreshes_give_way() -> None:
+    """A check that comes after them is not behind them."""
+    client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
+    client.put(keys(2000, "r"), Flow(background=True))
+    await asyncio.sleep(1)
+    jobs = await client.check(keys(200), seconds=30)
+    assert spans(jobs)[1] < 2.3
+
+
+@pytest.mark.virtual
+async def test_idle_accounts_are_forgotten() -> None:
+    """When their tokens are back and nothing cools down."""
+    client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
+    await client.check(keys(200))
+    assert len(client.scheduler._accounts) == 200
+    await asyncio.sleep(65)
+    await client.check(keys(1, "other"))
+    assert len(client.scheduler._accounts) == 1
+
+
+@pytest.mark.virtual
+async def test_an_answer_that_contradicts_what_was_counted_does_not_lower_the_limit() -> None:
+    """One key in fifty tells of another limit."""
+
+    numbers = itertools.count(1)
+
+    def headers(limit: int, remaining: int, reset: float, *, served: bool) -> Headers:
+        number = next(numbers)
+        return {"limit": 30, "remaining": 29, "wait": 1} if number % 50 == 0 else full(limit, remaining, reset, served=served)
+
+    jobs = await Client(Server(lambda scope: Sliding(300), headers=headers), Terms()).check(keys(600))
+    assert spans(jobs)[1] < 1.1 * 63.3
+
+
+# --- random worlds
+
+
+def world(seed: int) -> dict[str, Any]:
+    """A pool, a server and trouble at random, where nobody else spends. Returns what came of it."""
+    draw = random.Random(seed)
+    limit = draw.choice([1, 2, 5, 11, 12, 13, 20, 60, 100])
+    count = draw.randrange(1, 5 * limit + 5)
+    kind = draw.choice(["together", "apart", "declared"])
+    accounts = draw.choice([1, 3, 10, 50])
+    pool = keys(count, "k", (lambda number: f"a{number % accounts}") if kind == "declared" else None)
+    if draw.random() < 0.4:  # keys come again, some of them often
+        pool = [pool[int(count * draw.random() ** draw.choice([1, 3]))] for _ in range(count)]
+    scope = {"together": together, "apart": by_key, "declared": by_account}[kind]
+    lag = draw.choice([0.0, 0.0, 0.5, 1.4]) if kind == "together" else 0.0
+    trouble = draw.choice(["", "", "noise", "refusals", "both"])
+
+    def dice(key: Key, at: float, digits: int, sides: int) -> bool:
+        return zlib.crc32(f"{key[0]} {round(at, digits)}".encode()) % sides == 0
+
+    def special(key: Key, at: float) -> tuple[int | None, Headers] | None:
+        if trouble in {"noise", "both"}:
+            for digits, sides, status in ((3, 10, 500), (2, 17, None), (1, 23, 503)):
+                if dice(key, at, digits, sides):
+                    return status, {}
+        if trouble in {"refusals", "both"} and dice(key, at, 2, 9):
+            return 429, draw.choice([{"wait": 1}, {}, {"limit": limit, "remaining": 0, "wait": 2}])
+        return None
+
+    terms = Terms(
+        requests=limit,
+        pace=draw.choice([None, 5.0, 100.0, 1000.0]),
+        reserve=draw.choice([0.0, 0.0, 0.1, 0.3]),
+        scope=draw.choice(["auto", "client"]) if kind != "apart" else "auto",
+    )
+    seconds = draw.choice([(0.0, 0.0), (0.0, 0.02), (0.05, 0.3), (0.0, 3.0), (0.0, 9.0)])
+    headers = draw.choice([full, full, only_reset, no_headers])
+    flows = draw.choice([1, 3])
+    kinds = [draw.choice([Flow(), Flow(single=True), Flow(background=True)]) for _ in range(flows)]
+    starts = sorted(draw.uniform(0, 90) for _ in range(flows))
+
+    async def play() -> dict[str, Any]:
+        server = Server(lambda scope: Sliding(limit, lag=lag), scope, seconds, headers, special if trouble else None, seed)
+        client = Client(server, terms, seed)
+        jobs: list[Job] = []
+        for part, (flow, start) in enumerate(zip(kinds, starts, strict=True)):
+            await asyncio.sleep(start - now())
+            jobs += client.put(pool[part::flows], flow)
+        async with asyncio.timeout(30_000):
+            await client.idle.wait()
+        counters = server.counters.values()
+        return {
+            "open": sum(job.done is None for job in jobs),
+            "worst": max((counter.worst for counter in counters if isinstance(counter, Sliding)), default=0) - limit,
+            "refused": sum(counter.refused for counter in counters if isinstance(counter, Sliding)),
+            "on_wire": client.on_wire,
+            "most": client.most_on_wire,
+        }
+
+    return run(play())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=searches.examples(150))
+def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
+    """Whatever the delays, failures, lags and flows: while nobody else spends, the window itself refuses nothing."""
+    came = world(seed)
+    assert came["open"] == came["on_wire"] == 0
+    assert came["refused"] == 0
+    assert came["worst"] <= 0
+    assert came["most"] <= 32 * 9
