@@ -212,6 +212,10 @@ class Kept:
             return self._failure
         return None
 
+    def may_stand_in(self, freshness: Freshness, now: float) -> bool:
+        """Whether the balance may stand in for a newer one while the API gives none."""
+        return self._balance is not None and self._age(freshness, now) < freshness.max_age + freshness.if_error
+
     def instead_of(self, failure: Unknown, freshness: Freshness, began: float, now: float) -> Known[Any] | None:
         """The balance with this failure beside it, where it may stand in for a newer one.
 

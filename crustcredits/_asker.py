@@ -125,7 +125,7 @@ class Asker:
         while (refusal := breaker.refusal(_now(), key.digest)) is not None:
             attempted = turn.last is not None and turn.attempts
             error = turn.last if turn.last is not None and attempted else refusal.under(key.label)
-            if not turn.wanted:
+            if not turn.wanted or turn.can_fall_back():
                 return error
             until: float | None = None
             if not breaker.is_probing:

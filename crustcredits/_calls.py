@@ -47,6 +47,7 @@ class _Call(Turn):
         self.place = place
         self.key = key
         self.seats: dict[Seat, _Patience | None] = {}
+        self.in_need: set[Seat] = set()  # those for whom no kept answer may stand in
 
     @property
     def is_refresh(self) -> bool:
@@ -55,6 +56,9 @@ class _Call(Turn):
 
     def on_wait(self) -> None:
         self.calls.refuse_hopeless(self)
+
+    def can_fall_back(self) -> bool:
+        return self.in_need.isdisjoint(self.seats)
 
     def patience(self, now: float) -> float:
         deadlines = (math.inf if patience is None else patience.deadline for patience in self.seats.values())
@@ -106,7 +110,10 @@ class Calls:
         loop = asyncio.get_running_loop()
         began = loop.time()
         seat: Seat = loop.create_future()
-        call = self._join((path, key.digest), key, seat, None if deadline is None else _Patience(began, deadline))
+        place = path, key.digest
+        kept = self._answers.find(place) if freshness.if_error else None
+        falls_back = kept is not None and kept.may_stand_in(freshness, began)
+        call = self._join(place, key, seat, None if deadline is None else _Patience(began, deadline), falls_back=falls_back)
         timer = None if deadline is None else loop.call_at(deadline, self._time_out, call, seat)
         try:
             outcome = await seat
@@ -149,7 +156,7 @@ class Calls:
 
     # --- seats
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None) -> _Call:
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None, *, falls_back: bool) -> _Call:
         call = self._under_way.get(place)
         if call is None:
             call = _Call(self, place, key)
@@ -160,6 +167,8 @@ class Calls:
             call.seats[seat] = patience
             if not call.wanted:
                 call.want()
+        if not falls_back:
+            call.in_need.add(seat)
         if patience is not None and not patience.began < patience.deadline >= call.earliest(patience.began):
             self._time_out(call, seat)
         return call

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Coroutine
 from decimal import Decimal
 from typing import Any, ParamSpec, TypeVar, cast
@@ -16,6 +16,7 @@ from crustcredits._errors import ConfigurationError
 
 # Far beyond use, and within what floats can hold: 10**400 is a finite number too.
 _MOST = 1e300
+_PACKAGE = __name__.partition(".")[0]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -37,7 +38,7 @@ def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) 
 
 
 def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A decorator for functions and coroutine functions: whatever they raise, no frame of theirs holds local variables.
+    """A decorator for functions and coroutine functions: when they raise, no frame of this library holds local variables.
 
     An argument may hold a secret, in its place or in a wrong one, and tracebacks are printed with local variables.
     """
@@ -48,10 +49,13 @@ def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  # any of them is raised again
+        except BaseException as error:  # noqa: BLE001  # any of them is raised again
             raised = error
         del args, kwargs
-        raise _without_locals(raised)
+        try:
+            raise _without_locals(raised)
+        finally:
+            del raised  # an error that holds the frame that holds the error is freed late
 
     return call
 
@@ -67,17 +71,25 @@ def _hides_arguments_of_coroutine(function: Callable[_P, Coroutine[Any, Any, _T]
             return await pending
         except Exception as error:  # noqa: BLE001  # any of them is raised again
             raised = error
-        raise _without_locals(raised)
+        try:
+            raise _without_locals(raised)
+        finally:
+            del raised  # as above
 
     return call
 
 
-def _without_locals(error: Exception) -> Exception:
-    """The error, with the lines of its traceback and none of the variables."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+def _without_locals(error: BaseException) -> BaseException:
+    """The error, with the lines of its traceback, and no variables in the frames of this library.
+
+    Other frames are left alone: they are the caller's, and may be those of another task that awaits the same error.
+    """
+    entry = error.__traceback__
+    while entry is not None:
+        if str(entry.tb_frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+            with contextlib.suppress(RuntimeError):  # it runs still
+                entry.tb_frame.clear()
+        entry = entry.tb_next
     return error
 
 

@@ -19,6 +19,8 @@ _THRESHOLD = 8
 # Seconds until the first probe after it has opened; twice as many after each probe that a gateway answers, up to the longest.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
+# Different keys whose probes a gateway has answered, from which on it is taken to refuse all.
+_KEYS = 3
 
 
 @attrs.frozen
@@ -35,8 +37,8 @@ class CircuitBreaker:
 
     Only requests that were sent after the row had begun make it longer, so that those on the wire together count once. An answer
     of the API's own below 500 closes it. A probe that ends without an answer of either kind closes it too, but one more
-    answer of a gateway opens it again. A key whose probe a gateway has answered lets other keys go first: the gateway may
-    refuse that key alone.
+    answer of a gateway opens it again. A key whose probe a gateway has answered lets other keys go first, and another such
+    answer puts off nobody else, as long as it is one of less than three such keys: the gateway may refuse these alone.
 
     Args:
         path: The path of the endpoint, for the log.
@@ -47,7 +49,18 @@ class CircuitBreaker:
         is_probing: Whether a probe is on the wire.
     """
 
-    __slots__ = ("_in_a_row", "_next_probe", "_path", "_refused", "_row_began", "_status", "failed_probes", "is_open", "is_probing")
+    __slots__ = (
+        "_in_a_row",
+        "_is_answered",
+        "_next_probe",
+        "_path",
+        "_refused",
+        "_row_began",
+        "_status",
+        "failed_probes",
+        "is_open",
+        "is_probing",
+    )
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -56,26 +69,27 @@ class CircuitBreaker:
         self.is_open = False
         self._status = 0  # of the last answer of a gateway
         self._next_probe = 0.0
-        self._refused: Hashable = None  # whose probe a gateway answered last
+        self._refused: dict[Hashable, float] = {}  # whose probes a gateway has answered, and until when they stand back
         self.failed_probes = 0
         self.is_probing = False
+        self._is_answered = False  # whether a gateway has answered the probe
 
     def refusal(self, now: float, whose: Hashable = None) -> GatewayError | None:
         """Why no request for this key may be sent now, or None."""
         if not self.is_open or (now >= self.next_probe(whose) and not self.is_probing):
             return None
-        soon = "while a probe is on the wire" if self.is_probing else f"for {max(0.0, self._next_probe - now):.1f} s"
+        soon = "while a probe is on the wire" if self.is_probing else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
         said = f"not asked {soon}, because a gateway answered {_THRESHOLD} requests in a row in the API's place"
         return GatewayError(f"{said}; look for a proxy or firewall between here and the API, or try again", status=self._status)
 
     def next_probe(self, whose: Hashable) -> float:
         """When a request for this key may be a probe, unless one is on the wire then."""
-        stands_back = whose is not None and whose == self._refused
-        return self._next_probe + (self._pause() if stands_back else 0.0)
+        return max(self._next_probe, self._refused.get(whose, self._next_probe))
 
     def start(self, now: float, whose: Hashable) -> Sent:
         """A request is sent that was not refused."""
-        self.is_probing = self.is_probing or self.is_open
+        if self.is_open:
+            self.is_probing, self._is_answered = True, False
         return Sent(now, whose, self.is_open)
 
     def end(self, sent: Sent, now: float) -> None:
@@ -83,7 +97,7 @@ class CircuitBreaker:
         if not sent.is_probe:
             return
         self.is_probing = False
-        if self.is_open and now >= self._next_probe:
+        if self.is_open and not self._is_answered:
             self.is_open, self._in_a_row, self._row_began = False, _THRESHOLD - 1, now
 
     def api_answered(self) -> None:
@@ -92,7 +106,7 @@ class CircuitBreaker:
             _log.info("%s: the API answers again", self._path)
         self._in_a_row = self.failed_probes = self._status = 0
         self.is_open = False
-        self._refused = None
+        self._refused.clear()
 
     def gateway_answered(self, sent: Sent, error: GatewayError, now: float) -> None:
         """The answer was a gateway's."""
@@ -105,8 +119,13 @@ class CircuitBreaker:
         self._in_a_row += 1
         self._status = error.status
         if sent.is_probe:
+            again = sent.whose in self._refused and len(self._refused) < _KEYS
             self.failed_probes += 1
-            self._refused = sent.whose
+            self._is_answered = True
+            if sent.whose is not None:
+                self._refused[sent.whose] = now + (1 if again else 2) * self._pause()
+            if again:  # which is no news of the others
+                return
         elif self._in_a_row < _THRESHOLD:
             return
         elif not self.failed_probes:

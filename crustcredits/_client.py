@@ -24,7 +24,7 @@ from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async, methods_of
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._quota import Quota
@@ -406,7 +406,7 @@ class CreditsClient:
             ConfigurationError: This is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
-        source = as_keys_async(keys) if isinstance(keys, AsyncIterable) else _pool_of(keys)
+        source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else _pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
         return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most)))

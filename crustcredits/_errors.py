@@ -265,7 +265,9 @@ class CreditsUnknownError(CreditsRequirementError):
     """The known balances are too low, and keys whose credits are unknown may hold the rest.
 
     Attributes:
-        deciding: The errors of these keys. Those whose account is known from another key, or to be spent, are not among them.
+        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
+            spent, are not among them.
+        may_recover: Whether it may help to check again: not when the API refused all these keys, or none can be used.
     """
 
     def __init__(
@@ -276,10 +278,12 @@ class CreditsUnknownError(CreditsRequirementError):
         available: Decimal,
         report: Report,
         deciding: tuple[CrustCreditsError, ...],
+        may_recover: bool = True,
         **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message, needed=needed, available=available, report=report, **details)
         self.deciding = deciding
+        self.may_recover = may_recover
 
 
 class ClientClosedError(CrustCreditsError):

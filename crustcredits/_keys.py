@@ -244,10 +244,10 @@ def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | Unusabl
         yield key
 
 
-async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey | UnusableKey, None]:
+async def as_keys_async(
+    advance: Callable[[], AsyncIterator[Any]], close: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[ApiKey | UnusableKey, None]:
     """The keys of an asynchronous source, as they come. However it ends, the source is closed, if it can be."""
-    advance, close = _methods_of(keys)
-    del keys  # it may print its keys
     number = 0
     try:
         async for key in advance():
@@ -258,7 +258,7 @@ async def as_keys_async(keys: AsyncIterable[KeyLike]) -> AsyncGenerator[ApiKey |
         await close()
 
 
-def _methods_of(keys: AsyncIterable[Any]) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
+def methods_of(keys: AsyncIterable[Any]) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
     """A source's iterator, and what closes it if it can be closed, as functions: they do not print it."""
     source = aiter(keys)
 

@@ -133,6 +133,9 @@ Source: TypeAlias = Literal["fetched", "shared", "cached", "none"]
 State: TypeAlias = Literal["fresh", "stale", "failed"]
 
 
+_IS_BALANCE: Any = attrs.validators.instance_of(Balance)
+
+
 def _repeats(name: str) -> Any:
     """The default of a field that repeats one of the balance, so that type checkers see a field and not a property."""
     return attrs.Factory(lambda known: getattr(known.balance, name), takes_self=True)
@@ -154,7 +157,7 @@ class Known(Generic[BalanceT]):
         stale: Whether the balance is older than was asked for.
     """
 
-    balance: BalanceT
+    balance: BalanceT = attrs.field(validator=_IS_BALANCE)
     error: CrustCreditsError | None = None
     attempts: int = 1
     source: Source = "fetched"
@@ -210,10 +213,11 @@ class Unknown:
     """
 
     key: ApiKey | UnusableKey
-    error: CrustCreditsError
+    error: CrustCreditsError = attrs.field(validator=attrs.validators.instance_of(CrustCreditsError))
     checked_at: datetime = attrs.field(factory=lambda: datetime.now(UTC))
     attempts: int = 0
     source: Source = "none"
+    _order: int = attrs.field(alias="order", factory=_next_order, eq=False, repr=False)  # as in Balance
     ok: Literal[False] = attrs.field(default=False, init=False, eq=False, repr=False)
     balance: None = attrs.field(default=None, init=False, eq=False, repr=False)
     credits: None = attrs.field(default=None, init=False, eq=False, repr=False)
@@ -273,9 +277,9 @@ def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcom
     return attrs.evolve(cast("Unknown", outcome), key=key, error=error)
 
 
-def is_newer(balance: Balance, other: Balance) -> bool:
-    """Whether `balance` was received after `other`, or is the same."""
-    return balance._order >= other._order  # noqa: SLF001  # of this very module
+def is_newer(answer: Balance | Unknown, other: Balance | Unknown) -> bool:
+    """Whether `answer` was received after `other`, or is the same."""
+    return answer._order >= other._order  # noqa: SLF001  # of this very module
 
 
 def _dict_of(outcome: Known[Any] | Unknown, known: dict[str, Any]) -> dict[str, Any]:

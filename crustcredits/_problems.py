@@ -114,6 +114,11 @@ def problem_of(error: CrustCreditsError) -> Problem:
     )
 
 
+def _asked(error: CrustCreditsError) -> int:
+    wait = error.retry_after if isinstance(error, InternalServerError) else None
+    return _OUTAGE if wait is None else max(1, math.ceil(wait))
+
+
 def _retry_after(error: CrustCreditsError) -> int | None:
     if isinstance(error, RateLimitWaitError):
         return max(1, math.ceil(error.wait))
@@ -121,5 +126,5 @@ def _retry_after(error: CrustCreditsError) -> int | None:
         return _WINDOW if error.retry_after is None else max(1, math.ceil(error.retry_after))
     if isinstance(error, CreditsUnknownError):
         # One key that recovers may decide.
-        return min((_retry_after(each) or _OUTAGE for each in error.deciding if may_recover(each)), default=None)
+        return min((_retry_after(each) or _asked(each) for each in error.deciding if may_recover(each)), default=None)
     return None

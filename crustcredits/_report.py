@@ -5,7 +5,6 @@ from __future__ import annotations
 import decimal
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, Generic, overload
@@ -21,6 +20,7 @@ from crustcredits._errors import (
 )
 from crustcredits._keys import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
+from crustcredits._retry import may_recover
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
 _EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
@@ -211,12 +211,15 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         stale = _listed("; stale", self.stale)
         if deciding:
             undecided = _listed("; keys that could not be checked decide", deciding)
+            may_pass = any(may_recover(outcome.error) for outcome in deciding)
+            remedy = "check again" if may_pass else "mend or remove these keys"
             raise CreditsUnknownError(
-                f"{counts}{undecided}; see their errors, and check again{stale}",
+                f"{counts}{undecided}; see their errors, and {remedy}{stale}",
                 needed=needed,
                 available=available,
                 report=self,
                 deciding=tuple(outcome.error for outcome in deciding),
+                may_recover=may_pass,
             )
         message = f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
@@ -229,11 +232,17 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     def _is_spent(self, account: Hashable, balance: Balance) -> bool:
         """Whether a key of the account was told after this balance that the account is out of credits."""
-        return self._spent.get(account, balance.checked_at) > balance.checked_at
+        return account in self._spent and is_newer(self._spent[account], balance)
 
     @cached_property
-    def _spent(self) -> Mapping[Hashable, datetime]:
-        return {self._account(each): each.checked_at for each in self.failed if isinstance(each.error, PaymentRequiredError)}
+    def _spent(self) -> Mapping[Hashable, Unknown]:
+        """Of each account that is said to be out of credits, the last answer that says so."""
+        spent: dict[Hashable, Unknown] = {}
+        for each in self.failed:
+            known = spent.get(self._account(each), each)
+            if isinstance(each.error, PaymentRequiredError):
+                spent[self._account(each)] = each if is_newer(each, known) else known
+        return spent
 
     def raise_on_error(self) -> None:
         """Do nothing when every key has a balance.

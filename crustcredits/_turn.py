@@ -53,6 +53,10 @@ class Turn:
     def on_wait(self) -> None:
         """It has just begun to wait; for those who have to know."""
 
+    def can_fall_back(self) -> bool:
+        """Whether all who wait for it have an older answer that may stand in."""
+        return False
+
     def patience(self, now: float) -> float:
         """Seconds for which somebody still waits for it, at the most."""
         return math.inf

@@ -13,7 +13,7 @@ import pytest
 
 from crustcredits import ApiKey, Balance, Known, Outcome
 from crustcredits._fanout import FanOut, Key
-from crustcredits._keys import as_keys_async
+from crustcredits._keys import as_keys_async, methods_of
 from tests.virtual import keys, now
 
 pytestmark = pytest.mark.virtual
@@ -174,10 +174,10 @@ async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
             await asyncio.sleep(0)
             closed.append(now() > 0)
 
-    async with aclosing(FanOut(Asker(), room=2).outcomes(as_keys_async(source()))) as stream:
+    async with aclosing(FanOut(Asker(), room=2).outcomes(as_keys_async(*methods_of(source())))) as stream:
         await anext(stream)
     assert len(closed) == 1
-    await names(FanOut(Asker(), room=200).outcomes(as_keys_async(source())))
+    await names(FanOut(Asker(), room=200).outcomes(as_keys_async(*methods_of(source()))))
     assert len(closed) == 2
     assert tasks() == 1
 

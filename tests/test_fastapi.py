@@ -706,6 +706,7 @@ DECIDING: list[tuple[list[CrustCreditsError], int, str | None]] = [
     ([BucketsUnavailableError(SAID)], 503, "5"),
     ([RateLimitWaitError(SAID, wait=41.2), RateLimitError(SAID, retry_after=12.5)], 503, "13"),
     ([RateLimitError(SAID), REVOKED], 503, "60"),
+    ([InternalServerError(SAID, status=503, retry_after=29.5)], 503, "30"),
 ]
 ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
     (BadRequestError(SAID, status=400, key_name="prod"), 502, None),

@@ -200,3 +200,14 @@ def test_an_outcome_is_told_under_the_name_of_an_equal_key() -> None:
     assert str(bad().error).startswith("prod: ")
     same = good()
     assert outcome_for(KEY, same) is same
+
+
+@pytest.mark.parametrize("wrong", [None, "bad", ValueError("x")])
+def test_no_outcome_holds_neither_a_balance_nor_an_error(wrong: Any) -> None:
+    """Nor something else in their place."""
+    with pytest.raises(TypeError):
+        Unknown(key=KEY, error=wrong)
+    with pytest.raises(TypeError):
+        attrs.evolve(bad(), error=wrong)
+    with pytest.raises((TypeError, AttributeError)):
+        Known(balance=wrong)

@@ -218,11 +218,15 @@ def test_available_credits_count_once_what_may_be_counted_twice() -> None:
 
 def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> None:
     """As another of its keys has just been told; what was answered after that counts again."""
-    spent = PaymentRequiredError("out of credits", status=402)
-    failed = attrs.evolve(bad("b", account="x"), error=spent, checked_at=NOON + timedelta(seconds=5))
-    assert Report([good("a", "5", account="x"), failed]).available_credits == 0
-    assert Report([good("a", "5", account="x", later=9), failed]).available_credits == 5
-    assert Report([good("a", "5", account="y"), failed]).available_credits == 5
+    before, other = good("a", "5", account="x", later=3600), good("a", "5", account="y")
+    first, failed = (bad(name, account="x", error=PaymentRequiredError("out of credits", status=402)) for name in "cb")
+    after = good("a", "5", account="x")
+    assert Report([before, failed]).available_credits == 0, "whatever the wall clock said"
+    assert Report([after, failed]).available_credits == 5
+    assert Report([other, failed]).available_credits == 5
+    between = good("a", "5", account="x"), bad("d", account="x", error=PaymentRequiredError("out of credits", status=402))
+    for order in ((*between, first), (first, *between), (between[1], first, between[0])):
+        assert Report(order).available_credits == 0
 
 
 def test_an_overdrawn_account_takes_nothing_from_the_others() -> None:
@@ -254,6 +258,8 @@ def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
     assert undecided.value.deciding == (silent.error,)
     assert not isinstance(undecided.value, InsufficientCreditsError)
     assert isinstance(undecided.value, CreditsRequirementError)
+    assert undecided.value.may_recover
+    assert str(undecided.value).endswith("decide: y/c; see their errors, and check again")
 
 
 OF_KEYS: list[CrustCreditsError | None] = [
@@ -288,8 +294,8 @@ def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, boo
     for number, (account, credits, stale, error) in enumerate(pool):
         owner = account or f"key {number}"
         if error is None:
-            # No two answers of undeclared keys are the same, so that no key is like another one.
-            amount = credits if account else credits * 100 + number
+            # No answer of an undeclared key is like another one, so that each counts.
+            amount = credits if account else credits * 1000 + number + 100
             outcomes.append((old if stale else good)(f"k{number}", str(amount), account=account, later=number))
             balances[owner] = amount
         else:
@@ -373,7 +379,7 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
     assert str(error) == (
         f"10 credits are needed and 9.5 are known to be there; keys that could not be checked decide: {listed} and 3 more; "
-        "see their errors, and check again; stale: b"
+        "see their errors, and mend or remove these keys; stale: b"
     )
 
 

@@ -28,6 +28,7 @@ from rich.traceback import Traceback
 
 from crustcredits import (
     ApiKey,
+    ConfigurationError,
     CreditsClient,
     CrustCreditsError,
     RateLimit,
@@ -247,7 +248,8 @@ class Fails:
         return f"Fails({self.held!r})"
 
     def open(self, **terms: object) -> None:
-        raise OSError(len(self.held))
+        del self  # the frame is the caller's own
+        raise OSError
 
     tokens = close = open
     __call__ = open
@@ -258,10 +260,11 @@ class Fails:
     __aiter__ = __iter__
 
     def __next__(self) -> str:
-        raise LookupError(len(self.held))
+        del self  # as above
+        raise LookupError
 
     async def __anext__(self) -> str:
-        del self  # the frame is the caller's own
+        del self  # as above
         raise LookupError
 
 
@@ -342,6 +345,41 @@ PLACES: dict[str, Callable[[], object]] = {
     "a report's threshold": partial(Report([]).low, CANARY),  # type: ignore[arg-type]  # as above
     "a report's least credits": partial(Report([]).ranked, CANARY),  # type: ignore[arg-type]  # as above
 }
+
+
+async def test_frames_of_others_keep_their_variables() -> None:
+    """Also those of another task that awaits the same error, which would be ended with its frame."""
+    start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def falls_back(client: CreditsClient) -> str:
+        try:
+            await start
+        except OSError:
+            with pytest.raises(ConfigurationError):
+                await client.check("oops")
+            await asyncio.sleep(0)
+        return "went on"
+
+    async with CreditsClient() as client:
+        tasks = [asyncio.create_task(falls_back(client)) for _ in range(3)]
+        await asyncio.sleep(0)
+        start.set_exception(OSError())
+        assert await asyncio.wait_for(asyncio.gather(*tasks), 1) == ["went on"] * 3
+
+
+def test_a_chain_that_bites_its_tail_ends() -> None:
+    """As two errors that name each other."""
+
+    def source() -> Iterator[dict[str, str]]:
+        first, second = LookupError("first"), LookupError("second")
+        second.__context__ = first
+        first.__context__ = second
+        if CANARY:
+            raise first
+        yield {}
+
+    with pytest.raises(LookupError):
+        keys_from_records(source())
 
 
 async def test_a_lifespan_shows_nothing_of_its_clients_arguments() -> None:

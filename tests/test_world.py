@@ -236,3 +236,38 @@ async def test_a_service_is_tested_without_a_socket_and_without_waiting() -> Non
         await asyncio.sleep(61)
         await client.check(client.keys[2:], timeout=3)
         assert now() - began == pytest.approx(64, abs=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"times": 0}, {"times": 1.5}, {"times": "2"}, {"retry_after": -4}])
+def test_a_fault_comes_a_whole_number_of_times(wrong: dict[str, Any]) -> None:
+    """At least once; a wait is of whole seconds."""
+    api = FakeAPI()
+    with pytest.raises(ConfigurationError, match="a whole number of at least 1"):
+        api.fail(api.add_key("prod"), Fault.REFUSED, **wrong)
+
+
+def test_what_is_spent_or_added_is_at_least_0() -> None:
+    """And exact."""
+    api = FakeAPI()
+    key = api.add_key("prod")
+    for amount in (-1, True, [1], None):
+        with pytest.raises(ConfigurationError):
+            api.spend(key, amount if amount is not None else "x")  # type: ignore[arg-type]  # the mistakes under test
+
+
+@pytest.mark.parametrize("wrong", [["a"], {5: 5}, {"a": None}, {"a": [1]}])
+def test_a_client_in_memory_is_made_of_labels_and_credits(wrong: Any) -> None:
+    """Anything else is refused with a word of what is expected."""
+    with pytest.raises(ConfigurationError, match=r"is a Mapping|is a str|credits are exact"):
+        fake_client(wrong)
+
+
+async def test_refusals_in_memory_are_raised_at_once() -> None:
+    """And as many calls as one likes are answered."""
+    async with fake_client({"prod": 5}) as client:
+        began = now()
+        for _ in range(301):
+            await client.balance(client.keys[0])
+        client.api.fail(client.keys[0], Fault.REFUSED, times=1)
+        assert (await client.check(client.keys)).failed
+        assert now() - began < 1

@@ -87,6 +87,7 @@ class FakeAPI:
         refused: How many were answered 429 because the window was full. Refusals that were ordered do not count.
     """
 
+    @hides_arguments
     def __init__(self, *, limit: int = 300, period: float = 60.0, scope: Scope = "client", record: bool = True) -> None:
         if scope not in {"client", "account", "key"}:
             raise ConfigurationError("scope is 'client', 'account' or 'key'")
@@ -144,6 +145,7 @@ class FakeAPI:
         self._keys[key.digest] = (key, owner)
         return key
 
+    @hides_arguments
     def key(self, label: str) -> ApiKey:
         """The key that was issued under this label.
 
@@ -192,9 +194,9 @@ class FakeAPI:
         if (credits is None) == (per_second is None):
             raise ConfigurationError("spend credits at once, or with per_second= as time passes; give one of them")
         if credits is not None:
-            account.spend(_credits(credits), _now())
+            account.spend(_amount(credits), _now())
         if per_second is not None:
-            account.spend_per_second(_credits(per_second), _time("spend(per_second=)"))
+            account.spend_per_second(_amount(per_second), _time("spend(per_second=)"))
 
     @hides_arguments
     def grant(
@@ -202,13 +204,13 @@ class FakeAPI:
     ) -> None:
         """Give the account of `key` a recurring grant: `credits` come after so many seconds, and every 30 days from then on.
 
-        Without `rollover` what is left of the grant before is lost when the next one comes; top-ups stay.
+        Without `rollover` all that is no top-up is lost when the grant comes, also what the account began with; top-ups stay.
 
         Raises:
             ConfigurationError: The key was not issued here, an argument cannot be used, or no loop runs whose time would pass.
         """
         account, wait = self._account_of(key), seconds("after", after, above=0)
-        account.grant(_credits(credits), _time("grant()"), wait, frequency, rollover=rollover)
+        account.grant(_amount(credits), _time("grant()"), wait, frequency, rollover=rollover)
 
     @hides_arguments
     def top_up(self, key: ApiKey, credits: Decimal | int | str, *, expires: Seconds | None = None) -> None:
@@ -221,8 +223,9 @@ class FakeAPI:
             ConfigurationError: The key was not issued here, an argument cannot be used, or no loop runs whose time would pass.
         """
         account, wait = self._account_of(key), None if expires is None else seconds("expires", expires, above=0)
-        account.top_up(_credits(credits), _time("top_up()"), wait)
+        account.top_up(_amount(credits), _time("top_up()"), wait)
 
+    @hides_arguments
     def lag(self, after: Seconds) -> None:
         """Answer with the balances of so many seconds ago, as a replica that is behind would; 0 ends it.
 
@@ -233,6 +236,7 @@ class FakeAPI:
 
     # --- trouble
 
+    @hides_arguments
     def down(self, fault: Fault = Fault.UNAVAILABLE) -> None:
         """The whole API fails with `fault`, for known and unknown keys, until `up()`."""
         check_kind("fault", fault, Fault)
@@ -257,6 +261,9 @@ class FakeAPI:
         """
         self._account_of(key)
         check_kind("fault", fault, Fault)
+        for what, number in (("times", times), ("retry_after", retry_after)):
+            if number is not None:
+                check_whole(what, number, minimum=1)
         if path is not None and path not in _PATHS:
             raise ConfigurationError(f"path is one of {' and '.join(_PATHS)}")
         self._orders[key.digest].append(_Order(fault, times, retry_after, path))
@@ -394,10 +401,17 @@ _NO_GRANT: dict[str, Any] = {
 
 
 def _credits(credits: Decimal | int | str) -> Decimal:
-    with contextlib.suppress(InvalidOperation):
-        if not isinstance(credits, float) and Decimal(credits).is_finite():
+    with contextlib.suppress(InvalidOperation, TypeError, ValueError):
+        if not isinstance(credits, (float, bool)) and Decimal(credits).is_finite():
             return Decimal(credits)
     raise ConfigurationError(f"credits are exact: give a finite Decimal, an int or their text, not {shown(credits)}")
+
+
+def _amount(credits: Decimal | int | str) -> Decimal:
+    amount = _credits(credits)
+    if amount < 0:
+        raise ConfigurationError("credits that are spent or added are at least 0")
+    return amount
 
 
 def _now() -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TypedDict, Unpack
 
-from crustcredits._checks import hides_arguments
+from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._freshness import Seconds
@@ -22,8 +22,8 @@ from crustcredits.testing._faults import Fault
 _ORIGIN = "https://in-memory.invalid"
 # What tests wait for is over soon: a request that hangs, a retry, the pace.
 _TIMEOUT = 0.05
-_RETRY = Retry(backoff=0.0)
-_RATE_LIMIT = RateLimit(pace=None)
+_RETRY = Retry(backoff=0.0, wait_max=0.0)
+_RATE_LIMIT = RateLimit(requests=1_000_000, pace=None)
 
 _HANGING = {Fault.SILENCE: Fate.ABANDONED, Fault.DRIP: Fate.ANSWERED}
 _LOST = {
@@ -100,16 +100,22 @@ def fake_client(credits: Mapping[str, Decimal | int | str] | None = None, **opti
             client.api.fail(client.api.key("globex/prod"), Fault.INVALID_KEY)
             report = await client.check(client.keys)
 
-    So that tests wait for nothing, a request times out after 0.05 s, retries have no backoff and starts have no pace, unless
-    `options` say otherwise. These are the options of `CreditsClient`.
+    So that tests hardly wait, a request times out after 0.05 s, retries have no backoff, a refusal is raised at once, and there is
+    no rate limit, unless `options` say otherwise. These are the options of `CreditsClient`; the API has the limit of
+    `rate_limit`. The circuit breaker waits as it does in service: `Fault.CHALLENGE` for several keys takes seconds.
 
     Raises:
         ConfigurationError: A label or an amount cannot be used, or keys of one account have different credits.
     """
-    api = FakeAPI()
+    limit = options.get("rate_limit", _RATE_LIMIT)
+    check_kind("rate_limit", limit, RateLimit)
+    if credits is not None:
+        check_kind("credits", credits, Mapping)
+    api = FakeAPI(limit=limit.requests)
     keys: list[ApiKey] = []
     amounts: dict[str, Decimal | int | str] = {}
     for label, amount in (credits or {}).items():
+        check_kind("a label", label, str)
         account, name = split_label(label)
         if account is None:
             keys.append(api.add_key(name, credits=amount))
