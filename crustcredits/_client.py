@@ -264,6 +264,39 @@ class CreditsClient:
             )
         return await self._report(source, how_old, deadline, detail=check_flag("detail", detail), on_outcome=on_outcome)
 
+    @overload
+    async def require(
+        self,
+        credits: Decimal | float,
+        keys: KeysLike,
+        *,
+        margin: Decimal | float = 1.0,
+        detail: Literal[False] = False,
+        timeout: Seconds | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Report[Balance]: ...
+    @overload
+    async def require(
+        self,
+        credits: Decimal | float,
+        keys: KeysLike,
+        *,
+        margin: Decimal | float = 1.0,
+        detail: Literal[True],
+        timeout: Seconds | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Report[Account]: ...
+    @overload
+    async def require(
+        self,
+        credits: Decimal | float,
+        keys: KeysLike,
+        *,
+        margin: Decimal | float = 1.0,
+        detail: bool,
+        timeout: Seconds | None = None,
+        **freshness: Unpack[FreshnessOptions],
+    ) -> Report[Balance]: ...
     @hides_arguments
     async def require(
         self,
@@ -274,7 +307,7 @@ class CreditsClient:
         detail: bool = False,
         timeout: Seconds | None = None,
         **freshness: Unpack[FreshnessOptions],
-    ) -> Report[Balance]:
+    ) -> Report[Any]:
         """Check a pool before a batch that needs `credits`, and raise unless they were there as last answered.
 
         A check and no reservation: what others spend meanwhile is gone, so ask right before the batch, and with a `margin`.

@@ -112,13 +112,15 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Known[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
 
-        Stale ones come last, failed ones are left out.
+        Stale ones come last. Failed ones are left out, and keys of an account that is said since then to be out of credits (402).
 
         Raises:
             ConfigurationError: `min_credits` is not a finite number.
         """
         floor = _decimal("min_credits", min_credits)
-        rich = (outcome for outcome in self.succeeded if self.credits_of(outcome) >= floor)
+        spent = {account for account, balance in self._newest.items() if balance is not None and self._is_spent(account, balance)}
+        able = (outcome for outcome in self.succeeded if self._account(outcome) not in spent)
+        rich = (outcome for outcome in able if self.credits_of(outcome) >= floor)
         return tuple(sorted(rich, key=lambda outcome: (not outcome.stale, self.credits_of(outcome)), reverse=True))
 
     @hides_arguments

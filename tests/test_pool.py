@@ -175,8 +175,8 @@ async def test_a_mistyped_key_shows_in_no_frame_of_ours(sandbox: SandboxServer, 
         with pytest.raises(ConfigurationError):
             client.stream(mistake)
         for swapped in (
-            client.require(["sk-0123456789abc"], 5),  # type: ignore[arg-type]  # the mistakes under test
-            client.require({"prod": "sk-0123456789abc"}, ["sk-1"]),  # type: ignore[arg-type]
+            client.require(["sk-0123456789abc"], 5),  # type: ignore[call-overload]  # the mistakes under test
+            client.require({"prod": "sk-0123456789abc"}, ["sk-1"]),  # type: ignore[call-overload]
             client.balance("sk-1", timeout="sk-0123456789abc"),  # type: ignore[arg-type]
             client.balance("sk-1", max_age="sk-0123456789abc"),  # type: ignore[arg-type]
         ):

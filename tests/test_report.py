@@ -222,7 +222,9 @@ def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> No
     first, failed = (bad(name, account="x", error=PaymentRequiredError("out of credits", status=402)) for name in "cb")
     after = good("a", "5", account="x")
     assert Report([before, failed]).available_credits == 0, "whatever the wall clock said"
+    assert Report([before, failed]).ranked() == ()
     assert Report([after, failed]).available_credits == 5
+    assert names(Report([after, failed]).ranked()) == ["a"]
     assert Report([other, failed]).available_credits == 5
     between = good("a", "5", account="x"), bad("d", account="x", error=PaymentRequiredError("out of credits", status=402))
     for order in ((*between, first), (first, *between), (between[1], first, between[0])):
@@ -301,6 +303,8 @@ def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, boo
         else:
             outcomes.append(bad(f"k{number}", account=account, error=error))
             errors[owner].append(error)
+            if isinstance(error, PaymentRequiredError) and owner in balances:
+                balances[owner] = 0  # it was there, and is gone since
     spent = {owner for owner, said in errors.items() if any(isinstance(each, PaymentRequiredError) for each in said)}
     available = sum(max(0, credits) for credits in balances.values())
     deciding = [error for owner, said in errors.items() if owner not in {*balances, *spent} for error in said]

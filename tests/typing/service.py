@@ -88,6 +88,8 @@ async def gate(client: CreditsClient, keys: KeysLike) -> str:
         return f"wait: {', '.join(error.unknown)}"
     except CreditsRequirementError as error:
         return str([each.state for each in error.report])
+    detailed = await client.require(5000, keys, detail=True)
+    assert_type(detailed, Report[Account])
     return report.ranked()[0].key.label
 
 
