@@ -181,8 +181,8 @@ async def test_a_handshake_that_hangs_never_reached_the_api() -> None:
 
     async with listener(silent) as port:
         for options in ({"base_url": f"https://localhost:{port}"}, {"proxy": f"http://localhost:{port}"}):
-            async with CreditsClient(**options, rate_limit=ONE, request_timeout=0.1, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
-                with pytest.raises(APITimeoutError, match=r"no connection within 0\.09 s"):
+            async with CreditsClient(**options, rate_limit=ONE, request_timeout=1.0, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
+                with pytest.raises(APITimeoutError, match=r"no connection within 0\.9 s"):
                     await client.balance(SECRET)
                 assert client.quota().free == 1
 
