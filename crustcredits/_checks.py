@@ -90,7 +90,8 @@ def _without_locals(error: BaseException) -> BaseException:
             with contextlib.suppress(RuntimeError):  # it runs still
                 entry.tb_frame.clear()
         entry = entry.tb_next
-    return error
+    # The first frame is the decorator's, which is added again when it raises.
+    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
 
 
 def init_hides_arguments(cls: type[_T]) -> type[_T]:

@@ -46,20 +46,18 @@ class CircuitBreaker:
     Attributes:
         is_open: Whether it is open.
         failed_probes: Probes that a gateway has answered since the API did.
-        is_probing: Whether a probe is on the wire.
     """
 
     __slots__ = (
         "_in_a_row",
-        "_is_answered",
         "_next_probe",
         "_path",
+        "_probe",
         "_refused",
         "_row_began",
         "_status",
         "failed_probes",
         "is_open",
-        "is_probing",
     )
 
     def __init__(self, path: str) -> None:
@@ -71,8 +69,12 @@ class CircuitBreaker:
         self._next_probe = 0.0
         self._refused: dict[Hashable, float] = {}  # whose probes a gateway has answered, and until when they stand back
         self.failed_probes = 0
-        self.is_probing = False
-        self._is_answered = False  # whether a gateway has answered the probe
+        self._probe: Sent | None = None  # on the wire, and without an answer yet
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether a probe is on the wire."""
+        return self._probe is not None
 
     def refusal(self, now: float, whose: Hashable = None) -> GatewayError | None:
         """Why no request for this key may be sent now, or None."""
@@ -88,16 +90,15 @@ class CircuitBreaker:
 
     def start(self, now: float, whose: Hashable) -> Sent:
         """A request is sent that was not refused."""
-        if self.is_open:
-            self.is_probing, self._is_answered = True, False
-        return Sent(now, whose, self.is_open)
+        sent = Sent(now, whose, self.is_open)
+        if sent.is_probe:
+            self._probe = sent
+        return sent
 
     def end(self, sent: Sent, now: float) -> None:
         """The request has ended, whatever came of it."""
-        if not sent.is_probe:
-            return
-        self.is_probing = False
-        if self.is_open and not self._is_answered:
+        if sent is self._probe:  # neither the API nor a gateway has answered it
+            self._probe = None
             self.is_open, self._in_a_row, self._row_began = False, _THRESHOLD - 1, now
 
     def api_answered(self) -> None:
@@ -106,22 +107,24 @@ class CircuitBreaker:
             _log.info("%s: the API answers again", self._path)
         self._in_a_row = self.failed_probes = self._status = 0
         self.is_open = False
+        self._probe = None
         self._refused.clear()
 
     def gateway_answered(self, sent: Sent, error: GatewayError, now: float) -> None:
         """The answer was a gateway's."""
-        if self.is_open and not sent.is_probe:  # sent before it opened
+        is_probe = sent is self._probe
+        if self.is_open and not is_probe:  # sent before it opened
             return
-        if self._in_a_row and sent.at < self._row_began:
+        if self._in_a_row and not is_probe and sent.at < self._row_began:
             return
         if not self._in_a_row:
             self._row_began = now
         self._in_a_row += 1
         self._status = error.status
-        if sent.is_probe:
+        if is_probe:
+            self._probe = None
             again = sent.whose in self._refused and len(self._refused) < _KEYS
             self.failed_probes += 1
-            self._is_answered = True
             if sent.whose is not None:
                 self._refused[sent.whose] = now + (1 if again else 2) * self._pause()
             if again:  # which is no news of the others

@@ -24,7 +24,7 @@ from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys, as_keys_async, methods_of
+from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
 from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._quota import Quota
@@ -255,7 +255,7 @@ class CreditsClient:
                 cannot be used does not raise: its outcome says so.
             ClientClosedError: The client was closed meanwhile.
         """
-        source = _pool_of(keys)
+        source = pool_of(keys)
         del keys  # A frame that is under way may be printed too, in a log line.
         how_old, deadline = self._said(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
@@ -333,7 +333,7 @@ class CreditsClient:
             ClientClosedError: The client was closed meanwhile.
         """
         freshness.setdefault("stale_while_revalidate", 0.0)
-        needed, source = needed_credits(credits, margin), _pool_of(keys)
+        needed, source = needed_credits(credits, margin), pool_of(keys)
         del keys, credits  # as in check
         how_old, deadline = self._said(freshness, timeout)
         detail = check_flag("detail", detail)
@@ -439,7 +439,7 @@ class CreditsClient:
             ConfigurationError: This is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
-        source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else _pool_of(keys)
+        source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
         return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most)))
@@ -550,13 +550,6 @@ class CreditsClient:
             raise ConfigurationError(
                 "this client was first used on another event loop; make one client for each loop, inside asyncio.run()"
             )
-
-
-def _pool_of(keys: object) -> Iterator[ApiKey | UnusableKey]:
-    pool = as_keys(keys)
-    if isinstance(pool, ConfigurationError):
-        raise pool
-    return pool
 
 
 def _timeout(timeout: Seconds | None) -> float | None:

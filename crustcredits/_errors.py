@@ -53,7 +53,10 @@ class CrustCreditsError(Exception):
         attempts: How many requests were put on the wire for this call.
         request_id: The server's `x-request-id`, when an answer brought one.
         rate_limit: What the last answer said of the rate limit, or None.
+        may_recover: Whether the same call may succeed later, with the same key: after an outage, a timeout or a wait.
     """
+
+    may_recover: bool = False
 
     def __init__(
         self,
@@ -108,11 +111,14 @@ class APIConnectionError(CrustCreditsError):
 
     def __init__(self, message: str, *, retryable: bool = True, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
-        self.retryable = retryable
+        self.retryable: bool = retryable
+        self.may_recover: bool = retryable
 
 
 class APITimeoutError(CrustCreditsError, TimeoutError):
     """No connection, or no whole answer, came in time. Retried while the call's own time lasts."""
+
+    may_recover: bool = True
 
 
 class APIStatusError(CrustCreditsError):
@@ -125,6 +131,8 @@ class APIStatusError(CrustCreditsError):
     def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.status = status
+        # 408: the request took too long to arrive. 425: it came too early (RFC 8470).
+        self.may_recover: bool = self.may_recover or status in {408, 425}
 
     def __str__(self) -> str:
         return f"{super().__str__()} (HTTP {self.status})"
@@ -162,6 +170,8 @@ class RateLimitError(APIStatusError):
             the limit's period, and `Retry-After`, however long; None when it said neither.
     """
 
+    may_recover: bool = True
+
     def __init__(
         self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Unpack[ErrorDetails]
     ) -> None:
@@ -176,6 +186,8 @@ class InternalServerError(APIStatusError):
         retry_after: Seconds that a 503 asks to wait in `Retry-After`; None when it does not.
     """
 
+    may_recover: bool = True
+
     def __init__(self, message: str, *, status: int, retry_after: float | None = None, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, status=status, **details)
         self.retry_after = retry_after
@@ -184,12 +196,14 @@ class InternalServerError(APIStatusError):
 class GatewayError(CrustCreditsError):
     """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
 
-    It says nothing of the key. After eight such answers in a row no key is asked on the endpoint for a while; calls that
-    end for this reason have this error too, and are not retried.
+    It says nothing of the key. After eight such answers in a row only one probe at a time is sent to the endpoint. Calls that
+    have waited for it in vain have this error too, with `attempts` 0 where no request was sent for them.
 
     Attributes:
         status: The HTTP status.
     """
+
+    may_recover: bool = True
 
     def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
@@ -218,6 +232,8 @@ class RateLimitWaitError(CrustCreditsError):
         wait: Seconds it would have had to wait in all, as things stood.
     """
 
+    may_recover: bool = True
+
     def __init__(self, message: str, *, wait: float, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.wait = wait
@@ -225,6 +241,8 @@ class RateLimitWaitError(CrustCreditsError):
 
 class BucketsUnavailableError(CrustCreditsError):
     """The count that several processes share is out of reach, so nothing was sent; with `on_outage="raise"` only."""
+
+    may_recover: bool = True
 
 
 class CreditsRequirementError(CrustCreditsError):
@@ -267,7 +285,8 @@ class CreditsUnknownError(CreditsRequirementError):
     Attributes:
         deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
             spent, are not among them.
-        may_recover: Whether it may help to check again: not when the API refused all these keys, or none can be used.
+        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, or none of
+            them can be used.
     """
 
     def __init__(
@@ -278,12 +297,11 @@ class CreditsUnknownError(CreditsRequirementError):
         available: Decimal,
         report: Report,
         deciding: tuple[CrustCreditsError, ...],
-        may_recover: bool = True,
         **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message, needed=needed, available=available, report=report, **details)
         self.deciding = deciding
-        self.may_recover = may_recover
+        self.may_recover: bool = any(error.may_recover for error in deciding)
 
 
 class ClientClosedError(CrustCreditsError):

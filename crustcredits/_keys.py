@@ -226,6 +226,18 @@ def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError
     return _each(map(_same, tuple(keys) if isinstance(keys, AbstractSet) else keys))
 
 
+def pool_of(keys: object) -> Iterator[ApiKey | UnusableKey]:
+    """The keys of a pool, lazily.
+
+    Raises:
+        ConfigurationError: This is no pool.
+    """
+    pool = as_keys(keys)
+    if isinstance(pool, ConfigurationError):
+        raise pool
+    return pool
+
+
 def _same(key: Any) -> Any:
     return key
 

@@ -33,7 +33,6 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._models import credits_text
-from crustcredits._retry import may_recover
 
 
 @attrs.frozen(kw_only=True)
@@ -95,7 +94,7 @@ def problem_of(error: CrustCreditsError) -> Problem:
     """What to answer for `error`."""
     status, title = next((status, title) for kind, status, title in _ANSWERS if isinstance(error, kind))
     more: dict[str, Any] = {}
-    if isinstance(error, CreditsUnknownError) and not any(may_recover(each) for each in error.deciding):
+    if isinstance(error, CreditsUnknownError) and not error.may_recover:
         status = 502  # the API, or the keys' own text, says no: asking again does not help
     if isinstance(error, CreditsRequirementError):
         more = {
@@ -126,5 +125,5 @@ def _retry_after(error: CrustCreditsError) -> int | None:
         return _WINDOW if error.retry_after is None else max(1, math.ceil(error.retry_after))
     if isinstance(error, CreditsUnknownError):
         # One key that recovers may decide.
-        return min((_retry_after(each) or _asked(each) for each in error.deciding if may_recover(each)), default=None)
+        return min((_retry_after(each) or _asked(each) for each in error.deciding if each.may_recover), default=None)
     return None

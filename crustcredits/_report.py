@@ -20,7 +20,6 @@ from crustcredits._errors import (
 )
 from crustcredits._keys import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
-from crustcredits._retry import may_recover
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
 _EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
@@ -213,15 +212,13 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         stale = _listed("; stale", self.stale)
         if deciding:
             undecided = _listed("; keys that could not be checked decide", deciding)
-            may_pass = any(may_recover(outcome.error) for outcome in deciding)
-            remedy = "check again" if may_pass else "mend or remove these keys"
+            remedy = "check again" if any(outcome.error.may_recover for outcome in deciding) else "mend or remove these keys"
             raise CreditsUnknownError(
                 f"{counts}{undecided}; see their errors, and {remedy}{stale}",
                 needed=needed,
                 available=available,
                 report=self,
                 deciding=tuple(outcome.error for outcome in deciding),
-                may_recover=may_pass,
             )
         message = f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)

@@ -11,10 +11,7 @@ import attrs
 from crustcredits._checks import Number, Whole, init_hides_arguments
 from crustcredits._errors import (
     APIConnectionError,
-    APIStatusError,
-    APITimeoutError,
     BucketsUnavailableError,
-    ClientClosedError,
     CrustCreditsError,
     GatewayError,
     InternalServerError,
@@ -22,9 +19,8 @@ from crustcredits._errors import (
     RateLimitWaitError,
 )
 
-_TRANSIENT = (APITimeoutError, GatewayError, InternalServerError, RateLimitError)
-# 408: the request took too long to arrive. 425: it came too early (RFC 8470).
-_TRANSIENT_STATUSES = (408, 425)
+# Nothing was sent for these. They may recover, and are not for an attempt to mend.
+_UNSENT = (BucketsUnavailableError, RateLimitWaitError)
 
 # After lost connections and answers of a gateway the fourth attempt comes no sooner than so many seconds after the first failure.
 # Jitter from 0 alone could spend all attempts within the first second of an outage of the network or of name resolution.
@@ -72,7 +68,7 @@ class Retry:
         `attempts` counts those made, `elapsed` the seconds since the first of them failed, and `patience` those that are left. A
         refusal waits as long as the server asked and a jitter more, so that keys refused together do not come back together.
         """
-        if attempts >= self.attempts or not _is_transient(error):
+        if attempts >= self.attempts or not error.may_recover or isinstance(error, _UNSENT):
             return None
         jitter = self._jitter(attempts, uniform)
         asked = _asked(error)
@@ -89,17 +85,6 @@ class Retry:
     def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
         # The exponent is bounded because 2.0**1024 overflows.
         return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))
-
-
-def may_recover(error: CrustCreditsError) -> bool:
-    """Whether the same call may succeed later: after an outage, a timeout or the wait of a rate limit."""
-    return _is_transient(error) or isinstance(error, (RateLimitWaitError, BucketsUnavailableError, ClientClosedError))
-
-
-def _is_transient(error: CrustCreditsError) -> bool:
-    if isinstance(error, APIConnectionError):
-        return error.retryable
-    return isinstance(error, _TRANSIENT) or (isinstance(error, APIStatusError) and error.status in _TRANSIENT_STATUSES)
 
 
 def _asked(error: CrustCreditsError) -> float | None:

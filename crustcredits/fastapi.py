@@ -23,7 +23,7 @@ from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._freshness import NEW, Seconds, seconds
-from crustcredits._keys import KeysLike, as_keys
+from crustcredits._keys import KeysLike, pool_of
 from crustcredits._models import State
 from crustcredits._pool import Pool, Sort
 from crustcredits._problems import Problem, problem_of
@@ -229,10 +229,7 @@ def credits_router(
         ConfigurationError: Neither or both of `public` and `dependencies` are given; this is no pool, or two different keys have
             one name, or one secret two accounts; or another argument cannot be used.
     """
-    pool = as_keys(keys)
-    del keys  # No frame of ours holds a secret when something is raised.
-    if isinstance(pool, ConfigurationError):
-        raise pool
+    pool = pool_of(keys)
     check_kind("prefix", prefix, str)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise ConfigurationError("prefix begins with '/' and does not end with one: prefix='/credits'")

@@ -281,6 +281,33 @@ async def test_a_probe_that_is_lost_proves_no_gateway() -> None:
         assert all(isinstance(outcome.error, GatewayError) for outcome in report)
 
 
+def test_a_probe_that_ends_after_the_breaker_has_closed_opens_nothing() -> None:
+    """It is one answer like any other; and of two probes only the last one counts as such."""
+    breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
+
+    def opened(now: float) -> None:
+        for _ in range(8):
+            breaker.gateway_answered(breaker.start(now, None), error, now)
+        assert breaker.is_open
+
+    opened(0.0)
+    old = breaker.start(2.0, "k0")
+    breaker.api_answered()  # by a request that was sent before
+    breaker.gateway_answered(old, error, 3.0)
+    breaker.end(old, 3.0)
+    assert not breaker.is_open
+    opened(4.0)
+    older = breaker.start(10.0, "k0")
+    breaker.api_answered()
+    opened(11.0)
+    probe = breaker.start(20.0, "k1")
+    breaker.gateway_answered(older, error, 20.0)
+    breaker.end(older, 20.0)
+    assert breaker.is_probing
+    breaker.end(probe, 21.0)
+    assert not breaker.is_probing
+
+
 def test_what_nobody_waits_for_has_nothing_to_fall_back_on() -> None:
     """Unless its call says so."""
     assert Turn().can_fall_back() is False

@@ -404,7 +404,9 @@ def test_what_hides_arguments_shows_where_a_fault_is() -> None:
     """The frames of the caller's own code are there, with their lines."""
     with pytest.raises(LookupError) as caught:
         credits_router(Fails(CANARY), public=True)
-    assert "__next__" in "".join(traceback.format_exception(caught.value))
+    lines = traceback.format_exception(caught.value)
+    assert "__next__" in "".join(lines)
+    assert sum("in call\n" in line for line in lines) == 1, "the decorator is one frame"
 
 
 @pytest.mark.parametrize("place", PLACES)

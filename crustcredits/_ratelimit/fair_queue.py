@@ -140,7 +140,3 @@ class FairQueue:
             else:
                 del self._lines[flow]
             return call
-
-    def lengths(self) -> dict[Flow, int]:
-        """How many calls of each flow wait."""
-        return {flow: len(line.fresh) + len(line.asked) for flow, line in self._lines.items()}

@@ -148,7 +148,7 @@ class _Account:
 
 
 class Scheduler:
-    """The admission queue of one endpoint.
+    """The admission queue of one endpoint. It is long because all that a start needs is decided in one moment.
 
     Args:
         terms: What it keeps to.

@@ -63,7 +63,7 @@ class Account:
         self._stretch(now, credits, self._stretches[-1].per_second)
 
     def spend(self, credits: Decimal, now: float) -> None:
-        """Spend at once, be it more than is there."""
+        """Spend at once, even more than is there."""
         self.set_credits(self.credits_at(now) - credits, now)
 
     def spend_per_second(self, credits: Decimal, now: float) -> None:

@@ -79,7 +79,8 @@ class FakeAPI:
     """A world of accounts and keys that answers as the API's documents say, and fails as it is told to.
 
     `SandboxServer` puts it on a socket, and `fake_client` into memory. Accounts are told apart by their names, and an account's
-    balance is changed through any of its keys. Time is the running loop's.
+    balance is changed through any of its keys. Time is the running loop's. Its methods are many because they are all that a test
+    can do to the world.
 
     Attributes:
         arrivals: Every request, in the order they came; empty without `record`.
@@ -298,15 +299,15 @@ class FakeAPI:
 
     # --- answers
 
-    def owner_of(self, secret: str | None) -> ApiKey | None:
-        """The key of this secret, be it revoked."""
+    def _key_of(self, secret: str | None) -> ApiKey | None:
+        """The key of this secret, also when it is revoked."""
         known = None if secret is None else self._keys.get(digest_of(secret))
         return None if known is None else known[0]
 
     def answer(self, method: str, path: str, headers: Mapping[str, str]) -> Answer:
         """Count a request that arrives now, and decide what to answer."""
         scheme, _, secret = headers.get("Authorization", "").partition(" ")
-        key = self.owner_of(secret) if scheme == "Bearer" else None
+        key = self._key_of(secret) if scheme == "Bearer" else None
         refused, told = self._count(path, headers, key)
         if refused:
             return _json(429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, told)

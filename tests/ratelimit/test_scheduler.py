@@ -60,7 +60,7 @@ def test_flows_take_turns_and_accounts_within_them() -> None:
     order = [("r1", back, "r1"), ("a1", one, "a"), ("a2", one, "a"), ("b1", one, "b"), ("s1", two, "s1"), ("s2", two, "s2")]
     for name, flow, account in order:
         queue.push(call(name, flow, account))
-    assert queue.lengths() == {back: 1, one: 3, two: 2}
+    assert len(queue) == 6
     assert [queue.pop().key for _ in order] == ["a1", "s1", "b1", "s2", "a2", "r1"]
     assert not len(queue)
 
@@ -91,7 +91,7 @@ def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
     queue.push(call("there", flow))
     queue.remove(left)
     assert queue.pop().key == "there"
-    assert queue.lengths() == {}
+    assert not len(queue)
 
 
 def test_a_token_returns_a_period_after_its_request_has_ended() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -286,10 +286,3 @@ def spans(jobs: Sequence[Job]) -> tuple[float, float]:
     """Seconds until the first and until the last good answer."""
     took = [job.took for job in jobs if job.good]
     return (min(took), max(took)) if took else (math.nan, math.nan)
-
-
-def refusals_by_key(jobs: Sequence[Job]) -> dict[str, int]:
-    counts: defaultdict[str, int] = defaultdict(int)
-    for job in jobs:
-        counts[job.key[0]] += job.requests - 1
-    return counts
