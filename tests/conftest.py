@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from unittest.mock import Mock
 
+import hypothesis
 import pytest
 import uvloop
 from aiohttp import ClientResponse
@@ -36,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     searches.extent = config.getoption("--search")
+    # No example is a test of speed; the whole test has a time limit.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     config.addinivalue_line("markers", "virtual: runs in virtual time, without sockets")
     config.addinivalue_line("markers", "thorough: tests a search itself, which CI does in one of its runs")
     config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")

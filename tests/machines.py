@@ -22,7 +22,6 @@ LATE = 3.0  # seconds that a request takes at most, and that a lost one arrives 
 EPSILON = 1e-4
 
 MANY = settings(
-    deadline=None,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     report_multiple_bugs=False,

@@ -174,7 +174,7 @@ def check(wishes: list[Wish], replies: list[tuple[int, float]], closes: float | 
     run(main())
 
 
-@settings(deadline=None, max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
 @given(wishes=WISHES, replies=REPLIES, closes=st.none() | seconds(40))
 def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     wishes: list[Wish], replies: list[tuple[int, float]], closes: float | None
@@ -207,7 +207,7 @@ def test_a_defect_is_found_out(monkeypatch: pytest.MonkeyPatch, defect: tuple[ty
     """The properties are worth something: with a rule broken they fail."""
     monkeypatch.setattr(*defect)
 
-    @settings(deadline=None, max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
     @given(wishes=WISHES, replies=REPLIES)
     def property_of_the_broken(wishes: list[Wish], replies: list[tuple[int, float]]) -> None:
         check(wishes, replies, None)

@@ -614,7 +614,7 @@ def ini_file(keys: dict[str, str], others: dict[str, str]) -> str:
 SHAPES = [env_file, text_file, bare_file, json_file, json_records, csv_file, headless_csv, ini_file]
 
 
-@settings(deadline=None, max_examples=examples(300))
+@settings(max_examples=examples(300))
 @given(keys=KEYS, others=OTHERS, shape=st.sampled_from(SHAPES), indent=st.sampled_from(["", " ", "\n", "\ufeff"]))
 def test_nothing_but_a_true_key_ever_becomes_one(
     keys: dict[str, str], others: dict[str, str], shape: Callable[..., str], indent: str

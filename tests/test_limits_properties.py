@@ -178,7 +178,7 @@ def check(bucket: type[TokenBucket], tokens: int, callers: list[Caller]) -> None
 FEW_TOKENS = st.integers(1, 4) | st.sampled_from([10, 20])
 
 
-@settings(deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @given(tokens=FEW_TOKENS, callers=CALLERS)
 @example(tokens=1, callers=[Caller(0, 4, 0, "ended", 0), Caller(0, 0, 0, "ended", 0)])
 def test_no_window_holds_more_than_the_tokens_and_nobody_is_lost_or_overtaken(tokens: int, callers: list[Caller]) -> None:
@@ -209,7 +209,7 @@ class CountsFromTheStart(TokenBucket):
 def test_a_token_that_comes_back_one_period_after_the_start_is_found_out() -> None:
     """The property is worth something: with the rule broken it fails."""
 
-    @settings(deadline=None, max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
     @given(tokens=FEW_TOKENS, callers=CALLERS)
     def property_of_the_broken(tokens: int, callers: list[Caller]) -> None:
         only_ended = [attrs.evolve(caller, fate="ended", gives_up=None, told=None, wanted=True) for caller in callers]
