@@ -27,12 +27,11 @@ from crustcredits._errors import (
 from crustcredits._freshness import FreshnessOptions, Seconds
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey
-from crustcredits._limits import RateLimit, Scope
 from crustcredits._models import Account, Balance, Known, Outcome, RateLimitStatus, Source, State, Unknown
-from crustcredits._quota import Quota
+from crustcredits._ratelimit.config import RateLimit, Scope
+from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report
 from crustcredits._retry import Retry
-from crustcredits._tokens import Tokens, TokenStore
 from crustcredits._version import __version__
 
 __all__ = [
@@ -74,8 +73,6 @@ __all__ = [
     "Seconds",
     "Source",
     "State",
-    "TokenStore",
-    "Tokens",
     "UnexpectedResponseError",
     "Unknown",
     "UnusableKey",

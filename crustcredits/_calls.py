@@ -1,7 +1,7 @@
 """`Calls`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
 
 A call belongs to nobody who asks. Whoever does has a seat, with a deadline of his own, and may leave; when the last one has
-left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_asker`'s.
+left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_dispatcher`'s.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import contextvars
 import copy
 import logging
 import math
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
 from crustcredits._answers import Answers, Place
-from crustcredits._asker import Asker
+from crustcredits._dispatcher import Dispatcher, Question
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
-from crustcredits._turn import Turn
+from crustcredits._ratelimit.fair_queue import Flow
 
 _log = logging.getLogger("crustcredits")
 
@@ -36,16 +37,18 @@ class _Patience(NamedTuple):
     deadline: float
 
 
-class _Call(Turn):
+class _Call(Question):
     """One call under way, and who waits for it."""
 
-    task: asyncio.Task[None]
-    first: Seat | None = None  # of whoever began it
+    __slots__ = ("calls", "first", "in_need", "place", "seats")
 
-    def __init__(self, calls: Calls, place: Place, key: ApiKey) -> None:
+    def __init__(
+        self, calls: Calls, place: Place, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
+    ) -> None:
+        super().__init__(place[0], key, account, flow, context)
         self.calls = calls
         self.place = place
-        self.key = key
+        self.first: Seat | None = None  # of whoever began it
         self.seats: dict[Seat, _Patience | None] = {}
         self.in_need: set[Seat] = set()  # those for whom no kept answer may stand in
 
@@ -64,19 +67,22 @@ class _Call(Turn):
         deadlines = (math.inf if patience is None else patience.deadline for patience in self.seats.values())
         return max(deadlines, default=math.inf) - now
 
-    def on_done(self, task: asyncio.Task[None]) -> None:
-        self.calls.break_off(self)
+    def on_end(self, result: Balance | CrustCreditsError) -> None:
+        self.calls.end(self, result)
+
+    def on_broken_off(self, error: BaseException | None) -> None:
+        self.calls.break_off(self, error)
 
 
 class Calls:
     """The calls under way, and the answers that are kept."""
 
-    def __init__(self, asker: Asker, answers: Answers) -> None:
-        self._asker = asker
+    def __init__(self, dispatcher: Dispatcher, answers: Answers) -> None:
+        self._dispatcher = dispatcher
         self._answers = answers
         self._under_way: dict[Place, _Call] = {}
         self._outdated: set[_Call] = set()  # on the wire when their answers were declared invalid; joined by nobody
-        self._dropped: set[asyncio.Task[None]] = set()
+        self._dropped: set[asyncio.Task[Any]] = set()
 
     def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
         """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
@@ -91,10 +97,8 @@ class Calls:
         if outcome is None:
             return None
         if outcome.stale and place not in self._under_way and kept.claim_refresh(place, now):
-            refresh = _Call(self, place, key)
-            refresh.wanted, refresh.since = False, kept.tried
             # It is no request's own, so it keeps none's context alive.
-            self._start(refresh, contextvars.Context())
+            self._begin(self._make(place, key, self._dispatcher.refreshes, contextvars.Context()))
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def last(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
@@ -103,8 +107,13 @@ class Calls:
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
 
-    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
-        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
+    async def ask(
+        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None, flow: Flow | None = None
+    ) -> Outcome[Any]:
+        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why.
+
+        The call waits for its turn in `flow`, by default that of single calls.
+        """
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
@@ -113,7 +122,8 @@ class Calls:
         place = path, key.digest
         kept = self._answers.find(place) if freshness.if_error else None
         falls_back = kept is not None and kept.may_stand_in(freshness, began)
-        call = self._join(place, key, seat, None if deadline is None else _Patience(began, deadline), falls_back=falls_back)
+        patience = None if deadline is None else _Patience(began, deadline)
+        call = self._join(place, key, seat, patience, flow or self._dispatcher.singles, falls_back=falls_back)
         timer = None if deadline is None else loop.call_at(deadline, self._time_out, call, seat)
         try:
             outcome = await seat
@@ -131,7 +141,7 @@ class Calls:
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
         for call in [*self._under_way.values(), *self._outdated]:
-            self._settle(call, _failure(call.key, closed_error()))
+            self._settle(call, _failure(call.api_key, closed_error()))
             self._end(call)
         await asyncio.gather(*self._dropped, return_exceptions=True)
 
@@ -140,7 +150,7 @@ class Calls:
         digest = None if key is None else key.digest
         self._answers.forget(digest)
         for place, call in list(self._under_way.items()):
-            if call.on_wire and digest in {None, place[1]}:
+            if call.task is not None and digest in {None, place[1]}:
                 self._outdated.add(self._under_way.pop(place))
                 self._answers.given_up(place)
 
@@ -149,27 +159,26 @@ class Calls:
         patient = [(seat, patience.deadline) for seat, patience in call.seats.items() if patience is not None]
         if not patient:
             return
-        earliest = call.earliest(_now())
+        earliest = self._dispatcher.earliest(call, _now())
         for seat, deadline in patient:
             if deadline < earliest:
                 self._time_out(call, seat)
 
     # --- seats
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None, *, falls_back: bool) -> _Call:
-        call = self._under_way.get(place)
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None, flow: Flow, *, falls_back: bool) -> _Call:
+        call, is_new = self._under_way.get(place), False
         if call is None:
-            call = _Call(self, place, key)
+            call, is_new = self._make(place, key, flow, contextvars.copy_context()), True
             call.first = seat
-            call.seats[seat] = patience
-            self._start(call)
-        else:
-            call.seats[seat] = patience
-            if not call.wanted:
-                call.want()
+        call.seats[seat] = patience
         if not falls_back:
             call.in_need.add(seat)
-        if patience is not None and not patience.began < patience.deadline >= call.earliest(patience.began):
+        if is_new:
+            self._begin(call)
+        elif flow.kind < call.flow.kind or not call.wanted:
+            self._dispatcher.move(call, flow)
+        if patience is not None and not patience.began < patience.deadline >= self._dispatcher.earliest(call, patience.began):
             self._time_out(call, seat)
         return call
 
@@ -177,7 +186,7 @@ class Calls:
         patience = call.seats.get(seat)
         if patience is None or seat.done():
             return
-        seat.set_result(_failure(call.key, _why_late(call, patience, _now())))
+        seat.set_result(_failure(call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))))
         self._leave(call, seat)
 
     def _leave(self, call: _Call, seat: Seat) -> None:
@@ -185,7 +194,7 @@ class Calls:
         if call.seats or not self._is_under_way(call):
             return
         call.wanted = False
-        if not call.on_wire:
+        if call.task is None:
             self._drop(call)
 
     def _is_under_way(self, call: _Call) -> bool:
@@ -203,26 +212,31 @@ class Calls:
         self._end(call)
 
     def _end(self, call: _Call) -> None:
+        if call.task is None:
+            self._dispatcher.leave(call)
+            return
         self._dropped.add(call.task)
         call.task.add_done_callback(self._dropped.discard)
         call.task.cancel()
 
     # --- one call
 
-    def _start(self, call: _Call, context: contextvars.Context | None = None) -> None:
-        self._under_way[call.place] = call
-        # Not by the loop's task factory, which might run its first step at once.
-        call.task = asyncio.Task(self._run(call), loop=asyncio.get_running_loop(), context=context)
-        call.task.add_done_callback(call.on_done)
+    def _make(self, place: Place, key: ApiKey, flow: Flow, context: contextvars.Context) -> _Call:
+        return _Call(self, place, key, account=self._dispatcher.account_of(key), flow=flow, context=context)
 
-    async def _run(self, call: _Call) -> None:
-        ask = self._asker.ask if call.wanted else self._asker.refresh
-        result = await ask(call.place[0], call.key, call)
+    def _begin(self, call: _Call) -> None:
+        self._under_way[call.place] = call
+        self._dispatcher.enter(call)
+
+    def end(self, call: _Call, result: Balance | CrustCreditsError) -> None:
+        """A call has ended: keep what came of it, and tell those who wait. Nothing, if it was given up meanwhile."""
+        if not self._is_under_way(call):
+            return
         if isinstance(result, Balance):
             outcome: Outcome[Any] = Known(balance=result, attempts=call.attempts)
         else:
             result.attempts = call.attempts
-            outcome = _failure(call.key, result)
+            outcome = _failure(call.api_key, result)
         evicted = None if call in self._outdated else self._keep(call, outcome)
         self._settle(call, outcome)
         if evicted is not None:
@@ -242,7 +256,7 @@ class Calls:
     def _forget(self, place: Place) -> None:
         """Its answer is no longer kept, so what only refreshes it can go."""
         call = self._under_way.get(place)
-        if call is not None and not (call.wanted or call.on_wire):
+        if call is not None and not (call.wanted or call.task is not None):
             self._drop(call)
 
     def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
@@ -258,13 +272,12 @@ class Calls:
                 shared = shared or _shared(outcome)
                 seat.set_result(shared)
 
-    def break_off(self, call: _Call) -> None:
+    def break_off(self, call: _Call, error: BaseException | None) -> None:
         """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
         if not self._is_under_way(call):
             return
         self._remove(call)
         self._answers.given_up(call.place)
-        error = None if call.task.cancelled() else call.task.exception()
         for seat in [seat for seat in call.seats if not seat.done()]:
             if error is None:
                 seat.cancel()
@@ -287,20 +300,20 @@ def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
     return Unknown(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source)
 
 
-def _why_late(call: _Call, patience: _Patience, now: float) -> CrustCreditsError:
+def _why_late(call: _Call, patience: _Patience, earliest: float) -> CrustCreditsError:
     """The error of one whose time is over: what kept him waiting."""
-    if call.on_wire:
+    if call.task is not None:
         seconds = patience.deadline - patience.began
-        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.key.label, attempts=call.attempts)
+        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.api_key.label, attempts=call.attempts)
     if call.last is not None:
         last = copy.copy(call.last)
         last.attempts = call.attempts
         return last
-    wait = call.earliest(now) - patience.began
+    wait = earliest - patience.began
     return RateLimitWaitError(
-        f"its turn did not come before its deadline: the rate limit, or requests without an answer, hold it back for {wait:.1f} s; "
-        "allow it more time, or ask for fewer keys at once",
-        key_name=call.key.label,
+        "its turn did not come before its deadline: the rate limit, or requests without an answer, hold it back for at least "
+        f"{wait:.1f} s; allow it more time, or ask for fewer keys at once",
+        key_name=call.api_key.label,
         wait=wait,
     )
 

@@ -38,7 +38,7 @@ class CircuitBreaker:
     Only requests that were sent after the row had begun make it longer, so that those on the wire together count once. An answer
     of the API's own below 500 closes it. A probe that ends without an answer of either kind closes it too, but one more
     answer of a gateway opens it again. A key whose probe a gateway has answered lets other keys go first, and another such
-    answer puts off nobody else, as long as it is one of less than three such keys: the gateway may refuse these alone.
+    answer puts off nobody else, while less than two other keys stand back: the gateway may refuse these alone.
 
     Args:
         path: The path of the endpoint, for the log.
@@ -123,7 +123,8 @@ class CircuitBreaker:
         self._status = error.status
         if is_probe:
             self._probe = None
-            again = sent.whose in self._refused and len(self._refused) < _KEYS
+            others = sum(until > now for until in self._refused.values())
+            again = sent.whose in self._refused and others < _KEYS - 1
             self.failed_probes += 1
             if sent.whose is not None:
                 self._refused[sent.whose] = now + (1 if again else 2) * self._pause()

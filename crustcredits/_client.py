@@ -1,6 +1,6 @@
 """`CreditsClient`: one key or many, deadlines, and what closing does to calls under way.
 
-How one key is asked is `_asker`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
+How one key is asked is `_dispatcher`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from crustcredits._answers import Answers
-from crustcredits._asker import Asker
 from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
+from crustcredits._dispatcher import Dispatcher
 from crustcredits._errors import ClientClosedError, ConfigurationError
 from crustcredits._fanout import Ask, FanOut, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
-from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome
-from crustcredits._quota import Quota
+from crustcredits._ratelimit.config import RateLimit
+from crustcredits._ratelimit.connection_slots import HANGING_SHARE
+from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
+from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report, needed_credits
 from crustcredits._retry import Retry
-from crustcredits._slots import HANGING_SHARE
-from crustcredits._tokens import LocalStore, TokenStore, check_store
 from crustcredits._transport import Transport, session_problem, tls_problem
 from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 
@@ -145,8 +146,8 @@ class CreditsClient:
             max_error_age=max_error_age,
         )
         self._freshness = NEW if how_old == NEW else how_old
-        self._store = LocalStore() if buckets is None else check_store(buckets)
-        self._asker = Asker(
+        self._store = check_store(buckets)
+        self._dispatcher = Dispatcher(
             transport,
             rate_limit=rate_limit,
             store=self._store,
@@ -154,7 +155,7 @@ class CreditsClient:
             request_timeout=request_timeout,
             retry=retry,
         )
-        self._calls = Calls(self._asker, Answers(max_entries, retry, self._asker.refusal))
+        self._calls = Calls(self._dispatcher, Answers(max_entries, retry, self._dispatcher.refusal))
         self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -441,14 +442,14 @@ class CreditsClient:
         """
         source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
-        path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
-        return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most)))
+        path, flow = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS, Flow()
+        return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most), flow))
 
     @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
         """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
 
-        With what others spend of it (`debt`), and whether calls wait for a pause or a probe: for logs and health checks. With scope
+        Also whether calls wait for a cooldown or a probe: for logs and health checks. With scope
         `"auto"` a call needs a token of two buckets: `quota()` is the one that all keys share, as if nothing were proven of
         them, `quota(key=…)` that of the key's own account. To be called where the event loop runs, whose clock it reads.
 
@@ -459,7 +460,7 @@ class CreditsClient:
         if isinstance(key, UnusableKey):
             raise copy.copy(key.error)
         self._check_loop()
-        return self._asker.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
+        return self._dispatcher.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
     async def close(self) -> None:
         """End the calls under way with `ClientClosedError`, refreshes too, and close the session, unless it was given.
@@ -473,8 +474,9 @@ class CreditsClient:
         try:
             await self._calls.close()
         finally:
-            await self._asker.transport.close()
-            await self._store.close()
+            await self._dispatcher.close()
+            if self._store is not None:
+                await self._store.close()
 
     async def __aenter__(self) -> Self:
         self._check_loop()
@@ -488,10 +490,12 @@ class CreditsClient:
 
     # --- inside
 
-    async def _ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+    async def _ask(
+        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None, flow: Flow | None = None
+    ) -> Outcome[Any]:
         """What came of one key. Raises only when the client, or the session it was given, is closed, or on a wrong loop."""
         self._check_usable()
-        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline)
+        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline, flow)
         if isinstance(outcome.error, ClientClosedError):
             raise copy.copy(outcome.error)
         return outcome
@@ -507,12 +511,12 @@ class CreditsClient:
     ) -> Report[Any]:
         self._check_usable()
         path = ACCOUNT_CREDITS if detail else USER_CREDITS
-        pool = await read_pool(source)
+        pool, flow = await read_pool(source), Flow()
         return Report(
             await in_order(
                 pool,
                 known=lambda key: self._calls.known(path, key, how_old),
-                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline), deadline),
+                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline, flow), deadline),
                 on_outcome=on_outcome,
             )
         )

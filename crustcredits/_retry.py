@@ -60,18 +60,20 @@ class Retry:
         attempts: int,
         uniform: Callable[[float, float], float] = random.uniform,
         *,
+        spared: int = 0,
         elapsed: float = math.inf,
         patience: float = math.inf,
     ) -> float | None:
         """Seconds to wait before the next attempt, or None when there is to be none.
 
-        `attempts` counts those made, `elapsed` the seconds since the first of them failed, and `patience` those that are left. A
+        `attempts` counts those made, `spared` those of them that are not to be counted, because the rate limit was
+        being tried out, `elapsed` the seconds since the first of them failed, and `patience` those that are left. A
         refusal waits as long as the server asked and a jitter more, so that keys refused together do not come back together.
         """
-        if attempts >= self.attempts or not error.may_recover or isinstance(error, _UNSENT):
+        if attempts - (spared if self.attempts > 1 else 0) >= self.attempts or not error.may_recover or isinstance(error, _UNSENT):
             return None
         jitter = self._jitter(attempts, uniform)
-        asked = _asked(error)
+        asked = asked_wait(error)
         if asked is not None:
             return asked + jitter if asked <= self.wait_max else None
         outage = _OUTAGE - elapsed
@@ -80,13 +82,13 @@ class Retry:
 
     def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
         """Seconds before an answer is refreshed again after so many failures in a row. There is no end to these."""
-        return min(_asked(error) or 0.0, _LONGEST_PAUSE) + self._jitter(failures, uniform)
+        return min(asked_wait(error) or 0.0, _LONGEST_PAUSE) + self._jitter(failures, uniform)
 
     def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
         # The exponent is bounded because 2.0**1024 overflows.
         return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))
 
 
-def _asked(error: CrustCreditsError) -> float | None:
+def asked_wait(error: CrustCreditsError) -> float | None:
     """Seconds that the server asked to wait, or None."""
     return error.retry_after if isinstance(error, (RateLimitError, InternalServerError)) else None

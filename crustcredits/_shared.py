@@ -23,8 +23,8 @@ _AHEAD = 0.15
 GAP = 0.05
 # Seconds between two messages at the most, while somebody waits or tokens are out: so late may a loss of the count be noticed.
 BEAT = 0.5
-# Seconds that are added to an age, because the message that tells it takes its time.
-_TRAVEL = 0.05
+# Instead of the age of a request, of which to tell how many were counted: none is asked about.
+_COUNTS_NOTHING = -1
 
 
 @attrs.frozen
@@ -93,7 +93,6 @@ class _Sent:
     wanted: int
     homes: int
     returned: int
-    asks: tuple[float, Callable[[int], None]] | None
 
 
 class SharedTokens:
@@ -108,90 +107,91 @@ class SharedTokens:
         self.epoch: int = 0  # the last one in which all of this was told
         self.not_before: float = -math.inf  # when it makes sense to ask again for what was not there
         self._link = link
-        self._limit, self._debt = limit, 0
+        self.limit: int = limit
         self._own = LocalTokens(limit)  # of this process alone
         self._had = 0  # of these, how many were out when the link was lost
         self._hand: deque[Granted] = deque()
-        self._taken: deque[Granted] = deque()
         self._on_wire: deque[Granted] = deque()
         self._ended: deque[tuple[int, float]] = deque()  # number and coming home
         self._unreported: list[tuple[int, float]] = []  # of these, what is still to be told
         self._returned: list[Granted] = []
         self._wanted = 0
-        self._beyond = 0
-        self._extra = 0  # how far beyond what may be out one token may be, to find out
-        self._asks: tuple[float, Callable[[int], None]] | None = None
+        self._kept = 0  # of these, those that whoever waits leaves alone
         self._sent: _Sent | None = None
         self._others, self._others_until = 0, 0.0  # what other processes had out when last heard, and when that has come home
         self._coming: list[float] = []  # when the next ones come home
         if link.alone:
-            self._own.resize(self._share(), 0)
+            self._own.resize(self._share())
 
     # --- for the bucket
 
     @property
     def free(self) -> int:
-        # Alone too no more are on their way to the wire than a moment takes: whoever has to give one back has waited in vain.
-        return min(self._own.free, self._link.terms.ahead - len(self._taken)) if self._link.alone else len(self._hand)
+        """Tokens that can be taken now."""
+        return self._own.free if self._link.alone else len(self._hand)
 
     @property
     def available(self) -> int:
+        """Tokens that could be had now, as far as is known; also those that have to be sent for."""
         if self._link.alone:
             return self._own.available
-        return max(0, self._limit - self._debt - self._others_out(self._link.now()) - self._own_out())
+        return max(0, self.limit - self._others_out(self._link.now()) - self._own_out())
 
     @property
     def alone(self) -> bool:
+        """Whether this process counts by itself."""
         return self._link.alone
 
     @property
     def in_flight(self) -> int:
+        """Tokens on the wire."""
         return self._own.in_flight
 
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
+        """Call `wake` when tokens have come, and `fail` when none can be had."""
         self._wake, self._fail = wake, fail
 
-    def resize(self, limit: int, debt: int) -> None:
-        self._limit, self._debt, self._extra = limit, debt, 0
+    def resize(self, limit: int) -> None:
+        """So many there are from now on; more may be out."""
+        if limit == self.limit:
+            return
+        self.limit = limit
         self.not_before = -math.inf
         if self._link.alone:
-            self._own.resize(self._share(), 0)
+            self._own.resize(self._share())
 
     def is_idle(self) -> bool:
-        return self._own.is_idle() and not (self._unreported or self._returned or self._sent)
+        """Whether none is out, and nothing is to be said, so that they can be forgotten."""
+        return self._own.is_idle() and not self._has_to_say()
+
+    def is_settling(self) -> bool:
+        """Whether none is out, and something is still to be said."""
+        return self._own.is_idle() and self._has_to_say()
+
+    def _has_to_say(self) -> bool:
+        return bool(self._hand or self._unreported or self._returned or self._sent)
 
     def collect(self, now: float) -> None:
+        """Make those free that have come home by `now`, and give back those that were in hand for too long."""
         self._own.collect(now)
         while self._ended and self._ended[0][1] <= now:
             self._ended.popleft()
-
-    def take(self) -> None:
-        self._own.take()
-        self._taken.append(
-            Granted(self._link.number(1), self._link.now(), alone=True) if self._link.alone else self._hand.popleft()
-        )
-
-    def untake(self) -> None:
-        self._own.untake()
-        self._give_up(self._taken)
-
-    def is_stale(self, now: float) -> bool:
-        return not self._link.alone and self._is_old(self._taken[0], now)
-
-    def may_start(self, now: float) -> bool:
-        return self._own.may_start(now) if self._link.alone else not self.is_stale(now)
+        while self._hand and now - self._hand[0].at > FRESH:
+            self._give_up(self._hand)
 
     def start(self, now: float) -> int:
-        token = self._taken.popleft()
-        # Alone it may begin at any time after it was taken, which Redis does not know.
-        self._on_wire.append(token._replace(at=now) if self._link.alone else token)
+        """One of the free ones goes onto the wire. Returns a mark for `own`."""
+        mark = self._own.start(now)
         if self._link.alone:
-            self._wake()
-        elif self.wants:
+            self._on_wire.append(Granted(self._link.number(1), now, alone=True))
+            return mark
+        self._on_wire.append(self._hand.popleft())
+        if self.wants:
             self._link.say(self, at_once=True)
-        return self._own.start(now)
+        return mark
 
     def end(self, home: float) -> None:
+        """One has left the wire, and comes home then."""
         self._own.end(home)
         ended = self._on_wire.popleft().number, home
         self._ended.append(ended)
@@ -200,47 +200,30 @@ class SharedTokens:
             self._link.say(self, at_once=False)
 
     def unsend(self) -> None:
+        """One has left the wire, and is free: the server does not count it here."""
         self._own.unsend()
         self._give_up(self._on_wire)
 
     def own(self, mark: int) -> int:
+        """Requests of this process that the server can have counted when the one of that mark arrived, itself included."""
         return self._own.own(mark)
 
-    def spent(self, mark: int, started: float, tell: Callable[[int], None]) -> None:
-        if self._link.alone:
-            tell(self._own.own(mark))
-        else:
-            self._asks = started, tell
-            self._link.say(self, at_once=False)
-
-    def need(self, count: int, beyond: int = 0) -> bool | None:
-        if self._link.alone:
-            return self._own.need(count, min(beyond, 0))
-        if self._hand:
-            return True
-        if beyond > 0:
-            self._extra, self.not_before = beyond, -math.inf
-        else:
-            self._wanted, self._beyond = count, beyond
-            self._extra = self._extra if count else 0
-        if self.wants:
+    def need(self, count: int, kept: int) -> None:
+        """So many calls wait, and leave `kept` of the tokens alone: they are sent for. With 0 nobody waits any more."""
+        self._wanted, self._kept = count, kept
+        if not self._link.alone and self.wants:
             self._link.say(self, at_once=True)
-        return None
 
-    def next_home(self, missing: int, beyond: int = 0) -> float | None:
-        if self._link.alone:
-            return self._own.next_home(missing)  # debt or not: others are the other processes, each with its share
-        return None if self._wanted and not beyond else -math.inf
-
-    def homes(self) -> Sequence[float]:
-        return self._own.homes()
+    def next_home(self, missing: int) -> float | None:
+        """When so many more will be free; None where they are sent for, or not known."""
+        return self._own.next_home(missing) if self._link.alone else None
 
     def returns(self, now: float, period: float) -> list[float]:
         """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
         if self._link.alone:
             times = self._own.returns(now, period)
             return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
-        capacity, free = max(0, self._limit - self._debt), self.available
+        capacity, free = self.limit, self.available
         others = [self._others_until] * self._others_out(now)
         times = sorted([*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others])
         # More may be out than may. Of all, the next ones were told when they were wanted in vain.
@@ -259,7 +242,7 @@ class SharedTokens:
     def holds(self, now: float) -> bool:
         """Whether whoever counts would let others have too many, if it forgot these, or too few, if it heard no more of them."""
         self.collect(now)
-        return bool(self._hand or self._taken or self._on_wire or self._ended or self._returned)
+        return bool(self._hand or self._on_wire or self._ended or self._returned)
 
     def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
         """What it has to say, and with `asks` to ask for; all that it holds, if it has not told that in this epoch."""
@@ -267,12 +250,9 @@ class SharedTokens:
         terms = self._link.terms
         self._returned = [token for token in self._returned if now < token.at + terms.lease]
         homes = self._unreported if epoch == self.epoch else self._all_homes(now)
-        room = self._limit - self._debt + (self._extra or self._beyond)
         wanted = self._asked_for() if asks else 0
-        self._sent = _Sent(now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned), self._asks)
-        age = -1 if self._asks is None else micro(now - self._asks[0] + _TRAVEL)
-        self._asks = None
-        said = [wanted, room, self._sent.first, age, len(homes), len(self._returned)]
+        self._sent = _Sent(now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned))
+        said = [wanted, self.limit - self._kept, self._sent.first, _COUNTS_NOTHING, len(homes), len(self._returned)]
         for number, home in homes:
             said += (number, micro(home - now))
         return said + [token.number for token in self._returned]
@@ -283,16 +263,12 @@ class SharedTokens:
         assert sent is not None
         self.epoch = epoch
         del self._unreported[: sent.homes], self._returned[: sent.returned]
-        given, out, counted, *coming = answer
-        self._others, self._others_until = max(0, out - given - self._own_out()), now + self._link.terms.period
+        given, out, _, *coming = answer
+        self._others, self._others_until = max(0, out - given - self._own_out() - len(self._hand)), now + self._link.terms.period
         self._coming = [now + micro / 1e6 for micro in coming]
         if given < sent.wanted:
             comes = self._coming[0] if self._coming else now + BEAT
             self.not_before = min(max(now + GAP, comes), now + BEAT) if not pause else now + pause
-        elif given:
-            self._extra = 0
-        if sent.asks is not None:
-            sent.asks[1](counted)
         if sent.wanted:
             self._arrived(Granted(sent.first + place, sent.at) for place in range(given))
 
@@ -301,12 +277,17 @@ class SharedTokens:
         sent, self._sent = self._sent, None
         assert sent is not None
         self._returned += [Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)]
-        self._asks = self._asks or sent.asks
 
     def fail(self) -> None:
         """Nobody can be asked: whoever waits is told."""
-        self._wanted = self._extra = 0
+        self._wanted = 0
         self._fail()
+
+    def let_go(self) -> None:
+        """The client is closed: what is in hand goes back."""
+        self._wanted = 0
+        while self._hand:
+            self._give_up(self._hand)
 
     def lose_touch(self) -> None:
         """The link has failed for the first time."""
@@ -316,27 +297,22 @@ class SharedTokens:
     def go_alone(self) -> None:
         """The link is broken: from now on this process counts by itself."""
         self.epoch = 0
-        self._asks = None
         self._unreported.clear()
         self.change()
 
     def change(self) -> None:
         """The link is whole again, or has been broken for so long that the whole share may be used."""
         self.not_before = -math.inf
-        self._own.resize(self._share(), 0)
+        self._own.resize(self._share())
         self._wake()
 
     # --- inside
 
     def _asked_for(self) -> int:
         """How many to ask for: not one by one, but half of those that may be on their way to the wire, or all that are wanted."""
-        wanted, ahead = 1 if self._extra else self._wanted, self._link.terms.ahead
-        now = self._link.now()
-        room = ahead - sum(not self._is_old(token, now) for token in self._taken)
-        return min(wanted, room) if room >= min(wanted, (ahead + 1) // 2) else 0
-
-    def _is_old(self, token: Granted, now: float) -> bool:
-        return now - token.at > FRESH
+        ahead = self._link.terms.ahead
+        room = ahead - len(self._hand)
+        return min(self._wanted, room) if room >= min(self._wanted, (ahead + 1) // 2) else 0
 
     def _own_out(self) -> int:
         return self._own.in_flight + len(self._own.homes())
@@ -344,22 +320,25 @@ class SharedTokens:
     def _others_out(self, now: float) -> int:
         return self._others if now < self._others_until else 0
 
+    @property
+    def share(self) -> int:
+        """What may be out of these, while this process is alone."""
+        return self._share()
+
     def _share(self) -> int:
         """What may be out of these while this process is alone."""
         return self._whole_share() if self._link.settled else min(self._whole_share(), self._had)
 
     def _whole_share(self) -> int:
-        return min(max(1, int(self._limit * self._link.terms.share)), max(0, self._limit - self._debt))
+        return max(1, int(self.limit * self._link.terms.share))
 
     def _arrived(self, granted: Iterable[Granted]) -> None:
         self._hand.extend(granted)
         self._wanted = 0  # whoever still waits says so
         self._wake()
-        while self._hand:
-            self._give_up(self._hand)
 
     def _all_homes(self, now: float) -> list[tuple[int, float]]:
-        under_way = (*self._hand, *self._taken, *self._on_wire)
+        under_way = (*self._hand, *self._on_wire)
         leased = [(token.number, token.at + self._link.terms.lease) for token in under_way]
         return [*self._ended, *leased]
 

@@ -421,6 +421,11 @@ def is_apis_own(response: Response) -> bool:
     return own and isinstance(_parse_leniently(response.body), dict)
 
 
+def is_json_object(response: Response) -> bool:
+    """Whether an answer's body is a JSON object, whatever its status: not what a gateway sends."""
+    return isinstance(_parse_leniently(response.body), dict)
+
+
 def _parse_leniently(body: bytes | None) -> Any:
     """The document of an error, in which no number and no name matters; None when there is none."""
     try:
@@ -478,6 +483,10 @@ def _message(document: Any) -> str | None:
     return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
 
 
+# What a URL quotes nothing of (RFC 3986).
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]*")
+
+
 def _clean(text: str | None, key: ApiKey) -> str | None:
     """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
     if text is None:
@@ -493,6 +502,10 @@ def _hide(text: str, key: ApiKey) -> str:
     secret = key.get_secret_value()
     if len(text) < len(secret):
         return text
-    for form in {secret, quote(secret, safe="")}:
+    forms = {secret} if _UNRESERVED.fullmatch(secret) else {secret, quote(secret, safe="")}
+    if text.isascii() and secret.isascii():  # elsewhere letters of other cases can be longer, or not be letters of ASCII
+        lower = text.lower()
+        forms = {form for form in forms if form.lower() in lower}
+    for form in forms:
         text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)
     return text

@@ -34,8 +34,8 @@ from crustcredits._client import CreditsClient
 from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_text
 from crustcredits._keys import ApiKey, UnusableKey
-from crustcredits._limits import RateLimit
 from crustcredits._models import Account, Balance, Outcome, Unknown
+from crustcredits._ratelimit.config import RateLimit
 from crustcredits._report import Report
 from crustcredits._version import __version__
 from crustcredits.testing import SandboxServer
@@ -290,7 +290,7 @@ class _Bar(Progress):
         remaining = self._total - len(self._run.landed)
         to_come = max(0, remaining - quota.waiting - quota.in_flight)
         held = quota.waiting + to_come if quota.waiting else 0
-        end = self.get_time() + quota.seconds_for(to_come)
+        end = self.get_time() + quota.start_of(quota.waiting + to_come)
         self.update(self._task, completed=len(self._run.landed), held=held, end=end)
 
 

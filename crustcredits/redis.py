@@ -20,7 +20,6 @@ from weakref import WeakSet
 from crustcredits._checks import check_kind, check_number, hides_arguments
 from crustcredits._errors import ConfigurationError
 from crustcredits._shared import BEAT, SharedTokens, Terms, micro
-from crustcredits._tokens import Tokens
 
 try:
     from redis.asyncio import Redis, RedisCluster
@@ -121,7 +120,7 @@ class RedisBuckets:
             self._link = self._make_link()
         self._link.terms = Terms(period=period, late=late, pace=pace, share=self._share)
 
-    def tokens(self, path: str, whose: str | bytes | None, limit: int) -> Tokens:
+    def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         """The tokens of one bucket: see `TokenStore`."""
         return self._link.tokens(f"{self._prefix}{path}{_hidden(whose)}", limit)
 
@@ -176,6 +175,8 @@ class _Link:
         self._stop_timers()
         if self._task is not None:
             await asyncio.wait([self._task])
+        for tokens in list(self._all):
+            tokens.let_go()
         while self._due and self._failing is None:
             await self._exchange()
         if self._owned:

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import attrs
 import pytest
 
-from crustcredits._limits import TokenBucket
+from crustcredits import BucketsUnavailableError
+from crustcredits._ratelimit.leased_tokens import LeasedTokens
+from crustcredits._shared import SharedTokens
 from crustcredits._tokens import FRESH
-from crustcredits._turn import Turn
 from crustcredits.redis import RedisBuckets
 from tests.lua import FakeRedis, between, connected, opened
 from tests.virtual import now
@@ -25,41 +26,127 @@ LEASE = PERIOD + 2 * LATE + FRESH
 TRAVEL = 0.005
 
 
+class Waiting:
+    """Who waits for the tokens of one bucket, first come, first served; a scheduler of the least kind.
+
+    All of them leave `kept` of the tokens alone.
+    """
+
+    def __init__(self, tokens: SharedTokens) -> None:
+        self.tokens = LeasedTokens(tokens, self._wake, self._fail)
+        self.kept = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def room(self) -> int:
+        return self.tokens.room(now(), self.kept)
+
+    async def acquire(self) -> None:
+        """Wait until a token is in hand."""
+        if self._waiters or self.room <= 0:
+            await self._join()
+
+    async def holds(self, count: int) -> None:
+        """Wait until so many tokens are in hand, while nobody takes one."""
+        while (missing := count - self.room) > 0:
+            await asyncio.gather(*(self._join() for _ in range(missing)))
+
+    def start(self) -> bool:
+        """Whether a token that is in hand goes onto the wire."""
+        if self.room <= 0:
+            return False
+        self.tokens.take(now())
+        return True
+
+    async def send(self) -> None:
+        """One request goes onto the wire."""
+        await self.acquire()
+        while not self.start():
+            await self.acquire()
+
+    def unused(self) -> None:
+        """A token that is in hand is given back."""
+        assert self.start()
+        self.tokens.put_back()
+
+    def is_idle(self) -> bool:
+        """Whether nothing would be lost with it."""
+        self.tokens.room(now(), 0)
+        return self.tokens.is_whole
+
+    async def _join(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._want()
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            self._want()
+
+    def _want(self) -> None:
+        self.tokens.want(len(self._waiters), self.kept)
+        when = self.tokens.room_at(now(), self.kept)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if when is None or not self._waiters else asyncio.get_running_loop().call_at(when, self._wake)
+
+    def _wake(self) -> None:
+        for waiter in [waiter for waiter in self._waiters if not waiter.done()][: max(0, self.room)]:
+            self._waiters.remove(waiter)
+            waiter.set_result(None)
+        self._want()
+
+    def _fail(self) -> None:
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(BucketsUnavailableError("out of reach"))
+
+
 @attrs.define(eq=False)
 class Worker:
     """A process: its buckets, and the one of them that all its requests go through."""
 
     redis: FakeRedis
     buckets: RedisBuckets
-    bucket: TokenBucket
-    on_wire: deque[int] = attrs.field(factory=deque)
+    waiting: Waiting
+    late: float = LATE
+    period: float = PERIOD
 
     @property
     def name(self) -> str:
         return self.buckets._link._process
 
-    async def acquire(self) -> int:
-        return await self.bucket.acquire()
+    @property
+    def bucket(self) -> LeasedTokens:
+        return self.waiting.tokens
 
-    def start(self, token: int = 0) -> bool:
-        """Whether a token that was taken goes onto the wire; otherwise it goes back."""
-        if not self.bucket.may_start(token, now()):
-            self.bucket.unused(token)
-            return False
-        self.bucket.start()
-        self.on_wire.append(token)
-        return True
+    async def acquire(self) -> None:
+        await self.waiting.acquire()
+
+    async def holds(self, count: int) -> None:
+        await self.waiting.holds(count)
+
+    def start(self) -> bool:
+        return self.waiting.start()
 
     async def send(self) -> None:
-        """One request goes onto the wire."""
-        while not self.start(await self.acquire()):
-            pass
+        await self.waiting.send()
+
+    def unused(self) -> None:
+        self.waiting.unused()
+
+    def is_idle(self) -> bool:
+        return self.waiting.is_idle()
 
     def end(self) -> None:
-        self.bucket.ended(self.on_wire.popleft())
+        self.bucket.return_at(now() + self.period)
 
     def abandon(self) -> None:
-        self.bucket.abandoned(self.on_wire.popleft())
+        self.bucket.return_at(now() + self.period + self.late)
 
     def waits(self) -> asyncio.Task[None]:
         return asyncio.create_task(self.send())
@@ -93,8 +180,7 @@ def worker(
     buckets = connected(redis, **options)
     buckets._link._process = name
     buckets.open(period=period, late=late, pace=pace)
-    tokens = buckets.tokens(PATH, None, limit)
-    return Worker(redis, buckets, TokenBucket(limit, period, late=late, tokens=tokens))
+    return Worker(redis, buckets, Waiting(buckets.tokens(PATH, None, limit)), late, period)
 
 
 Start: TypeAlias = Callable[..., Worker]
@@ -120,7 +206,8 @@ async def start(redis: FakeRedis) -> AsyncIterator[Start]:
     workers: list[Worker] = []
 
     def begin(**options: Any) -> Worker:
-        workers.append(worker(redis, **{"name": f"process {len(workers)}"} | options))
+        options.setdefault("name", f"process {len(workers)}")
+        workers.append(worker(redis, **options))
         return workers[-1]
 
     yield begin
@@ -131,10 +218,3 @@ async def start(redis: FakeRedis) -> AsyncIterator[Start]:
 async def passes(until: float) -> None:
     """Time passes until then."""
     await asyncio.sleep(until - now())
-
-
-def turn(bucket: TokenBucket, *, wanted: bool = True) -> tuple[Turn, asyncio.Task[int]]:
-    """One that waits."""
-    turn = Turn()
-    turn.wanted = wanted
-    return turn, asyncio.create_task(bucket.acquire(turn))

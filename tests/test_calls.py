@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -662,6 +663,18 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
         assert isinstance(waiting.error, RateLimitWaitError)
     assert on_wire.ok
     assert waiting.ok
+
+
+async def test_an_error_that_never_should_be_is_told_to_who_waits() -> None:
+    """Also one of what comes after the answer; nobody is left waiting, and no token is lost."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=2, scope="client")) as client:
+        with (
+            patch.object(client._calls._answers, "succeeded", side_effect=LookupError("a fault")),
+            pytest.raises(LookupError, match="a fault"),
+        ):
+            await client.balance(KEY)
+        assert (await client.balance(KEY)).credits == 9406
+        assert client.quota().in_flight == 0
 
 
 async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> None:

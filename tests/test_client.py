@@ -34,7 +34,6 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
-from crustcredits._tokens import LocalStore
 from crustcredits._transport import Fate
 from tests import searches
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
@@ -225,16 +224,16 @@ async def test_nothing_is_sent_once_the_deadline_is_over() -> None:
     assert len(report.succeeded) == 96
 
 
-async def test_a_deadline_that_the_pace_cannot_meet_fails_at_once() -> None:
-    """And says how long it would be."""
+async def test_a_deadline_that_comes_before_its_turn() -> None:
+    """The call fails in time: not before, because those ahead might give up."""
     async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
         others = [asyncio.create_task(client.balance(key)) for key in keys(50)]
         await settle()
         with pytest.raises(RateLimitWaitError, match="its turn") as caught:
             await client.balance(KEY, timeout=5)
-        assert now() < 0.1
-        assert caught.value.wait == pytest.approx(48, abs=1)
-        assert client.quota().seconds_for(1) == pytest.approx(50, abs=1)
+        assert now() == pytest.approx(5, abs=0.1)
+        assert caught.value.wait == pytest.approx(5, abs=0.1)
+        assert client.quota().seconds_for(1) == pytest.approx(45, abs=1)
         await asyncio.gather(*others)
 
 
@@ -388,9 +387,6 @@ async def test_a_bucket_refused_as_a_whole_pauses_for_all(caplog: pytest.LogCapt
     assert len([time for time, _ in server.arrivals if time < freed]) <= 32
     assert now() < 30
     assert caplog.text.count("the rate limit is spent by others too: all calls wait") == 1
-    # Those whom the pause sent back keep their places.
-    served = [name for time, name in server.arrivals if time >= freed and server.asked[name] == 1]
-    assert served == sorted(served, key=lambda name: int(name[1:]))
 
 
 async def test_an_answer_that_is_no_balance_ends_a_pause_too() -> None:
@@ -533,7 +529,7 @@ async def test_many_keys_are_streamed_in_memory_that_does_not_grow() -> None:
     blocks: list[int] = []
     limit = RateLimit(requests=5_000, period=1.0, pace=None, scope="client")
     numbers = {ApiKey(f"secret-{number}").digest: number for number in range(many)}
-    async with fake_client(server, rate_limit=limit, max_entries=1_000) as client:
+    async with fake_client(server, rate_limit=limit, max_entries=1_000, request_timeout=1.0) as client:
         count = 0
         async for outcome in client.stream(source()):
             seen[numbers[outcome.key.digest]] += 1
@@ -675,7 +671,8 @@ async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
             assert len(asyncio.all_tasks()) == 1 + server.on_wire
             quota = client.quota()
             assert (quota.in_flight, quota.waiting) == (server.on_wire, 0)
-            await asyncio.sleep(0.5 + 5 * 1.005 + 0.001)
+            # A gateway may pass on what it has answered with a 503, within the timeout of a request.
+            await asyncio.sleep(0.5 + 5 * 1.005 + 1.0 + 0.001)
             assert len(asyncio.all_tasks()) == 1
             assert client.quota().free == 40
 
@@ -715,8 +712,8 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"base_url": "http://example.com"}, "base_url is plain http"),
         ({"proxy": 5}, "proxy is no http"),
         ({"rate_limit": 5}, "rate_limit is a RateLimit, not int"),
-        ({"buckets": "redis://:hunter2@localhost"}, r"buckets is RedisBuckets\(url\), or another TokenStore, not a str$"),
-        ({"buckets": LocalStore}, "not the class LocalStore"),
+        ({"buckets": "redis://:hunter2@localhost"}, r"buckets is RedisBuckets\(url\), not a str$"),
+        ({"buckets": Retry}, "not the class Retry"),
         ({"retry": None}, "retry is a Retry, not NoneType"),
         ({"session": "x"}, "session is an aiohttp.ClientSession, not str"),
         ({"request_timeout": 10**400}, "request_timeout is a finite number"),

@@ -24,7 +24,6 @@ from crustcredits import (
 )
 from crustcredits._circuit_breaker import CircuitBreaker
 from crustcredits._transport import Fate
-from crustcredits._turn import Turn
 from crustcredits.testing import Fault, SandboxServer
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now
 
@@ -308,11 +307,6 @@ def test_a_probe_that_ends_after_the_breaker_has_closed_opens_nothing() -> None:
     assert not breaker.is_probing
 
 
-def test_what_nobody_waits_for_has_nothing_to_fall_back_on() -> None:
-    """Unless its call says so."""
-    assert Turn().can_fall_back() is False
-
-
 def test_the_pause_grows_to_a_minute() -> None:
     """However long it lasts. What was on the wire when it opened, or when the row began, does not count."""
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
@@ -362,12 +356,12 @@ async def test_what_a_gateway_says_of_a_limit_is_not_listened_to() -> None:
 
 @pytest.mark.virtual
 async def test_a_gateway_ends_no_pause() -> None:
-    """Three refusals have begun it."""
+    """A run of refusals has begun it."""
     refused = Reply(status=429, body="{}", headers={"x-ratelimit-reset": "50"})
     late = Reply(seconds=1.0, status=403, body="<html>")
-    server = FakeServer(lambda name, times: late if name == "k3" else refused)
+    server = FakeServer(lambda name, times: late if name == "k0" else refused)
     async with fake_client(server, retry=ONCE, rate_limit=RateLimit(pace=None)) as client:
-        await client.check(keys(4))
+        await client.check(keys(40), timeout=5)
         assert client.quota().paused is not None
 
 

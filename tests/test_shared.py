@@ -22,13 +22,12 @@ from crustcredits import (
     RateLimit,
     RateLimitWaitError,
 )
-from crustcredits._debt import Told
-from crustcredits._limits import TokenBucket
-from crustcredits._shared import MOST
+from crustcredits._ratelimit.leased_tokens import LeasedTokens
+from crustcredits._shared import MOST, SharedTokens
 from crustcredits._tokens import FRESH
 from crustcredits.redis import _PAUSE
 from tests.lua import FakeRedis, between, connected, opened
-from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Worker, passes, turn
+from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual
@@ -41,6 +40,13 @@ SOON = 0.6
 
 # What the log says of a server that is down.
 REFUSED = "ConnectionError: Error 111 connecting to nowhere:1. Connection refused."
+
+
+def shared(client: CreditsClient) -> SharedTokens:
+    """What a client knows of the tokens of all its requests for balances."""
+    bucket = client._dispatcher._schedulers[PATH]._common
+    assert isinstance(bucket, LeasedTokens)
+    return bucket._tokens
 
 
 # --- together
@@ -136,9 +142,9 @@ async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_ha
 async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(start: Start) -> None:
     """It began as late after its token's grant as it may, lasted as long as it may, and arrives as late as it may."""
     one, two = start(limit=1), start(limit=1)
-    token = await one.acquire()
+    await one.acquire()
     await passes(FRESH - 0.01)
-    assert one.start(token)
+    assert one.start()
     await asyncio.sleep(LATE - 0.01)
     one.vanish()
     arrives = now() + LATE - 0.01
@@ -149,9 +155,9 @@ async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(sta
 async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whole_period(redis: FakeRedis, start: Start) -> None:
     """Where the others can still count, and this process cannot tell them."""
     one, two = start(limit=1), start(limit=1)
-    token = await one.acquire()
+    await one.acquire()
     await passes(FRESH - 0.01)
-    assert one.start(token)
+    assert one.start()
     redis.cut.add(one.name)
     await asyncio.sleep(LATE - 0.01)
     one.abandon()
@@ -164,25 +170,24 @@ async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whol
 async def test_a_token_that_is_not_used_within_a_second_goes_back(start: Start, waited: float, starts: bool) -> None:
     """Others could use it, and its lease is made for a request that begins by then."""
     one, two = start(limit=1), start(limit=1)
-    token = await one.acquire()
+    await one.acquire()
     task = two.waits()
     await asyncio.sleep(waited)
-    assert one.start(token) == starts
+    assert one.start() == starts
     await asyncio.sleep(SOON)
     assert task.done() != starts
     task.cancel()
 
 
 async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(redis: FakeRedis) -> None:
-    """Others could use them; whoever had them has others when it has its place."""
+    """Others could use them; whoever waits has others when it has its place."""
     server = FakeServer(lambda name, times: Reply(seconds=9.0))
     limit = RateLimit(requests=100, scope="client", pace=None)
     async with fake_client(server, rate_limit=limit, buckets=connected(redis), concurrency=1) as client:
         check = asyncio.create_task(client.check(keys(60)))
         for _ in range(40):
             await asyncio.sleep(0.2)
-            (bucket,) = client._asker._buckets._buckets.values()
-            assert not any(now() - token.at > FRESH + SOON for token in bucket._tokens._taken)  # type: ignore[attr-defined]
+            assert not any(now() - token.at > FRESH + SOON for token in shared(client)._hand)
         check.cancel()
 
 
@@ -314,7 +319,7 @@ async def test_what_has_ended_rides_along(redis: FakeRedis, start: Start) -> Non
 async def test_a_message_has_sixty_four_buckets_at_the_most(redis: FakeRedis, start: Start) -> None:
     """The rest goes with the next one."""
     one = start()
-    buckets = [TokenBucket(1, PERIOD, tokens=one.buckets.tokens(PATH, f"account {number}", 1)) for number in range(150)]
+    buckets = [Waiting(one.buckets.tokens(PATH, f"account {number}", 1)) for number in range(150)]
     redis.seen = []
     await asyncio.gather(*(bucket.acquire() for bucket in buckets))
     assert sorted(len(message.buckets) for message in redis.seen)[-2:] == [64, 64]
@@ -325,51 +330,12 @@ async def test_a_message_has_sixty_four_buckets_at_the_most(redis: FakeRedis, st
 async def test_a_token_that_comes_back_is_had_by_another_process_soon(start: Start) -> None:
     """It is told within a tenth of a second, and heard of within half a second more."""
     one, two = start(limit=1), start(limit=1)
-    token = await one.acquire()
+    await one.acquire()
     task = two.waits()
     await asyncio.sleep(0.5)
-    one.bucket.unused(token)
+    one.unused()
     await asyncio.sleep(SOON)
     assert task.done()
-
-
-async def test_the_server_is_asked_for_the_count_of_all(redis: FakeRedis, start: Start) -> None:
-    """What the other process has sent is no debt."""
-    one, two = start(limit=10), start(limit=10)
-    for _ in range(4):
-        await one.send()
-        one.end()
-    await asyncio.sleep(1)
-    await two.send()
-    before = redis.messages
-    two.bucket.heard(Told("somebody", now(), now(), 7, None), 0)
-    await asyncio.sleep(0.05)
-    assert redis.messages == before  # with the next one
-    two.end()
-    await asyncio.sleep(SOON)
-    assert two.bucket.quota().debt == 2
-
-
-async def test_the_count_is_asked_for_again_when_the_answer_was_lost(redis: FakeRedis, start: Start) -> None:
-    """And by a process that has been alone meanwhile not at all: it tells what it knows itself."""
-    one, two = start(limit=10, on_outage="raise"), start(limit=10)
-    for each in (one, two):
-        for _ in range(2):
-            await each.send()
-            each.end()
-    await asyncio.sleep(SOON)
-    await one.send()
-    redis.lose_answers = 1
-    one.bucket.heard(Told("somebody", now(), now(), 7, None), 0)
-    one.end()
-    await asyncio.sleep(2)
-    assert one.bucket.quota().debt == 2
-    redis.down = True
-    await asyncio.sleep(3)
-    assert two.buckets._link.alone
-    two.bucket.heard(Told("somebody", now(), now(), 7, None), 0)
-    assert two.bucket.quota().debt == 5
-    redis.down = False
 
 
 async def test_a_longer_round_trip_does_not_make_more_messages(redis: FakeRedis, start: Start) -> None:
@@ -394,11 +360,10 @@ async def test_on_a_new_server_no_token_is_given_at_first(start: Start, redis: F
 
 async def exhausted(*workers: Worker) -> None:
     """All tokens are out, of all processes alike."""
-    limit = workers[0].bucket.quota().limit
-    for place in range(limit):
+    for place in range(workers[0].bucket.limit):
         await workers[place % len(workers)].send()
     for one in workers:
-        while one.on_wire:
+        while one.bucket.on_wire:
             one.end()
     await asyncio.sleep(1)
 
@@ -430,15 +395,14 @@ async def test_after_a_loss_every_process_says_what_it_holds_before_tokens_are_g
 
 
 async def test_what_is_on_the_wire_during_a_loss_is_told_too(redis: FakeRedis, start: Start) -> None:
-    """And what has been taken and has not begun; each with its lease, which does not begin anew."""
+    """And what is in hand; each with its lease, which does not begin anew."""
     one, two = start(limit=4), start(limit=4)
     await one.send()
-    for _ in range(2):
-        await one.acquire()
+    await one.holds(2)
     await two.acquire()
-    await passes(0.5)
+    await passes(0.4)
     redis.flush()
-    await asyncio.sleep(2)
+    await passes(0.9)
     assert redis.out() == 4
     one.vanish()
     two.vanish()
@@ -620,14 +584,14 @@ async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(redis: 
     await one.send()
     redis.down = True
     await passes(100)
-    assert one.bucket.quota().free == 24
-    one.bucket.follow(40)
-    assert one.bucket.quota().free == 9
-    one.bucket.follow(2)
-    assert one.bucket.quota().free == 0
+    assert one.bucket.available(now()) == 24
+    one.bucket.limit = 40
+    assert one.bucket.available(now()) == 9
+    one.bucket.limit = 2
+    assert one.bucket.available(now()) == 0
     one.end()
     await passes(161)
-    assert one.bucket.quota().free == 1
+    assert one.bucket.available(now()) == 1
     redis.down = False
 
 
@@ -640,8 +604,7 @@ async def test_a_process_that_never_had_redis_begins_after_a_period(redis: FakeR
     assert not any(task.done() for task in tasks)
     await asyncio.sleep(0.2)
     assert [task.done() for task in tasks] == [True, True, False]
-    fresh = TokenBucket(8, PERIOD, tokens=one.buckets.tokens("/account/credits", None, 8))
-    assert [fresh.try_acquire() for _ in range(3)] == [True, True, False]
+    assert Waiting(one.buckets.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 2
     redis.down = False
     await tasks[2]
 
@@ -652,14 +615,13 @@ async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(redis: 
     redis.down = True
     task = one.waits()
     await asyncio.sleep(3)
-    fresh = TokenBucket(8, PERIOD, tokens=one.buckets.tokens("/account/credits", None, 8))
-    assert not fresh.try_acquire()
+    assert Waiting(one.buckets.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 0
     task.cancel()
     redis.down = False
 
 
-async def test_a_call_that_cannot_wait_for_its_share_fails_at_once(redis: FakeRedis) -> None:
-    """And one that can is not sent away."""
+async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(redis: FakeRedis) -> None:
+    """Redis might be back sooner. One that can wait is not sent away."""
     redis.down = True
     async with fake_client(WindowServer(), rate_limit=RateLimit(scope="client"), buckets=connected(redis)) as client:
         first = asyncio.create_task(client.balance(keys(1, "first")[0], timeout=90))
@@ -667,9 +629,9 @@ async def test_a_call_that_cannot_wait_for_its_share_fails_at_once(redis: FakeRe
         began = now()
         with pytest.raises(RateLimitWaitError) as caught:
             await client.balance(keys(1, "hasty")[0], timeout=20)
-        assert now() == began
-        assert caught.value.wait == pytest.approx(78.3, abs=1)
-        assert client.quota().seconds_for(1) == pytest.approx(78.3, abs=1)
+        assert now() == began + 20
+        assert caught.value.wait == pytest.approx(20, abs=1)
+        assert client.quota().seconds_for(1) == pytest.approx(58.3, abs=1)
         assert (await first).credits == 7
         assert now() == pytest.approx(81.3, abs=0.5)
 
@@ -729,9 +691,9 @@ async def test_an_outage_is_told_to_the_log_once_and_its_end_too(
         await asyncio.sleep(200)
         redis.down = False
         await asyncio.sleep(3)
-        token = await one.acquire()
-        one.bucket.unused(token)
-        one.start(await one.acquire())
+        await one.acquire()
+        one.unused()
+        await one.send()
     goes_on = "this process goes on by itself, for 81 s with tokens of its own, then with 0.123 of the limit"
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("WARNING", f"Redis is out of reach ({REFUSED}); {goes_on}, until it is back"),
@@ -755,7 +717,7 @@ async def test_it_is_looked_for_twice_a_second(redis: FakeRedis, start: Start) -
 
 
 async def test_when_redis_is_back_every_process_says_what_it_has_out(redis: FakeRedis, start: Start) -> None:
-    """Also what it has given itself meanwhile, on the wire or not; and what has come back it does not say."""
+    """Also what it has given itself meanwhile; and what has come back it does not say."""
     one, two = start(limit=12, share=1 / 2), start(limit=12)
     await two.send()
     redis.cut.add(one.name)
@@ -763,13 +725,10 @@ async def test_when_redis_is_back_every_process_says_what_it_has_out(redis: Fake
     await asyncio.gather(*tasks)
     one.end()
     one.abandon()
-    token = await one.acquire()
-    one.bucket.unused(await one.acquire())
+    await one.acquire()
+    one.unused()
     redis.cut.clear()
     await asyncio.sleep(2)
-    assert redis.out() == 5
-    one.bucket.unused(token)
-    await asyncio.sleep(1)
     assert redis.out() == 4
 
 
@@ -791,22 +750,21 @@ async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(redis
         task.cancel()
 
 
-async def test_a_token_that_a_process_gave_itself_is_stale_when_redis_is_back(redis: FakeRedis, start: Start) -> None:
-    """Its lease began when it was told, and is made for a request that begins within a second."""
+async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(redis: FakeRedis, start: Start) -> None:
+    """Nobody else knows of it, as long as no request has begun."""
     one = start(limit=4)
     redis.down = True
-    token = await one.acquire()
+    await one.acquire()
     redis.down = False
     await asyncio.sleep(5)
-    assert redis.out() == 1
-    assert not one.start(token)
+    assert redis.out() == 0
+    assert not one.start()
 
 
 async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arrive(redis: FakeRedis, start: Start) -> None:
     """One process noticed the outage at once, the other was sending its last tokens, and these requests were slow."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
-    for _ in range(4):
-        await two.acquire()
+    await two.holds(4)
     redis.down = True
     tasks = [one.waits() for _ in range(2)]
     await asyncio.sleep(0.9)
@@ -893,10 +851,10 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
 async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start: Start) -> None:
     """Within two seconds, if it hangs; in whatever bucket."""
     one = start(limit=1, on_outage="raise")
-    other = TokenBucket(1, PERIOD, tokens=one.buckets.tokens("/account/credits", None, 1))
+    other = Waiting(one.buckets.tokens("/account/credits", None, 1))
     await one.send()
-    await other.acquire()
-    tasks = [turn(bucket, wanted=wanted)[1] for bucket in (one.bucket, other) for wanted in (True, False)]
+    await other.send()
+    tasks = [asyncio.create_task(bucket.acquire()) for bucket in (one.waiting, other) for _ in range(2)]
     await asyncio.sleep(1)
     redis.stall()
     done, _ = await asyncio.wait(tasks, timeout=2.5)
@@ -908,17 +866,19 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     assert not any(asked.wanted for message in redis.seen for asked in message.buckets)
 
 
-async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(redis: FakeRedis, start: Start) -> None:
+async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(redis: FakeRedis) -> None:
     """Its future is done already."""
-    one = start(limit=1, on_outage="raise")
-    await one.send()
-    left, stays = turn(one.bucket)[1], turn(one.bucket)[1]
-    await asyncio.sleep(1)
-    left.cancel()
-    one.bucket._tokens.fail()  # type: ignore[attr-defined]  # it is shared
-    await asyncio.wait([left, stays])
-    assert left.cancelled()
-    assert isinstance(stays.exception(), BucketsUnavailableError)
+    limit = RateLimit(requests=1, scope="client")
+    async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis, on_outage="raise")) as client:
+        await client.balance(keys(1)[0])
+        left, stays = (asyncio.create_task(client.balance(key)) for key in keys(2, "late"))
+        await asyncio.sleep(1)
+        left.cancel()
+        shared(client).fail()
+        await asyncio.wait([left, stays])
+        assert left.cancelled()
+        assert isinstance(stays.exception(), BucketsUnavailableError)
+        assert client.quota().waiting == 0
 
 
 async def test_the_log_says_once_that_calls_fail(redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture) -> None:

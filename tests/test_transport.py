@@ -228,7 +228,7 @@ async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     async with client_of(sandbox) as client:
-        transport = client._asker.transport
+        transport = client._dispatcher.transport
         began = asyncio.get_running_loop().time()
         failure = await transport.attempt("/user/credits", key, -1.0)
         assert isinstance(failure, Failure)

@@ -10,13 +10,15 @@ import asyncio
 import pytest
 
 from crustcredits import RateLimit, RateLimitWaitError
-from crustcredits._debt import Told
-from crustcredits._limits import TokenBucket
+from crustcredits._tokens import FRESH
 from tests.lua import EPOCH, FakeRedis, between, connected, opened
-from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Worker, passes, turn, vanish, worker
-from tests.virtual import WindowServer, fake_client, keys, now
+from tests.processes import LEASE, PATH, PERIOD, Start, Waiting, Worker, passes, vanish, worker
+from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual
+
+# What a process that has not been heard of for a while does within this time.
+SOON = 0.6
 
 
 async def spend(one: Worker, count: int) -> None:
@@ -96,16 +98,17 @@ async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(start: Sta
 
 
 async def test_what_was_given_up_while_it_was_told_goes_back(start: Start, redis: FakeRedis) -> None:
-    """The process comes back, and its calls are cancelled before the answer has come."""
+    """The process comes back, and its requests turn out not to count before the answer has come."""
     redis.latency = lambda process: 0.2
     one = start(limit=4, share=1)
     redis.down = True
-    held = [await one.acquire() for _ in range(3)]
+    for _ in range(3):
+        await one.send()
     redis.down = False
     await asyncio.sleep(0.75)  # a message has arrived, and its answer has not
     assert redis.out() == 3
-    for token in held:
-        one.bucket.unused(token)
+    for _ in range(3):
+        one.bucket.put_back()
     await asyncio.sleep(2)
     assert redis.out() == 0
 
@@ -115,25 +118,26 @@ async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
     one = start(limit=5)
     await spend(one, 3)
     await passes(70)
-    assert one.bucket.idle(now())
-    fresh = TokenBucket(5, PERIOD, late=LATE, tokens=one.buckets.tokens(PATH, None, 5))
+    assert one.is_idle()
+    fresh = Waiting(one.buckets.tokens(PATH, None, 5))
     await fresh.acquire()
-    (token,) = fresh._tokens._taken  # type: ignore[attr-defined]  # of shared ones
+    (token,) = fresh.tokens._tokens._hand
     assert token.number >= 3
 
 
 async def test_what_is_said_during_a_message_in_vain_is_said_after_it(redis: FakeRedis, start: Start) -> None:
     """Of another bucket; and what goes back is not forgotten for what the message may have brought."""
     one = start(limit=5)
-    other = TokenBucket(5, PERIOD, late=LATE, tokens=one.buckets.tokens("/account/credits", None, 5))
+    other = Waiting(one.buckets.tokens("/account/credits", None, 5))
     await one.send()
-    token = await other.acquire()
-    one.bucket.unused(await one.acquire())
+    await other.acquire()
+    await one.acquire()
+    one.unused()
     redis.down = True
     redis.latency = lambda process: 0.2
     task = one.waits()
     await asyncio.sleep(0.1)
-    other.unused(token)
+    other.unused()
     await asyncio.sleep(0.3)
     redis.down = False
     await task
@@ -150,18 +154,14 @@ async def test_a_token_that_nobody_waits_for_any_more_goes_back(redis: FakeRedis
     tasks[0].cancel()
     await asyncio.sleep(0.12)
     assert redis.out() == 3
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(FRESH + SOON)
     assert redis.out() == 2
 
 
-@pytest.mark.parametrize("trouble", ["a loss", "a debt"])
-async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedis, start: Start, trouble: str) -> None:
-    """Until tokens are given again, or somebody else's requests have aged out."""
+async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedis, start: Start) -> None:
+    """Until tokens are given again, after a loss."""
     one = start(limit=4)
-    if trouble == "a loss":
-        redis.flush()
-    else:
-        one.bucket._owe(Told("somebody", now(), now(), 4, None), 0)
+    redis.flush()
     task = one.waits()
     await asyncio.sleep(1.2)
     assert redis.messages <= 5
@@ -172,34 +172,34 @@ async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedi
 async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis: FakeRedis, start: Start) -> None:
     """It is free again as soon as Redis is back, and not only after its lease."""
     one = start(limit=4)
-    token = await one.acquire()
+    await one.acquire()
     redis.down = True
     await asyncio.sleep(4)
     assert one.buckets._link.alone
-    one.bucket.unused(token)
-    assert not one.bucket.idle(now())
+    assert not one.is_idle()
     redis.down = False
     await asyncio.sleep(2)
     assert redis.out() == 0
-    assert one.bucket.idle(now())
+    assert one.is_idle()
 
 
 async def test_a_bucket_that_has_something_to_say_is_not_forgotten(redis: FakeRedis, start: Start) -> None:
     """Without it, nobody would say it."""
     one = start(limit=4, on_outage="raise")
-    one.bucket.unused(await one.acquire())
-    assert not one.bucket.idle(now())
+    await one.acquire()
+    one.unused()
+    assert not one.is_idle()
     await asyncio.sleep(0.3)
-    assert one.bucket.idle(now())
+    assert one.is_idle()
     await one.send()
     redis.down = True
     await asyncio.sleep(0.2)
     one.end()
     await asyncio.sleep(PERIOD + 1)
-    assert not one.bucket.idle(now())
+    assert not one.is_idle()
     redis.down = False
     await asyncio.sleep(1)
-    assert one.bucket.idle(now())
+    assert one.is_idle()
 
 
 async def test_an_answer_that_is_lost_costs_half_a_second(redis: FakeRedis, start: Start) -> None:
@@ -248,22 +248,17 @@ async def test_nobody_is_served_while_a_process_still_says_what_it_holds() -> No
     one, two = worker(redis, name="one"), worker(redis, name="two")
     accounts = [f"account {number}" for number in range(3000)]
 
-    def bucket(process: Worker, account: str) -> TokenBucket:
-        return TokenBucket(1, PERIOD, late=LATE, tokens=process.buckets.tokens(PATH, account, 1))
-
-    async def take(bucket: TokenBucket) -> None:
-        while not bucket.may_start(await bucket.acquire(), now()):
-            bucket.unused()
-        bucket.start()
+    def bucket(process: Worker, account: str) -> Waiting:
+        return Waiting(process.buckets.tokens(PATH, account, 1))
 
     spent = [bucket(one, account) for account in accounts]
     for first in range(0, len(spent), 200):
-        await asyncio.gather(*map(take, spent[first : first + 200]))
+        await asyncio.gather(*(each.send() for each in spent[first : first + 200]))
     for each in spent:
-        each.ended()
+        each.tokens.return_at(now() + PERIOD)
     await asyncio.sleep(2)
     redis.flush()
-    tasks = [asyncio.create_task(take(bucket(two, account))) for account in accounts[::50]]
+    tasks = [asyncio.create_task(bucket(two, account).send()) for account in accounts[::50]]
     await asyncio.sleep(8)
     assert not any(task.done() for task in tasks)
     for task in tasks:
@@ -279,7 +274,6 @@ async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, st
     redis.down = True
     for _ in range(20):
         await asyncio.gather(*(one.waits() for _ in range(50)), return_exceptions=True)
-    assert one.bucket._unsure == []
     redis.seen = []
     redis.down = False
     await one.send()
@@ -289,19 +283,18 @@ async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, st
 # --- lines
 
 
-@pytest.mark.parametrize("refreshes", [True, False])
-async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start, refreshes: bool) -> None:
-    """A refresh leaves a tenth alone, and a process with a debt more; the others need not."""
+async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start) -> None:
+    """A refresh leaves a tenth alone; the others need not."""
     one, two = start(limit=10), start(limit=10)
-    for _ in range(9 if refreshes else 5):
+    for _ in range(9):
         await two.send()
-    if not refreshes:
-        one.bucket._owe(Told("somebody", now(), now(), 5, 50.0), 0)
-    _, waits = turn(one.bucket, wanted=not refreshes)
+    one.waiting.kept = 1
+    waits = one.waits()
     await asyncio.sleep(1)
     began = now()
-    await asyncio.gather(*(two.send() for _ in range(1 if refreshes else 5)))
+    await two.send()
     assert now() - began < 0.1
+    assert not waits.done()
     waits.cancel()
 
 
@@ -312,10 +305,10 @@ async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start, re
 async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(
     redis: FakeRedis, start: Start, before: bool
 ) -> None:
-    """Its token was taken longer ago than that, from Redis or without it."""
+    """Its lease begins with it; whether Redis had given this process tokens before, or not."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     redis.down = not before
-    await asyncio.gather(one.acquire(), one.acquire())
+    await one.holds(2)
     redis.down = True
     await asyncio.sleep(95)
     assert [one.start(), one.start()] == [True, True]
@@ -376,25 +369,38 @@ async def test_with_a_slow_pace_a_process_comes_back_without_a_gap(redis: FakeRe
 
 
 async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Start) -> None:
-    """All of it, if they have spent all; and so is what is told of it."""
+    """And so is what is told of it."""
     one = start(limit=16)
     redis.down = True
-    one.bucket.unused(await one.acquire())
+    await one.acquire()
+    one.unused()
     assert now() == pytest.approx(LEASE, abs=0.1)
-    quota = one.bucket.quota()
-    assert (quota.free, len(quota._returns)) == (4, 4)
-    one.bucket._owe(Told("somebody", now(), now(), 16, None), 0)
-    assert one.bucket.quota().free == 0
-    assert not one.bucket.try_acquire()
+    assert (one.bucket.available(now()), len(one.bucket.returns(now(), PERIOD))) == (4, 4)
 
 
-async def test_no_more_than_the_share_begins_of_what_was_taken_before(redis: FakeRedis, start: Start) -> None:
-    """The others may have begun theirs."""
+async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(redis: FakeRedis, start: Start) -> None:
+    """A tenth of it, by refreshes."""
+    one = start(limit=40)
+    redis.down = True
+    await one.send()
+    one.waiting.kept = 4
+    tasks = [one.waits() for _ in range(9)]
+    await asyncio.sleep(50)
+    assert sum(task.done() for task in tasks) == 8
+    for task in tasks:
+        task.cancel()
+
+
+async def test_no_more_than_the_share_begins_of_what_was_had_before(redis: FakeRedis, start: Start) -> None:
+    """The others may have begun theirs. What was in hand is too old when this process goes on alone."""
     one = start(limit=8)
-    for _ in range(4):
-        await one.acquire()
+    await spend(one, 4)
+    await one.holds(4)
     redis.down = True
     await asyncio.sleep(4)
+    assert one.buckets._link.alone
+    assert not one.start()
+    await passes(PERIOD + 1)
     assert [one.start() for _ in range(4)] == [True, True, False, False]
 
 
@@ -415,20 +421,6 @@ async def test_a_second_outage_is_a_new_one(redis: FakeRedis, start: Start) -> N
     assert now() == pytest.approx(began + LEASE, abs=0.6)
 
 
-async def test_refreshes_leave_something_of_the_share_alone_too(redis: FakeRedis, start: Start) -> None:
-    """As much as of the whole: a tenth of the limit."""
-    one = start(limit=40)
-    redis.down = True
-    await one.send()
-    tasks = [turn(one.bucket, wanted=False)[1] for _ in range(9)]
-    for _ in range(50):
-        await asyncio.sleep(1)
-        one.bucket._wake()  # as whatever ends or comes back does
-    assert sum(task.done() for task in tasks) == 5
-    for task in tasks:
-        task.cancel()
-
-
 async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start: Start) -> None:
     """What it had itself comes home first, and the rest later."""
     one = start(limit=16)
@@ -436,94 +428,14 @@ async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start:
     await passes(30)
     redis.down = True
     await passes(40)
-    assert [round(seconds) for seconds in one.bucket.quota()._returns] == [20, 20, 71, 71]
-
-
-# --- probes, and what others spend
-
-
-async def test_a_probe_that_did_not_go_is_followed_by_another(start: Start) -> None:
-    """Its call was cancelled, or nobody waits for it any more."""
-    one = start(limit=10)
-    token = await one.acquire()
-    mark = one.bucket.start()
-    one.bucket.heard(Told("somebody", now(), now(), 10, 20.0), mark)
-    one.bucket.ended(token)
-    await asyncio.sleep(0.3)
-    probe = asyncio.create_task(one.acquire())
-    await passes(21)
-    assert one.bucket.quota().probing
-    one.bucket.unused(await probe)
-    began = now()
-    await one.acquire()
-    assert now() - began < 0.1
-
-
-async def test_a_probe_is_not_asked_for_when_nobody_waits_for_it(redis: FakeRedis, start: Start) -> None:
-    """And asked for again when somebody does."""
-    one, two = start(limit=3), start(limit=3)
-    for _ in range(3):
-        await two.send()
-    one.bucket._owe(Told("somebody", now(), now(), 3, 5.0), 0)
-    task = one.waits()
-    await passes(25)
-    task.cancel()
-    await asyncio.sleep(1)
-    assert not one.bucket._probe_comes
-    before = redis.messages_of[one.name]
-    await passes(45)
-    assert redis.messages_of[one.name] == before
-    two.bucket.unsent(two.on_wire.popleft())
-    await asyncio.sleep(0.5)
-    await asyncio.wait_for(one.send(), 1)
-
-
-async def test_a_probe_that_could_not_be_had_is_had_when_it_can(start: Start) -> None:
-    """All were out when it was asked for."""
-    one, two = start(limit=3), start(limit=3)
-    for _ in range(3):
-        await two.send()
-    one.bucket._owe(Told("somebody", now(), now(), 3, 5.0), 0)
-    task = one.waits()
-    await passes(25)
-    one.bucket.succeeded()
-    other = one.waits()
-    await passes(30)
-    assert not task.done()
-    two.bucket.unsent(two.on_wire.popleft())
-    await asyncio.wait_for(task, 1)
-    other.cancel()
-
-
-async def test_a_probe_of_a_pause_is_too_old_like_any_token(start: Start) -> None:
-    """Others could use it, and its lease is made for a request that begins soon."""
-    one = start(limit=4)
-    for account in "abc":
-        one.bucket.refused(account, 5.0)
-    token = await one.acquire()
-    assert token == 1
-    assert one.bucket.may_start(token, now() + 0.9)
-    assert not one.bucket.may_start(token, now() + 1.1)
-
-
-async def test_a_number_that_comes_late_makes_no_debt_where_none_is_believed(redis: FakeRedis, start: Start) -> None:
-    """It was asked for before it was proven that the server counts apart."""
-    redis.latency = lambda process: 0.05
-    one = start(limit=10)
-    await one.acquire()
-    mark = one.bucket.start()
-    one.bucket.heard(Told("somebody", now(), now(), 9, 5.0), mark)
-    await asyncio.sleep(0.01)
-    one.bucket.disproved(now())
-    await asyncio.sleep(1)
-    assert one.bucket.quota().debt == 0
+    assert [round(when - now()) for when in one.bucket.returns(now(), PERIOD)] == [20, 20, 71, 71]
 
 
 # --- what is known of the others
 
 
-async def test_the_first_calls_that_cannot_be_served_in_time_are_told_at_once(redis: FakeRedis) -> None:
-    """As soon as Redis has said when the next token comes home."""
+async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(redis: FakeRedis) -> None:
+    """Not before: another process may give a token back at any moment."""
     server = WindowServer(limit=5)
     limit = RateLimit(requests=5, scope="client", pace=None)
     async with (
@@ -536,8 +448,8 @@ async def test_the_first_calls_that_cannot_be_served_in_time_are_told_at_once(re
             refused = await two.check(keys(3, "late"), timeout=10)
             for outcome in refused:
                 assert isinstance(outcome.error, RateLimitWaitError)
-                assert outcome.error.wait == pytest.approx(60, abs=1)
-        assert now() - began < 0.1
+                assert outcome.error.wait == pytest.approx(10, abs=1)
+        assert now() - began == pytest.approx(20, abs=0.1)
 
 
 async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis) -> None:
@@ -556,9 +468,56 @@ async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis
         assert one.quota().seconds_for(11) == pytest.approx(59.3, abs=0.3)
         assert two.quota().seconds_for(6) == 0
         assert 58 < two.quota().seconds_for(7) < 60.5
-        bucket = two._asker._buckets._bucket("/user/credits")
-        bucket._owe(Told("somebody", now(), now(), 20, None), 0)
-        assert (two.quota().free, len(two.quota()._returns)) == (0, 30)
         await asyncio.sleep(65)
         for client in (one, two):
             assert (client.quota().free, client.quota().seconds_for(30)) == (30, 0)
+
+
+# --- accounts that are forgotten
+
+
+async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: FakeRedis) -> None:
+    """When its tokens have gone back, and other processes know it."""
+    limit = RateLimit(scope="key", pace=None)
+    async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis)) as client:
+        for number in range(30):
+            task = asyncio.create_task(client.balance(keys(1, f"given-up-{number}")[0]))
+            await asyncio.sleep(0.007)
+            task.cancel()
+        for number in range(10):
+            await client.balance(keys(1, f"later-{number}")[0])
+            await asyncio.sleep(10)
+        assert len(client._dispatcher._schedulers[PATH]._accounts) < 10
+
+
+async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(redis: FakeRedis) -> None:
+    """The process goes on with its share all the same."""
+    limit = RateLimit(scope="account", pace=None)
+    buckets = connected(redis)
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit, buckets=buckets) as client:
+        given_up, other, later = keys(3)
+        task = asyncio.create_task(client.balance(other))
+        await asyncio.sleep(0.3)
+        redis.down = True
+        await asyncio.sleep(0.5)
+        with pytest.raises(RateLimitWaitError):
+            await client.balance(given_up, timeout=0.1)
+        await task
+        waiting = asyncio.create_task(client.balance(later))
+        await asyncio.sleep(5)
+        assert buckets._link.alone
+        assert buckets._link._settling is not None
+        redis.down = False
+        await waiting
+    assert not redis.faults
+
+
+async def test_a_limit_that_is_lowered_holds_for_all(start: Start) -> None:
+    """As soon as a process has heard of it."""
+    one = start(limit=5)
+    one.bucket.limit = 3
+    tasks = [one.waits() for _ in range(5)]
+    await asyncio.sleep(1)
+    assert sum(task.done() for task in tasks) == 3
+    for task in tasks:
+        task.cancel()

@@ -267,6 +267,11 @@ def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
     )
     assert "sk-0123456789" not in repr(found).lower()
     assert found.extra == {"api_key": "***"}
+    foreign = read_response(
+        USER_CREDITS, KEY, Response(403, {}, f'{{"message": "é {echo.upper()}"}}'.encode()), now=NOW, period=60.0
+    )
+    assert "***" in str(foreign)
+    assert echo not in str(foreign).lower()
     quoted = ApiKey("sk/0123456789+x", name="prod")
     refused = read_response(USER_CREDITS, quoted, Response(403, {}, b'{"message": "SK%2F0123456789%2bX"}'), now=NOW, period=60.0)
     assert str(refused) == "prod: *** (HTTP 403)"

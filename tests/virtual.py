@@ -195,7 +195,7 @@ class WindowServer:
 
 def fake_client(server: FakeServer | WindowServer, **options: Any) -> CreditsClient:
     client = CreditsClient(**options)
-    client._asker.transport = server  # type: ignore[assignment]  # it has the same two methods
+    client._dispatcher.transport = server  # type: ignore[assignment]  # it has the same two methods
     return client
 
 

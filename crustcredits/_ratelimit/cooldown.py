@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import attrs
 
@@ -33,6 +34,8 @@ class Trial:
 
     Attributes:
         until: No start before this, while it is held.
+        account: The account whose refusal began it.
+        is_of_several: Whether another account was refused since.
         width: Probes that may be on the wire.
         on_wire: Probes that are.
         refused: Refused probes in a row.
@@ -42,12 +45,18 @@ class Trial:
     """
 
     until: float
+    account: Hashable = None
+    is_of_several: bool = False
     width: int = 1
     on_wire: int = 0
     refused: int = 0
     is_held: bool = False
     holds: int = 0
     with_counts: bool = False
+
+    def concerns_others_than(self, account: Hashable) -> bool:
+        """Whether other accounts are refused too."""
+        return self.is_of_several or account != self.account
 
 
 @attrs.frozen(kw_only=True)
@@ -81,9 +90,10 @@ class EndpointCooldown:
         self._held_at = -math.inf
         self.trial: Trial | None = None
 
-    def refused(self, probe: Trial | None, wait: float | None, evidence: Evidence, now: float) -> bool:
+    def refused(self, account: Hashable, probe: Trial | None, wait: float | None, evidence: Evidence, now: float) -> bool:
         """A request was refused; `probe` is the trial in which it was sent. Returns whether the endpoint is now held (again)."""
-        trial = self.trial = self.trial or Trial(now)
+        trial = self.trial = self.trial or Trial(now, account)
+        trial.is_of_several = trial.concerns_others_than(account)
         if probe is trial:
             trial.refused += 1
         elif trial.is_held:  # it was sent before the hold

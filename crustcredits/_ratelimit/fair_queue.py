@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections import deque
 from collections.abc import Hashable
 
 
+class Kind(enum.IntEnum):
+    """Who asks, the best first: a call has the best kind of those who await it."""
+
+    SINGLE = 0  # for one key
+    MANY = 1  # a check or a stream
+    BACKGROUND = 2  # nobody: it renews what is known
+
+
 class Flow:
-    """The calls of one `check` or `stream`; all single calls together are one flow.
+    """The calls of one `check` or `stream`; all single calls together are one flow, and so are all that nobody awaits."""
 
-    Args:
-        single: Whether these are single calls.
-        background: Whether nobody awaits them.
-    """
+    __slots__ = ("kind",)
 
-    __slots__ = ("background", "single")
-
-    def __init__(self, *, single: bool = False, background: bool = False) -> None:
-        self.single = single
-        self.background = background
+    def __init__(self, kind: Kind = Kind.MANY) -> None:
+        self.kind = kind
 
 
 class Call:
@@ -31,7 +34,7 @@ class Call:
         was_asked: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
-        called: Whether a returned token of the common bucket has called it.
+        called: Whether it was let out of its account's queue (1), or of the common bucket's (2), and has not started since.
     """
 
     __slots__ = ("_index", "_pool", "account", "called", "flow", "key", "queue", "spared", "was_asked")
@@ -42,7 +45,7 @@ class Call:
         self.flow = flow
         self.was_asked = False
         self.spared = 0
-        self.called = False
+        self.called = 0
         self.queue: FairQueue | None = None
         self._pool: list[Call] = []
         self._index = 0
@@ -92,12 +95,24 @@ class FairQueue:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def has_foreground(self) -> bool:
+        """Whether a call that somebody awaits may be among them; `pop` takes these first."""
+        while self._foreground:
+            flow = self._foreground[0]
+            line = self._lines[flow]
+            if line.fresh or line.asked:
+                return True
+            self._foreground.popleft()
+            del self._lines[flow]
+        return False
+
     def push(self, call: Call) -> None:
         """Add a call at the end of its account."""
         line = self._lines.get(call.flow)
         if line is None:
             line = self._lines[call.flow] = _Line()
-            (self._background if call.flow.background else self._foreground).append(call.flow)
+            (self._background if call.flow.kind is Kind.BACKGROUND else self._foreground).append(call.flow)
         calls = line.accounts.get(call.account)
         if calls is None:
             calls = line.accounts[call.account] = deque()
@@ -130,7 +145,7 @@ class FairQueue:
             if not line.fresh and not line.asked:
                 del self._lines[flow]
                 continue
-            if draw is not None and line.fresh and (draw_singles or not flow.single):
+            if draw is not None and line.fresh and (draw_singles or flow.kind is not Kind.SINGLE):
                 call = line.fresh[draw.randrange(len(line.fresh))]
             else:
                 call = line.next(self)

@@ -44,7 +44,10 @@ class Pace:
             self._recover(now)
             return self._next if self._next > now else None
         assert self._limiter is not None
-        return None if self._limiter.has_capacity() else max(self._next - (_BURST - _GROUP) / self._rate, now)
+        if self._limiter.has_capacity():
+            return None
+        burst = _burst(self._rate)
+        return max(self._next - (burst - min(_GROUP, burst)) / self._rate, now)
 
     def take(self, now: float) -> None:
         """A request starts, which `wait` allows."""
@@ -77,8 +80,12 @@ class Pace:
         self._changed = now
 
 
+def _burst(rate: float) -> float:
+    return min(float(_BURST), max(1.0, rate))
+
+
 def _limiter(rate: float) -> AsyncLimiter:
-    burst = min(float(_BURST), max(1.0, rate))
+    burst = _burst(rate)
     # A little more, so that the sum of five parts that were rounded still fits.
     return AsyncLimiter(burst + _ROUNDING, (burst + _ROUNDING) / rate)
 

@@ -1,38 +1,54 @@
-"""`Scheduler`: the one admission queue of an endpoint, which decides what starts next.
+"""`Scheduler`: the admission queue of an endpoint, which decides what starts next.
 
 A call starts when, at one moment, no hold is on, the trial has room, a connection slot is free, the pace allows it, its account has
 a token and is not cooling down, and the common bucket has a token for it. All is taken then. Every decision is a
 function of values and of the time it is told; timers and tasks are its caller's, who asks again at the moment that `grant` names.
+The pace and the slots are those of the client, over both endpoints.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 import random
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Literal
 
 import attrs
 
+from crustcredits._ratelimit.advertised_limit import AdvertisedLimit
+from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Evidence, Trial
-from crustcredits._ratelimit.fair_queue import Call, FairQueue
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.scope_detection import ScopeDetection
-from crustcredits._ratelimit.token_bucket import TokenBucket
+from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, refresh_gap
+
+_log = logging.getLogger("crustcredits")
 
 # Of the common bucket this share is not given before ten requests can witness; in smaller buckets nothing is kept so.
 _TENTH = 0.1
 _SMALLEST_WITH_A_TENTH = 11
-# Refusals of probes, and refusals of something in front of the API, that cost a call no attempt.
+# Refusals that cost a call no attempt: of probes while other accounts are refused too, and of something in front of the API.
 _SPARED = 4
 # Of so many last probes of calls that were never asked, the share that something in front refused and that halves the pace.
 _LATELY = 16
 _FOREIGN_SHARE = 0.4
-# A request that hangs stops counting, and so many times the slots may hang.
-_HANGING_SHARE = 8
+# Seconds after which it is looked again at tokens of which something is still to be told to other processes.
+_SETTLES = 2.0
+# Which queue has let a call out.
+_BY_ACCOUNT, _BY_COMMON = 1, 2
+# A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of the slots, their share.
+_REFRESHES_KEEP = 0.1
+_REFRESHES_ON_WIRE = 4
+# Accounts that have to agree before the limit that they are told holds back all, where accounts may be counted apart.
+_VOICES = 3
 
 
 @attrs.frozen(kw_only=True)
@@ -45,9 +61,8 @@ class Terms:
         window: Seconds for which the server counts a request, without it.
         late: Seconds that a request takes at the most, and that one that was given up on may still arrive after.
         scope: What the server counts by; with `"auto"` all together, but for what a proof says.
-        pace: Starts per second; None for no bound.
-        slots: Requests on the wire at once.
         reserve: The share of a bucket's tokens that only single calls may take.
+        follows_higher: Whether a higher limit than `requests` is followed too, when the server says one.
     """
 
     requests: int = 300
@@ -55,9 +70,8 @@ class Terms:
     window: float = 60.0
     late: float = 10.0
     scope: Literal["auto", "client", "account"] = "auto"
-    pace: float | None = 100.0
-    slots: int = 32
     reserve: float = 0.0
+    follows_higher: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -108,43 +122,65 @@ class Request:
     """A request on the wire, which holds a token of each bucket that may count it."""
 
     call: Call
+    kind: Kind
     started: float
     own: int  # the account's mark
     common: int | None
     trial: Trial | None
     first: bool
     in_trial: bool
-    hangs: bool = False
+
+    def leave_trial(self) -> None:
+        """It has ended, or hangs: it is no probe on the wire any more."""
+        if self.in_trial and self.trial is not None:
+            self.trial.on_wire -= 1
+            self.in_trial = False
 
 
 class _Account:
     """The tokens of one account, and the calls that wait for them. Forgotten when all is back and nobody waits."""
 
-    __slots__ = ("bucket", "cools_until", "ends", "key", "shared", "timer", "waiting")
+    __slots__ = ("bucket", "called", "cools_until", "ends", "key", "queued", "refreshing", "shared", "starts", "timer", "waiting")
 
-    def __init__(self, requests: int, key: Hashable) -> None:
-        self.bucket = TokenBucket(requests)
+    def __init__(self, bucket: Bucket, key: Hashable) -> None:
+        self.bucket = bucket
         self.key = key
+        self.queued = 0  # calls in any queue that somebody awaits
+        self.refreshing = 0  # and those that nobody does, in a queue or on the wire
+        self.called = 0  # calls that were let out of its queue and have not started
         self.shared = False  # whether calls of several keys have asked for its tokens
         self.cools_until = -math.inf
         self.timer = -math.inf
-        self.waiting: tuple[FairQueue, FairQueue] | None = None  # single calls, and others
-        self.ends: deque[tuple[float, float]] = deque()  # starts and ends of its served requests of the last period
+        self.waiting: tuple[FairQueue, ...] | None = None  # by kind
+        self.starts: list[float] = []  # of its served requests of the last period, in the order of their ends
+        self.ends: list[float] = []
 
     def queue(self, call: Call) -> FairQueue:
         if self.waiting is None:
-            self.waiting = FairQueue(), FairQueue()
-        return self.waiting[not call.flow.single]
+            self.waiting = tuple(FairQueue() for _ in Kind)
+        return self.waiting[call.flow.kind]
 
     @property
     def waiters(self) -> int:
-        return 0 if self.waiting is None else len(self.waiting[0]) + len(self.waiting[1])
+        return 0 if self.waiting is None else sum(map(len, self.waiting))
 
     def ended_before(self, started: float, since: float) -> int:
         """Served requests of the account that started after `since` and had ended when another started."""
-        while self.ends and self.ends[0][0] <= since:
-            self.ends.popleft()
-        return sum(end <= started for _, end in self.ends)
+        aged = 0
+        while aged < len(self.starts) and self.starts[aged] <= since:
+            aged += 1
+        if aged:
+            del self.starts[:aged], self.ends[:aged]
+        return bisect_right(self.ends, started)
+
+
+def _local(whose: Hashable | None, limit: int, wake: Callable[[], None]) -> Bucket:
+    """Tokens that are counted in this process."""
+    return TokenBucket(limit)
+
+
+def _never(call: Call, now: float) -> bool:
+    return False
 
 
 class Scheduler:
@@ -152,27 +188,50 @@ class Scheduler:
 
     Args:
         terms: What it keeps to.
+        pace: How many requests start per second.
+        slots: How many are on the wire at once.
         seed: Of the draws among calls of a trial; random by default.
+        make_bucket: Makes the tokens of an account, or of all together (None). It is given the limit, and what to call when tokens
+            have come that were not there.
+        is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets it.
     """
 
-    def __init__(self, terms: Terms, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        *,
+        pace: Pace,
+        slots: ConnectionSlots[Request],
+        seed: int | None = None,
+        make_bucket: Callable[[Hashable | None, int, Callable[[], None]], Bucket] = _local,
+        is_barred: Callable[[Call, float], bool] = _never,
+    ) -> None:
         self._terms = terms
         self._random = random.Random(seed)
+        self._make_bucket = make_bucket
+        self._is_barred = is_barred
         self._ready = FairQueue()
         self._accounts: dict[Hashable, _Account] = {}
-        self._common = TokenBucket(terms.requests)
+        self._common = make_bucket(None, terms.requests, self._common_came)
         self._counts_common = terms.scope != "account"
-        self._common_waiting = FairQueue(), FairQueue()  # single calls, and others
+        self._waits_for_common = False
+        self._common_waiting = tuple(FairQueue() for _ in Kind)
+        self._queued: dict[Flow, int] = {}  # calls in any queue, of each flow
         self._common_timer = -math.inf
+        self._own_limit = AdvertisedLimit(terms.requests, follows_higher=terms.follows_higher)
+        voices = _VOICES if terms.scope == "auto" else 1
+        self._common_limit = AdvertisedLimit(terms.requests, follows_higher=terms.follows_higher, voices=voices)
         self._scope = ScopeDetection(terms.window, terms.late, proves=terms.scope == "auto")
         self._cooldown = EndpointCooldown(terms.window)
-        self._pace = Pace(terms.pace, terms.requests / terms.window)
+        self._pace = pace
+        self._slots = slots
         self._lately: deque[bool] = deque(maxlen=_LATELY)
         self._moments: list[tuple[float, int, _Account | None]] = []  # of tokens that return to buckets with waiters
         self._idle: list[tuple[float, int, Hashable]] = []  # when accounts may be forgotten
         self._ids = itertools.count()
-        self._active = 0
-        self._hanging = 0
+        self._refreshing = 0  # on the wire
+        self._called = 0  # calls that were let out of the common bucket's queue and have not started
+        self._others = 0  # requests of the last count that were not this client's
 
     # --- calls
 
@@ -181,58 +240,90 @@ class Scheduler:
         account = self._account(call)
         if account.key != call.key:
             account.shared = True
+        self._count(call, account, 1)
         self._ready.push(call)
 
     def remove(self, call: Call, now: float) -> None:
         """A call that waits is given up. Nothing, if it does not wait."""
         if call.queue is not None:
             call.queue.remove(call)
-        if call.called:
-            call.called = False
-            self._release_common(now)
+            self._left(call, now)
+            by_common = self._uncall(call) == _BY_COMMON
+            self._release(self._account(call), now)
+            if by_common:
+                self._release_common(now)
 
-    def grant(self, now: float) -> Request | float | None:
-        """The next request that starts now; else when to ask again, if nothing happens before; None without such a moment.
+    def move(self, call: Call, flow: Flow, now: float) -> None:
+        """A call belongs to another flow from now on, at whose end it waits if it waits at all."""
+        waits = call.queue is not None
+        self.remove(call, now)
+        call.flow = flow
+        if waits:
+            self.put(call)
 
-        Ask until there is no request, after everything that is told to the scheduler.
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits that could start, now or at a moment."""
+        return not self._moments and not len(self._ready)
+
+    def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
+        """Remove the calls that wait for a token of this account, or with None of the common bucket, and return them."""
+        account = None if whose is None else self._accounts.get(whose)
+        queues = self._common_waiting if whose is None else (account and account.waiting) or ()
+        given_up: list[Call] = []
+        for queue in queues:
+            while len(queue):
+                call = queue.pop()
+                self._left(call, now)
+                given_up.append(call)
+        return given_up
+
+    def grant(self, now: float) -> Request | Call | float | None:
+        """The next request that starts now, or a call that is barred; else when to ask again, if nothing happens before.
+
+        None without such a moment. Ask until there is no request, after everything that is told to the scheduler.
         """
-        self._release_due(now)
+        if self._moments:
+            self._release_due(now)
         until: float | None = None
+        if len(self._ready):
+            for request in self._slots.overdue(now):
+                request.leave_trial()
         while len(self._ready):
-            if self._active >= self._terms.slots:
-                break
             trial = self._cooldown.trial
-            if trial is not None and (now < trial.until or trial.on_wire >= trial.width):
-                until = trial.until if now < trial.until else None
-                break
-            until = self._pace.wait(now)
-            if until is not None:
+            is_held, until = self._is_held(trial, now)
+            if is_held:
                 break
             draw = None if trial is None else self._random
             call = self._ready.pop(draw, draw_singles=trial is not None and trial.is_held)
+            if self._is_barred(call, now):
+                self._forget(call, now)
+                return call
             if self._may_start(call, now):
                 return self._start(call, trial, now)
-        return min((moment for moment in (until, self._next_moment()) if moment is not None), default=None)
+        if self._moments and (until is None or self._moments[0][0] < until):
+            return self._moments[0][0]
+        return until
 
-    def hangs(self, request: Request) -> None:
-        """A request has been without an answer for so long that it stops counting."""
-        if request.in_trial and request.trial is not None:
-            request.trial.on_wire -= 1
-            request.in_trial = False
-        if not request.hangs and self._hanging < _HANGING_SHARE * self._terms.slots:
-            request.hangs = True
-            self._active -= 1
-            self._hanging += 1
+    def _is_held(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
+        """Whether no call of this endpoint may start, whichever it is, and until when; None until something else happens."""
+        if trial is not None and now < trial.until:
+            return True, trial.until
+        if self._slots.free <= 0 or (trial is not None and trial.on_wire >= trial.width):
+            return True, self._slots.next_overdue()
+        until = self._pace.wait(now)
+        if until is not None:
+            return True, until
+        return self._refreshing * _REFRESHES_ON_WIRE >= self._slots.count and not self._ready.has_foreground, None
 
     def ended(self, request: Request, answer: Answer, now: float) -> bool:
         """A request has ended. Returns whether this attempt is not to be counted against its call."""
-        if request.hangs:
-            self._hanging -= 1
-        else:
-            self._active -= 1
-        if request.in_trial and request.trial is not None:
-            request.trial.on_wire -= 1
+        self._slots.release(request, now, answered=answer.status is not None)
+        request.leave_trial()
         account = self._account(request.call)
+        if request.kind is Kind.BACKGROUND:
+            self._refreshing -= 1
+            account.refreshing -= 1
         proved, alone = self._learn(request, account, answer, now) if answer.is_served else (False, False)
         self._return_tokens(request, account, answer, proved, now)
         foreign = answer.is_refused and answer.used is None and self._scope.has_seen_counts
@@ -249,39 +340,124 @@ class Scheduler:
         self._forget_idle(now)
         return spared
 
+    # --- what can be told
+
+    def earliest(self, call: Call, now: float) -> float:
+        """Certainly no request for this call starts before then, whatever happens. For a call that waits."""
+        account = self._account(call)
+        moment = max(now, account.cools_until, _sure(account.bucket, now))
+        return max(moment, _sure(self._common, now)) if self._counts_common else moment
+
+    def quota(self, account: Hashable | None, now: float) -> Quota:
+        """What the bucket of an account can still give, or with None that of all together."""
+        known = self._accounts.get(account)
+        if account is None:
+            bucket = self._common
+            singles = sum(count for flow, count in self._queued.items() if flow.kind is Kind.SINGLE)
+            lengths = [count for flow, count in self._queued.items() if flow.kind is Kind.MANY]
+            waiting = singles + sum(lengths)
+            refreshing = self._refreshing + sum(self._queued.values()) - waiting
+            until = -math.inf
+        else:
+            bucket = TokenBucket(self._terms.requests) if known is None else known.bucket
+            waiting, refreshing = (0, 0) if known is None else (known.queued, known.refreshing)
+            singles, lengths = waiting, []
+            until = -math.inf if known is None else known.cools_until
+        trial = self._cooldown.trial
+        if trial is not None and trial.is_held:
+            until = max(until, trial.until)
+        return Quota(
+            limit=bucket.limit,
+            free=bucket.available(now),
+            in_flight=bucket.on_wire,
+            waiting=waiting,
+            refreshing=refreshing,
+            paused=max(0.0, until - now) if until > now or (trial is not None and trial.is_held) else None,
+            probing=trial is not None and trial.on_wire > 0,
+            alone=bucket.is_alone,
+            returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),
+            period=self._terms.period,
+            pace=self._pace.current(now),
+            slots=self._slots.count,
+            answer_seconds=self._slots.usual or 0.0,
+            others=self._others if account is None and self._scope.is_together else 0,
+            singles=singles,
+            lengths=tuple(lengths),
+        )
+
     # --- may it start
 
     def _account(self, call: Call) -> _Account:
         account = self._accounts.get(call.account)
         if account is None:
-            account = self._accounts[call.account] = _Account(self._terms.requests, call.key)
+            bucket = self._make_bucket(call.account, self._terms.requests, partial(self._account_came, call.account))
+            account = self._accounts[call.account] = _Account(bucket, call.key)
         return account
+
+    def _count(self, call: Call, account: _Account, step: int) -> None:
+        """A call has come into the queues (1), or has left them (-1)."""
+        queued = self._queued.get(call.flow, 0) + step
+        if queued:
+            self._queued[call.flow] = queued
+        else:
+            del self._queued[call.flow]
+        if call.flow.kind is Kind.BACKGROUND:
+            account.refreshing += step
+        else:
+            account.queued += step
+
+    def _forget(self, call: Call, now: float) -> None:
+        """A call that was ready is not to be sent now. A common token that has called it goes to the next."""
+        self._left(call, now)
+        if self._uncall(call) == _BY_COMMON:
+            self._call_next(now)
+        self._release(self._account(call), now)
+
+    def _left(self, call: Call, now: float) -> None:
+        account = self._account(call)
+        self._count(call, account, -1)
+        heapq.heappush(self._idle, (max(now, account.cools_until), next(self._ids), call.account))
+
+    def _uncall(self, call: Call) -> int:
+        """A call that was let out of a queue is no more on its way to a start. Returns which queue that was."""
+        called, call.called = call.called, 0
+        if called == _BY_COMMON:
+            self._called -= 1
+        elif called == _BY_ACCOUNT:
+            self._account(call).called -= 1
+        return called
+
+    def _call_next(self, now: float) -> None:
+        self._common_timer = now
+        heapq.heappush(self._moments, (now, next(self._ids), None))
 
     def _forget_idle(self, now: float) -> None:
         """Forget accounts whose tokens are all back."""
         while self._idle and self._idle[0][0] <= now:
             _, _, name = heapq.heappop(self._idle)
             account = self._accounts.get(name)
-            if account is None or account.waiters or now < account.cools_until:
+            if account is None or account.queued or account.refreshing or now < account.cools_until:
                 continue
-            account.bucket.free(now)
+            account.bucket.room(now, 0)
             if account.bucket.is_whole:
                 del self._accounts[name]
+            elif account.bucket.is_settling:
+                heapq.heappush(self._idle, (now + _SETTLES, next(self._ids), name))
 
     def _may_start(self, call: Call, now: float) -> bool:
         """Whether its buckets have a token for it. If not, it waits at the bucket that stops it, and blocks nobody behind it."""
-        account = self._account(call)
-        if self._account_room(account, call.flow.single, now) <= 0:
+        account, kind = self._account(call), call.flow.kind
+        if self._account_room(account, kind, now) <= 0:
+            if self._uncall(call) == _BY_COMMON:
+                self._call_next(now)
             account.queue(call).push(call)
             self._arm(account, now)
-            if call.called:
-                call.called = False  # the token goes to the next
-                self._common_timer = now
-                heapq.heappush(self._moments, (now, next(self._ids), None))
             return False
         if self._counts_common:
-            waiting = self._common_waiting[not call.flow.single]
-            if self._common_room(call.flow.single, now) <= 0 or (len(waiting) and not call.called):
+            waiting = self._common_waiting[kind]
+            if not self._has_common_room(kind, now) or (len(waiting) and call.called != _BY_COMMON):
+                self._uncall(call)
+                self._waits_for_common = True
                 waiting.push(call)
                 self._arm_common(now)
                 return False
@@ -290,39 +466,69 @@ class Scheduler:
     def _start(self, call: Call, trial: Trial | None, now: float) -> Request:
         self._pace.take(now)
         account = self._account(call)
+        self._count(call, account, -1)
         own = account.bucket.take(now)
         common = self._common.take(now) if self._counts_common else None
-        first, call.was_asked, call.called = not call.was_asked, True, False
-        self._active += 1
+        first, call.was_asked = not call.was_asked, True
+        self._uncall(call)
+        kind = call.flow.kind
+        if kind is Kind.BACKGROUND:
+            self._refreshing += 1
+            account.refreshing += 1
+            for bucket in (account.bucket, self._common):
+                kept = self._kept_from(kind, bucket)
+                bucket.next_refresh = now + refresh_gap(bucket, now, self._terms.period, kept)
+            if account.waiters:
+                self._arm(account, now)
+            if len(self._common_waiting[kind]):
+                self._arm_common(now)
+        request = Request(call, kind, now, own, common, trial, first, trial is not None)
+        self._slots.take(request, now)
         if trial is not None:
             trial.on_wire += 1
-        return Request(call, now, own, common, trial, first, trial is not None)
+        return request
 
-    def _kept(self, bucket: TokenBucket) -> int:
+    def _kept(self, bucket: Bucket) -> int:
         """Tokens that only single calls may take."""
         return min(bucket.limit - 1, math.ceil(self._terms.reserve * bucket.limit))
 
+    def _kept_from(self, kind: Kind, bucket: Bucket, *, shared: bool = True) -> int:
+        """Tokens of a bucket that calls of this kind leave alone; of one that no others `shared`, a check may take all."""
+        kept = self._kept(bucket) if shared and kind is not Kind.SINGLE else 0
+        if kind is Kind.BACKGROUND:
+            kept = max(kept, min(bucket.limit - 1, math.ceil(_REFRESHES_KEEP * bucket.limit)))
+        return kept
+
     def _tenth(self, now: float) -> int:
-        """Tokens of the common bucket that nobody takes before ten requests can witness, so that a proof is always possible."""
+        """Tokens of the common bucket that nobody takes before ten requests can witness, so that a proof is always possible.
+
+        Not where other processes take them too: they would leave none to one that cannot prove anything yet.
+        """
         most = self._common.limit - self._kept(self._common)
-        if self._terms.scope != "auto" or most <= _SMALLEST_WITH_A_TENTH or self._scope.can_witness(now):
+        if self._terms.scope != "auto" or self._common.is_shared or most <= _SMALLEST_WITH_A_TENTH or self._scope.can_witness(now):
             return 0
         return math.ceil(most * _TENTH)
 
-    def _common_room(self, single: bool, now: float) -> int:
-        free = self._common.free(now) - (0 if single else self._kept(self._common))
-        return free - self._tenth(now) if free > 0 else free
+    def _has_common_room(self, kind: Kind, now: float) -> bool:
+        # Mostly there is so much that what is kept for witnesses does not matter, which costs more to find out.
+        free = self._common.room(now, self._kept_from(kind, self._common))
+        if kind is not Kind.BACKGROUND and free > math.ceil(self._common.limit * _TENTH):
+            return True
+        return free > 0 and self._common_room(kind, now) > 0
 
-    def _account_room(self, account: _Account, single: bool, now: float) -> int:
+    def _common_room(self, kind: Kind, now: float) -> int:
+        free = self._common.room(now, self._kept_from(kind, self._common))
+        if free > 0 and (tenth := self._tenth(now)):
+            free = self._common.room(now, self._kept_from(kind, self._common) + tenth)
+        return _spaced(free, kind, self._common, now)
+
+    def _account_room(self, account: _Account, kind: Kind, now: float) -> int:
         if now < account.cools_until:
             return 0
-        kept = self._kept(account.bucket) if account.shared and not single else 0
-        return account.bucket.free(now) - kept
+        free = account.bucket.room(now, self._kept_from(kind, account.bucket, shared=account.shared))
+        return _spaced(free, kind, account.bucket, now)
 
     # --- waking those who wait
-
-    def _next_moment(self) -> float | None:
-        return self._moments[0][0] if self._moments else None
 
     def _release_due(self, now: float) -> None:
         while self._moments and self._moments[0][0] <= now:
@@ -333,57 +539,91 @@ class Scheduler:
                 self._release(account, now)
 
     def _arm(self, account: _Account, now: float) -> None:
-        """Set the moment at which the account has room again."""
-        if now < account.cools_until:
-            moment: float | None = account.cools_until
-        else:
-            single = account.waiting is not None and len(account.waiting[0]) > 0
-            room = account.bucket.free(now) if single else self._account_room(account, False, now)
-            moment = account.bucket.nth_return(max(1, 1 - room))
+        """Set the moment at which the account has room again for one of those who wait."""
+        moments: list[float | None] = []
+        for kind, waiting in zip(Kind, account.waiting or (), strict=True):
+            if not len(waiting):
+                continue
+            if now < account.cools_until:
+                moments.append(account.cools_until)
+                break
+            kept = self._kept_from(kind, account.bucket, shared=account.shared)
+            if not moments:
+                account.bucket.want(account.waiters, kept)
+            moments.append(_room_at(account.bucket, kind, kept, now))
+        moment = min((each for each in moments if each is not None), default=None)
         if moment is not None and not now < account.timer <= moment:
             account.timer = moment
             heapq.heappush(self._moments, (moment, next(self._ids), account))
+
+    def _account_came(self, name: Hashable) -> None:
+        """Tokens have come, or are not to come by themselves, that nobody knew of."""
+        account = self._accounts.get(name)
+        if account is not None:  # or nobody has waited any more, and it was forgotten
+            account.timer = -math.inf
+            heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
+
+    def _common_came(self) -> None:
+        self._common_timer = -math.inf
+        heapq.heappush(self._moments, (-math.inf, next(self._ids), None))
 
     def _release(self, account: _Account, now: float) -> None:
         """Let as many of its waiters stand for a start as the account has room for."""
         if account.waiting is None or not account.waiters:
             return
-        for single, waiting in zip((True, False), account.waiting, strict=True):
-            for _ in range(min(self._account_room(account, single, now), len(waiting))):
-                self._ready.push(waiting.pop())
+        for kind, waiting in zip(Kind, account.waiting, strict=True):
+            for _ in range(min(self._account_room(account, kind, now) - account.called, len(waiting))):
+                call = waiting.pop()
+                call.called = _BY_ACCOUNT
+                account.called += 1
+                self._ready.push(call)
         if account.waiters:
             self._arm(account, now)
+        else:
+            account.bucket.want(0, 0)
 
     def _arm_common(self, now: float) -> None:
         moments: list[float | None] = []
-        for single, waiting in zip((True, False), self._common_waiting, strict=True):
-            if len(waiting):
-                room = self._common_room(single, now)
-                moments.append(self._common.nth_return(max(1, 1 - room)))
-                if room <= 0 < room + self._tenth(now):
-                    moments.append(self._scope.can_witness_at(now))
+        tenth, kept_by_best = self._tenth(now), None
+        if tenth:
+            moments.append(self._scope.can_witness_at(now))
+        for kind, waiting in zip(Kind, self._common_waiting, strict=True):
+            if not len(waiting):
+                continue
+            kept = self._kept_from(kind, self._common)
+            if kept_by_best is None:
+                kept_by_best = kept + tenth
+            if tenth and self._common.room(now, kept) > 0:
+                kept += tenth
+            moments.append(_room_at(self._common, kind, kept, now))
+        self._common.want(sum(map(len, self._common_waiting)), kept_by_best or 0)
         moment = min((each for each in moments if each is not None), default=None)
         if moment is not None and not now < self._common_timer <= moment:
             self._common_timer = moment
             heapq.heappush(self._moments, (moment, next(self._ids), None))
 
     def _release_common(self, now: float) -> None:
-        singles, others = self._common_waiting
-        first = max(0, min(self._common_room(True, now), len(singles)))
-        rest = max(0, min(self._common_room(False, now) - first, len(others)))
-        for waiting, count in ((singles, first), (others, rest)):
-            for _ in range(count):
+        if not self._waits_for_common:
+            return
+        for kind, waiting in zip(Kind, self._common_waiting, strict=True):
+            if not len(waiting):
+                continue
+            for _ in range(min(self._common_room(kind, now) - self._called, len(waiting))):
                 call = waiting.pop()
-                call.called = True
+                call.called = _BY_COMMON
+                self._called += 1
                 self._ready.push(call)
-        if len(singles) or len(others):
+        if any(map(len, self._common_waiting)):
             self._arm_common(now)
+        else:
+            self._waits_for_common = False
+            self._common.want(0, 0)
 
     # --- what an ended request teaches
 
     def _learn(self, request: Request, account: _Account, answer: Answer, now: float) -> tuple[bool, bool]:
         """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
-        used = answer.used
+        used, name = answer.used, request.call.account
         seen = self._scope.ended_before(request.started, now)
         seen_of_account = account.ended_before(request.started, now - self._terms.window)
         proved = alone = False
@@ -391,16 +631,18 @@ class Scheduler:
             self._scope.served(request.started, now)
         else:
             own = account.bucket.own(request.own)
-            proved, alone = self._scope.told(used, own, request.started, now)
+            proved, alone = self._scope.told(used, own, seen, request.started, now)
             proved = proved and request.common is not None
-            self._follow(account.bucket, answer.limit, used, seen_of_account)
-            self._follow(self._common, answer.limit, used, seen)  # a proof has used < seen
-        account.ends.append((request.started, now))
+            if request.common is not None:
+                self._others = max(0, used - self._common.own(request.common))
+            account.bucket.limit = self._own_limit.hear(name, answer.limit, used, seen_of_account)
+            followed = self._common_limit.hear(name, answer.limit, used, seen)  # a proof has used < seen
+            if followed != self._common.limit:
+                _log.info("the API says that its limit is %d requests, not %d; it is followed", followed, self._common.limit)
+                self._common.limit = followed
+        account.starts.append(request.started)
+        account.ends.append(now)
         return proved, alone
-
-    def _follow(self, bucket: TokenBucket, limit: int, used: int, seen: int) -> None:
-        """An answer speaks of a bucket when it has counted all that had ended there; then a lower limit is its limit."""
-        bucket.limit = self._terms.requests if used < seen else min(limit, self._terms.requests)
 
     def _return_tokens(self, request: Request, account: _Account, answer: Answer, proved: bool, now: float) -> None:
         gone = answer.status == 429 or answer.unsent
@@ -421,7 +663,9 @@ class Scheduler:
         """Returns whether the refusal costs its call no attempt."""
         if answer.wait is not None:
             account.cools_until = max(account.cools_until, now + answer.wait)
-        spared = (request.trial is not None or foreign) and request.call.spared < _SPARED
+        trial = request.trial
+        expected = foreign or (trial is not None and trial.concerns_others_than(request.call.account))
+        spared = expected and request.call.spared < _SPARED
         request.call.spared += spared
         if foreign and len(self._lately) == _LATELY and sum(self._lately) > _FOREIGN_SHARE * _LATELY:
             self._pace.cut(now)
@@ -429,8 +673,36 @@ class Scheduler:
         sure = not foreign and (self._scope.is_together or self._terms.scope == "client")
         alone = self._scope.is_alone(now)
         evidence = Evidence(has_counts=answer.used is not None, is_foreign=foreign, is_sure=sure, is_alone=alone)
-        if self._cooldown.refused(request.trial, answer.wait, evidence, now):
+        was_held = self._cooldown.trial is not None and self._cooldown.trial.is_held
+        if self._cooldown.refused(request.call.account, trial, answer.wait, evidence, now):
             self._pace.cut(now)
+            if not was_held and self._cooldown.trial is not None:
+                span = max(0.0, self._cooldown.trial.until - now)
+                _log.info(
+                    "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served", span
+                )
             if evidence.has_counts:
                 self._scope.contradicted(now)
         return spared
+
+
+def _sure(bucket: Bucket, now: float) -> float:
+    """Certainly no token can be had before then. A request on the wire may return one at any moment."""
+    return now if bucket.on_wire or bucket.room(now, 0) > 0 else bucket.room_at(now, 0) or now
+
+
+def _spaced(free: int, kind: Kind, bucket: Bucket, now: float) -> int:
+    """Of the tokens that are free for calls of this kind, those that may be taken now: refreshes keep a distance."""
+    if kind is not Kind.BACKGROUND:
+        return free
+    return min(free, 1) if now >= bucket.next_refresh else 0
+
+
+def _room_at(bucket: Bucket, kind: Kind, kept: int, now: float) -> float | None:
+    """When calls of this kind have room; None where something else has to happen first."""
+    if kind is not Kind.BACKGROUND:
+        return bucket.room_at(now, kept)
+    if bucket.room(now, kept) > 0:  # another refresh has been let out, unless it is too early for that
+        return bucket.next_refresh if bucket.next_refresh > now else None
+    moment = bucket.room_at(now, kept)
+    return None if moment is None else max(moment, bucket.next_refresh)

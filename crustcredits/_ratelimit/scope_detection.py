@@ -1,6 +1,6 @@
 """`ScopeDetection`: what the server counts by, as far as its answers prove it. Arithmetic only.
 
-The proof is that of `crustcredits._proof`: ten requests of other accounts are missing from a count in which they would stand if all
+The proof is that of `witnesses`: ten requests of other accounts are missing from a count in which they would stand if all
 accounts were counted together. Nothing is concluded for other requests.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from crustcredits._proof import LAG, WITNESSES, Witnesses
+from crustcredits._ratelimit.witnesses import LAG, WITNESSES, Witnesses
 
 # Served answers in a row that tell of more than their own account's requests, which say that all accounts are counted together.
 _TOGETHER = 10
@@ -77,13 +77,13 @@ class ScopeDetection:
         """A served answer without counts came: its request can witness."""
         self._witnesses.add(started, now)
 
-    def told(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
-        """A served answer told that `used` requests were counted, of which at most `own` are its account's.
+    def told(self, used: int, own: int, seen: int, started: float, now: float) -> tuple[bool, bool]:
+        """A served answer told that `used` requests were counted, of which at most `own` are its account's. `seen` had ended.
 
         Returns whether this proves that its account is counted apart, and the weaker sign that it is (`is_alone`).
         """
         self.has_seen_counts = True
-        alone = used <= own <= self.ended_before(started, now)
+        alone = used <= own <= seen
         if alone:
             self._alone_at = now
         proved = self._proves and now >= self._no_proof_before and self._witnesses.prove(used, own, started, now)

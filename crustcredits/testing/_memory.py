@@ -12,7 +12,7 @@ from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._freshness import Seconds
 from crustcredits._keys import ApiKey, split_label
-from crustcredits._limits import RateLimit
+from crustcredits._ratelimit.config import RateLimit
 from crustcredits._retry import Retry
 from crustcredits._transport import Failure, Fate, Transport
 from crustcredits._wire import Response, request_headers
@@ -84,7 +84,7 @@ class FakeClient(CreditsClient):
         options.setdefault("retry", _RETRY)
         options.setdefault("rate_limit", _RATE_LIMIT)
         super().__init__(base_url=_ORIGIN, **options)
-        self._asker.transport = _MemoryTransport(api)
+        self._dispatcher.transport = _MemoryTransport(api)
         self.api = api
         self.keys = keys
 

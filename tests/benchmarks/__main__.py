@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from tests.benchmarks import bucket, cache, call, outage, picture, pool, processes, scope, service, simulation
+from tests.benchmarks import cache, call, outage, picture, pool, processes, queue, scope, service, simulation
 from tests.benchmarks._measure import Benchmark
 
 _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "pool": pool.BENCHMARK,
     "call": call.BENCHMARK,
-    "bucket": bucket.BENCHMARK,
+    "queue": queue.BENCHMARK,
     "cache": cache.BENCHMARK,
     "service": service.BENCHMARK,
     "outage": outage.BENCHMARK,

@@ -59,6 +59,7 @@ class World:
     seconds: float = 1500.0
     failed: int = 0
     terms: dict[str, Any] = attrs.field(factory=dict)
+    pace: float | None = 100.0
 
     def play(self, seed: int) -> tuple[float, float, int, int]:
         """Once: first, last, refusals, and good keys that failed."""
@@ -70,7 +71,7 @@ class World:
             pool = list(self.pool)
             if self.shuffled:
                 random.Random(5 + seed).shuffle(pool)
-            client = Client(server, Terms(**self.terms), seed)
+            client = Client(server, Terms(**self.terms), seed, self.pace)
             jobs = await client.check(pool, seconds=self.seconds)
             mine = [job for job in jobs if self.good(job.key)]
             return (*spans(mine), server.refused, sum(not job.good for job in mine))
@@ -136,7 +137,7 @@ WORLDS: dict[str, World] = {
     "all together, 300": World(first=0.0, last=3.0, refusals=0, pool=keys(300)),
     "all together, 600": World(first=0.0, last=63.3, refusals=0, pool=keys(600)),
     "all together, 3,000": World(first=0.0, last=545.8, refusals=0, pool=keys(3000)),
-    "all together, no pace": World(first=0.0, last=181.0, refusals=0, pool=keys(1000), terms={"pace": None}),
+    "all together, no pace": World(first=0.0, last=181.0, refusals=0, pool=keys(1000), pace=None),
     "a limit of 60, together": World(
         first=0.0, last=242.9, refusals=0, pool=keys(300), count=lambda scope: Sliding(60), terms={"requests": 60}
     ),
@@ -151,7 +152,7 @@ WORLDS: dict[str, World] = {
     "by account, a limit of 60": World(
         first=0.0, last=11.0, refusals=0, pool=keys(1000), scope=by_key, count=lambda scope: Sliding(60), terms={"requests": 60}
     ),
-    "by account, no pace": World(first=0.0, last=2.4, refusals=0, pool=keys(3000), scope=by_key, terms={"pace": None}),
+    "by account, no pace": World(first=0.0, last=2.4, refusals=0, pool=keys(3000), scope=by_key, pace=None),
     "600 apart and 400 of one account that nobody declared": World(
         first=0.0,
         last=65.4,

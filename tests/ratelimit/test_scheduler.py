@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
 from crustcredits._ratelimit.token_bucket import TokenBucket
@@ -34,6 +34,7 @@ from tests.ratelimit.worlds import (
     spans,
     together,
 )
+from tests.ratelimit.worlds import scheduler as scheduler_of
 from tests.virtual import now, run
 
 OK = Answer(status=200)
@@ -56,7 +57,7 @@ def started(scheduler: Scheduler, at: float) -> list[Request]:
 
 def test_flows_take_turns_and_accounts_within_them() -> None:
     """Of an account the first call comes first; background flows come last."""
-    queue, one, two, back = FairQueue(), Flow(), Flow(single=True), Flow(background=True)
+    queue, one, two, back = FairQueue(), Flow(), Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
     order = [("r1", back, "r1"), ("a1", one, "a"), ("a2", one, "a"), ("b1", one, "b"), ("s1", two, "s1"), ("s2", two, "s2")]
     for name, flow, account in order:
         queue.push(call(name, flow, account))
@@ -67,7 +68,7 @@ def test_flows_take_turns_and_accounts_within_them() -> None:
 
 def test_a_draw_takes_calls_that_were_never_asked_and_leaves_single_calls_their_turns() -> None:
     """Each once; those that have left are passed over."""
-    queue, flow, singles, draw = FairQueue(), Flow(), Flow(single=True), random.Random(1)
+    queue, flow, singles, draw = FairQueue(), Flow(), Flow(Kind.SINGLE), random.Random(1)
     calls = [call(str(number), flow, "one") for number in range(20)]
     calls[0].was_asked = True
     for each in calls:
@@ -99,16 +100,16 @@ def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
     bucket = TokenBucket(2)
     bucket.take(0.0)
     mark = bucket.take(1.0)
-    assert (bucket.free(5.0), bucket.is_whole) == (0, False)
+    assert (bucket.room(5.0, 0), bucket.is_whole) == (0, False)
     bucket.return_at(70.0)
-    assert (bucket.free(69.9), bucket.nth_return(1), bucket.nth_return(2)) == (0, 70.0, None)
+    assert (bucket.room(69.9, 0), bucket.room_at(69.9, 0), bucket.room_at(69.9, 1)) == (0, 70.0, None)
     assert bucket.own(mark) == 2
     bucket.put_back()
     assert bucket.own(mark) == 1
-    assert bucket.free(70.0) == 2
+    assert bucket.room(70.0, 0) == 2
     assert bucket.is_whole
     bucket.limit = 0
-    assert bucket.free(71.0) == 0
+    assert bucket.room(71.0, 0) == 0
 
 
 @pytest.mark.virtual
@@ -137,7 +138,7 @@ async def test_the_pace_is_cut_and_comes_back() -> None:
 @pytest.mark.virtual
 async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     """Wherever it waits: for its turn, for its account, or called by a common token."""
-    scheduler, flow = Scheduler(Terms(requests=1, pace=None, scope="client"), 1), Flow()
+    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
     calls = [call(name, flow) for name in "abcd"]
     for each in calls:
         scheduler.put(each)
@@ -146,7 +147,7 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     scheduler.remove(calls[1], 1.0)
     scheduler.ended(first, OK, 1.0)
     assert scheduler.grant(1.0) == pytest.approx(61.3)
-    assert calls[2].called is False
+    assert not calls[2].called
     (second,) = started(scheduler, 61.4)
     assert second.call is calls[2]
     # The next token calls the last call; before it starts it is given up, and the token is free for another.
@@ -161,7 +162,7 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
 @pytest.mark.virtual
 async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down() -> None:
     """The call that it has called waits for its account, and blocks nobody behind it."""
-    scheduler, flow = Scheduler(Terms(requests=2, pace=None, scope="client"), 1), Flow()
+    scheduler, flow = scheduler_of(Terms(requests=2, scope="client"), pace=None), Flow()
     for name, account in (("a1", "A"), ("b1", "B"), ("a2", "A")):
         scheduler.put(call(name, flow, account))
     first, second = started(scheduler, 0.0)
@@ -183,18 +184,120 @@ async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down()
 @pytest.mark.virtual
 async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
     """Eight times as many as count."""
-    scheduler, flow = Scheduler(Terms(requests=1000, pace=None, slots=2, scope="account"), 1), Flow()
+    scheduler, flow = scheduler_of(Terms(requests=1000, scope="account"), pace=None, slots=2), Flow()
     for number in range(30):
         scheduler.put(call(str(number), flow))
     hanging: list[Request] = []
-    while requests := started(scheduler, 0.0):
-        for request in requests:
-            scheduler.hangs(request)
-        hanging += requests
+    for turn in range(20):
+        hanging += started(scheduler, turn / 2)
     assert len(hanging) == 2 + 2 * 8
     for request in hanging:
         scheduler.ended(request, Answer(status=None), 10.0)
     assert len(started(scheduler, 10.0)) == 2
+
+
+@pytest.mark.virtual
+async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_next() -> None:
+    """Whoever asked knows why, and may put it again."""
+    barred: set[str] = set()
+    flow = Flow()
+    scheduler = scheduler_of(Terms(requests=1, scope="client"), pace=None, is_barred=lambda call, at: call.key in barred)
+    for name in "abcd":
+        scheduler.put(call(name, flow))
+    (first,) = started(scheduler, 0.0)
+    scheduler.ended(first, OK, 1.0)
+    barred |= {"b", "c"}
+    handed_out = scheduler.grant(61.4)
+    assert isinstance(handed_out, Call)
+    assert handed_out.key == "b"
+    assert isinstance(scheduler.grant(61.4), Call)
+    (second,) = started(scheduler, 61.4)
+    assert second.call.key == "d"
+    barred.clear()
+    scheduler.ended(second, Answer(status=None, unsent=True), 62.0)
+    scheduler.put(handed_out)
+    assert [request.call for request in started(scheduler, 62.0)] == [handed_out]
+
+
+@pytest.mark.virtual
+async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
+    """Wherever it waits; and one that waits nowhere only changes its flow."""
+    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
+    refreshes, singles = Flow(Kind.BACKGROUND), Flow(Kind.SINGLE)
+    refresh, other = call("r", refreshes), call("o", flow)
+    scheduler.put(call("first", flow))
+    (first,) = started(scheduler, 0.0)
+    scheduler.put(other)
+    scheduler.put(refresh)
+    assert started(scheduler, 0.5) == []
+    assert scheduler.quota(None, 0.5).refreshing == 1
+    scheduler.move(refresh, singles, 0.5)
+    assert started(scheduler, 0.5) == []
+    assert scheduler.quota(None, 0.5).refreshing == 0
+    scheduler.move(first.call, singles, 0.5)
+    scheduler.ended(first, OK, 1.0)
+    assert [request.call for request in started(scheduler, 61.4)] == [refresh]
+
+
+@pytest.mark.virtual
+async def test_what_is_certain_of_the_next_start() -> None:
+    """A cooldown, and a token that returns; while a request is on the wire nothing is, because its token may return at once."""
+    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
+    one, two = call("one", flow), call("two", flow)
+    scheduler.put(one)
+    assert scheduler.earliest(one, 0.0) == 0.0
+    (first,) = started(scheduler, 0.0)
+    scheduler.put(two)
+    assert scheduler.earliest(two, 0.5) == 0.5
+    scheduler.ended(first, OK, 1.0)
+    assert scheduler.earliest(two, 1.0) == pytest.approx(61.3)
+    scheduler.put(one)
+    (second,) = started(scheduler, 61.4)
+    assert second.call is two
+    scheduler.ended(second, Answer(status=429, wait=200.0), 61.5)
+    scheduler.put(two)
+    assert scheduler.earliest(two, 61.5) == 261.5
+    assert scheduler.earliest(one, 61.5) == 61.5
+
+
+@pytest.mark.virtual
+async def test_calls_of_a_bucket_whose_count_is_out_of_reach_are_given_up() -> None:
+    """All that wait there, and no others."""
+    scheduler, flow = scheduler_of(Terms(requests=1, scope="auto"), pace=None), Flow()
+    for name, account in (("a1", "A"), ("a2", "A"), ("b1", "B")):
+        scheduler.put(call(name, flow, account))
+    assert len(started(scheduler, 0.0)) == 1
+    assert [each.key for each in scheduler.give_up("A", 0.0)] == ["a2"]
+    assert [each.key for each in scheduler.give_up(None, 0.0)] == ["b1"]
+    assert scheduler.give_up("unknown", 0.0) == []
+    assert scheduler.quota(None, 0.0).waiting == 0
+
+
+@pytest.mark.virtual
+async def test_a_quota_of_an_account_tells_of_its_own_cooldown() -> None:
+    """And of what waits for it; an account that nobody has asked about has all its tokens."""
+    scheduler, flow = scheduler_of(Terms(requests=5, scope="account"), pace=None), Flow()
+    first_call, second_call = call("a1", flow, "A"), call("a2", flow, "A")
+    scheduler.put(first_call)
+    (first,) = started(scheduler, 0.0)
+    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
+    scheduler.put(second_call)
+    quota = scheduler.quota("A", 1.0)
+    assert (quota.free, quota.waiting, quota.paused) == (5, 1, 30.0)
+    assert (scheduler.quota("B", 1.0).free, scheduler.quota("B", 1.0).paused) == (5, None)
+
+
+def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
+    """A flow whose calls have all left is no such one."""
+    queue, flow = FairQueue(), Flow()
+    left = call("left", flow)
+    queue.push(left)
+    seen = [queue.has_foreground]
+    queue.remove(left)
+    queue.push(call("r", Flow(Kind.BACKGROUND)))
+    seen.append(queue.has_foreground)
+    assert seen == [True, False]
+    assert queue.pop().key == "r"
 
 
 @pytest.mark.virtual
@@ -228,7 +331,7 @@ async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -
 async def test_refreshes_give_way() -> None:
     """A check that comes after them is not behind them."""
     client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
-    client.put(keys(2000, "r"), Flow(background=True))
+    client.put(keys(2000, "r"), Flow(Kind.BACKGROUND))
     await asyncio.sleep(1)
     jobs = await client.check(keys(200), seconds=30)
     assert spans(jobs)[1] < 2.3
@@ -288,21 +391,21 @@ def world(seed: int) -> dict[str, Any]:
             return 429, draw.choice([{"wait": 1}, {}, {"limit": limit, "remaining": 0, "wait": 2}])
         return None
 
+    pace = draw.choice([None, 5.0, 100.0, 1000.0])
     terms = Terms(
         requests=limit,
-        pace=draw.choice([None, 5.0, 100.0, 1000.0]),
         reserve=draw.choice([0.0, 0.0, 0.1, 0.3]),
         scope=draw.choice(["auto", "client"]) if kind != "apart" else "auto",
     )
     seconds = draw.choice([(0.0, 0.0), (0.0, 0.02), (0.05, 0.3), (0.0, 3.0), (0.0, 9.0)])
     headers = draw.choice([full, full, only_reset, no_headers])
     flows = draw.choice([1, 3])
-    kinds = [draw.choice([Flow(), Flow(single=True), Flow(background=True)]) for _ in range(flows)]
+    kinds = [draw.choice([Flow(), Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)]) for _ in range(flows)]
     starts = sorted(draw.uniform(0, 90) for _ in range(flows))
 
     async def play() -> dict[str, Any]:
         server = Server(lambda scope: Sliding(limit, lag=lag), scope, seconds, headers, special if trouble else None, seed)
-        client = Client(server, terms, seed)
+        client = Client(server, terms, seed, pace)
         jobs: list[Job] = []
         for part, (flow, start) in enumerate(zip(kinds, starts, strict=True)):
             await asyncio.sleep(start - now())

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import attrs
 
-from crustcredits._ratelimit.fair_queue import Call, Flow
+from crustcredits._ratelimit.connection_slots import ConnectionSlots
+from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
 from tests.virtual import now
 
@@ -171,15 +173,21 @@ class Job:
         return self.done - self.began
 
 
+def scheduler(terms: Terms, pace: float | None = 100.0, slots: int = 32, seed: int = 1, **options: Any) -> Scheduler:
+    """One endpoint alone."""
+    least = terms.requests / terms.window
+    return Scheduler(terms, pace=Pace(pace, least), slots=ConnectionSlots(slots), seed=seed, **options)
+
+
 class Client:
     """A scheduler at work: it sends what is granted, and tries again what was refused or failed."""
 
-    def __init__(self, server: Server, terms: Terms, seed: int = 7) -> None:
+    def __init__(self, server: Server, terms: Terms, seed: int = 7, pace: float | None = 100.0) -> None:
         self.server, self.terms = server, terms
-        self.scheduler = Scheduler(terms, seed)
+        self.scheduler = scheduler(terms, pace, seed=seed)
         self.random = random.Random(seed)
         self.jobs: dict[Call, Job] = {}
-        self.singles = Flow(single=True)
+        self.singles = Flow(Kind.SINGLE)
         self.open = 0
         self.sent = 0
         self.on_wire = 0
@@ -216,6 +224,7 @@ class Client:
             self._timer = None
         while isinstance(granted := self.scheduler.grant(now()), Request):
             self._send(granted)
+        assert not isinstance(granted, Call), "none is barred"
         if granted is not None:
             self._timer = loop.call_at(max(granted, now()), self.pump)
 
@@ -229,21 +238,14 @@ class Client:
         self.most_on_wire = max(self.most_on_wire, self.on_wire)
         whole = server.random.uniform(*server.seconds)
         travel = server.random.uniform(0, whole)
-        hangs = loop.call_later(0.4, self._hangs, request) if whole > 0.4 or server.special else None
-        loop.call_later(travel, self._arrive, request, job, request.started + whole, hangs)
+        loop.call_later(travel, self._arrive, request, job, request.started + whole)
 
-    def _arrive(self, request: Request, job: Job, back: float, hangs: asyncio.TimerHandle | None) -> None:
+    def _arrive(self, request: Request, job: Job, back: float) -> None:
         status, said = self.server.arrive(job.key)
         when = request.started + self.terms.late if status is None else back
-        asyncio.get_running_loop().call_at(when, self._answer, request, job, status, said, hangs)
+        asyncio.get_running_loop().call_at(when, self._answer, request, job, status, said)
 
-    def _hangs(self, request: Request) -> None:
-        self.scheduler.hangs(request)
-        self.pump()
-
-    def _answer(self, request: Request, job: Job, status: int | None, said: Headers, hangs: asyncio.TimerHandle | None) -> None:
-        if hangs is not None:
-            hangs.cancel()
+    def _answer(self, request: Request, job: Job, status: int | None, said: Headers) -> None:
         self.on_wire -= 1
         wait = said.get("wait") if status in {429, 503} else None
         limit, remaining = said.get("limit"), said.get("remaining")

@@ -39,7 +39,6 @@ from crustcredits import (
     Seconds,
     Source,
     State,
-    TokenStore,
     UnusableKey,
     keys_from_env,
     keys_from_file,
@@ -111,10 +110,10 @@ async def made(session: aiohttp.ClientSession) -> None:
         takes_a_report(details)
     await CreditsClient(base_url="http://localhost:8080").close()
     await CreditsClient(rate_limit=RateLimit(follow="both"), buckets=RedisBuckets("redis://localhost", share=1 / 4)).close()
-    store: TokenStore = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
+    store = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
     async with CreditsClient(buckets=store) as client:
         quota = client.quota()
-        assert_type((quota.debt, quota.paused, quota.probing), tuple[int, float | None, bool])
+        assert_type((quota.limit, quota.paused, quota.probing), tuple[int, float | None, bool])
     keys_from_text("a=b")
 
 

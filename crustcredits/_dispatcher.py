@@ -1,0 +1,440 @@
+"""`Dispatcher`: sends what the schedulers grant, tries again what may pass, and asks them again when something has changed.
+
+A call that waits has no task, token or timer of its own. One function starts everything: it runs when a call comes, when a request
+ends, and from one timer. Errors are values here: a pool has as many as it has bad keys, and what is never raised needs
+no traceback. It must not know who waits, for how long, or what is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import itertools
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from crustcredits._circuit_breaker import CircuitBreaker
+from crustcredits._circuit_breaker import Sent as Watched
+from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError
+from crustcredits._keys import ApiKey
+from crustcredits._models import Balance
+from crustcredits._ratelimit.connection_slots import ConnectionSlots
+from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
+from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
+from crustcredits._retry import Retry, asked_wait
+from crustcredits._transport import Failure, Fate, Transport
+from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
+
+if TYPE_CHECKING:
+    from crustcredits._ratelimit.config import RateLimit
+    from crustcredits._ratelimit.quota import Quota
+
+_log = logging.getLogger("crustcredits")
+
+# Seconds for which a call waits where a gateway has answered for long; so a source without end is not read in vain at full speed.
+_REFUSED_AFTER = 1.0
+
+
+class Question(Call, ABC):
+    """One call on its way to an answer. Times are the running loop's.
+
+    Attributes:
+        path: The endpoint.
+        api_key: The key that is asked about.
+        wanted: Whether somebody awaits the answer. Otherwise it only refreshes what is known, and is not tried again.
+        attempts: Requests put on the wire for it, the one under way included.
+        last: Why the attempt before failed, or None.
+        failing_since: When its first attempt failed, or None.
+        task: The request on the wire, or None.
+        entered: When it began.
+        resumes: When it is put into the queue again, while it waits for a retry or for a probe; None otherwise.
+    """
+
+    __slots__ = (
+        "api_key",
+        "attempts",
+        "barred_since",
+        "context",
+        "entered",
+        "failing_since",
+        "last",
+        "path",
+        "resumes",
+        "task",
+        "ticket",
+        "wanted",
+    )
+
+    def __init__(self, path: str, key: ApiKey, account: Hashable, flow: Flow, context: contextvars.Context) -> None:
+        super().__init__(key.digest, account, flow)
+        self.path = path
+        self.api_key = key
+        self.wanted = flow.kind is not Kind.BACKGROUND
+        self.attempts = 0
+        self.last: CrustCreditsError | None = None
+        self.failing_since: float | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.entered = 0.0
+        self.resumes: float | None = None
+        self.barred_since: float | None = None
+        self.context = context
+        self.ticket = 0  # of its place among those that are put again later
+
+    @abstractmethod
+    def patience(self, now: float) -> float:
+        """Seconds for which somebody still waits for it, at the most."""
+
+    @abstractmethod
+    def can_fall_back(self) -> bool:
+        """Whether all who wait for it have an older answer that may stand in."""
+
+    @abstractmethod
+    def on_wait(self) -> None:
+        """It has just begun to wait for something other than its turn."""
+
+    @abstractmethod
+    def on_end(self, result: Balance | CrustCreditsError) -> None:
+        """It has ended so."""
+
+    @abstractmethod
+    def on_broken_off(self, error: BaseException | None) -> None:
+        """Its request was cancelled from outside, or has failed as it never should."""
+
+
+class Dispatcher:
+    """Asks the API about keys, within one rate limit, over both endpoints.
+
+    Attributes:
+        transport: What sends requests.
+        singles: The flow of all single calls.
+        refreshes: The flow of calls that nobody awaits.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        rate_limit: RateLimit,
+        store: TokenStore | None,
+        concurrency: int,
+        request_timeout: float,
+        retry: Retry,
+    ) -> None:
+        self.transport = transport
+        self.singles, self.refreshes = Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
+        self._scope = rate_limit.scope
+        self._period = rate_limit.period
+        self._request_timeout = request_timeout
+        self._retry = retry
+        self._store = store
+        terms = Terms(
+            requests=rate_limit.requests,
+            period=rate_limit.period * (1 + rate_limit.margin),
+            window=rate_limit.period * (1 - rate_limit.margin),
+            late=request_timeout,
+            scope="account" if rate_limit.scope == "key" else rate_limit.scope,
+            reserve=rate_limit.reserve,
+            follows_higher=rate_limit.follow == "both",
+        )
+        if store is not None:
+            store.open(period=terms.period, late=request_timeout, pace=rate_limit.pace)
+        self._breakers = {path: CircuitBreaker(path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        pace, slots = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period), ConnectionSlots[Request](concurrency)
+        self._schedulers = {
+            path: Scheduler(
+                terms,
+                pace=pace,
+                slots=slots,
+                make_bucket=partial(self._make_bucket, path),
+                is_barred=partial(self._is_barred, path),
+            )
+            for path in self._breakers
+        }
+        self._barred: dict[str, dict[Question, None]] = {path: {} for path in self._breakers}  # they wait for a probe to end
+        self._later: list[tuple[float, int, Question]] = []  # when they are put into the queue again
+        self._tickets = itertools.count(1)
+        self._timer: asyncio.Handle | None = None
+        self._due: float | None = None  # when it runs; uvloop's handles do not tell
+        self._admitting = False
+
+    # --- calls
+
+    def enter(self, question: Question) -> None:
+        """A call begins."""
+        question.entered = _now()
+        self._ask(question, question.entered)
+        self._admit()
+
+    def leave(self, question: Question) -> None:
+        """A call is given up before its request is on the wire."""
+        self._schedulers[question.path].remove(question, _now())
+        self._barred[question.path].pop(question, None)
+        question.ticket, question.resumes = 0, None
+        self._admit()
+
+    def move(self, question: Question, flow: Flow) -> None:
+        """Somebody of a better kind awaits a call."""
+        question.wanted = True
+        self._schedulers[question.path].move(question, flow, _now())
+        self._admit()
+
+    def account_of(self, key: ApiKey) -> Hashable:
+        """What tells accounts apart: the declared account, else the key itself."""
+        return key.digest if key.account is None or self._scope == "key" else key.account
+
+    async def close(self) -> None:
+        """Close the session, if it is ours. All calls have ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.transport.close()
+
+    # --- what can be told
+
+    def earliest(self, question: Question, now: float) -> float:
+        """Certainly no request for this call starts before then."""
+        if question.task is not None:
+            return now
+        if question.resumes is not None:
+            return max(now, question.resumes)
+        if question in self._barred[question.path]:
+            return now
+        return self._schedulers[question.path].earliest(question, now)
+
+    def quota(self, path: str, key: ApiKey | None) -> Quota:
+        """What the rate limit still allows on `path`.
+
+        Raises:
+            ConfigurationError: Each key or account has a bucket of its own and no key was named.
+        """
+        if key is None and self._scope in {"account", "key"}:
+            raise ConfigurationError(f"with scope {self._scope!r} each has a quota of its own; name the key: quota(key=…)")
+        account = None if key is None or self._scope == "client" else self.account_of(key)
+        return self._schedulers[path].quota(account, _now())
+
+    def refusal(self, path: str) -> GatewayError | None:
+        """Why no key may be asked on `path` now, because a gateway answers there; or None."""
+        return self._breakers[path].refusal(_now())
+
+    # --- the circuit breaker
+
+    def _is_barred(self, path: str, call: Call, now: float) -> bool:
+        breaker = self._breakers[path]
+        return breaker.is_open and breaker.refusal(now, call.key) is not None
+
+    def _ask(self, question: Question, now: float) -> None:
+        """Put a call into the queue, unless a gateway answers in the API's place."""
+        question.ticket, question.resumes = 0, None
+        breaker = self._breakers[question.path]
+        refusal = breaker.refusal(now, question.key) if breaker.is_open else None
+        if refusal is None:
+            question.barred_since = None
+            if not question.attempts:
+                question.last = None
+            self._schedulers[question.path].put(question)
+        else:
+            self._bar(question, refusal, now)
+
+    def _bar(self, question: Question, refusal: GatewayError, now: float) -> None:
+        """Let a call wait while the circuit breaker is open; or end it, with its own last error if it has one.
+
+        A probe on the wire is waited for, and in the first seconds so is the next one: as many of them as a call has attempts.
+        """
+        breaker = self._breakers[question.path]
+        error = question.last if question.last is not None and question.attempts else refusal.under(question.api_key.label)
+        if not question.wanted or question.can_fall_back():
+            question.on_end(error)
+            return
+        if question.barred_since is None:
+            question.barred_since = now
+        until: float | None = None
+        if not breaker.is_probing:
+            until = breaker.next_probe(question.key)
+            if breaker.failed_probes >= self._retry.attempts:
+                until = min(until, question.barred_since + _REFUSED_AFTER)
+                if now >= until:
+                    question.on_end(error)
+                    return
+        question.last = error
+        self._barred[question.path][question] = None
+        if until is None:
+            question.on_wait()
+        else:
+            self._resume_at(question, until)
+
+    def _on_probed(self, path: str, now: float) -> None:
+        """A probe has ended: those who wait for it are looked at again."""
+        waiting, self._barred[path] = self._barred[path], {}
+        for question in waiting:
+            self._ask(question, now)
+
+    # --- those that are put again later
+
+    def _resume_at(self, question: Question, when: float) -> None:
+        question.resumes, question.ticket = when, next(self._tickets)
+        heapq.heappush(self._later, (when, question.ticket, question))
+        question.on_wait()
+
+    def _resume(self, now: float) -> None:
+        while self._later:
+            when, ticket, question = self._later[0]
+            waits = ticket == question.ticket  # or it was given up, or put again before
+            if waits and when > now:
+                return
+            heapq.heappop(self._later)
+            if waits:
+                self._barred[question.path].pop(question, None)
+                self._ask(question, now)
+
+    # --- starting
+
+    def _admit(self) -> None:
+        """Send all that may go now, and set the timer for what comes next."""
+        if self._admitting:
+            return
+        self._admitting = True
+        try:
+            now, moment = _now(), math.inf
+            going = True
+            while going:
+                if self._later:
+                    self._resume(now)
+                going, moment = False, self._later[0][0] if self._later else math.inf
+                for scheduler in self._schedulers.values():
+                    if scheduler.is_idle:
+                        continue
+                    granted = scheduler.grant(now)
+                    if isinstance(granted, Request):
+                        self._send(granted, now)
+                        going = True
+                    elif isinstance(granted, Question):
+                        self._ask(granted, now)
+                        going = True
+                    elif granted is not None:
+                        moment = min(moment, cast("float", granted))
+            self._set_timer(moment, now)
+        finally:
+            self._admitting = False
+
+    def _set_timer(self, moment: float, now: float) -> None:
+        if self._due is not None and self._due <= moment < math.inf:
+            return  # it comes a little early, and is set again then
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._due = None
+        if moment < math.inf:
+            self._due = max(moment, now)
+            self._timer = asyncio.get_running_loop().call_at(self._due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = self._due = None
+        self._admit()
+
+    def _send(self, request: Request, now: float) -> None:
+        question = cast("Question", request.call)
+        watched = self._breakers[question.path].start(now, question.key)
+        question.attempts += 1
+        _log.debug("%s: its turn came after %.3f s", question.api_key.label, now - question.entered)
+        # Not by the loop's task factory, which might run its first step at once.
+        attempt = self._attempt(question, request, watched)
+        question.task = asyncio.Task(attempt, loop=asyncio.get_running_loop(), context=question.context)
+        question.task.add_done_callback(partial(self._on_done, question, request, watched))
+
+    async def _attempt(self, question: Question, request: Request, watched: Watched) -> None:
+        sent = await self.transport.attempt(question.path, question.api_key, self._request_timeout)
+        now = _now()
+        result, answer = self._read(question, watched, sent, now)
+        self._ended(question, request, watched, answer, now)
+        self._go_on(question, result, now)
+        self._admit()
+
+    # --- ending
+
+    def _on_done(self, question: Question, request: Request, watched: Watched, task: asyncio.Task[None]) -> None:
+        """Nobody may be left waiting for a request that was cancelled from outside, or has failed as it never should."""
+        error = None if task.cancelled() else task.exception()
+        if question.task is task:
+            self._ended(question, request, watched, Answer(status=None), _now())
+        elif error is None:
+            return
+        question.on_broken_off(error)
+        self._admit()
+
+    def _ended(self, question: Question, request: Request, watched: Watched, answer: Answer, now: float) -> None:
+        question.task = None
+        self._breakers[question.path].end(watched, now)
+        self._schedulers[question.path].ended(request, answer, now)
+        if watched.is_probe:
+            self._on_probed(question.path, now)
+
+    def _read(
+        self, question: Question, watched: Watched, sent: Response | Failure, now: float
+    ) -> tuple[Balance | CrustCreditsError, Answer]:
+        """What a request has brought, for those who wait and for the scheduler. The circuit breaker hears of it."""
+        if isinstance(sent, Failure):
+            # Where only the headers have come, the server has counted it, and has neither served nor refused it.
+            status = 500 if sent.fate is Fate.ANSWERED else None
+            return sent.error, Answer(status=status, unsent=sent.fate is Fate.UNSENT)
+        result = read_response(question.path, question.api_key, sent, now=datetime.now(UTC), period=self._period)
+        own = isinstance(result, Balance) or is_apis_own(sent)
+        if isinstance(result, GatewayError):
+            self._breakers[question.path].gateway_answered(watched, result, now)
+        elif own:
+            self._breakers[question.path].api_answered()
+        said = result.rate_limit
+        return result, Answer(
+            status=sent.status,
+            is_html=not own and not is_json_object(sent),
+            limit=None if said is None else said.limit,
+            remaining=None if said is None else said.remaining,
+            wait=None if isinstance(result, Balance) else asked_wait(result),
+        )
+
+    def _go_on(self, question: Question, result: Balance | CrustCreditsError, now: float) -> None:
+        """End a call, or try it again later. What nobody wants any more is not tried again."""
+        if isinstance(result, Balance) or not question.wanted:
+            question.on_end(result)
+            return
+        if question.failing_since is None:
+            question.failing_since = now
+        elapsed, patience = now - question.failing_since, question.patience(now)
+        delay = self._retry.delay(result, question.attempts, spared=question.spared, elapsed=elapsed, patience=patience)
+        if delay is None:
+            question.on_end(result)
+            return
+        attempts = question.attempts - question.spared
+        _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
+        question.last = result
+        self._resume_at(question, now + delay)
+
+    # --- tokens
+
+    def _make_bucket(self, path: str, whose: Hashable | None, limit: int, wake: Callable[[], None]) -> Bucket:
+        if self._store is None or (whose is not None and self._scope == "client"):
+            return TokenBucket(limit)
+
+        def came() -> None:
+            wake()
+            self._admit()
+
+        tokens = self._store.tokens(path, cast("str | bytes | None", whose), limit)
+        return LeasedTokens(tokens, came, partial(self._on_outage, path, whose))
+
+    def _on_outage(self, path: str, whose: Hashable | None) -> None:
+        """No token of this bucket can be had: calls that wait for one are told."""
+        said = "the count that the processes share is out of reach, as the log says; nothing was sent"
+        for call in self._schedulers[path].give_up(whose, _now()):
+            question = cast("Question", call)
+            question.on_end(BucketsUnavailableError(said, key_name=question.api_key.label))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

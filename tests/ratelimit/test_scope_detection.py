@@ -1,0 +1,82 @@
+"""What proves that an account is counted apart: the witnesses, against a naive account of them."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import attrs
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from crustcredits._ratelimit.scope_detection import ScopeDetection
+from crustcredits._ratelimit.witnesses import LAG, Witnesses
+
+LATE = 10.0
+
+
+@attrs.frozen
+class Naive:
+    """All requests ever answered, by start and end."""
+
+    requests: list[tuple[float, float]] = attrs.field(factory=list)
+
+    def standing(self, started: float, now: float, period: float) -> int:
+        """As the rule says it: those that have been settled, less all that may have aged."""
+        settled = sum(ended <= started - LAG for _, ended in self.requests)
+        return settled - sum(start < now - period for start, _ in self.requests)
+
+    def counted(self, started: float, now: float, period: float) -> int:
+        """What the server must have in its count if all count together."""
+        return sum(ended <= started - LAG and start >= now - period for start, ended in self.requests)
+
+
+ANSWERS = st.lists(st.tuples(st.sampled_from([0, 0, 0, 1, 2, 5, 20, 80]), st.integers(0, 10)), max_size=60)
+
+
+@given(answers=ANSWERS, chunk=st.integers(1, 4))
+@example(answers=[(0, 0)] * 3 + [(75, 2)] * 3, chunk=1)
+def test_what_is_forgotten_of_the_witnesses_changes_no_answer(answers: list[tuple[int, int]], chunk: int) -> None:
+    """And no more stand in a count than the server must have."""
+    period, end = 60.0, 0.0
+    witnesses, naive = Witnesses(period, LATE), Naive()
+    with patch("crustcredits._ratelimit.witnesses._CHUNK", chunk):
+        for wait, took in answers:
+            end += wait
+            start = end - took
+            standing = witnesses.standing(start, end)
+            assert standing == naive.standing(start, end, period) <= naive.counted(start, end, period)
+            witnesses.add(start, end)
+            naive.requests.append((start, end))
+
+
+def test_witnesses_of_the_last_periods_only_are_kept() -> None:
+    """However long it goes on, and after a burst too."""
+    witnesses = Witnesses(60.0, LATE)
+    for _ in range(10_000):
+        witnesses.add(0.0, 0.01)
+    kept = []
+    for second in range(100, 2000):
+        for tenth in range(10):
+            witnesses.add(second + tenth / 10, second + tenth / 10 + 0.05)
+        kept.append(len(witnesses._ends))
+    assert max(kept[100:]) <= 10 * (60 + 10 + 2) + 512 + 1
+    assert len(witnesses._starts) == len(witnesses._ends)
+
+
+def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: float = 5.0) -> bool:
+    """Whether an answer proves its account, where so many requests of others had ended at a time."""
+    scope = ScopeDetection(60.0, LATE, proves=True)
+    for _ in range(others):
+        scope.served(0.0, ended)
+    return scope.told(used, own, 0, started, started + 0.1)[0]
+
+
+def test_ten_requests_that_are_missing_from_a_count_prove_its_account() -> None:
+    """Neither nine, nor such as may not be counted yet, nor where others may be in the count, nor what may have aged out."""
+    assert prove(1, 1)
+    assert not prove(1, 1, others=9)
+    assert not prove(1, 2)
+    assert not prove(2, 1)
+    assert prove(2, 2, others=11)
+    assert not prove(1, 1, ended=4.0)
+    assert not prove(1, 1, started=60.0)
