@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import heapq
+import itertools
 import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import attrs
 
@@ -27,7 +29,20 @@ from crustcredits._ratelimit.fair_queue import Flow
 
 _log = logging.getLogger("crustcredits")
 
-Seat: TypeAlias = "asyncio.Future[Outcome[Any]]"
+Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
+
+
+# So many who wait until a deadline are kept in any case before it is looked who of them waits no more.
+_FEW = 1_000
+
+
+class Seat(Protocol):
+    """Who waits for a call: a future, or a key of a fan-out."""
+
+    def done(self) -> bool: ...
+    def set_result(self, result: Outcome[Any], /) -> None: ...
+    def set_exception(self, exception: BaseException, /) -> None: ...
+    def cancel(self) -> object: ...
 
 
 class _Patience(NamedTuple):
@@ -74,6 +89,101 @@ class _Call(Question):
         self.calls.break_off(self, error)
 
 
+class _Landing:
+    """The seat of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it."""
+
+    __slots__ = ("_began", "_calls", "_freshness", "_key", "_land", "call")
+
+    def __init__(self, calls: Calls, key: ApiKey, freshness: Freshness, began: float, land: Land) -> None:
+        self.call: _Call | None = None
+        self._calls = calls
+        self._key = key
+        self._freshness = freshness
+        self._began = began
+        self._land: Land | None = land
+
+    def done(self) -> bool:
+        return self._land is None
+
+    def set_result(self, result: Outcome[Any], /) -> None:
+        if isinstance(result.error, ClientClosedError):
+            self._hand_on(copy.copy(result.error))
+        elif isinstance(result, Unknown) and self._freshness.if_error and self._land is not None:
+            # In the next turn, as a future would: an answer that comes in this very turn is kept by then.
+            asyncio.get_running_loop().call_soon(self._stand_in, result, self._land)
+            self._land = None
+        else:
+            self._hand_on(result if result.key is self._key else outcome_for(self._key, result))
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        self._hand_on(exception)
+
+    def cancel(self) -> None:
+        self._hand_on(asyncio.CancelledError())
+
+    def give_up(self) -> None:
+        if self._land is not None and self.call is not None:
+            self._land = None
+            self._calls.leave(self.call, self)
+
+    def _stand_in(self, result: Unknown, land: Land) -> None:
+        assert self.call is not None
+        land(self._calls.given(self.call, self._key, result, self._freshness, self._began))
+
+    def _hand_on(self, landed: Outcome[Any] | BaseException) -> None:
+        land, self._land = self._land, None
+        if land is not None:
+            land(landed)
+
+
+class _Deadlines:
+    """When the time of each who waits is over: one timer for all of them."""
+
+    def __init__(self, time_out: Callable[[_Call, Seat], None]) -> None:
+        self._time_out = time_out
+        self._heap: list[tuple[float, int, _Call, Seat]] = []
+        self._numbers = itertools.count()
+        self._timer: asyncio.Handle | None = None
+        self._due = math.inf  # when it runs; uvloop's handles do not tell
+        self._room = _FEW
+
+    def add(self, deadline: float, call: _Call, seat: Seat) -> None:
+        """One waits until then."""
+        if len(self._heap) >= self._room:
+            self._purge()
+        heapq.heappush(self._heap, (deadline, next(self._numbers), call, seat))
+        if deadline < self._due:
+            self._set_timer()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._heap.clear()
+        self._set_timer()
+
+    def _purge(self) -> None:
+        """Forget those whose wait is over; so that long deadlines keep no more than twice as many as wait."""
+        self._heap = [entry for entry in self._heap if not entry[3].done()]
+        heapq.heapify(self._heap)
+        self._room = max(_FEW, 2 * len(self._heap))
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._due = None, math.inf
+        if self._heap:
+            self._due = self._heap[0][0]
+            self._timer = asyncio.get_running_loop().call_at(self._due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        now = _now()
+        while self._heap and (self._heap[0][0] <= now or self._heap[0][3].done()):
+            _, _, call, seat = heapq.heappop(self._heap)
+            if not seat.done():
+                self._time_out(call, seat)
+        self._timer = None
+        self._set_timer()
+
+
 class Calls:
     """The calls under way, and the answers that are kept."""
 
@@ -83,6 +193,7 @@ class Calls:
         self._under_way: dict[Place, _Call] = {}
         self._outdated: set[_Call] = set()  # on the wire when their answers were declared invalid; joined by nobody
         self._dropped: set[asyncio.Task[Any]] = set()
+        self._deadlines = _Deadlines(self._time_out)
 
     def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
         """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
@@ -107,35 +218,49 @@ class Calls:
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
 
-    async def ask(
-        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None, flow: Flow | None = None
-    ) -> Outcome[Any]:
-        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why.
-
-        The call waits for its turn in `flow`, by default that of single calls.
-        """
+    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        seat: Seat = loop.create_future()
+        seat: asyncio.Future[Outcome[Any]] = loop.create_future()
         place = path, key.digest
         kept = self._answers.find(place) if freshness.if_error else None
         falls_back = kept is not None and kept.may_stand_in(freshness, began)
         patience = None if deadline is None else _Patience(began, deadline)
-        call = self._join(place, key, seat, patience, flow or self._dispatcher.singles, falls_back=falls_back)
-        timer = None if deadline is None else loop.call_at(deadline, self._time_out, call, seat)
+        call = self._join(place, key, seat, patience, self._dispatcher.singles, falls_back=falls_back)
         try:
             outcome = await seat
         except asyncio.CancelledError:
-            self._leave(call, seat)
+            self.leave(call, seat)
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
+        return self.given(call, key, outcome, freshness, began)
+
+    def begin(
+        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, *, deadline: float | None, flow: Flow, land: Land
+    ) -> Callable[[], None]:
+        """The same for a key of a fan-out, without a task: the outcome lands. Returns what gives it up.
+
+        The call waits for its turn in `flow`. What lands is an exception where the client was closed.
+        """
+        outcome = _failure(key, key.error) if isinstance(key, UnusableKey) else self.known(path, key, freshness)
+        if outcome is not None or isinstance(key, UnusableKey):
+            land(cast("Outcome[Any]", outcome))
+            return _nothing
+        began, place = _now(), (path, key.digest)
+        kept = self._answers.find(place) if freshness.if_error else None
+        falls_back = kept is not None and kept.may_stand_in(freshness, began)
+        seat = _Landing(self, key, freshness, began, land)
+        patience = None if deadline is None else _Patience(began, deadline)
+        self._join(place, key, seat, patience, flow, falls_back=falls_back)
+        return seat.give_up
+
+    def given(self, call: _Call, key: ApiKey, outcome: Outcome[Any], freshness: Freshness, began: float) -> Outcome[Any]:
+        """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
         if isinstance(outcome, Unknown) and freshness.if_error:
             kept = self._answers.find(call.place)
-            outcome = (kept and kept.instead_of(outcome, freshness, began, loop.time())) or outcome
+            outcome = (kept and kept.instead_of(outcome, freshness, began, _now())) or outcome
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     async def close(self) -> None:
@@ -143,6 +268,7 @@ class Calls:
         for call in [*self._under_way.values(), *self._outdated]:
             self._settle(call, _failure(call.api_key, closed_error()))
             self._end(call)
+        self._deadlines.close()
         await asyncio.gather(*self._dropped, return_exceptions=True)
 
     def invalidate(self, key: ApiKey | None) -> None:
@@ -172,8 +298,12 @@ class Calls:
             call, is_new = self._make(place, key, flow, contextvars.copy_context()), True
             call.first = seat
         call.seats[seat] = patience
+        if isinstance(seat, _Landing):
+            seat.call = call
         if not falls_back:
             call.in_need.add(seat)
+        if patience is not None:
+            self._deadlines.add(patience.deadline, call, seat)
         if is_new:
             self._begin(call)
         elif flow.kind < call.flow.kind or not call.wanted:
@@ -187,9 +317,10 @@ class Calls:
         if patience is None or seat.done():
             return
         seat.set_result(_failure(call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))))
-        self._leave(call, seat)
+        self.leave(call, seat)
 
-    def _leave(self, call: _Call, seat: Seat) -> None:
+    def leave(self, call: _Call, seat: Seat) -> None:
+        """One who waits for a call gives up."""
         call.seats.pop(seat, None)
         if call.seats or not self._is_under_way(call):
             return
@@ -283,6 +414,10 @@ class Calls:
                 seat.cancel()
             else:
                 seat.set_exception(error)
+
+
+def _nothing() -> None:
+    """There is nothing to give up."""
 
 
 def closed_error() -> ClientClosedError:

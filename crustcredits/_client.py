@@ -21,13 +21,12 @@ from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._dispatcher import Dispatcher
 from crustcredits._errors import ClientClosedError, ConfigurationError
-from crustcredits._fanout import Ask, FanOut, in_order, read_pool
+from crustcredits._fanout import Ask, FanOut, Key, Land, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
 from crustcredits._models import Account, Balance, Outcome
 from crustcredits._ratelimit.config import RateLimit
-from crustcredits._ratelimit.connection_slots import HANGING_SHARE
 from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
 from crustcredits._ratelimit.quota import Quota
@@ -38,6 +37,11 @@ from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, pr
 
 if TYPE_CHECKING:
     import aiohttp
+
+# Keys that a fan-out has in the queue at a time: of a source that may have no end, and of a pool, which enters as a whole but for
+# the largest, so that no account of it stands in front of the others.
+_STREAMED = 1_024
+_CHECKED = 65_536
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
@@ -156,7 +160,6 @@ class CreditsClient:
             retry=retry,
         )
         self._calls = Calls(self._dispatcher, Answers(max_entries, retry, self._dispatcher.refusal))
-        self._room = concurrency * (1 + HANGING_SHARE)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._fan_outs: set[FanOut] = set()
@@ -377,10 +380,11 @@ class CreditsClient:
         self,
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
+        room: int,
         deadline: float | None = None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
-        run = FanOut(ask, room=self._room, deadline=deadline)
+        run = FanOut(ask, room=room, deadline=deadline)
         self._fan_outs.add(run)
         try:
             async with aclosing(run.outcomes(source)) as outcomes:
@@ -442,8 +446,9 @@ class CreditsClient:
         """
         source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
-        path, flow = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS, Flow()
-        return self._fan_out(source, lambda key: self._ask(path, key, how_old, _deadline(most), flow))
+        path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
+        begin = partial(self._begin, path=path, freshness=how_old, flow=Flow())
+        return self._fan_out(source, lambda key, land: begin(key, land, deadline=_deadline(most)), _STREAMED)
 
     @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
@@ -490,15 +495,19 @@ class CreditsClient:
 
     # --- inside
 
-    async def _ask(
-        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None, flow: Flow | None = None
-    ) -> Outcome[Any]:
+    async def _ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
         """What came of one key. Raises only when the client, or the session it was given, is closed, or on a wrong loop."""
         self._check_usable()
-        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline, flow)
+        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline)
         if isinstance(outcome.error, ClientClosedError):
             raise copy.copy(outcome.error)
         return outcome
+
+    def _begin(
+        self, key: Key, land: Land, *, path: str, freshness: Freshness, flow: Flow, deadline: float | None
+    ) -> Callable[[], None]:
+        self._check_usable()
+        return self._calls.begin(path, key, freshness, deadline=deadline, flow=flow, land=land)
 
     async def _report(
         self,
@@ -511,15 +520,15 @@ class CreditsClient:
     ) -> Report[Any]:
         self._check_usable()
         path = ACCOUNT_CREDITS if detail else USER_CREDITS
-        pool, flow = await read_pool(source), Flow()
-        return Report(
-            await in_order(
-                pool,
-                known=lambda key: self._calls.known(path, key, how_old),
-                fan_out=lambda unknown: self._fan_out(unknown, lambda key: self._ask(path, key, how_old, deadline, flow), deadline),
-                on_outcome=on_outcome,
-            )
+        pool = await read_pool(source)
+        begin = partial(self._begin, path=path, freshness=how_old, flow=Flow(), deadline=deadline)
+        outcomes = await in_order(
+            pool,
+            known=lambda key: self._calls.known(path, key, how_old),
+            fan_out=lambda unknown: self._fan_out(unknown, begin, _CHECKED, deadline),
+            on_outcome=on_outcome,
         )
+        return Report(outcomes)
 
     def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
         """How old a call's answer may be, and when it has to be there."""

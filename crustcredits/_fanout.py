@@ -1,16 +1,18 @@
 """One question for each of many keys: how many are asked at a time, and how their answers come out as they land.
 
-It knows nothing of requests or limits: asking is a function that is given to it, which answers with an outcome. Memory
-grows with `room`, never with the number of keys.
+It knows nothing of requests or limits: asking is a function that is given to it, of which an outcome lands. Memory grows with
+`room`, never with the number of keys.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from crustcredits._errors import ConfigurationError, RateLimitWaitError
@@ -18,8 +20,9 @@ from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
 
 Key: TypeAlias = ApiKey | UnusableKey
-Ask: TypeAlias = Callable[[Key], Awaitable[Outcome[Any]]]
-
+Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
+# Begins to ask about a key, and returns what gives that up; what comes of it lands once, at once or later.
+Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 
 # Keys that are read before other tasks have their turn: some milliseconds.
 _SLICE = 1_000
@@ -28,9 +31,9 @@ _SLICE = 1_000
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
-    After the deadline, in the running loop's time, no further key of an iterator is asked, and no outcome comes of it. What
-    `ask` raises ends it all; what the source of keys raises comes once those already asked have landed. However it ends, it
-    leaves no task behind and the source closed.
+    After the deadline, in the running loop's time, no further key of an iterator is asked, and no outcome comes of it. An
+    exception that `ask` raises, or that lands, ends it all; what the source of keys raises comes once those already asked have
+    landed. However it ends, it leaves nothing under way and the source closed. Its only task reads the source.
     """
 
     def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
@@ -38,13 +41,14 @@ class FanOut:
         self._deadline = math.inf if deadline is None else deadline
         self._room = asyncio.Semaphore(room)
         self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: dict[int, Callable[[], None] | None] = {}  # what gives each up, when that is known
+        self._numbers = itertools.count()
+        self._is_fed = False
         self._ending: BaseException | None = None
 
     async def outcomes(self, keys: Iterator[Key] | AsyncGenerator[Key, None]) -> AsyncGenerator[Outcome[Any], None]:
         """Ask for every key and yield each outcome as it lands."""
         feeder = asyncio.create_task(self._feed(keys))
-        self._tasks.add(feeder)
         feeder.add_done_callback(self._on_fed)
         try:
             while (landed := await self._landed.get()) is not None:
@@ -53,7 +57,7 @@ class FanOut:
                 self._room.release()
                 yield landed
         finally:
-            await self._stop()
+            await self._stop(feeder)
 
     def end(self, error: Exception) -> None:
         """Let `error` be what comes next."""
@@ -73,35 +77,41 @@ class FanOut:
                 await self._start(key)
 
     async def _start(self, key: Key) -> None:
-        task = asyncio.create_task(self._ask_one(key))
-        self._tasks.add(task)
-        task.add_done_callback(self._on_asked)
+        number = next(self._numbers)
+        if number % _SLICE == _SLICE - 1:
+            await asyncio.sleep(0)
+        self._under_way[number] = None
+        try:
+            give_up = self._ask(key, partial(self._land, number))
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is for who reads the outcomes
+            self._land(number, error)
+        else:
+            if number in self._under_way:
+                self._under_way[number] = give_up
         await self._room.acquire()
 
-    async def _ask_one(self, key: Key) -> None:
-        self._landed.put_nowait(await self._ask(key))
+    def _land(self, number: int, landed: Outcome[Any] | BaseException) -> None:
+        del self._under_way[number]
+        self._landed.put_nowait(landed)
+        self._end_if_done()
 
     def _on_fed(self, feeder: asyncio.Task[None]) -> None:
-        self._ending = _raised_by(feeder)
-        self._end_if_done(feeder)
+        # A source may end in a cancellation that nobody asked of us: for whoever reads the outcomes it is one.
+        self._ending = asyncio.CancelledError() if feeder.cancelled() else feeder.exception()
+        self._is_fed = True
+        self._end_if_done()
 
-    def _on_asked(self, task: asyncio.Task[None]) -> None:
-        error = _raised_by(task)
-        if error is not None:
-            self._landed.put_nowait(error)
-        self._end_if_done(task)
-
-    def _end_if_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not self._tasks:
+    def _end_if_done(self) -> None:
+        if self._is_fed and not self._under_way:
             self._landed.put_nowait(self._ending)
 
-    async def _stop(self) -> None:
-        """Cancel what is under way and wait until it has ended."""
-        remaining = list(self._tasks)
-        for task in remaining:
-            task.cancel()
-        await asyncio.gather(*remaining, return_exceptions=True)
+    async def _stop(self, feeder: asyncio.Task[None]) -> None:
+        """Give up what is under way, and wait until the source is closed."""
+        feeder.cancel()
+        for give_up in self._under_way.values():
+            if give_up is not None:
+                give_up()
+        await asyncio.gather(feeder, return_exceptions=True)
 
 
 async def read_pool(source: Iterable[Key]) -> list[Key]:
@@ -193,8 +203,3 @@ def _too_late(key: Key, waited: float) -> Unknown:
         return Unknown(key=key, error=key.error)
     message = "deadline too short: the keys before this one took all the time; raise timeout= or check fewer keys at once"
     return Unknown(key=key, error=RateLimitWaitError(message, key_name=key.label, wait=waited))
-
-
-def _raised_by(task: asyncio.Task[None]) -> BaseException | None:
-    # A source or a question may end in a cancellation that nobody asked of us: for whoever reads the outcomes it is one.
-    return asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crustcredits import ApiKey, Balance, Known, Outcome
-from crustcredits._fanout import FanOut, Key
+from crustcredits._fanout import Ask, FanOut, Key, Land
 from crustcredits._keys import as_keys_async, methods_of
 from tests.virtual import keys, now
 
@@ -41,6 +41,26 @@ class Asker:
         return Known(balance=balance)
 
 
+def begins(ask: Callable[[Key], Coroutine[Any, Any, Outcome[Any]]]) -> Ask:
+    """The same without a coroutine: what comes of a key lands."""
+
+    def begin(key: Key, land: Land) -> Callable[[], None]:
+        def on_done(task: asyncio.Task[Outcome[Any]]) -> None:
+            if task not in given_up:
+                land(asyncio.CancelledError() if task.cancelled() else task.exception() or task.result())
+
+        def give_up() -> None:
+            given_up.add(task)
+            task.cancel()
+
+        given_up: set[asyncio.Task[Outcome[Any]]] = set()
+        task = asyncio.create_task(ask(key))
+        task.add_done_callback(on_done)
+        return give_up
+
+    return begin
+
+
 def tasks() -> int:
     return len(asyncio.all_tasks())
 
@@ -52,7 +72,7 @@ async def names(stream: Any) -> list[str]:
 async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
     """Room bounds the tasks, not the number of keys."""
     ask = Asker()
-    assert sorted(await names(FanOut(ask, room=4).outcomes(iter(keys(10))))) == [f"k{number}" for number in range(10)]
+    assert sorted(await names(FanOut(begins(ask), room=4).outcomes(iter(keys(10))))) == [f"k{number}" for number in range(10)]
     assert ask.most == 4
     assert now() == pytest.approx(3, abs=1e-3)
     assert tasks() == 1
@@ -60,13 +80,13 @@ async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
 
 async def test_no_keys_no_outcomes() -> None:
     """An empty source ends at once."""
-    assert await names(FanOut(Asker(), room=4).outcomes(iter([]))) == []
+    assert await names(FanOut(begins(Asker()), room=4).outcomes(iter([]))) == []
 
 
 async def test_a_slow_consumer_holds_back_the_asking() -> None:
     """Outcomes that nobody has taken yet count too, so memory stays bounded."""
     ask = Asker(seconds=0.0)
-    stream = FanOut(ask, room=4).outcomes(iter(keys(100)))
+    stream = FanOut(begins(ask), room=4).outcomes(iter(keys(100)))
     async with aclosing(stream):
         await anext(stream)
         await asyncio.sleep(10)
@@ -80,7 +100,7 @@ async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
         yield from keys(2)
         raise LookupError("the database is gone")
 
-    stream = FanOut(Asker(), room=4).outcomes(source())
+    stream = FanOut(begins(Asker()), room=4).outcomes(source())
     landed = {(await anext(stream)).key.name for _ in range(2)}
     with pytest.raises(LookupError, match="the database is gone"):
         await anext(stream)
@@ -96,14 +116,14 @@ async def test_an_asynchronous_source_is_read_as_it_comes() -> None:
             yield key
             await asyncio.sleep(5)
 
-    times = [now() async for _ in FanOut(Asker(), room=4).outcomes(source())]
+    times = [now() async for _ in FanOut(begins(Asker()), room=4).outcomes(source())]
     assert times == pytest.approx([1, 6, 11], abs=1e-3)
 
 
 async def test_leaving_early_cancels_and_awaits_the_rest() -> None:
     """No task outlives the generator."""
     ask = Asker()
-    async with aclosing(FanOut(ask, room=10).outcomes(iter(keys(50)))) as stream:
+    async with aclosing(FanOut(begins(ask), room=10).outcomes(iter(keys(50)))) as stream:
         await anext(stream)
     assert ask.under_way == 0
     assert tasks() == 1
@@ -113,7 +133,7 @@ async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
     """At whatever point."""
     for moment in (0.0, 0.5, 1.0, 1.5):
         ask = Asker()
-        consumer = asyncio.create_task(names(FanOut(ask, room=10).outcomes(iter(keys(50)))))
+        consumer = asyncio.create_task(names(FanOut(begins(ask), room=10).outcomes(iter(keys(50)))))
         await asyncio.sleep(moment)
         consumer.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -130,7 +150,7 @@ async def test_what_a_question_raises_ends_it_all() -> None:
         raise RuntimeError("closed")
 
     with pytest.raises(RuntimeError, match="closed"):
-        await names(FanOut(ask, room=10).outcomes(iter(keys(10))))
+        await names(FanOut(begins(ask), room=10).outcomes(iter(keys(10))))
     assert tasks() == 1
 
 
@@ -142,7 +162,7 @@ async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseExcepti
         yield keys(1)[0]
         raise kind
 
-    stream = FanOut(Asker(), room=4).outcomes(source())
+    stream = FanOut(begins(Asker()), room=4).outcomes(source())
     assert (await anext(stream)).key.name == "k0"
     with pytest.raises(kind):
         await anext(stream)
@@ -158,7 +178,7 @@ async def test_a_question_that_ends_cancelled_ends_it_all() -> None:
         return await Asker()(key)
 
     with pytest.raises(asyncio.CancelledError):
-        await names(FanOut(ask, room=10).outcomes(iter(keys(3))))
+        await names(FanOut(begins(ask), room=10).outcomes(iter(keys(3))))
     assert tasks() == 1
 
 
@@ -174,10 +194,10 @@ async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
             await asyncio.sleep(0)
             closed.append(now() > 0)
 
-    async with aclosing(FanOut(Asker(), room=2).outcomes(as_keys_async(*methods_of(source())))) as stream:
+    async with aclosing(FanOut(begins(Asker()), room=2).outcomes(as_keys_async(*methods_of(source())))) as stream:
         await anext(stream)
     assert len(closed) == 1
-    await names(FanOut(Asker(), room=200).outcomes(as_keys_async(*methods_of(source()))))
+    await names(FanOut(begins(Asker()), room=200).outcomes(as_keys_async(*methods_of(source()))))
     assert len(closed) == 2
     assert tasks() == 1
 
@@ -189,7 +209,7 @@ async def test_what_ends_it_from_outside_comes_even_while_the_source_is_awaited(
         await asyncio.sleep(3600)
         yield keys(1)[0]
 
-    run = FanOut(Asker(), room=4)
+    run = FanOut(begins(Asker()), room=4)
     consumer = asyncio.create_task(names(run.outcomes(source())))
     await asyncio.sleep(1)
     run.end(LookupError("closed"))
