@@ -122,9 +122,8 @@ class _Landing:
         self._hand_on(asyncio.CancelledError())
 
     def give_up(self) -> None:
-        if self._land is not None and self.call is not None:
-            self._land = None
-            self._calls.leave(self.call, self)
+        assert self.call is not None
+        self._calls.leave(self.call, self)
 
     def _stand_in(self, result: Unknown, land: Land) -> None:
         assert self.call is not None
@@ -132,8 +131,8 @@ class _Landing:
 
     def _hand_on(self, landed: Outcome[Any] | BaseException) -> None:
         land, self._land = self._land, None
-        if land is not None:
-            land(landed)
+        assert land is not None, "one thing lands"
+        land(landed)
 
 
 class _Deadlines:
@@ -178,8 +177,7 @@ class _Deadlines:
         now = _now()
         while self._heap and (self._heap[0][0] <= now or self._heap[0][3].done()):
             _, _, call, seat = heapq.heappop(self._heap)
-            if not seat.done():
-                self._time_out(call, seat)
+            self._time_out(call, seat)
         self._timer = None
         self._set_timer()
 

@@ -41,7 +41,7 @@ class FanOut:
         self._deadline = math.inf if deadline is None else deadline
         self._room = asyncio.Semaphore(room)
         self._landed: asyncio.Queue[Outcome[Any] | BaseException | None] = asyncio.Queue()
-        self._under_way: dict[int, Callable[[], None] | None] = {}  # what gives each up, when that is known
+        self._under_way: dict[int, Callable[[], None]] = {}  # what gives each up
         self._numbers = itertools.count()
         self._is_fed = False
         self._ending: BaseException | None = None
@@ -80,7 +80,7 @@ class FanOut:
         number = next(self._numbers)
         if number % _SLICE == _SLICE - 1:
             await asyncio.sleep(0)
-        self._under_way[number] = None
+        self._under_way[number] = _nothing
         try:
             give_up = self._ask(key, partial(self._land, number))
         except Exception as error:  # noqa: BLE001  # whatever it is, it is for who reads the outcomes
@@ -109,9 +109,12 @@ class FanOut:
         """Give up what is under way, and wait until the source is closed."""
         feeder.cancel()
         for give_up in self._under_way.values():
-            if give_up is not None:
-                give_up()
+            give_up()
         await asyncio.gather(feeder, return_exceptions=True)
+
+
+def _nothing() -> None:
+    """There is nothing to give up."""
 
 
 async def read_pool(source: Iterable[Key]) -> list[Key]:

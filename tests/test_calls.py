@@ -665,6 +665,26 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
     assert waiting.ok
 
 
+async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
+    """No key is left out silently; and an outcome of another fan-out for the same key is not touched by one that was given up."""
+    server = FakeServer(lambda name, times: Reply(seconds=5))
+    async with fake_client(server) as client:
+        check = asyncio.create_task(client.check([KEY]))
+        await settle()
+        (call,) = client._calls._under_way.values()
+        assert call.task is not None
+        call.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await check
+
+        async def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        server.attempt = broken  # type: ignore[assignment]  # the defect under test
+        with pytest.raises(ZeroDivisionError):
+            await client.check([KEY])
+
+
 async def test_an_error_that_never_should_be_is_told_to_who_waits() -> None:
     """Also one of what comes after the answer; nobody is left waiting, and no token is lost."""
     async with fake_client(FakeServer(), rate_limit=RateLimit(requests=2, scope="client")) as client:

@@ -33,6 +33,7 @@ from crustcredits import (
     RateLimitError,
     RateLimitWaitError,
     Retry,
+    _client,
 )
 from crustcredits._transport import Fate
 from tests import searches
@@ -655,6 +656,16 @@ async def test_closing_ends_a_stream_that_waits_for_its_source() -> None:
         await waiting
     assert now() == pytest.approx(1, abs=0.1)
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_keys_of_a_very_large_pool_that_never_came_to_the_queue_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those that were answered."""
+    monkeypatch.setattr(_client, "_CHECKED", 3)
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=RateLimit(pace=None)) as client:
+        report = await client.check(keys(10), timeout=1.5)
+    assert len(report.succeeded) == 3
+    assert {type(outcome.error) for outcome in report.failed} <= {RateLimitWaitError, APITimeoutError}
+    assert any("the keys before this one" in str(outcome.error) for outcome in report.failed)
 
 
 async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:

@@ -154,6 +154,28 @@ async def test_what_a_question_raises_ends_it_all() -> None:
     assert tasks() == 1
 
 
+async def test_what_asking_raises_at_once_ends_it_all() -> None:
+    """Such as a client that is closed."""
+
+    def ask(key: Key, land: Land) -> Callable[[], None]:
+        raise RuntimeError("closed")
+
+    with pytest.raises(RuntimeError, match="closed"):
+        await names(FanOut(ask, room=10).outcomes(iter(keys(10))))
+    assert tasks() == 1
+
+
+async def test_what_lands_at_once_is_an_outcome_like_any_other() -> None:
+    """It may be known already."""
+
+    def ask(key: Key, land: Land) -> Callable[[], None]:
+        assert isinstance(key, ApiKey)
+        land(Known(balance=Balance(key=key, credits=Decimal(1), checked_at=NOON)))
+        return lambda: None
+
+    assert len(await names(FanOut(ask, room=4).outcomes(iter(keys(2_500))))) == 2_500
+
+
 @pytest.mark.parametrize("kind", [LookupError, asyncio.CancelledError])
 async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseException]) -> None:
     """Whatever it raises, also a cancellation that it met inside; and those already asked come first."""
