@@ -10,13 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from tests.benchmarks import cache, call, outage, picture, pool, processes, queue, scope, service, simulation
+from tests.benchmarks import cache, call, figures, outage, picture, pool, processes, queue, scope, service, simulation, situations
 from tests.benchmarks._measure import Benchmark
 
 _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "pool": pool.BENCHMARK,
     "call": call.BENCHMARK,
     "queue": queue.BENCHMARK,
+    "figures": figures.BENCHMARK,
+    "situations": situations.BENCHMARK,
     "cache": cache.BENCHMARK,
     "service": service.BENCHMARK,
     "outage": outage.BENCHMARK,
