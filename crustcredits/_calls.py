@@ -32,7 +32,7 @@ _log = logging.getLogger("crustcredits")
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 
 
-# So many who wait until a deadline are kept in any case before it is looked who of them waits no more.
+# So many who wait until a deadline are looked at in one turn of the loop, and are kept before it is looked who waits no more.
 _FEW = 1_000
 
 
@@ -175,7 +175,9 @@ class _Deadlines:
 
     def _on_timer(self) -> None:
         now = _now()
-        while self._heap and (self._heap[0][0] <= now or self._heap[0][3].done()):
+        for _ in range(_FEW):  # the rest in the next turn of the loop, so that other tasks run meanwhile
+            if not self._heap or not (self._heap[0][0] <= now or self._heap[0][3].done()):
+                break
             _, _, call, seat = heapq.heappop(self._heap)
             self._time_out(call, seat)
         self._timer = None

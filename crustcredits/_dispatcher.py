@@ -171,15 +171,19 @@ class Dispatcher:
     def enter(self, question: Question) -> None:
         """A call begins."""
         question.entered = _now()
+        # Where others stand for a start, something holds back all of them, and this one too.
+        is_behind = self._schedulers[question.path].holds_back
         self._ask(question, question.entered)
-        self._admit()
+        if not is_behind:
+            self._admit()
 
     def leave(self, question: Question) -> None:
         """A call is given up before its request is on the wire."""
-        self._schedulers[question.path].remove(question, _now())
+        makes_room = self._schedulers[question.path].remove(question, _now())
         self._barred[question.path].pop(question, None)
         question.ticket, question.resumes = 0, None
-        self._admit()
+        if makes_room:
+            self._admit()
 
     def move(self, question: Question, flow: Flow) -> None:
         """Somebody of a better kind awaits a call."""

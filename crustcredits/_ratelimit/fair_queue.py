@@ -107,6 +107,11 @@ class FairQueue:
             del self._lines[flow]
         return False
 
+    def of_account(self, account: Hashable, *, background: bool) -> int:
+        """How many calls of an account it has, that somebody awaits or, with `background`, that nobody does."""
+        lines = [line for flow, line in self._lines.items() if (flow.kind is Kind.BACKGROUND) is background]
+        return sum(call.queue is self for line in lines for call in line.accounts.get(account, ()))
+
     def push(self, call: Call) -> None:
         """Add a call at the end of its account."""
         line = self._lines.get(call.flow)

@@ -140,13 +140,12 @@ class Request:
 class _Account:
     """The tokens of one account, and the calls that wait for them. Forgotten when all is back and nobody waits."""
 
-    __slots__ = ("bucket", "called", "cools_until", "ends", "key", "queued", "refreshing", "shared", "starts", "timer", "waiting")
+    __slots__ = ("bucket", "called", "cools_until", "ends", "key", "refreshing", "shared", "starts", "timer", "waiting")
 
     def __init__(self, bucket: Bucket, key: Hashable) -> None:
         self.bucket = bucket
         self.key = key
-        self.queued = 0  # calls in any queue that somebody awaits
-        self.refreshing = 0  # and those that nobody does, in a queue or on the wire
+        self.refreshing = 0  # calls on the wire that nobody awaits
         self.called = 0  # calls that were let out of its queue and have not started
         self.shared = False  # whether calls of several keys have asked for its tokens
         self.cools_until = -math.inf
@@ -237,21 +236,20 @@ class Scheduler:
 
     def put(self, call: Call) -> None:
         """A call enters the queue, for its first attempt or for another."""
-        account = self._account(call)
-        if account.key != call.key:
-            account.shared = True
-        self._count(call, account, 1)
+        self._count(call, 1)
         self._ready.push(call)
 
-    def remove(self, call: Call, now: float) -> None:
-        """A call that waits is given up. Nothing, if it does not wait."""
-        if call.queue is not None:
-            call.queue.remove(call)
-            self._left(call, now)
-            by_common = self._uncall(call) == _BY_COMMON
-            self._release(self._account(call), now)
-            if by_common:
-                self._release_common(now)
+    def remove(self, call: Call, now: float) -> bool:
+        """A call that waits is given up. Nothing, if it does not wait. Returns whether that may let another start."""
+        if call.queue is None:
+            return False
+        call.queue.remove(call)
+        self._left(call, now)
+        called = self._uncall(call)
+        self._release_of(call, now)
+        if called == _BY_COMMON:
+            self._release_common(now)
+        return called != 0
 
     def move(self, call: Call, flow: Flow, now: float) -> None:
         """A call belongs to another flow from now on, at whose end it waits if it waits at all."""
@@ -260,6 +258,11 @@ class Scheduler:
         call.flow = flow
         if waits:
             self.put(call)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether calls that somebody awaits stand for a start: after `grant` something holds back all of them."""
+        return self._ready.has_foreground
 
     @property
     def is_idle(self) -> bool:
@@ -344,8 +347,8 @@ class Scheduler:
 
     def earliest(self, call: Call, now: float) -> float:
         """Certainly no request for this call starts before then, whatever happens. For a call that waits."""
-        account = self._account(call)
-        moment = max(now, account.cools_until, _sure(account.bucket, now))
+        account = self._accounts.get(call.account)
+        moment = now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
 
     def quota(self, account: Hashable | None, now: float) -> Quota:
@@ -360,7 +363,10 @@ class Scheduler:
             until = -math.inf
         else:
             bucket = TokenBucket(self._terms.requests) if known is None else known.bucket
-            waiting, refreshing = (0, 0) if known is None else (known.queued, known.refreshing)
+            queues = (self._ready, *self._common_waiting, *(() if known is None else known.waiting or ()))
+            waiting = sum(queue.of_account(account, background=False) for queue in queues)
+            refreshing = sum(queue.of_account(account, background=True) for queue in queues)
+            refreshing += 0 if known is None else known.refreshing
             singles, lengths = waiting, []
             until = -math.inf if known is None else known.cools_until
         trial = self._cooldown.trial
@@ -394,29 +400,26 @@ class Scheduler:
             account = self._accounts[call.account] = _Account(bucket, call.key)
         return account
 
-    def _count(self, call: Call, account: _Account, step: int) -> None:
+    def _count(self, call: Call, step: int) -> None:
         """A call has come into the queues (1), or has left them (-1)."""
         queued = self._queued.get(call.flow, 0) + step
         if queued:
             self._queued[call.flow] = queued
         else:
             del self._queued[call.flow]
-        if call.flow.kind is Kind.BACKGROUND:
-            account.refreshing += step
-        else:
-            account.queued += step
 
     def _forget(self, call: Call, now: float) -> None:
         """A call that was ready is not to be sent now. A common token that has called it goes to the next."""
         self._left(call, now)
         if self._uncall(call) == _BY_COMMON:
             self._call_next(now)
-        self._release(self._account(call), now)
+        self._release_of(call, now)
 
     def _left(self, call: Call, now: float) -> None:
-        account = self._account(call)
-        self._count(call, account, -1)
-        heapq.heappush(self._idle, (max(now, account.cools_until), next(self._ids), call.account))
+        self._count(call, -1)
+        account = self._accounts.get(call.account)
+        if account is not None:
+            heapq.heappush(self._idle, (max(now, account.cools_until), next(self._ids), call.account))
 
     def _uncall(self, call: Call) -> int:
         """A call that was let out of a queue is no more on its way to a start. Returns which queue that was."""
@@ -436,7 +439,7 @@ class Scheduler:
         while self._idle and self._idle[0][0] <= now:
             _, _, name = heapq.heappop(self._idle)
             account = self._accounts.get(name)
-            if account is None or account.queued or account.refreshing or now < account.cools_until:
+            if account is None or account.waiters or account.called or now < account.cools_until:
                 continue
             account.bucket.room(now, 0)
             if account.bucket.is_whole:
@@ -447,6 +450,8 @@ class Scheduler:
     def _may_start(self, call: Call, now: float) -> bool:
         """Whether its buckets have a token for it. If not, it waits at the bucket that stops it, and blocks nobody behind it."""
         account, kind = self._account(call), call.flow.kind
+        if account.key != call.key:
+            account.shared = True
         if self._account_room(account, kind, now) <= 0:
             if self._uncall(call) == _BY_COMMON:
                 self._call_next(now)
@@ -466,7 +471,7 @@ class Scheduler:
     def _start(self, call: Call, trial: Trial | None, now: float) -> Request:
         self._pace.take(now)
         account = self._account(call)
-        self._count(call, account, -1)
+        self._count(call, -1)
         own = account.bucket.take(now)
         common = self._common.take(now) if self._counts_common else None
         first, call.was_asked = not call.was_asked, True
@@ -566,6 +571,11 @@ class Scheduler:
     def _common_came(self) -> None:
         self._common_timer = -math.inf
         heapq.heappush(self._moments, (-math.inf, next(self._ids), None))
+
+    def _release_of(self, call: Call, now: float) -> None:
+        account = self._accounts.get(call.account)
+        if account is not None:
+            self._release(account, now)
 
     def _release(self, account: _Account, now: float) -> None:
         """Let as many of its waiters stand for a start as the account has room for."""
