@@ -46,16 +46,17 @@ class Seat(Protocol):
 
 
 class _Patience(NamedTuple):
-    """Since when one has waited, and until when, in the loop's time."""
+    """Since when one has waited, and until when, in the loop's time; and whether an older answer may stand in for him."""
 
     began: float
     deadline: float
+    falls_back: bool
 
 
 class _Call(Question):
     """One call under way, and who waits for it."""
 
-    __slots__ = ("calls", "first", "in_need", "place", "seats")
+    __slots__ = ("calls", "first", "place", "seats")
 
     def __init__(
         self, calls: Calls, place: Place, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
@@ -64,8 +65,7 @@ class _Call(Question):
         self.calls = calls
         self.place = place
         self.first: Seat | None = None  # of whoever began it
-        self.seats: dict[Seat, _Patience | None] = {}
-        self.in_need: set[Seat] = set()  # those for whom no kept answer may stand in
+        self.seats: dict[Seat, _Patience] = {}
 
     @property
     def is_refresh(self) -> bool:
@@ -76,11 +76,10 @@ class _Call(Question):
         self.calls.refuse_hopeless(self)
 
     def can_fall_back(self) -> bool:
-        return self.in_need.isdisjoint(self.seats)
+        return all(patience.falls_back for patience in self.seats.values())
 
     def patience(self, now: float) -> float:
-        deadlines = (math.inf if patience is None else patience.deadline for patience in self.seats.values())
-        return max(deadlines, default=math.inf) - now
+        return max((patience.deadline for patience in self.seats.values()), default=math.inf) - now
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self.calls.end(self, result)
@@ -228,8 +227,8 @@ class Calls:
         place = path, key.digest
         kept = self._answers.find(place) if freshness.if_error else None
         falls_back = kept is not None and kept.may_stand_in(freshness, began)
-        patience = None if deadline is None else _Patience(began, deadline)
-        call = self._join(place, key, seat, patience, self._dispatcher.singles, falls_back=falls_back)
+        patience = _Patience(began, math.inf if deadline is None else deadline, falls_back)
+        call = self._join(place, key, seat, patience, self._dispatcher.singles)
         try:
             outcome = await seat
         except asyncio.CancelledError:
@@ -252,8 +251,8 @@ class Calls:
         kept = self._answers.find(place) if freshness.if_error else None
         falls_back = kept is not None and kept.may_stand_in(freshness, began)
         seat = _Landing(self, key, freshness, began, land)
-        patience = None if deadline is None else _Patience(began, deadline)
-        self._join(place, key, seat, patience, flow, falls_back=falls_back)
+        patience = _Patience(began, math.inf if deadline is None else deadline, falls_back)
+        self._join(place, key, seat, patience, flow)
         return seat.give_up
 
     def given(self, call: _Call, key: ApiKey, outcome: Outcome[Any], freshness: Freshness, began: float) -> Outcome[Any]:
@@ -282,7 +281,7 @@ class Calls:
 
     def refuse_hopeless(self, call: _Call) -> None:
         """Send away those whose deadline is before the next attempt of `call` can start."""
-        patient = [(seat, patience.deadline) for seat, patience in call.seats.items() if patience is not None]
+        patient = [(seat, patience.deadline) for seat, patience in call.seats.items() if patience.deadline < math.inf]
         if not patient:
             return
         earliest = self._dispatcher.earliest(call, _now())
@@ -292,7 +291,7 @@ class Calls:
 
     # --- seats
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience | None, flow: Flow, *, falls_back: bool) -> _Call:
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience, flow: Flow) -> _Call:
         call, is_new = self._under_way.get(place), False
         if call is None:
             call, is_new = self._make(place, key, flow, contextvars.copy_context()), True
@@ -300,15 +299,15 @@ class Calls:
         call.seats[seat] = patience
         if isinstance(seat, _Landing):
             seat.call = call
-        if not falls_back:
-            call.in_need.add(seat)
-        if patience is not None:
+        if patience.deadline < math.inf:
             self._deadlines.add(patience.deadline, call, seat)
         if is_new:
             self._begin(call)
         elif flow.kind < call.flow.kind or not call.wanted:
             self._dispatcher.move(call, flow)
-        if patience is not None and not patience.began < patience.deadline >= self._dispatcher.earliest(call, patience.began):
+        if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
+            call, patience.began
+        ):
             self._time_out(call, seat)
         return call
 

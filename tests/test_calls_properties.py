@@ -187,9 +187,9 @@ def _no_age(self: Kept, freshness: object, now: float) -> object:
     return None if self._balance is None else self._make_fresh(self._balance)
 
 
-def _no_join(self: Calls, place: Any, *rest: Any, falls_back: bool) -> Any:
+def _no_join(self: Calls, place: Any, *rest: Any) -> Any:
     self._under_way.pop(place, None)
-    return _JOIN(self, place, *rest, falls_back=falls_back)
+    return _JOIN(self, place, *rest)
 
 
 _JOIN = Calls._join
