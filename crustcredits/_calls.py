@@ -264,6 +264,7 @@ class Calls:
 
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
+        self._dispatcher.stop()
         for call in [*self._under_way.values(), *self._outdated]:
             self._settle(call, _failure(call.api_key, closed_error()))
             self._end(call)

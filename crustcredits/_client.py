@@ -479,7 +479,7 @@ class CreditsClient:
         try:
             await self._calls.close()
         finally:
-            await self._dispatcher.close()
+            await self._dispatcher.transport.close()
             if self._store is not None:
                 await self._store.close()
 
@@ -503,6 +503,10 @@ class CreditsClient:
             raise copy.copy(outcome.error)
         return outcome
 
+    def _known(self, path: str, key: Key, freshness: Freshness) -> Outcome[Any] | None:
+        self._check_usable()  # other tasks run while a large pool is looked through
+        return self._calls.known(path, key, freshness)
+
     def _begin(
         self, key: Key, land: Land, *, path: str, freshness: Freshness, flow: Flow, deadline: float | None
     ) -> Callable[[], None]:
@@ -524,7 +528,7 @@ class CreditsClient:
         begin = partial(self._begin, path=path, freshness=how_old, flow=Flow(), deadline=deadline)
         outcomes = await in_order(
             pool,
-            known=lambda key: self._calls.known(path, key, how_old),
+            known=lambda key: self._known(path, key, how_old),
             fan_out=lambda unknown: self._fan_out(unknown, begin, _CHECKED, deadline),
             on_outcome=on_outcome,
         )

@@ -164,7 +164,7 @@ class Dispatcher:
         self._tickets = itertools.count(1)
         self._timer: asyncio.Handle | None = None
         self._due: float | None = None  # when it runs; uvloop's handles do not tell
-        self._admitting = False
+        self._admitting = self._stopped = False
 
     # --- calls
 
@@ -195,11 +195,11 @@ class Dispatcher:
         """What tells accounts apart: the declared account, else the key itself."""
         return key.digest if key.account is None or self._scope == "key" else key.account
 
-    async def close(self) -> None:
-        """Close the session, if it is ours. All calls have ended."""
+    def stop(self) -> None:
+        """Nothing starts any more."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        await self.transport.close()
 
     # --- what can be told
 
@@ -207,10 +207,10 @@ class Dispatcher:
         """Certainly no request for this call starts before then."""
         if question.task is not None:
             return now
+        if question in self._barred[question.path]:  # an answer that is on its way may close the circuit breaker
+            return now
         if question.resumes is not None:
             return max(now, question.resumes)
-        if question in self._barred[question.path]:
-            return now
         return self._schedulers[question.path].earliest(question, now)
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
@@ -275,7 +275,7 @@ class Dispatcher:
             self._resume_at(question, until)
 
     def _on_probed(self, path: str, now: float) -> None:
-        """A probe has ended: those who wait for it are looked at again."""
+        """A probe has ended, or the API has answered an older request: those who wait for that are looked at again."""
         waiting, self._barred[path] = self._barred[path], {}
         for question in waiting:
             self._ask(question, now)
@@ -302,7 +302,7 @@ class Dispatcher:
 
     def _admit(self) -> None:
         """Send all that may go now, and set the timer for what comes next."""
-        if self._admitting:
+        if self._admitting or self._stopped:
             return
         self._admitting = True
         try:
@@ -376,7 +376,7 @@ class Dispatcher:
         question.task = None
         self._breakers[question.path].end(watched, now)
         self._schedulers[question.path].ended(request, answer, now)
-        if watched.is_probe:
+        if watched.is_probe or (self._barred[question.path] and not self._breakers[question.path].is_open):
             self._on_probed(question.path, now)
 
     def _read(

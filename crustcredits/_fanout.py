@@ -91,7 +91,7 @@ class FanOut:
         await self._room.acquire()
 
     def _land(self, number: int, landed: Outcome[Any] | BaseException) -> None:
-        del self._under_way[number]
+        self._under_way.pop(number, None)
         self._landed.put_nowait(landed)
         self._end_if_done()
 
@@ -108,8 +108,8 @@ class FanOut:
     async def _stop(self, feeder: asyncio.Task[None]) -> None:
         """Give up what is under way, and wait until the source is closed."""
         feeder.cancel()
-        for give_up in self._under_way.values():
-            give_up()
+        while self._under_way:  # giving up one can let others land
+            self._under_way.popitem()[1]()
         await asyncio.gather(feeder, return_exceptions=True)
 
 

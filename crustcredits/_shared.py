@@ -75,6 +75,10 @@ class Link(Protocol):
         """These have something to say."""
         ...
 
+    def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
+        """Of these some are in hand: `collect` is to be called until there are none."""
+        ...
+
 
 class Granted(NamedTuple):
     """A token of this process: its number, since when its lease counts, and whether this process gave it itself."""
@@ -235,6 +239,11 @@ class SharedTokens:
     # --- for the link
 
     @property
+    def has_in_hand(self) -> bool:
+        """Whether there are tokens of Redis that wait for their use."""
+        return bool(self._hand)
+
+    @property
     def wants(self) -> bool:
         """Whether it has to ask for tokens: somebody waits, and not enough are on their way to the wire already."""
         return self._asked_for() > 0
@@ -334,6 +343,8 @@ class SharedTokens:
 
     def _arrived(self, granted: Iterable[Granted]) -> None:
         self._hand.extend(granted)
+        if self._hand:
+            self._link.keeps_an_eye_on(self)
         self._wanted = 0  # whoever still waits says so
         self._wake()
 

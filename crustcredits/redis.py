@@ -147,6 +147,7 @@ class _Link:
         self._raises = raises
         self.closed = False
         self._all: WeakSet[SharedTokens] = WeakSet()
+        self._in_hand: set[SharedTokens] = set()  # of which some wait for their use
         self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
         self._soonest = math.inf  # of these times
         self._process = ""  # made when first needed, since a process may fork before
@@ -204,6 +205,10 @@ class _Link:
         self._number += count
         return self._number - count
 
+    def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
+        """Of these some are in hand, and go back when they are not used."""
+        self._in_hand.add(tokens)
+
     # --- messages, one at a time
 
     def _arrange(self) -> None:
@@ -239,6 +244,10 @@ class _Link:
     async def _exchange(self) -> None:
         now = self._last = _now()
         self._process = self._process or secrets.token_hex(8)
+        for tokens in list(self._in_hand):
+            tokens.collect(now)
+            if not tokens.has_in_hand:
+                self._in_hand.discard(tokens)
         batch = sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
         for tokens in batch:
             del self._due[tokens]

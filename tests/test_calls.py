@@ -665,6 +665,24 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
     assert waiting.ok
 
 
+async def test_a_check_of_kept_balances_ends_when_the_client_is_closed() -> None:
+    """And nothing is refreshed then."""
+    server = FakeServer()
+    client = fake_client(server, rate_limit=RateLimit(requests=10_000, pace=None), stale_while_revalidate=600)
+    pool = keys(2_500)
+    await client.check(pool)
+    await asyncio.sleep(1)
+    check = asyncio.create_task(client.check(pool))
+    await asyncio.sleep(0)
+    await client.close()
+    sent = len(server.arrivals)
+    with pytest.raises(ClientClosedError):
+        await check
+    await asyncio.sleep(1)
+    assert len(server.arrivals) == sent
+    assert not client._calls._under_way
+
+
 async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
     """No key is left out silently; and an outcome of another fan-out for the same key is not touched by one that was given up."""
     server = FakeServer(lambda name, times: Reply(seconds=5))

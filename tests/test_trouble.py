@@ -484,6 +484,7 @@ async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: Fak
             task = asyncio.create_task(client.balance(keys(1, f"given-up-{number}")[0]))
             await asyncio.sleep(0.007)
             task.cancel()
+            await client.balance(keys(1, f"meanwhile-{number}")[0])
         for number in range(10):
             await client.balance(keys(1, f"later-{number}")[0])
             await asyncio.sleep(10)

@@ -7,6 +7,11 @@ import random
 from collections import deque
 from collections.abc import Hashable
 
+# Of so many draws beside calls that were asked before, one goes by turn.
+_DRAWS = 4
+# Calls that have left out of turn are cleared away when they are so many more than those that are there.
+_FEW = 64
+
 
 class Kind(enum.IntEnum):
     """Who asks, the best first: a call has the best kind of those who await it."""
@@ -54,13 +59,29 @@ class Call:
 class _Line:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
-    __slots__ = ("accounts", "asked", "fresh", "turns")
+    __slots__ = ("accounts", "asked", "fresh", "left", "turns")
 
     def __init__(self) -> None:
+        self.left = 0  # calls that have left out of turn, and may still stand in their account's deque
         self.accounts: dict[Hashable, deque[Call]] = {}
         self.turns: deque[Hashable] = deque()
         self.fresh: list[Call] = []
         self.asked: list[Call] = []
+
+    def leave_out_of_turn(self, queue: FairQueue) -> None:
+        """A call has left that was not next. Deques that hold more of these than of others are cleared of them."""
+        self.left += 1
+        there = len(self.fresh) + len(self.asked)
+        if there and self.left <= there + _FEW:
+            return
+        self.left = 0
+        for account in list(self.turns):
+            calls = deque(call for call in self.accounts[account] if call.queue is queue)
+            if calls:
+                self.accounts[account] = calls
+            else:
+                del self.accounts[account]
+        self.turns = deque(account for account in self.turns if account in self.accounts)
 
     def next(self, queue: FairQueue) -> Call:
         """The first call of the account whose turn it is. Calls that have left meanwhile are passed over."""
@@ -84,13 +105,14 @@ class FairQueue:
     Each operation takes constant time, amortised.
     """
 
-    __slots__ = ("_background", "_foreground", "_length", "_lines")
+    __slots__ = ("_background", "_draws", "_foreground", "_length", "_lines")
 
     def __init__(self) -> None:
         self._lines: dict[Flow, _Line] = {}
         self._foreground: deque[Flow] = deque()
         self._background: deque[Flow] = deque()
         self._length = 0
+        self._draws = 0
 
     def __len__(self) -> int:
         return self._length
@@ -130,6 +152,10 @@ class FairQueue:
 
     def remove(self, call: Call) -> None:
         """Take out a call, wherever it stands."""
+        self._take_out(call)
+        self._lines[call.flow].leave_out_of_turn(self)
+
+    def _take_out(self, call: Call) -> None:
         pool, index = call._pool, call._index  # noqa: SLF001  # as above
         last = pool.pop()
         if last is not call:
@@ -141,7 +167,8 @@ class FairQueue:
     def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
         """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
 
-        Single calls keep their turns unless `draw_singles`. The queue must not be empty.
+        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of several draws one is the call
+        whose turn it is, and those that were asked before come to their turn too. The queue must not be empty.
         """
         while True:
             ring = self._foreground or self._background
@@ -150,11 +177,15 @@ class FairQueue:
             if not line.fresh and not line.asked:
                 del self._lines[flow]
                 continue
-            if draw is not None and line.fresh and (draw_singles or flow.kind is not Kind.SINGLE):
+            draws = draw is not None and line.fresh and (draw_singles or flow.kind is not Kind.SINGLE)
+            self._draws += bool(draw_singles and line.asked)
+            if draw is not None and draws and (not draw_singles or not line.asked or self._draws % _DRAWS):
                 call = line.fresh[draw.randrange(len(line.fresh))]
+                self._take_out(call)
+                line.leave_out_of_turn(self)
             else:
                 call = line.next(self)
-            self.remove(call)
+                self._take_out(call)
             if line.fresh or line.asked:
                 ring.append(flow)
             else:

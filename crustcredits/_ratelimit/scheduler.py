@@ -15,7 +15,7 @@ import math
 import random
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -230,6 +230,7 @@ class Scheduler:
         self._ids = itertools.count()
         self._refreshing = 0  # on the wire
         self._called = 0  # calls that were let out of the common bucket's queue and have not started
+        self._last_let_out = Kind.MANY
         self._others = 0  # requests of the last count that were not this client's
 
     # --- calls
@@ -439,7 +440,10 @@ class Scheduler:
         while self._idle and self._idle[0][0] <= now:
             _, _, name = heapq.heappop(self._idle)
             account = self._accounts.get(name)
-            if account is None or account.waiters or account.called or now < account.cools_until:
+            if account is None or account.waiters or account.called:
+                continue
+            if now < account.cools_until:
+                heapq.heappush(self._idle, (account.cools_until, next(self._ids), name))
                 continue
             account.bucket.room(now, 0)
             if account.bucket.is_whole:
@@ -572,6 +576,17 @@ class Scheduler:
         self._common_timer = -math.inf
         heapq.heappush(self._moments, (-math.inf, next(self._ids), None))
 
+    def _next_kind(self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int) -> Kind | None:
+        """Of which kind the next call is let out of a bucket's queue: single calls and others in turn, refreshes last."""
+        single, many = (len(waiting[kind]) > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY))
+        if single and not (many and self._last_let_out is Kind.SINGLE):
+            self._last_let_out = Kind.SINGLE
+            return Kind.SINGLE
+        if many:
+            self._last_let_out = Kind.MANY
+            return Kind.MANY
+        return Kind.BACKGROUND if len(waiting[Kind.BACKGROUND]) and rooms[Kind.BACKGROUND] > called else None
+
     def _release_of(self, call: Call, now: float) -> None:
         account = self._accounts.get(call.account)
         if account is not None:
@@ -581,12 +596,12 @@ class Scheduler:
         """Let as many of its waiters stand for a start as the account has room for."""
         if account.waiting is None or not account.waiters:
             return
-        for kind, waiting in zip(Kind, account.waiting, strict=True):
-            for _ in range(min(self._account_room(account, kind, now) - account.called, len(waiting))):
-                call = waiting.pop()
-                call.called = _BY_ACCOUNT
-                account.called += 1
-                self._ready.push(call)
+        rooms = [self._account_room(account, kind, now) for kind in Kind]
+        while (kind := self._next_kind(account.waiting, rooms, account.called)) is not None:
+            call = account.waiting[kind].pop()
+            call.called = _BY_ACCOUNT
+            account.called += 1
+            self._ready.push(call)
         if account.waiters:
             self._arm(account, now)
         else:
@@ -615,14 +630,12 @@ class Scheduler:
     def _release_common(self, now: float) -> None:
         if not self._waits_for_common:
             return
-        for kind, waiting in zip(Kind, self._common_waiting, strict=True):
-            if not len(waiting):
-                continue
-            for _ in range(min(self._common_room(kind, now) - self._called, len(waiting))):
-                call = waiting.pop()
-                call.called = _BY_COMMON
-                self._called += 1
-                self._ready.push(call)
+        rooms = [self._common_room(kind, now) for kind in Kind]
+        while (kind := self._next_kind(self._common_waiting, rooms, self._called)) is not None:
+            call = self._common_waiting[kind].pop()
+            call.called = _BY_COMMON
+            self._called += 1
+            self._ready.push(call)
         if any(map(len, self._common_waiting)):
             self._arm_common(now)
         else:

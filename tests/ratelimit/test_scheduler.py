@@ -338,6 +338,62 @@ async def test_refreshes_give_way() -> None:
 
 
 @pytest.mark.virtual
+async def test_an_account_whose_last_answer_was_a_refusal_is_forgotten_too() -> None:
+    """When its cooldown is over."""
+    scheduler, flow = scheduler_of(Terms(scope="account"), pace=None), Flow()
+    for number in range(20):
+        scheduler.put(call(str(number), flow))
+    at = 0.0
+    while requests := started(scheduler, at):
+        for request in requests:
+            scheduler.ended(request, Answer(status=429, wait=100.0), at + 0.1)
+        at += 0.5
+    for at, name in ((300.0, "later"), (500.0, "last")):
+        scheduler.put(call(name, flow))
+        for request in started(scheduler, at):
+            scheduler.ended(request, OK, at + 0.1)
+    assert len(scheduler._accounts) == 1
+
+
+@pytest.mark.virtual
+async def test_single_calls_that_come_faster_than_the_limit_let_a_check_end() -> None:
+    """Tokens go to both in turn."""
+    client = Client(Server(lambda scope: Sliding(60)), Terms(requests=60))
+    client.put(keys(70, "first"), client.singles)
+    check = client.put(keys(20, "check"), Flow())
+    for number in range(300):
+        client.put(keys(1, f"single{number}-"), client.singles)
+        await asyncio.sleep(0.9)
+    assert all(job.done is not None for job in check)
+
+
+def test_calls_that_were_asked_before_come_to_their_turn_while_new_ones_are_drawn() -> None:
+    """Of four draws one goes by turn, where single calls are drawn too."""
+    queue, singles, draw = FairQueue(), Flow(Kind.SINGLE), random.Random(1)
+    asked = call("asked", singles)
+    asked.was_asked = True
+    queue.push(asked)
+    for number in range(8):
+        queue.push(call(str(number), singles))
+    assert "asked" in [queue.pop(draw, draw_singles=True).key for _ in range(4)]
+
+
+def test_calls_that_were_given_up_leave_nothing_behind() -> None:
+    """Also where nobody comes to their turn."""
+    queue, flow = FairQueue(), Flow()
+    calls = [call(str(number), flow, f"a{number % 3}") for number in range(500)]
+    for each in calls:
+        queue.push(each)
+    for each in calls[:-1]:
+        queue.remove(each)
+    line = queue._lines[flow]
+    assert sum(map(len, line.accounts.values())) < 100
+    queue.remove(calls[-1])
+    assert not line.accounts
+    assert not line.turns
+
+
+@pytest.mark.virtual
 async def test_idle_accounts_are_forgotten() -> None:
     """When their tokens are back and nothing cools down."""
     client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
