@@ -10,7 +10,21 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from tests.benchmarks import cache, call, figures, outage, picture, pool, processes, queue, scope, service, simulation, situations
+from tests.benchmarks import (
+    cache,
+    call,
+    estimates,
+    figures,
+    outage,
+    picture,
+    pool,
+    processes,
+    queue,
+    scope,
+    service,
+    simulation,
+    situations,
+)
 from tests.benchmarks._measure import Benchmark
 
 _BENCHMARKS: Final[dict[str, Benchmark]] = {
@@ -18,6 +32,7 @@ _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "call": call.BENCHMARK,
     "queue": queue.BENCHMARK,
     "figures": figures.BENCHMARK,
+    "estimates": estimates.BENCHMARK,
     "situations": situations.BENCHMARK,
     "cache": cache.BENCHMARK,
     "service": service.BENCHMARK,
