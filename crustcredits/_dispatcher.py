@@ -113,6 +113,8 @@ class Question(Call, ABC):
 class Dispatcher:
     """Asks the API about keys, within one rate limit, over both endpoints.
 
+    It is long because whatever lets a call go on, a turn, a retry, a probe or a token, ends in the one function that starts.
+
     Attributes:
         transport: What sends requests.
         singles: The flow of all single calls.

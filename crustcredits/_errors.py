@@ -229,7 +229,7 @@ class RateLimitWaitError(CrustCreditsError):
     """The rate limit would hold this call back beyond its deadline; it was not sent.
 
     Attributes:
-        wait: Seconds it would have had to wait in all, as things stood.
+        wait: Seconds it would have had to wait in all, at least.
     """
 
     may_recover: bool = True

@@ -37,7 +37,8 @@ class Retry:
     """How failures that may pass are tried again: lost connections, timeouts, gateways, 408, 425, 429 and 5xx. Others never are.
 
     Attributes:
-        attempts: Requests for one call at the most; 1 means never to try again.
+        attempts: Requests for one call at the most; 1 means never to try again. With more than 1, a refusal that comes while
+            several accounts are refused does not count, four times at most: it says nothing of the key.
         backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time. After lost
             connections and answers of a gateway the fourth attempt comes no sooner than 4 s after the first failure, where the
             call has the time and `backoff` is above 0, so that a short outage of the network, of name resolution or of a
