@@ -416,8 +416,10 @@ class Dispatcher:
         if delay is None:
             question.on_end(result)
             return
-        attempts = question.attempts - question.spared
-        _log.info("%s; that was attempt %d of %d, the next is in %.2f s", result, attempts, self._retry.attempts, delay)
+        counted = f"attempt {question.attempts} of {self._retry.attempts}"
+        if question.spared:
+            counted = f"request {question.attempts}, of which {question.spared} do not count as attempts"
+        _log.info("%s; that was %s, the next is in %.2f s", result, counted, delay)
         question.last = result
         self._resume_at(question, now + delay)
 
