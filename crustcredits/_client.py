@@ -20,7 +20,7 @@ from crustcredits._answers import Answers
 from crustcredits._calls import Calls, closed_error
 from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._dispatcher import Dispatcher
-from crustcredits._errors import ClientClosedError, ConfigurationError
+from crustcredits._errors import ConfigurationError
 from crustcredits._fanout import Ask, FanOut, Key, Land, in_order, read_pool
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
@@ -185,7 +185,6 @@ class CreditsClient:
                 raise said
             how_old, deadline = said
         self._check_usable()
-        # As `_ask` does; without it a kept answer costs a coroutine less.
         outcome: Outcome[Balance] | None = self._calls.known(USER_CREDITS, key, how_old)
         if outcome is None:
             outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
@@ -199,7 +198,10 @@ class CreditsClient:
         """
         key = as_key(key)
         how_old, deadline = self._said(freshness, timeout)
-        outcome: Outcome[Account] = await self._ask(ACCOUNT_CREDITS, key, how_old, deadline)
+        self._check_usable()
+        outcome: Outcome[Account] | None = self._calls.known(ACCOUNT_CREDITS, key, how_old)
+        if outcome is None:
+            outcome = await self._calls.ask(ACCOUNT_CREDITS, key, how_old, deadline)
         return outcome.result()
 
     @overload
@@ -494,14 +496,6 @@ class CreditsClient:
         await self.close()
 
     # --- inside
-
-    async def _ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
-        """What came of one key. Raises only when the client, or the session it was given, is closed, or on a wrong loop."""
-        self._check_usable()
-        outcome = self._calls.known(path, key, freshness) or await self._calls.ask(path, key, freshness, deadline)
-        if isinstance(outcome.error, ClientClosedError):
-            raise copy.copy(outcome.error)
-        return outcome
 
     def _known(self, path: str, key: Key, freshness: Freshness) -> Outcome[Any] | None:
         self._check_usable()  # other tasks run while a large pool is looked through

@@ -479,6 +479,7 @@ async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis
 async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: FakeRedis) -> None:
     """When its tokens have gone back, and other processes know it."""
     limit = RateLimit(scope="key", pace=None)
+    redis.latency = lambda process: 0.005
     async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis)) as client:
         for number in range(30):
             task = asyncio.create_task(client.balance(keys(1, f"given-up-{number}")[0]))
