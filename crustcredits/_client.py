@@ -199,10 +199,8 @@ class CreditsClient:
         key = as_key(key)
         how_old, deadline = self._said(freshness, timeout)
         self._check_usable()
-        outcome: Outcome[Account] | None = self._calls.known(ACCOUNT_CREDITS, key, how_old)
-        if outcome is None:
-            outcome = await self._calls.ask(ACCOUNT_CREDITS, key, how_old, deadline)
-        return outcome.result()
+        known: Outcome[Account] | None = self._calls.known(ACCOUNT_CREDITS, key, how_old)
+        return (known or await self._calls.ask(ACCOUNT_CREDITS, key, how_old, deadline)).result()
 
     @overload
     async def check(
