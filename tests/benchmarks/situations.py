@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
+from secrets import token_hex
 from typing import Any
 
 import attrs
@@ -132,8 +133,7 @@ async def _play(situation: Situation) -> Run:
 
 
 def _keys(count: int, name: str = "k", account: str | None = None) -> list[ApiKey]:
-    start = next(_requests)
-    return [ApiKey(f"sk-{start + place:040x}", name=f"{name}{place}", account=account) for place in range(count)]
+    return [ApiKey(f"sk-{token_hex(20)}", name=f"{name}{place}", account=account) for place in range(count)]
 
 
 def _edge() -> Callable[[str, float], dict[str, str] | None]:
