@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Coroutine
 from decimal import Decimal
 from typing import Any, ParamSpec, TypeVar, cast
@@ -82,13 +83,17 @@ def _hides_arguments_of_coroutine(function: Callable[_P, Coroutine[Any, Any, _T]
 def _without_locals(error: BaseException) -> BaseException:
     """The error, with the lines of its traceback, and no variables in the frames of this library.
 
-    Other frames are left alone: they are the caller's, and may be those of another task that awaits the same error.
+    Other frames are left alone, and all that comes below one of the caller's: an error that is raised again has the frames of
+    where it was raised before, perhaps by another task that runs still.
     """
     entry = error.__traceback__
     while entry is not None:
-        if str(entry.tb_frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+        module = str(entry.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if module == _PACKAGE:
             with contextlib.suppress(RuntimeError):  # it runs still
                 entry.tb_frame.clear()
+        elif module != "None" and module not in sys.stdlib_module_names:
+            break
         entry = entry.tb_next
     # The first frame is the decorator's, which is added again when it raises.
     return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)

@@ -271,6 +271,9 @@ class CreditsRequirementError(CrustCreditsError):
     def __copy__(self) -> Self:
         return _rebuild(type(self), self.args, self.__dict__)
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return _rebuild(type(self), self.args, self.__dict__)  # all that it holds is never changed
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__ | {"report": type(self.report)([])})
 
@@ -285,8 +288,8 @@ class CreditsUnknownError(CreditsRequirementError):
     Attributes:
         deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
             spent, are not among them.
-        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, or none of
-            them can be used.
+        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, none of
+            them can be used, or something else answers in the API's place.
     """
 
     def __init__(

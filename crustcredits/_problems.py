@@ -88,6 +88,8 @@ _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
 _WINDOW = 60
 # Nobody knows how long an outage lasts. Callers come back after so many seconds.
 _OUTAGE = 5
+# And at the longest, where the wait has no end.
+_LONGEST = 86_400.0
 
 
 def problem_of(error: CrustCreditsError) -> Problem:
@@ -115,14 +117,18 @@ def problem_of(error: CrustCreditsError) -> Problem:
 
 def _asked(error: CrustCreditsError) -> int:
     wait = error.retry_after if isinstance(error, InternalServerError) else None
-    return _OUTAGE if wait is None else max(1, math.ceil(wait))
+    return _OUTAGE if wait is None else _whole(wait)
+
+
+def _whole(seconds: float) -> int:
+    return max(1, math.ceil(min(seconds, _LONGEST)))
 
 
 def _retry_after(error: CrustCreditsError) -> int | None:
     if isinstance(error, RateLimitWaitError):
-        return max(1, math.ceil(error.wait))
+        return _whole(error.wait)
     if isinstance(error, RateLimitError):
-        return _WINDOW if error.retry_after is None else max(1, math.ceil(error.retry_after))
+        return _WINDOW if error.retry_after is None else _whole(error.retry_after)
     if isinstance(error, CreditsUnknownError):
         # One key that recovers may decide.
         return min((_retry_after(each) or _asked(each) for each in error.deciding if each.may_recover), default=None)

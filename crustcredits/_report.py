@@ -13,10 +13,13 @@ import attrs
 
 from crustcredits._checks import check_number, hides_arguments
 from crustcredits._errors import (
+    AuthenticationError,
     ConfigurationError,
     CreditsUnknownError,
+    CrustCreditsError,
     InsufficientCreditsError,
     PaymentRequiredError,
+    PermissionDeniedError,
 )
 from crustcredits._keys import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
@@ -211,14 +214,14 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         counts = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
         stale = _listed("; stale", self.stale)
         if deciding:
+            errors = tuple(outcome.error for outcome in deciding)
             undecided = _listed("; keys that could not be checked decide", deciding)
-            remedy = "check again" if any(outcome.error.may_recover for outcome in deciding) else "mend or remove these keys"
             raise CreditsUnknownError(
-                f"{counts}{undecided}; see their errors, and {remedy}{stale}",
+                f"{counts}{undecided}; see their errors, and {_remedy(errors)}{stale}",
                 needed=needed,
                 available=available,
                 report=self,
-                deciding=tuple(outcome.error for outcome in deciding),
+                deciding=errors,
             )
         message = f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
@@ -370,3 +373,16 @@ def _answer(balance: Balance) -> str:
         return str(balance.credits)
     fields = attrs.asdict(balance, recurse=False)
     return repr({name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER})
+
+
+# What the API says of a key, or what is wrong with it before it is sent.
+_OF_THE_KEY = (ConfigurationError, AuthenticationError, PermissionDeniedError, PaymentRequiredError)
+
+
+def _remedy(errors: Iterable[CrustCreditsError]) -> str:
+    """What to do where these errors decide."""
+    if any(error.may_recover for error in errors):
+        return "check again"
+    if all(isinstance(error, _OF_THE_KEY) for error in errors):
+        return "mend or remove these keys"
+    return "find out what answers in the API's place"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
@@ -53,6 +54,7 @@ from crustcredits import (
     UnexpectedResponseError,
     Unknown,
 )
+from crustcredits._problems import problem_of
 from crustcredits.fastapi import (
     AccountResponse,
     BalanceResponse,
@@ -847,3 +849,8 @@ async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog:
     assert {answer.status_code for answer in answers} >= {200, 502, 503, 504}
     for text in shown:
         assert not [key.name for key in keys if key.get_secret_value() in text]
+
+
+def test_a_wait_without_end_is_a_day() -> None:
+    """No header can hold more."""
+    assert problem_of(RateLimitWaitError("held back", wait=math.inf)).retry_after == 86_400

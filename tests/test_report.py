@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -427,3 +428,16 @@ def test_a_report_becomes_plain_data() -> None:
         "lookalikes": [["c", "d"]],
     }
     assert Report([bad("a")]).to_dict()["total_credits"] is None
+
+
+def test_a_gate_says_what_helps() -> None:
+    """To check again; to mend keys; or to look for what answers in the API's place, which is no fault of a key."""
+    for error, remedy in (
+        (APIConnectionError("reset"), "check again"),
+        (InvalidKeyError("unknown", status=401), "mend or remove these keys"),
+        (UnexpectedResponseError("no JSON", status=200), "find out what answers in the API's place"),
+    ):
+        report = Report[Balance]([Unknown(key=ApiKey("secret-0", name="prod"), error=error)])
+        with pytest.raises(CreditsUnknownError, match=remedy) as caught:
+            report.require(1)
+        assert len(copy.deepcopy(caught.value).report) == 1

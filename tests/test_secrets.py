@@ -28,9 +28,11 @@ from rich.traceback import Traceback
 
 from crustcredits import (
     ApiKey,
+    Balance,
     ConfigurationError,
     CreditsClient,
     CrustCreditsError,
+    Outcome,
     RateLimit,
     Report,
     Retry,
@@ -503,3 +505,23 @@ async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_pat
     for run in runs:
         assert_no_canary(await run)
     assert len(sandbox.arrivals) >= 6
+
+
+async def test_an_error_that_is_raised_again_ends_no_other_task() -> None:
+    """Its traceback has the frames of where it was raised before, which may run still: here one check closes what it began."""
+    told = LookupError("the same each time")
+    others: list[asyncio.Task[object]] = []
+
+    async with SandboxServer() as server, CreditsClient(base_url=server.url, max_age=60) as client:
+        kept, *new = (server.add_key(f"k{number}") for number in range(3))
+        await client.check([kept])
+
+        def on_outcome(outcome: Outcome[Balance]) -> None:
+            if not others:
+                others.append(asyncio.create_task(client.check([kept], on_outcome=on_outcome)))
+            raise told
+
+        with pytest.raises(LookupError):
+            await client.check(new, on_outcome=on_outcome)
+        with pytest.raises(LookupError):
+            await others[0]

@@ -271,3 +271,20 @@ async def test_refusals_in_memory_are_raised_at_once() -> None:
         client.api.fail(client.keys[0], Fault.REFUSED, times=1)
         assert (await client.check(client.keys)).failed
         assert now() - began < 1
+
+
+async def test_the_api_in_memory_has_the_whole_limit_of_the_client() -> None:
+    """Its period and what it counts by too; so no request is refused."""
+    for limit in (RateLimit(requests=5, period=1.0, pace=None), RateLimit(requests=5, scope="key", pace=None)):
+        async with fake_client({f"k{number}": 7 for number in range(20)}, rate_limit=limit) as client:
+            assert (await client.check(client.keys)).ok
+            assert client.api.refused == 0
+
+
+async def test_a_label_that_may_be_a_secret_is_refused_and_not_repeated() -> None:
+    """Labels and amounts, not secrets and amounts."""
+    secret = "sk_live_51H8x2vKq9Zr3Tn7Wb4Lm6Pd"
+    for labels in ({secret: 1}, {f"{secret}/a": 1, f"{secret}/b": 2}):
+        with pytest.raises(ConfigurationError, match="a label may be a secret") as caught:
+            fake_client(labels)
+        assert secret not in str(caught.value)

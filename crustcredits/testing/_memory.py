@@ -11,7 +11,7 @@ from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._freshness import Seconds
-from crustcredits._keys import ApiKey, split_label
+from crustcredits._keys import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._retry import Retry
 from crustcredits._transport import Failure, Fate, Transport
@@ -102,7 +102,9 @@ def fake_client(credits: Mapping[str, Decimal | int | str] | None = None, **opti
 
     So that tests hardly wait, a request times out after 0.05 s, retries have no backoff, a refusal is raised at once, and there is
     no rate limit, unless `options` say otherwise. These are the options of `CreditsClient`; the API has the limit of
-    `rate_limit`. The circuit breaker waits as it does in service: `Fault.CHALLENGE` for several keys takes seconds.
+    `rate_limit`. The circuit breaker waits as it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for one
+    that is asked again and again. An ordered refusal asks for a wait of up to a minute, which holds back the next call for the
+    key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
 
     Raises:
         ConfigurationError: A label or an amount cannot be used, or keys of one account have different credits.
@@ -111,12 +113,14 @@ def fake_client(credits: Mapping[str, Decimal | int | str] | None = None, **opti
     check_kind("rate_limit", limit, RateLimit)
     if credits is not None:
         check_kind("credits", credits, Mapping)
-    api = FakeAPI(limit=limit.requests)
+    api = FakeAPI(limit=limit.requests, period=limit.period, scope="client" if limit.scope == "auto" else limit.scope)
     keys: list[ApiKey] = []
     amounts: dict[str, Decimal | int | str] = {}
     for label, amount in (credits or {}).items():
         check_kind("a label", label, str)
         account, name = split_label(label)
+        if printable_label("", name, account) is None:
+            raise ConfigurationError("a label may be a secret, or cannot be used; credits maps labels to amounts")
         if account is None:
             keys.append(api.add_key(name, credits=amount))
             continue
