@@ -19,6 +19,8 @@ _THRESHOLD = 8
 # Seconds until the first probe after it has opened; twice as many after each probe that a gateway answers, up to the longest.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
+# Keys that the API has answered are remembered, so many.
+_REMEMBERED = 1_000
 # Different keys whose probes a gateway has answered, from which on it is taken to refuse all.
 _KEYS = 3
 
@@ -37,8 +39,11 @@ class CircuitBreaker:
 
     Only requests that were sent after the row had begun make it longer, so that those on the wire together count once. An answer
     of the API's own below 500 closes it. A probe that ends without an answer of either kind closes it too, but one more
-    answer of a gateway opens it again. A key whose probe a gateway has answered lets other keys go first, and another such
-    answer puts off nobody else, while less than two other keys stand back: the gateway may refuse these alone.
+    answer of a gateway opens it again.
+
+    A gateway may refuse some keys alone, which must hold up no others. So a key that the API has answered last may be a probe at
+    once, until a gateway has answered three such probes in a row. A key whose probe a gateway has answered lets other keys go
+    first, and another such answer puts off nobody else, while less than two other keys stand back.
 
     Args:
         path: The path of the endpoint, for the log.
@@ -49,6 +54,8 @@ class CircuitBreaker:
     """
 
     __slots__ = (
+        "_answered",
+        "_disappointed",
         "_in_a_row",
         "_next_probe",
         "_path",
@@ -62,6 +69,8 @@ class CircuitBreaker:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._answered: dict[Hashable, None] = {}  # keys that the API has answered last
+        self._disappointed = 0  # of these, whose probes a gateway has answered in a row
         self._in_a_row = 0
         self._row_began = 0.0
         self.is_open = False
@@ -86,6 +95,8 @@ class CircuitBreaker:
 
     def next_probe(self, whose: Hashable) -> float:
         """When a request for this key may be a probe, unless one is on the wire then."""
+        if whose in self._answered:
+            return 0.0
         return max(self._next_probe, self._refused.get(whose, self._next_probe))
 
     def start(self, now: float, whose: Hashable) -> Sent:
@@ -101,8 +112,13 @@ class CircuitBreaker:
             self._probe = None
             self.is_open, self._in_a_row, self._row_began = False, _THRESHOLD - 1, now
 
-    def api_answered(self) -> None:
-        """The answer was the API's own."""
+    def api_answered(self, whose: Hashable = None) -> None:
+        """The answer for this key was the API's own."""
+        if whose is not None:
+            self._answered[whose] = None
+            if len(self._answered) > _REMEMBERED:
+                del self._answered[next(iter(self._answered))]
+        self._disappointed = 0
         if self._in_a_row >= _THRESHOLD - 1 and self._status:
             _log.info("%s: the API answers again", self._path)
         self._in_a_row = self.failed_probes = self._status = 0
@@ -113,6 +129,7 @@ class CircuitBreaker:
     def gateway_answered(self, sent: Sent, error: GatewayError, now: float) -> None:
         """The answer was a gateway's."""
         is_probe = sent is self._probe
+        self._forget_answer(sent.whose, is_probe=is_probe)
         if self.is_open and not is_probe:  # sent before it opened
             return
         if self._in_a_row and not is_probe and sent.at < self._row_began:
@@ -141,6 +158,14 @@ class CircuitBreaker:
             )
         self.is_open = True
         self._next_probe = now + self._pause()
+
+    def _forget_answer(self, whose: Hashable, *, is_probe: bool) -> None:
+        """The API's answer for this key is not the last. After three probes of such keys nobody's is worth anything."""
+        if whose in self._answered:
+            del self._answered[whose]
+            self._disappointed += is_probe
+            if self._disappointed == _KEYS:
+                self._answered.clear()
 
     def _pause(self) -> float:
         return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self.failed_probes, 60))

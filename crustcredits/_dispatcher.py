@@ -394,7 +394,7 @@ class Dispatcher:
         if isinstance(result, GatewayError):
             self._breakers[question.path].gateway_answered(watched, result, now)
         elif own:
-            self._breakers[question.path].api_answered()
+            self._breakers[question.path].api_answered(question.key)
         said = result.rate_limit
         return result, Answer(
             status=sent.status,

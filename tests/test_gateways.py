@@ -193,6 +193,34 @@ async def test_keys_that_a_gateway_refuses_keep_no_other_from_being_asked_howeve
 
 
 @pytest.mark.virtual
+@pytest.mark.parametrize(("bad", "good"), [(3, 1), (8, 20), (9, 1)])
+async def test_several_keys_that_a_gateway_refuses_hold_up_no_others(bad: int, good: int) -> None:
+    """In front of them, and asked again and again."""
+    pool = [*keys(bad, "bad"), *keys(good)]
+    server = FakeServer(lambda name, times: CHALLENGE if name.startswith("bad") else Reply())
+    async with fake_client(server) as client:
+        for _ in range(10):
+            report = await client.check(pool, timeout=10)
+            assert all(outcome.ok for outcome in report if outcome.key.name.startswith("k"))
+            await asyncio.sleep(1)
+
+
+def test_keys_that_the_api_has_answered_are_forgotten_in_an_outage() -> None:
+    """After three probes for such keys in a row; and no more than a thousand are remembered."""
+    breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
+    for number in range(1_001):
+        breaker.api_answered(f"k{number}")
+    for number in range(8):
+        breaker.gateway_answered(breaker.start(float(number), "bad"), error, float(number))
+    assert breaker.is_open
+    assert breaker.refusal(7.5, "k0") is not None
+    for number in range(1, 4):
+        assert breaker.refusal(7.5, f"k{number}") is None
+        breaker.gateway_answered(breaker.start(7.5, f"k{number}"), error, 7.5)
+    assert breaker.refusal(7.5, "k4") is not None
+
+
+@pytest.mark.virtual
 async def test_kept_balances_are_given_without_waiting_for_probes() -> None:
     """Also to those who are under way when it opens."""
     pool = keys(60)
