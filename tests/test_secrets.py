@@ -41,6 +41,7 @@ from crustcredits import (
     keys_from_records,
     keys_from_text,
 )
+from crustcredits._checks import hides_arguments
 from crustcredits.fastapi import credits_client_of, credits_lifespan, credits_router, install_exception_handlers
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Fault, SandboxServer
@@ -505,6 +506,13 @@ async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_pat
     for run in runs:
         assert_no_canary(await run)
     assert len(sandbox.arrivals) >= 6
+
+
+def test_frames_below_those_of_the_standard_library_are_cleared_too() -> None:
+    """These keep their own variables; what they have called may be this library's again."""
+    with pytest.raises(json.JSONDecodeError) as unread:
+        hides_arguments(json.loads)("no JSON")
+    assert any("decoder" in entry.filename for entry in traceback.extract_tb(unread.value.__traceback__))
 
 
 async def test_an_error_that_is_raised_again_ends_no_other_task() -> None:
