@@ -78,6 +78,7 @@ async def test_the_requests_of_a_check_lie_under_its_span(sandbox: SandboxServer
     assert parents(requests, others) == ["check"] * COUNT
 
 
+@pytest.mark.any_loop  # uvloop 0.22 gives the factory an argument that Python 3.13.0's does not know
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no eager tasks")
 async def test_a_task_factory_that_runs_tasks_at_once_changes_nothing(sandbox: SandboxServer) -> None:
     """The tasks of requests are not made by it."""
