@@ -32,7 +32,7 @@ _log = logging.getLogger("crustcredits")
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 
 
-# So many who wait until a deadline are looked at in one turn of the loop, and are kept before it is looked who waits no more.
+# Deadlines that one turn of the loop looks at, and entries below which the ended ones are not cleared away.
 _FEW = 1_000
 
 
