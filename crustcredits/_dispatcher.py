@@ -28,7 +28,7 @@ from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms, local_bucket
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
 from crustcredits._retry import Retry, asked_wait
 from crustcredits._transport import Failure, Fate, Transport
@@ -156,7 +156,7 @@ class Dispatcher:
                 terms,
                 pace=pace,
                 slots=slots,
-                make_bucket=partial(self._make_bucket, path),
+                make_bucket=local_bucket if store is None else partial(self._make_bucket, path, store),
                 is_barred=partial(self._is_barred, path),
             )
             for path in self._breakers
@@ -425,15 +425,17 @@ class Dispatcher:
 
     # --- tokens
 
-    def _make_bucket(self, path: str, whose: Hashable | None, limit: int, wake: Callable[[], None]) -> Bucket:
-        if self._store is None or (whose is not None and self._scope == "client"):
+    def _make_bucket(
+        self, path: str, store: TokenStore, whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]
+    ) -> Bucket:
+        if whose is not None and self._scope == "client":
             return TokenBucket(limit)
 
         def came() -> None:
-            wake()
+            wake(whose)
             self._admit()
 
-        tokens = self._store.tokens(path, cast("str | bytes | None", whose), limit)
+        tokens = store.tokens(path, cast("str | bytes | None", whose), limit)
         return LeasedTokens(tokens, came, partial(self._on_outage, path, whose))
 
     def _on_outage(self, path: str, whose: Hashable | None) -> None:

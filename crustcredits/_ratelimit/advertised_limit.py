@@ -30,6 +30,10 @@ class AdvertisedLimit:
         self._voices = voices
         self._said: dict[Hashable, int] = {}  # by account, the last ones
 
+    def is_news(self, limit: int) -> bool:
+        """Whether an answer that tells of this limit can change what is kept: it, or one of the last ones, is another."""
+        return limit != self._configured or bool(self._said)
+
     def hear(self, account: Hashable, limit: int, used: int, seen: int) -> int:
         """An answer for an account told of this limit and of `used` requests; `seen` had ended. Returns the limit to keep."""
         if used < seen or limit < 1:
@@ -39,6 +43,9 @@ class AdvertisedLimit:
             return limit
         self._said.pop(account, None)
         self._said[account] = limit
+        if all(said == self._configured for said in self._said.values()):
+            self._said.clear()  # as many more that agree would change nothing
+            return self._configured
         if len(self._said) > self._voices:
             del self._said[next(iter(self._said))]
         if len(self._said) < self._voices:

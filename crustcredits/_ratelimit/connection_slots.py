@@ -26,13 +26,14 @@ class ConnectionSlots(Generic[_RequestT]):
 
     Attributes:
         count: Slots there are.
+        free: Slots that can be taken now.
         usual: Seconds that an answer takes, as a moving average; None before the first.
     """
 
-    __slots__ = ("_hanging", "_late", "_prompt", "count", "usual")
+    __slots__ = ("_hanging", "_late", "_prompt", "count", "free", "usual")
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count = self.free = count
         self.usual: float | None = None
         self._prompt: dict[_RequestT, float] = {}  # when each began; the oldest first
         self._late: dict[_RequestT, float] = {}  # they hang, and count, because too many others hang
@@ -42,23 +43,25 @@ class ConnectionSlots(Generic[_RequestT]):
         """Requests on the wire, hanging or not."""
         return len(self._prompt) + len(self._late) + len(self._hanging)
 
-    @property
-    def free(self) -> int:
-        """Slots that can be taken now."""
-        return self.count - len(self._prompt) - len(self._late)
-
     def take(self, request: _RequestT, now: float) -> None:
         """A request goes onto the wire."""
         self._prompt[request] = now
+        self.free -= 1
 
     def release(self, request: _RequestT, now: float, *, answered: bool) -> None:
         """A request has ended. Whether the server `answered` tells how long its answers take."""
-        group = next(group for group in (self._prompt, self._late, self._hanging) if request in group)
-        began = group.pop(request)
+        began = self._prompt.pop(request, None)
+        if began is None:
+            began = self._late.pop(request, None)
+        if began is None:
+            began = self._hanging.pop(request)
+        else:
+            self.free += 1
         if answered:
             took = now - began
             self.usual = took if self.usual is None else (1 - _NEWEST_SHARE) * self.usual + _NEWEST_SHARE * took
-        self._let_hang()
+        if self._late:
+            self._let_hang()
 
     def overdue(self, now: float) -> list[_RequestT]:
         """Requests that have begun to hang since the last look."""
@@ -81,6 +84,7 @@ class ConnectionSlots(Generic[_RequestT]):
         while self._late and len(self._hanging) < HANGING_SHARE * self.count:
             request = next(iter(self._late))
             self._hanging[request] = self._late.pop(request)
+            self.free += 1
 
     def _patience(self) -> float:
         return _PATIENCE if self.usual is None else max(_PATIENCE, _PATIENCE_TIMES * self.usual)

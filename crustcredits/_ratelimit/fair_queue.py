@@ -103,19 +103,22 @@ class FairQueue:
     """Foreground flows take turns, then background flows. In a flow accounts take turns; of an account the first call comes first.
 
     Each operation takes constant time, amortised.
+
+    Attributes:
+        length: How many calls wait in it.
     """
 
-    __slots__ = ("_background", "_draws", "_foreground", "_length", "_lines")
+    __slots__ = ("_background", "_draws", "_foreground", "_lines", "length")
 
     def __init__(self) -> None:
         self._lines: dict[Flow, _Line] = {}
         self._foreground: deque[Flow] = deque()
         self._background: deque[Flow] = deque()
-        self._length = 0
+        self.length = 0
         self._draws = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     @property
     def has_foreground(self) -> bool:
@@ -148,7 +151,7 @@ class FairQueue:
         pool = line.asked if call.was_asked else line.fresh
         call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # its place is this module's
         pool.append(call)
-        self._length += 1
+        self.length += 1
 
     def remove(self, call: Call) -> None:
         """Take out a call, wherever it stands."""
@@ -162,7 +165,7 @@ class FairQueue:
             pool[index] = last
             last._index = index  # noqa: SLF001  # as above
         call.queue = None
-        self._length -= 1
+        self.length -= 1
 
     def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
         """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.

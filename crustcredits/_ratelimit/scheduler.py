@@ -16,8 +16,7 @@ import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import attrs
 
@@ -129,6 +128,7 @@ class Request:
     trial: Trial | None
     first: bool
     in_trial: bool
+    account: _Account
 
     def leave_trial(self) -> None:
         """It has ended, or hangs: it is no probe on the wire any more."""
@@ -140,7 +140,7 @@ class Request:
 class _Account:
     """The tokens of one account, and the calls that wait for them. Forgotten when all is back and nobody waits."""
 
-    __slots__ = ("bucket", "called", "cools_until", "ends", "key", "refreshing", "shared", "starts", "timer", "waiting")
+    __slots__ = ("bucket", "called", "cools_until", "idles", "key", "refreshing", "served", "shared", "timer", "waiting")
 
     def __init__(self, bucket: Bucket, key: Hashable) -> None:
         self.bucket = bucket
@@ -150,9 +150,9 @@ class _Account:
         self.shared = False  # whether calls of several keys have asked for its tokens
         self.cools_until = -math.inf
         self.timer = -math.inf
+        self.idles = False  # whether it is looked at again, to be forgotten
         self.waiting: tuple[FairQueue, ...] | None = None  # by kind
-        self.starts: list[float] = []  # of its served requests of the last period, in the order of their ends
-        self.ends: list[float] = []
+        self.served: list[tuple[float, float]] | None = None  # starts and ends of the last period, in the order of the ends
 
     def queue(self, call: Call) -> FairQueue:
         if self.waiting is None:
@@ -165,15 +165,25 @@ class _Account:
 
     def ended_before(self, started: float, since: float) -> int:
         """Served requests of the account that started after `since` and had ended when another started."""
+        served = self.served
+        if served is None:
+            return 0
         aged = 0
-        while aged < len(self.starts) and self.starts[aged] <= since:
+        while aged < len(served) and served[aged][0] <= since:
             aged += 1
         if aged:
-            del self.starts[:aged], self.ends[:aged]
-        return bisect_right(self.ends, started)
+            del served[:aged]
+        return bisect_right(served, started, key=_end)
 
 
-def _local(whose: Hashable | None, limit: int, wake: Callable[[], None]) -> Bucket:
+def _end(served: tuple[float, float]) -> float:
+    return served[1]
+
+
+MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
+
+
+def local_bucket(whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]) -> Bucket:
     """Tokens that are counted in this process."""
     return TokenBucket(limit)
 
@@ -190,8 +200,8 @@ class Scheduler:
         pace: How many requests start per second.
         slots: How many are on the wire at once.
         seed: Of the draws among calls of a trial; random by default.
-        make_bucket: Makes the tokens of an account, or of all together (None). It is given the limit, and what to call when tokens
-            have come that were not there.
+        make_bucket: Makes the tokens of an account, or of all together (None). It is given the limit, and what to call, with the
+            account, when tokens have come that were not there.
         is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets it.
     """
 
@@ -202,7 +212,7 @@ class Scheduler:
         pace: Pace,
         slots: ConnectionSlots[Request],
         seed: int | None = None,
-        make_bucket: Callable[[Hashable | None, int, Callable[[], None]], Bucket] = _local,
+        make_bucket: MakeBucket = local_bucket,
         is_barred: Callable[[Call, float], bool] = _never,
     ) -> None:
         self._terms = terms
@@ -211,7 +221,7 @@ class Scheduler:
         self._is_barred = is_barred
         self._ready = FairQueue()
         self._accounts: dict[Hashable, _Account] = {}
-        self._common = make_bucket(None, terms.requests, self._common_came)
+        self._common = make_bucket(None, terms.requests, self._came)
         self._counts_common = terms.scope != "account"
         self._waits_for_common = False
         self._common_waiting = tuple(FairQueue() for _ in Kind)
@@ -268,7 +278,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits that could start, now or at a moment."""
-        return not self._moments and not len(self._ready)
+        return not self._moments and not self._ready.length
 
     def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
         """Remove the calls that wait for a token of this account, or with None of the common bucket, and return them."""
@@ -287,24 +297,25 @@ class Scheduler:
 
         None without such a moment. Ask until there is no request, after everything that is told to the scheduler.
         """
-        if self._moments:
+        if self._moments and self._moments[0][0] <= now:
             self._release_due(now)
         until: float | None = None
-        if len(self._ready):
-            for request in self._slots.overdue(now):
-                request.leave_trial()
-        while len(self._ready):
+        ready = self._ready
+        while ready.length:
             trial = self._cooldown.trial
+            if trial is not None or self._slots.free <= 0:
+                for request in self._slots.overdue(now):
+                    request.leave_trial()
             is_held, until = self._is_held(trial, now)
             if is_held:
                 break
-            draw = None if trial is None else self._random
-            call = self._ready.pop(draw, draw_singles=trial is not None and trial.is_held)
+            call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
             if self._is_barred(call, now):
                 self._forget(call, now)
                 return call
-            if self._may_start(call, now):
-                return self._start(call, trial, now)
+            account = self._admissible(call, now)
+            if account is not None:
+                return self._start(call, account, trial, now)
         if self._moments and (until is None or self._moments[0][0] < until):
             return self._moments[0][0]
         return until
@@ -318,30 +329,39 @@ class Scheduler:
         until = self._pace.wait(now)
         if until is not None:
             return True, until
-        return self._refreshing * _REFRESHES_ON_WIRE >= self._slots.count and not self._ready.has_foreground, None
+        if self._refreshing * _REFRESHES_ON_WIRE < self._slots.count:
+            return False, None
+        return not self._ready.has_foreground, None
 
     def ended(self, request: Request, answer: Answer, now: float) -> bool:
         """A request has ended. Returns whether this attempt is not to be counted against its call."""
         self._slots.release(request, now, answered=answer.status is not None)
-        request.leave_trial()
-        account = self._account(request.call)
+        if request.in_trial:
+            request.leave_trial()
+        account, spared = request.account, False
         if request.kind is Kind.BACKGROUND:
             self._refreshing -= 1
             account.refreshing -= 1
-        proved, alone = self._learn(request, account, answer, now) if answer.is_served else (False, False)
-        self._return_tokens(request, account, answer, proved, now)
-        foreign = answer.is_refused and answer.used is None and self._scope.has_seen_counts
-        if request.first and request.trial is not None and answer.status is not None:
-            self._lately.append(foreign)
-        spared = False
-        if answer.is_refused:
-            spared = self._refused(request, account, answer, foreign, now)
-        elif answer.is_served:
-            self._cooldown.served(request.trial, alone=alone)
-        self._release(account, now)
-        if self._counts_common:
+        if answer.is_served:
+            proved, alone = self._learn(request, account, answer, now)
+            self._return_tokens(request, account, now + self._terms.period, now if proved else None)
+            self._on_probe(request, foreign=False)
+            if self._cooldown.trial is not None:
+                self._cooldown.served(request.trial, alone=alone)
+        else:
+            self._take_back(request, account, answer, now)
+            is_refused = answer.is_refused
+            foreign = is_refused and answer.used is None and self._scope.has_seen_counts
+            if answer.status is not None:
+                self._on_probe(request, foreign=foreign)
+            if is_refused:
+                spared = self._refused(request, account, answer, foreign, now)
+        if account.waiting is not None:
+            self._release(account, now)
+        if self._waits_for_common:
             self._release_common(now)
-        self._forget_idle(now)
+        if self._idle and self._idle[0][0] <= now:
+            self._forget_idle(now)
         return spared
 
     # --- what can be told
@@ -397,7 +417,7 @@ class Scheduler:
     def _account(self, call: Call) -> _Account:
         account = self._accounts.get(call.account)
         if account is None:
-            bucket = self._make_bucket(call.account, self._terms.requests, partial(self._account_came, call.account))
+            bucket = self._make_bucket(call.account, self._terms.requests, self._came)
             account = self._accounts[call.account] = _Account(bucket, call.key)
         return account
 
@@ -420,7 +440,7 @@ class Scheduler:
         self._count(call, -1)
         account = self._accounts.get(call.account)
         if account is not None:
-            heapq.heappush(self._idle, (max(now, account.cools_until), next(self._ids), call.account))
+            self._idles(account, call.account, max(now, account.cools_until))
 
     def _uncall(self, call: Call) -> int:
         """A call that was let out of a queue is no more on its way to a start. Returns which queue that was."""
@@ -435,24 +455,32 @@ class Scheduler:
         self._common_timer = now
         heapq.heappush(self._moments, (now, next(self._ids), None))
 
+    def _idles(self, account: _Account, name: Hashable, when: float) -> None:
+        """Look then whether an account can be forgotten, unless that is done anyway."""
+        if not account.idles:
+            account.idles = True
+            heapq.heappush(self._idle, (when, next(self._ids), name))
+
     def _forget_idle(self, now: float) -> None:
         """Forget accounts whose tokens are all back."""
         while self._idle and self._idle[0][0] <= now:
             _, _, name = heapq.heappop(self._idle)
-            account = self._accounts.get(name)
-            if account is None or account.waiters or account.called:
-                continue
-            if now < account.cools_until:
-                heapq.heappush(self._idle, (account.cools_until, next(self._ids), name))
+            account = self._accounts[name]
+            account.idles = False
+            if account.waiters or account.called:
                 continue
             account.bucket.room(now, 0)
-            if account.bucket.is_whole:
+            if now < account.cools_until:
+                self._idles(account, name, account.cools_until)
+            elif account.bucket.is_whole:
                 del self._accounts[name]
             elif account.bucket.is_settling:
-                heapq.heappush(self._idle, (now + _SETTLES, next(self._ids), name))
+                self._idles(account, name, now + _SETTLES)
+            elif not account.bucket.on_wire:
+                self._idles(account, name, account.bucket.returns(now, 0.0)[-1])
 
-    def _may_start(self, call: Call, now: float) -> bool:
-        """Whether its buckets have a token for it. If not, it waits at the bucket that stops it, and blocks nobody behind it."""
+    def _admissible(self, call: Call, now: float) -> _Account | None:
+        """Its account, if its buckets have a token for it. Else it waits at the one that stops it, and blocks nobody behind it."""
         account, kind = self._account(call), call.flow.kind
         if account.key != call.key:
             account.shared = True
@@ -461,25 +489,25 @@ class Scheduler:
                 self._call_next(now)
             account.queue(call).push(call)
             self._arm(account, now)
-            return False
+            return None
         if self._counts_common:
             waiting = self._common_waiting[kind]
-            if not self._has_common_room(kind, now) or (len(waiting) and call.called != _BY_COMMON):
+            if not self._has_common_room(kind, now) or (waiting.length and call.called != _BY_COMMON):
                 self._uncall(call)
                 self._waits_for_common = True
                 waiting.push(call)
                 self._arm_common(now)
-                return False
-        return True
+                return None
+        return account
 
-    def _start(self, call: Call, trial: Trial | None, now: float) -> Request:
+    def _start(self, call: Call, account: _Account, trial: Trial | None, now: float) -> Request:
         self._pace.take(now)
-        account = self._account(call)
         self._count(call, -1)
         own = account.bucket.take(now)
         common = self._common.take(now) if self._counts_common else None
         first, call.was_asked = not call.was_asked, True
-        self._uncall(call)
+        if call.called:
+            self._uncall(call)
         kind = call.flow.kind
         if kind is Kind.BACKGROUND:
             self._refreshing += 1
@@ -489,9 +517,9 @@ class Scheduler:
                 bucket.next_refresh = now + refresh_gap(bucket, now, self._terms.period, kept)
             if account.waiters:
                 self._arm(account, now)
-            if len(self._common_waiting[kind]):
+            if self._common_waiting[kind].length:
                 self._arm_common(now)
-        request = Request(call, kind, now, own, common, trial, first, trial is not None)
+        request = Request(call, kind, now, own, common, trial, first, trial is not None, account)
         self._slots.take(request, now)
         if trial is not None:
             trial.on_wire += 1
@@ -503,7 +531,9 @@ class Scheduler:
 
     def _kept_from(self, kind: Kind, bucket: Bucket, *, shared: bool = True) -> int:
         """Tokens of a bucket that calls of this kind leave alone; of one that no others `shared`, a check may take all."""
-        kept = self._kept(bucket) if shared and kind is not Kind.SINGLE else 0
+        if kind is Kind.SINGLE:
+            return 0
+        kept = self._kept(bucket) if shared and self._terms.reserve else 0
         if kind is Kind.BACKGROUND:
             kept = max(kept, min(bucket.limit - 1, math.ceil(_REFRESHES_KEEP * bucket.limit)))
         return kept
@@ -565,27 +595,27 @@ class Scheduler:
             account.timer = moment
             heapq.heappush(self._moments, (moment, next(self._ids), account))
 
-    def _account_came(self, name: Hashable) -> None:
-        """Tokens have come, or are not to come by themselves, that nobody knew of."""
-        account = self._accounts.get(name)
-        if account is not None:  # or nobody has waited any more, and it was forgotten
+    def _came(self, name: Hashable | None) -> None:
+        """Tokens have come, or are not to come by themselves, that nobody knew of: of an account, or of all together."""
+        account = None if name is None else self._accounts.get(name)
+        if account is not None:
             account.timer = -math.inf
-            heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
-
-    def _common_came(self) -> None:
-        self._common_timer = -math.inf
-        heapq.heappush(self._moments, (-math.inf, next(self._ids), None))
+        elif name is None:
+            self._common_timer = -math.inf
+        else:  # nobody has waited any more, and it was forgotten
+            return
+        heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
 
     def _next_kind(self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int) -> Kind | None:
         """Of which kind the next call is let out of a bucket's queue: single calls and others in turn, refreshes last."""
-        single, many = (len(waiting[kind]) > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY))
+        single, many = (waiting[kind].length > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY))
         if single and not (many and self._last_let_out is Kind.SINGLE):
             self._last_let_out = Kind.SINGLE
             return Kind.SINGLE
         if many:
             self._last_let_out = Kind.MANY
             return Kind.MANY
-        return Kind.BACKGROUND if len(waiting[Kind.BACKGROUND]) and rooms[Kind.BACKGROUND] > called else None
+        return Kind.BACKGROUND if waiting[Kind.BACKGROUND].length and rooms[Kind.BACKGROUND] > called else None
 
     def _release_of(self, call: Call, now: float) -> None:
         account = self._accounts.get(call.account)
@@ -646,41 +676,62 @@ class Scheduler:
 
     def _learn(self, request: Request, account: _Account, answer: Answer, now: float) -> tuple[bool, bool]:
         """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
-        used, name = answer.used, request.call.account
-        seen = self._scope.ended_before(request.started, now)
-        seen_of_account = account.ended_before(request.started, now - self._terms.window)
+        used, limit, started = answer.used, answer.limit, request.started
         proved = alone = False
-        if used is None or answer.limit is None:
-            self._scope.served(request.started, now)
+        if used is None or limit is None:
+            self._scope.served(started, now)
         else:
-            own = account.bucket.own(request.own)
-            proved, alone = self._scope.told(used, own, seen, request.started, now)
-            proved = proved and request.common is not None
-            if request.common is not None:
+            if limit != account.bucket.limit or self._common_limit.is_news(limit):
+                self._hear(request, account, limit, used, now)
+            proved, alone = self._scope.told(used, account.bucket.own(request.own), started, now)
+            if request.common is None:
+                proved = False
+            else:
                 self._others = max(0, used - self._common.own(request.common))
-            account.bucket.limit = self._own_limit.hear(name, answer.limit, used, seen_of_account)
-            followed = self._common_limit.hear(name, answer.limit, used, seen)  # a proof has used < seen
-            if followed != self._common.limit:
-                _log.info("the API says that its limit is %d requests, not %d; it is followed", followed, self._common.limit)
-                self._common.limit = followed
-        account.starts.append(request.started)
-        account.ends.append(now)
+        if account.served is None:
+            account.served = [(started, now)]
+        else:
+            account.served.append((started, now))
+            account.ended_before(started, now - self._terms.window)
         return proved, alone
 
-    def _return_tokens(self, request: Request, account: _Account, answer: Answer, proved: bool, now: float) -> None:
-        gone = answer.status == 429 or answer.unsent
-        when = now + self._terms.period + (self._terms.late if answer.may_come_late else 0.0)
-        if gone:
+    def _hear(self, request: Request, account: _Account, limit: int, used: int, now: float) -> None:
+        """An answer tells of another limit than the usual one, or answers before it did."""
+        name, since = request.call.account, now - self._terms.window
+        seen_of_account = account.ended_before(request.started, since)
+        account.bucket.limit = self._own_limit.hear(name, limit, used, seen_of_account)
+        # A proof has fewer used than seen.
+        followed = self._common_limit.hear(name, limit, used, self._scope.ended_before(request.started, now))
+        if followed != self._common.limit:
+            _log.info("the API says that its limit is %d requests, not %d; it is followed", followed, self._common.limit)
+            self._common.limit = followed
+
+    def _take_back(self, request: Request, account: _Account, answer: Answer, now: float) -> None:
+        """Its tokens return: at once where the server does not count it, later where nobody knows when it does."""
+        if answer.status == 429 or answer.unsent:
             account.bucket.put_back()
+            if request.common is not None:
+                self._common.put_back()
+            self._idles(account, request.call.account, max(now, account.cools_until))
         else:
-            account.bucket.return_at(when)
-        heapq.heappush(self._idle, (max(now if gone else when, account.cools_until), next(self._ids), request.call.account))
+            when = now + self._terms.period + (self._terms.late if answer.may_come_late else 0.0)
+            self._return_tokens(request, account, when)
+
+    def _return_tokens(self, request: Request, account: _Account, when: float, proved_at: float | None = None) -> None:
+        account.bucket.return_at(when)
+        if not account.idles:
+            self._idles(account, request.call.account, max(when, account.cools_until))
         if request.common is None:
             return
-        if gone or proved:
-            self._common.put_back()
-        else:
+        if proved_at is None:
             self._common.return_at(when)
+        else:
+            self._common.put_back()
+
+    def _on_probe(self, request: Request, *, foreign: bool) -> None:
+        """Note whether something in front of the API refused a probe, if its call was never asked before."""
+        if request.trial is not None and request.first:
+            self._lately.append(foreign)
 
     def _refused(self, request: Request, account: _Account, answer: Answer, foreign: bool, now: float) -> bool:
         """Returns whether the refusal costs its call no attempt."""

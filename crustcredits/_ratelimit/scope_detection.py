@@ -77,17 +77,21 @@ class ScopeDetection:
         """A served answer without counts came: its request can witness."""
         self._witnesses.add(started, now)
 
-    def told(self, used: int, own: int, seen: int, started: float, now: float) -> tuple[bool, bool]:
-        """A served answer told that `used` requests were counted, of which at most `own` are its account's. `seen` had ended.
+    def told(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
+        """A served answer told that `used` requests were counted, of which at most `own` are its account's.
 
         Returns whether this proves that its account is counted apart, and the weaker sign that it is (`is_alone`).
         """
         self.has_seen_counts = True
-        alone = used <= own <= seen
+        if used > own:
+            self._in_a_row += 1
+            self._witnesses.add(started, now)
+            return False, False
+        self._in_a_row = 0
+        alone = own <= self.ended_before(started, now)
         if alone:
             self._alone_at = now
         proved = self._proves and now >= self._no_proof_before and self._witnesses.prove(used, own, started, now)
-        self._in_a_row = 0 if used <= own else self._in_a_row + 1
         self._witnesses.add(started, now)
         return proved, alone
 

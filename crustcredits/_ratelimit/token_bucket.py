@@ -73,10 +73,10 @@ class TokenBucket:
 
     def room(self, now: float, kept: int) -> int:
         """Tokens that can be taken now, but for `kept` of them; below 0 where more are out, or the limit was lowered."""
-        returned = bisect_right(self._returns, now)
-        if returned:
-            del self._returns[:returned]
-        return self.limit - kept - self.on_wire - len(self._returns)
+        returns = self._returns
+        if returns and returns[0] <= now:
+            del returns[: bisect_right(returns, now)]
+        return self.limit - kept - self.on_wire - len(returns)
 
     def room_at(self, now: float, kept: int) -> float | None:
         """When there is room, or room for one more; None where that needs a request on the wire to end."""
@@ -101,7 +101,10 @@ class TokenBucket:
     def return_at(self, when: float) -> None:
         """A request has ended; its token returns then."""
         self.on_wire -= 1
-        insort(self._returns, when)
+        if self._returns and when < self._returns[-1]:
+            insort(self._returns, when)
+        else:
+            self._returns.append(when)
 
     def put_back(self) -> None:
         """The server does not count a request; its token returns now."""

@@ -68,7 +68,7 @@ def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: fl
     scope = ScopeDetection(60.0, LATE, proves=True)
     for _ in range(others):
         scope.served(0.0, ended)
-    return scope.told(used, own, 0, started, started + 0.1)[0]
+    return scope.told(used, own, started, started + 0.1)[0]
 
 
 def test_ten_requests_that_are_missing_from_a_count_prove_its_account() -> None:
