@@ -13,9 +13,10 @@ import heapq
 import itertools
 import logging
 import math
-from collections.abc import Callable, Hashable
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import attrs
 
@@ -25,7 +26,7 @@ from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCredit
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
 
 _log = logging.getLogger("crustcredits")
 
@@ -88,50 +89,79 @@ class _Call(Question):
         self.calls.break_off(self, error)
 
 
-class _Landing:
-    """The seat of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it."""
+class Landing:
+    """The seat of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it.
 
-    __slots__ = ("_began", "_calls", "_freshness", "_key", "_land", "call")
+    Attributes:
+        key: The key that is asked about.
+        freshness: How old its answer may be.
+        began: Since when it has waited, in the loop's time.
+        call: Its call, once it has one.
+    """
+
+    __slots__ = ("_calls", "_land", "began", "call", "freshness", "key")
 
     def __init__(self, calls: Calls, key: ApiKey, freshness: Freshness, began: float, land: Land) -> None:
+        self.key = key
+        self.freshness = freshness
+        self.began = began
         self.call: _Call | None = None
         self._calls = calls
-        self._key = key
-        self._freshness = freshness
-        self._began = began
         self._land: Land | None = land
 
     def done(self) -> bool:
         return self._land is None
 
     def set_result(self, result: Outcome[Any], /) -> None:
-        if isinstance(result.error, ClientClosedError):
-            self._hand_on(copy.copy(result.error))
-        elif isinstance(result, Unknown) and self._freshness.if_error and self._land is not None:
+        if result.error is None:
+            self.hand_on(result if result.key is self.key else outcome_for(self.key, result))
+        elif isinstance(result.error, ClientClosedError):
+            self.hand_on(copy.copy(result.error))
+        elif isinstance(result, Unknown) and self.freshness.if_error and self._land is not None:
             # In the next turn, as a future would: an answer that comes in this very turn is kept by then.
             asyncio.get_running_loop().call_soon(self._stand_in, result, self._land)
             self._land = None
         else:
-            self._hand_on(result if result.key is self._key else outcome_for(self._key, result))
+            self.hand_on(outcome_for(self.key, result))
 
     def set_exception(self, exception: BaseException, /) -> None:
-        self._hand_on(exception)
+        self.hand_on(exception)
 
     def cancel(self) -> None:
-        self._hand_on(asyncio.CancelledError())
+        self.hand_on(asyncio.CancelledError())
 
     def give_up(self) -> None:
-        assert self.call is not None
-        self._calls.leave(self.call, self)
+        """Nobody waits for it any more."""
+        if self.call is not None:
+            self._calls.leave(self.call, self)
 
-    def _stand_in(self, result: Unknown, land: Land) -> None:
-        assert self.call is not None
-        land(self._calls.given(self.call, self._key, result, self._freshness, self._began))
-
-    def _hand_on(self, landed: Outcome[Any] | BaseException) -> None:
+    def hand_on(self, landed: Outcome[Any] | BaseException) -> None:
+        """It has landed."""
         land, self._land = self._land, None
         assert land is not None, "one thing lands"
         land(landed)
+
+    def _stand_in(self, result: Unknown, land: Land) -> None:
+        assert self.call is not None
+        land(self._calls.given(self.call, self.key, result, self.freshness, self.began))
+
+
+class Pool(PoolFlow):
+    """Keys of one check whose turn has not come.
+
+    Attributes:
+        path: The endpoint.
+    """
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str, accounts: Sequence[Hashable | None]) -> None:
+        super().__init__(accounts)
+        self.path = path
+
+    @abstractmethod
+    def number_of(self, digest: bytes) -> int | None:
+        """The number of this secret, if it is among those that wait."""
 
 
 class _Deadlines:
@@ -192,6 +222,7 @@ class Calls:
         self._under_way: dict[Place, _Call] = {}
         self._outdated: set[_Call] = set()  # on the wire when their answers were declared invalid; joined by nobody
         self._dropped: set[asyncio.Task[Any]] = set()
+        self._pools: list[Pool] = []
         self._deadlines = _Deadlines(self._time_out)
 
     def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
@@ -225,9 +256,7 @@ class Calls:
         began = loop.time()
         seat: asyncio.Future[Outcome[Any]] = loop.create_future()
         place = path, key.digest
-        kept = self._answers.find(place) if freshness.if_error else None
-        falls_back = kept is not None and kept.may_stand_in(freshness, began)
-        patience = _Patience(began, math.inf if deadline is None else deadline, falls_back)
+        patience = self._patience(place, freshness, began, math.inf if deadline is None else deadline)
         call = self._join(place, key, seat, patience, self._dispatcher.singles)
         try:
             outcome = await seat
@@ -236,24 +265,87 @@ class Calls:
             raise
         return self.given(call, key, outcome, freshness, began)
 
-    def begin(
-        self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, *, deadline: float | None, flow: Flow, land: Land
-    ) -> Callable[[], None]:
-        """The same for a key of a fan-out, without a task: the outcome lands. Returns what gives it up.
+    def begin(self, path: str, landing: Landing, deadline: float, flow: Flow) -> None:
+        """The same for a key of a fan-out, without a task: the outcome lands, at once or later.
 
-        The call waits for its turn in `flow`. What lands is an exception where the client was closed.
+        A new call waits for its turn in `flow`. What lands is an exception where the client was closed.
         """
-        outcome = _failure(key, key.error) if isinstance(key, UnusableKey) else self.known(path, key, freshness)
-        if outcome is not None or isinstance(key, UnusableKey):
-            land(cast("Outcome[Any]", outcome))
-            return _nothing
-        began, place = _now(), (path, key.digest)
-        kept = self._answers.find(place) if freshness.if_error else None
-        falls_back = kept is not None and kept.may_stand_in(freshness, began)
-        seat = _Landing(self, key, freshness, began, land)
-        patience = _Patience(began, math.inf if deadline is None else deadline, falls_back)
-        self._join(place, key, seat, patience, flow)
-        return seat.give_up
+        outcome = self.known(path, landing.key, landing.freshness)
+        if outcome is not None:
+            landing.hand_on(outcome)
+            return
+        place = path, landing.key.digest
+        self._join(place, landing.key, landing, self._patience(place, landing.freshness, landing.began, deadline), flow)
+
+    # --- pools
+
+    def is_asked(self, path: str, key: ApiKey) -> bool:
+        """Whether a call for this key is under way, or waits for its turn as a number."""
+        if not self._under_way and not self._pools:
+            return False
+        return (path, key.digest) in self._under_way or self._waiting_in(path, key.digest) is not None
+
+    def declared_account(self, key: ApiKey) -> Hashable | None:
+        """The account that a key declares, as far as it counts."""
+        account = self._dispatcher.account_of(key)
+        return None if account == key.digest else account
+
+    def enter_pool(self, pool: Pool) -> None:
+        """The keys of a check wait for their turn from now on."""
+        self._pools.append(pool)
+        self._dispatcher.enter_pool(pool.path, pool)
+
+    def leave_pool(self, pool: Pool) -> None:
+        """Those whose turn has not come are given up."""
+        self._pools.remove(pool)
+        self._dispatcher.leave_pool(pool.path, pool)
+
+    def take_turn(self, path: str, landing: Landing, deadline: float, flow: Flow, context: contextvars.Context) -> _Call | None:
+        """The turn of a key of a pool has come: its call. None where it needs none, because it is known or under way by now."""
+        key = landing.key
+        outcome = self.known(path, key, landing.freshness)
+        if outcome is not None:
+            landing.hand_on(outcome)
+            return None
+        place = path, key.digest
+        patience = self._patience(place, landing.freshness, landing.began, deadline)
+        if place in self._under_way:
+            self._join(place, key, landing, patience, flow)
+            return None
+        call = self._under_way[place] = self._make(place, key, flow, context)
+        call.first, call.entered = landing, landing.began
+        self._sit(call, landing, patience)
+        return call
+
+    def earliest(self, path: str, key: ApiKey) -> float:
+        """Certainly no request for this key starts before then, if it is not under way."""
+        return self._dispatcher.earliest_of(path, key, _now())
+
+    def too_late(self, path: str, key: ApiKey, began: float) -> Unknown:
+        """The outcome of a key whose turn did not come before its deadline."""
+        return _failure(key, _late_turn(key, self.earliest(path, key) - began))
+
+    def _waiting_in(self, path: str, digest: bytes) -> tuple[Pool, int] | None:
+        """The pool in which a secret waits for its turn, and its number there."""
+        for pool in self._pools:
+            number = pool.number_of(digest) if pool.path == path else None
+            if number is not None:
+                return pool, number
+        return None
+
+    def _begin_early(self, place: Place) -> _Call | None:
+        """The call for a key that waits for its turn in a pool, now that somebody else asks too. It keeps its flow."""
+        found = self._waiting_in(*place)
+        if found is None:
+            return None
+        pool, number = found
+        pool.take_out(number)
+        call = pool.begin(number)
+        if call is None:
+            return None
+        assert isinstance(call, _Call), "this module makes them"
+        self._dispatcher.enter(call)
+        return self._under_way.get(place)
 
     def given(self, call: _Call, key: ApiKey, outcome: Outcome[Any], freshness: Freshness, began: float) -> Outcome[Any]:
         """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
@@ -292,20 +384,30 @@ class Calls:
 
     # --- seats
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience, flow: Flow) -> _Call:
-        call, is_new = self._under_way.get(place), False
-        if call is None:
-            call, is_new = self._make(place, key, flow, contextvars.copy_context()), True
-            call.first = seat
+    def _patience(self, place: Place, freshness: Freshness, began: float, deadline: float) -> _Patience:
+        kept = self._answers.find(place) if freshness.if_error else None
+        return _Patience(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
+
+    def _sit(self, call: _Call, seat: Seat, patience: _Patience) -> None:
         call.seats[seat] = patience
-        if isinstance(seat, _Landing):
+        if isinstance(seat, Landing):
             seat.call = call
         if patience.deadline < math.inf:
             self._deadlines.add(patience.deadline, call, seat)
-        if is_new:
+
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience, flow: Flow) -> _Call:
+        call = self._under_way.get(place)
+        if call is None and self._pools:
+            call = self._begin_early(place)
+        if call is None:
+            call = self._make(place, key, flow, contextvars.copy_context())
+            call.first = seat
+            self._sit(call, seat, patience)
             self._begin(call)
-        elif flow.kind < call.flow.kind or not call.wanted:
-            self._dispatcher.move(call, flow)
+        else:
+            self._sit(call, seat, patience)
+            if flow.kind < call.flow.kind or not call.wanted:
+                self._dispatcher.move(call, flow)
         if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
             call, patience.began
         ):
@@ -416,10 +518,6 @@ class Calls:
                 seat.set_exception(error)
 
 
-def _nothing() -> None:
-    """There is nothing to give up."""
-
-
 def closed_error() -> ClientClosedError:
     """What those are told who wait for, or begin, a call of a client that was closed."""
     return ClientClosedError("this client is closed; make a new one")
@@ -444,11 +542,14 @@ def _why_late(call: _Call, patience: _Patience, earliest: float) -> CrustCredits
         last = copy.copy(call.last)
         last.attempts = call.attempts
         return last
-    wait = earliest - patience.began
+    return _late_turn(call.api_key, earliest - patience.began)
+
+
+def _late_turn(key: ApiKey, wait: float) -> RateLimitWaitError:
     return RateLimitWaitError(
-        "its turn did not come before its deadline: the rate limit, or requests without an answer, hold it back for at least "
-        f"{wait:.1f} s; allow it more time, or ask for fewer keys at once",
-        key_name=call.api_key.label,
+        "deadline too short: the rate limit, or requests without an answer, hold this request back for at least "
+        f"{wait:.1f} s; raise timeout= or check fewer keys at once",
+        key_name=key.label,
         wait=wait,
     )
 

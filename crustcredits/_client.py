@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
 from decimal import Decimal
@@ -17,15 +18,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from crustcredits._answers import Answers
-from crustcredits._calls import Calls, closed_error
+from crustcredits._calls import Calls, Landing, closed_error
+from crustcredits._check import PoolCheck, read_pool
 from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._dispatcher import Dispatcher
 from crustcredits._errors import ConfigurationError
-from crustcredits._fanout import Ask, FanOut, Key, Land, in_order, read_pool
+from crustcredits._fanout import Ask, FanOut, Key, Land, nothing
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._key_checks import is_likely_key
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
-from crustcredits._models import Account, Balance, Outcome
+from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
@@ -38,10 +40,8 @@ from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, pr
 if TYPE_CHECKING:
     import aiohttp
 
-# Keys that a fan-out has in the queue at a time: of a source that may have no end, and of a pool, which enters as a whole but for
-# the largest, so that no account of it stands in front of the others.
+# Keys of a stream that are under way at a time. A pool enters the queue as a whole.
 _STREAMED = 1_024
-_CHECKED = 65_536
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
@@ -162,7 +162,7 @@ class CreditsClient:
         self._calls = Calls(self._dispatcher, Answers(max_entries, retry, self._dispatcher.refusal))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self._fan_outs: set[FanOut] = set()
+        self._fan_outs: set[FanOut | PoolCheck] = set()
 
     async def balance(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
@@ -380,11 +380,9 @@ class CreditsClient:
         self,
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
-        room: int,
-        deadline: float | None = None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
-        run = FanOut(ask, room=room, deadline=deadline)
+        run = FanOut(ask, room=_STREAMED)
         self._fan_outs.add(run)
         try:
             async with aclosing(run.outcomes(source)) as outcomes:
@@ -447,8 +445,8 @@ class CreditsClient:
         source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
-        begin = partial(self._begin, path=path, freshness=how_old, flow=Flow())
-        return self._fan_out(source, lambda key, land: begin(key, land, deadline=_deadline(most)), _STREAMED)
+        seconds = math.inf if most is None else most
+        return self._fan_out(source, partial(self._begin, path=path, freshness=how_old, flow=Flow(), seconds=seconds))
 
     @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
@@ -495,15 +493,15 @@ class CreditsClient:
 
     # --- inside
 
-    def _known(self, path: str, key: Key, freshness: Freshness) -> Outcome[Any] | None:
-        self._check_usable()  # other tasks run while a large pool is looked through
-        return self._calls.known(path, key, freshness)
-
-    def _begin(
-        self, key: Key, land: Land, *, path: str, freshness: Freshness, flow: Flow, deadline: float | None
-    ) -> Callable[[], None]:
+    def _begin(self, key: Key, land: Land, *, path: str, freshness: Freshness, flow: Flow, seconds: float) -> Callable[[], None]:
         self._check_usable()
-        return self._calls.begin(path, key, freshness, deadline=deadline, flow=flow, land=land)
+        now = asyncio.get_running_loop().time()
+        if isinstance(key, UnusableKey):
+            land(Unknown(key=key, error=key.error))
+            return nothing
+        landing = Landing(self._calls, key, freshness, now, land)
+        self._calls.begin(path, landing, now + seconds, flow)
+        return landing.give_up
 
     async def _report(
         self,
@@ -517,14 +515,13 @@ class CreditsClient:
         self._check_usable()
         path = ACCOUNT_CREDITS if detail else USER_CREDITS
         pool = await read_pool(source)
-        begin = partial(self._begin, path=path, freshness=how_old, flow=Flow(), deadline=deadline)
-        outcomes = await in_order(
-            pool,
-            known=lambda key: self._known(path, key, how_old),
-            fan_out=lambda unknown: self._fan_out(unknown, begin, _CHECKED, deadline),
-            on_outcome=on_outcome,
-        )
-        return Report(outcomes)
+        self._check_usable()
+        run = PoolCheck(self._calls, path, pool, freshness=how_old, deadline=deadline, on_outcome=on_outcome)
+        self._fan_outs.add(run)
+        try:
+            return Report(await run.outcomes())
+        finally:
+            self._fan_outs.discard(run)
 
     def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
         """How old a call's answer may be, and when it has to be there."""

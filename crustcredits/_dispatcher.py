@@ -25,7 +25,7 @@ from crustcredits._errors import BucketsUnavailableError, ConfigurationError, Cr
 from crustcredits._keys import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms, local_bucket
@@ -179,6 +179,16 @@ class Dispatcher:
         if not is_behind:
             self._admit()
 
+    def enter_pool(self, path: str, pool: PoolFlow) -> None:
+        """The calls of a collection of known size begin, each when its turn comes."""
+        self._schedulers[path].put_pool(pool)
+        self._admit()
+
+    def leave_pool(self, path: str, pool: PoolFlow) -> None:
+        """Those that have not begun are given up."""
+        self._schedulers[path].remove_pool(pool, _now())
+        self._admit()
+
     def leave(self, question: Question) -> None:
         """A call is given up before its request is on the wire."""
         makes_room = self._schedulers[question.path].remove(question, _now())
@@ -213,7 +223,11 @@ class Dispatcher:
             return now
         if question.resumes is not None:
             return max(now, question.resumes)
-        return self._schedulers[question.path].earliest(question, now)
+        return self._schedulers[question.path].earliest(question.account, now)
+
+    def earliest_of(self, path: str, key: ApiKey, now: float) -> float:
+        """The same for a call that has not begun."""
+        return self._schedulers[path].earliest(self.account_of(key), now)
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """What the rate limit still allows on `path`.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import enum
 import random
-from collections import deque
-from collections.abc import Hashable
+from abc import ABC, abstractmethod
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 # Of so many draws beside calls that were asked before, one goes by turn.
 _DRAWS = 4
 # Calls that have left out of turn are cleared away when they are so many more than those that are there.
 _FEW = 64
+# Where a number stands that has left its pool's array.
+_GONE = 2**32 - 1
 
 
 class Kind(enum.IntEnum):
@@ -22,12 +26,18 @@ class Kind(enum.IntEnum):
 
 
 class Flow:
-    """The calls of one `check` or `stream`; all single calls together are one flow, and so are all that nobody awaits."""
+    """The calls of one `check` or `stream`; all single calls together are one flow, and so are all that nobody awaits.
 
-    __slots__ = ("kind",)
+    Attributes:
+        kind: Who asks.
+        on_parked: Called with 1 when one of its calls begins to wait for its own account, and with -1 when that is over.
+    """
 
-    def __init__(self, kind: Kind = Kind.MANY) -> None:
+    __slots__ = ("kind", "on_parked")
+
+    def __init__(self, kind: Kind = Kind.MANY, on_parked: Callable[[int], None] | None = None) -> None:
         self.kind = kind
+        self.on_parked = on_parked
 
 
 class Call:
@@ -44,6 +54,9 @@ class Call:
 
     __slots__ = ("_index", "_pool", "account", "called", "flow", "key", "queue", "spared", "was_asked")
 
+    _pool: list[Call]  # in which it stands while it waits
+    _index: int
+
     def __init__(self, key: Hashable, account: Hashable, flow: Flow) -> None:
         self.key = key
         self.account = account
@@ -52,21 +65,152 @@ class Call:
         self.spared = 0
         self.called = 0
         self.queue: FairQueue | None = None
-        self._pool: list[Call] = []
-        self._index = 0
+
+
+class PoolFlow(Flow, ABC):
+    """The flow of a collection of known size. Its calls are numbers, without an object each, until their turn comes.
+
+    Accounts take turns here too: a number without a declared account is one of its own.
+
+    Args:
+        accounts: The declared account of each number, or None.
+
+    Attributes:
+        queue: The queue in which the numbers wait, if any.
+        waiting: How many wait.
+    """
+
+    __slots__ = ("_accounts", "_base", "_fresh", "_groups", "_head", "_turns", "_where", "queue", "waiting")
+
+    def __init__(self, accounts: Sequence[Hashable | None]) -> None:
+        super().__init__(Kind.MANY)
+        self.queue: FairQueue | None = None
+        self.waiting = len(accounts)
+        self._accounts = accounts
+        self._fresh = array("I", range(len(accounts)))  # those that wait, to draw from
+        self._where = array("I", self._fresh)  # where each stands there
+        self._base = 0  # the ticket of number 0
+        self._head = 0  # the first of those without a declared account that may wait
+        self._turns: deque[tuple[int, Hashable]] = deque()  # declared accounts, and the ticket of each one's turn
+        self._groups: defaultdict[Hashable, deque[int]] = defaultdict(deque)
+        for number, account in enumerate(accounts):
+            if account is not None:
+                if account not in self._groups:
+                    self._turns.append((number, account))
+                self._groups[account].append(number)
+
+    @abstractmethod
+    def begin(self, number: int) -> Call | None:
+        """The call of a number whose turn has come; None where it needs none, because its answer is known or on its way."""
+
+    def waits(self, number: int) -> bool:
+        """Whether the turn of this number is still to come."""
+        return self._where[number] != _GONE
+
+    def numbers(self) -> Iterable[int]:
+        """Those that wait."""
+        return (number for number, where in enumerate(self._where) if where != _GONE)
+
+    def take_out(self, number: int) -> None:
+        """A number does not wait any more."""
+        last = self._fresh.pop()
+        where = self._where[number]
+        if last != number:
+            self._fresh[where] = last
+            self._where[last] = where
+        self._where[number] = _GONE
+        self.waiting -= 1
+        if self.queue is not None:
+            self.queue.length -= 1
+
+    def enter(self, queue: FairQueue, ticket: int) -> int:
+        """All that wait stand in a queue now, behind this ticket. Returns the next ticket."""
+        self.queue = queue
+        shift = ticket - self.next_ticket()
+        self._base += shift
+        self._turns = deque((turn + shift, account) for turn, account in self._turns)
+        return max(self._base + len(self._accounts), self._turns[-1][0] if self._turns else 0) + 1
+
+    def next_ticket(self) -> int:
+        """The ticket of the number whose turn is next; one waits."""
+        self._skip()
+        return self._base + self._head if self._is_lone_next() else self._turns[0][0]
+
+    def next(self, ticket: int) -> int:
+        """The number whose turn it is. The next of its account has `ticket`."""
+        self._skip()
+        if self._is_lone_next():
+            return self._head
+        _, account = self._turns.popleft()
+        numbers = self._groups[account]
+        number = numbers.popleft()
+        if numbers:
+            self._turns.append((ticket, account))
+        return number
+
+    def draw(self, place: int) -> int:
+        """The number at this place of those that wait, in no order."""
+        return self._fresh[place]
+
+    def of_account(self, account: Hashable) -> int:
+        """How many numbers of an account wait."""
+        return sum(self.waits(number) for number in self._groups.get(account, ()))
+
+    def _is_lone_next(self) -> bool:
+        """Whether the next turn is one's without a declared account."""
+        if not self._turns:
+            return True
+        return self._head < len(self._accounts) and self._base + self._head < self._turns[0][0]
+
+    def _skip(self) -> None:
+        """Pass over those that have left."""
+        where, accounts, head = self._where, self._accounts, self._head
+        while head < len(accounts) and (where[head] == _GONE or accounts[head] is not None):
+            head += 1
+        self._head = head
+        while self._turns:
+            numbers = self._groups[self._turns[0][1]]
+            while numbers and where[numbers[0]] == _GONE:
+                numbers.popleft()
+            if numbers:
+                return
+            self._turns.popleft()
 
 
 class _Line:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
-    __slots__ = ("accounts", "asked", "fresh", "left", "turns")
+    __slots__ = ("accounts", "asked", "fresh", "left", "pool", "tickets", "turns")
 
     def __init__(self) -> None:
         self.left = 0  # calls that have left out of turn, and may still stand in their account's deque
-        self.accounts: dict[Hashable, deque[Call]] = {}
-        self.turns: deque[Hashable] = deque()
+        self.accounts: dict[Hashable, Call | deque[Call]] = {}
+        self.turns: deque[tuple[int, Hashable]] = deque()  # accounts, and the ticket of each one's turn
+        self.tickets = 0
         self.fresh: list[Call] = []
         self.asked: list[Call] = []
+        self.pool: PoolFlow | None = None  # whose numbers wait here too
+
+    @property
+    def length(self) -> int:
+        """Calls that wait."""
+        return len(self.fresh) + len(self.asked) + (0 if self.pool is None else self.pool.waiting)
+
+    @property
+    def never_asked(self) -> int:
+        """Of these, the ones that were never asked."""
+        return len(self.fresh) + (0 if self.pool is None else self.pool.waiting)
+
+    def add(self, call: Call) -> None:
+        """A call stands at the end of its account."""
+        calls = self.accounts.get(call.account)
+        if calls is None:  # mostly it stays alone, and a deque is large
+            self.accounts[call.account] = call
+            self._append_turn(call.account)
+        elif isinstance(calls, deque):
+            calls.append(call)
+        else:
+            self.accounts[call.account] = deque((calls, call))
 
     def leave_out_of_turn(self, queue: FairQueue) -> None:
         """A call has left that was not next. Deques that hold more of these than of others are cleared of them."""
@@ -75,28 +219,48 @@ class _Line:
         if there and self.left <= there + _FEW:
             return
         self.left = 0
-        for account in list(self.turns):
-            calls = deque(call for call in self.accounts[account] if call.queue is queue)
+        for _, account in self.turns:
+            calls = [call for call in self._calls(account) if call.queue is queue]
             if calls:
-                self.accounts[account] = calls
+                self.accounts[account] = deque(calls)
             else:
                 del self.accounts[account]
-        self.turns = deque(account for account in self.turns if account in self.accounts)
+        self.turns = deque(turn for turn in self.turns if turn[1] in self.accounts)
 
-    def next(self, queue: FairQueue) -> Call:
+    def next(self, queue: FairQueue) -> Call | int:
         """The first call of the account whose turn it is. Calls that have left meanwhile are passed over."""
         while True:
-            account = self.turns.popleft()
-            calls, found = self.accounts[account], None
-            while calls and found is None:
-                call = calls.popleft()
-                found = call if call.queue is queue else None
-            if calls:
-                self.turns.append(account)
+            if self.pool is not None and self.pool.waiting and (not self.turns or self.pool.next_ticket() < self.turns[0][0]):
+                self.tickets += 1
+                return self.pool.next(self.tickets)
+            _, account = self.turns.popleft()
+            calls = self.accounts[account]
+            found: Call | None = None
+            if isinstance(calls, deque):
+                while calls and found is None:
+                    call = calls.popleft()
+                    found = call if call.queue is queue else None
+            elif calls.queue is queue:
+                found = calls
+            if isinstance(calls, deque) and calls:
+                self._append_turn(account)
             else:
                 del self.accounts[account]
             if found is not None:
                 return found
+
+    def of_account(self, queue: FairQueue, account: Hashable) -> int:
+        """How many calls of an account it has."""
+        numbers = 0 if self.pool is None else self.pool.of_account(account)
+        return numbers + sum(call.queue is queue for call in self._calls(account))
+
+    def _calls(self, account: Hashable) -> Iterable[Call]:
+        calls = self.accounts.get(account, ())
+        return (calls,) if isinstance(calls, Call) else calls
+
+    def _append_turn(self, account: Hashable) -> None:
+        self.tickets += 1
+        self.turns.append((self.tickets, account))
 
 
 class FairQueue:
@@ -125,8 +289,7 @@ class FairQueue:
         """Whether a call that somebody awaits may be among them; `pop` takes these first."""
         while self._foreground:
             flow = self._foreground[0]
-            line = self._lines[flow]
-            if line.fresh or line.asked:
+            if self._lines[flow].length:
                 return True
             self._foreground.popleft()
             del self._lines[flow]
@@ -135,28 +298,86 @@ class FairQueue:
     def of_account(self, account: Hashable, *, background: bool) -> int:
         """How many calls of an account it has, that somebody awaits or, with `background`, that nobody does."""
         lines = [line for flow, line in self._lines.items() if (flow.kind is Kind.BACKGROUND) is background]
-        return sum(call.queue is self for line in lines for call in line.accounts.get(account, ()))
+        return sum(line.of_account(self, account) for line in lines)
+
+    def lengths(self) -> dict[Flow, int]:
+        """How many calls of each flow it has."""
+        return {flow: line.length for flow, line in self._lines.items()}
 
     def push(self, call: Call) -> None:
         """Add a call at the end of its account."""
-        line = self._lines.get(call.flow)
-        if line is None:
-            line = self._lines[call.flow] = _Line()
-            (self._background if call.flow.kind is Kind.BACKGROUND else self._foreground).append(call.flow)
-        calls = line.accounts.get(call.account)
-        if calls is None:
-            calls = line.accounts[call.account] = deque()
-            line.turns.append(call.account)
-        calls.append(call)
+        line = self._line(call.flow)
+        line.add(call)
         pool = line.asked if call.was_asked else line.fresh
         call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # its place is this module's
         pool.append(call)
         self.length += 1
 
+    def push_pool(self, pool: PoolFlow) -> None:
+        """Add the numbers of a pool that wait, at the end; from the queue in which they have stood, if any."""
+        if pool.queue is not None:
+            pool.queue.remove_pool(pool)
+        if pool.waiting:
+            line = self._line(pool)
+            line.pool, line.tickets = pool, pool.enter(self, line.tickets + 1)
+            self.length += pool.waiting
+
+    def remove_pool(self, pool: PoolFlow) -> None:
+        """Take out all numbers of a pool that wait here."""
+        line = self._lines.get(pool)
+        if line is not None and line.pool is pool:
+            line.pool, pool.queue = None, None
+            self.length -= pool.waiting
+
     def remove(self, call: Call) -> None:
         """Take out a call, wherever it stands."""
         self._take_out(call)
         self._lines[call.flow].leave_out_of_turn(self)
+
+    def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call | None:
+        """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
+
+        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of several draws one is the call
+        whose turn it is, and those that were asked before come to their turn too. None where the number whose turn it was needs
+        no call. The queue must not be empty.
+        """
+        while True:
+            ring = self._foreground or self._background
+            flow = ring.popleft()
+            line = self._lines[flow]
+            if line.length:
+                break
+            del self._lines[flow]
+        # Again in the ring at once, because a call that begins may push others.
+        ring.append(flow)
+        never_asked = line.never_asked if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE) else 0
+        self._draws += bool(draw_singles and line.asked)
+        if draw is not None and never_asked and (not draw_singles or not line.asked or self._draws % _DRAWS):
+            place = draw.randrange(never_asked)
+            if place >= len(line.fresh):
+                assert line.pool is not None
+                return self._begin(line.pool, line.pool.draw(place - len(line.fresh)))
+            call = line.fresh[place]
+            self._take_out(call)
+            line.leave_out_of_turn(self)
+            return call
+        found = line.next(self)
+        if isinstance(found, int):
+            assert line.pool is not None
+            return self._begin(line.pool, found)
+        self._take_out(found)
+        return found
+
+    def _begin(self, pool: PoolFlow, number: int) -> Call | None:
+        pool.take_out(number)
+        return pool.begin(number)
+
+    def _line(self, flow: Flow) -> _Line:
+        line = self._lines.get(flow)
+        if line is None:
+            line = self._lines[flow] = _Line()
+            (self._background if flow.kind is Kind.BACKGROUND else self._foreground).append(flow)
+        return line
 
     def _take_out(self, call: Call) -> None:
         pool, index = call._pool, call._index  # noqa: SLF001  # as above
@@ -166,31 +387,3 @@ class FairQueue:
             last._index = index  # noqa: SLF001  # as above
         call.queue = None
         self.length -= 1
-
-    def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
-        """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
-
-        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of several draws one is the call
-        whose turn it is, and those that were asked before come to their turn too. The queue must not be empty.
-        """
-        while True:
-            ring = self._foreground or self._background
-            flow = ring.popleft()
-            line = self._lines[flow]
-            if not line.fresh and not line.asked:
-                del self._lines[flow]
-                continue
-            draws = draw is not None and line.fresh and (draw_singles or flow.kind is not Kind.SINGLE)
-            self._draws += bool(draw_singles and line.asked)
-            if draw is not None and draws and (not draw_singles or not line.asked or self._draws % _DRAWS):
-                call = line.fresh[draw.randrange(len(line.fresh))]
-                self._take_out(call)
-                line.leave_out_of_turn(self)
-            else:
-                call = line.next(self)
-                self._take_out(call)
-            if line.fresh or line.asked:
-                ring.append(flow)
-            else:
-                del self._lines[flow]
-            return call

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, TypeAlias
 
@@ -23,7 +23,7 @@ import attrs
 from crustcredits._ratelimit.advertised_limit import AdvertisedLimit
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Evidence, Trial
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.scope_detection import ScopeDetection
@@ -225,7 +225,7 @@ class Scheduler:
         self._counts_common = terms.scope != "account"
         self._waits_for_common = False
         self._common_waiting = tuple(FairQueue() for _ in Kind)
-        self._queued: dict[Flow, int] = {}  # calls in any queue, of each flow
+        self._parked: dict[Flow, int] = {}  # calls of each flow that wait for their own account
         self._common_timer = -math.inf
         self._own_limit = AdvertisedLimit(terms.requests, follows_higher=terms.follows_higher)
         voices = _VOICES if terms.scope == "auto" else 1
@@ -247,13 +247,26 @@ class Scheduler:
 
     def put(self, call: Call) -> None:
         """A call enters the queue, for its first attempt or for another."""
-        self._count(call, 1)
         self._ready.push(call)
+
+    def put_pool(self, pool: PoolFlow) -> None:
+        """The calls of a collection of known size enter the queue, without an object each."""
+        self._ready.push_pool(pool)
+
+    def remove_pool(self, pool: PoolFlow, now: float) -> None:
+        """What of a pool has not begun is given up."""
+        if pool.queue is not None:
+            pool.queue.remove_pool(pool)
+            if self._waits_for_common:
+                self._release_common(now)
 
     def remove(self, call: Call, now: float) -> bool:
         """A call that waits is given up. Nothing, if it does not wait. Returns whether that may let another start."""
         if call.queue is None:
             return False
+        account = self._accounts.get(call.account)
+        if account is not None and account.waiting is not None and call.queue in account.waiting:
+            self._park(call, -1)
         call.queue.remove(call)
         self._left(call, now)
         called = self._uncall(call)
@@ -286,10 +299,13 @@ class Scheduler:
         queues = self._common_waiting if whose is None else (account and account.waiting) or ()
         given_up: list[Call] = []
         for queue in queues:
-            while len(queue):
+            while queue.length:
                 call = queue.pop()
-                self._left(call, now)
-                given_up.append(call)
+                if call is not None:
+                    if account is not None:
+                        self._park(call, -1)
+                    self._left(call, now)
+                    given_up.append(call)
         return given_up
 
     def grant(self, now: float) -> Request | Call | float | None:
@@ -310,6 +326,8 @@ class Scheduler:
             if is_held:
                 break
             call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
+            if call is None:
+                continue
             if self._is_barred(call, now):
                 self._forget(call, now)
                 return call
@@ -366,9 +384,9 @@ class Scheduler:
 
     # --- what can be told
 
-    def earliest(self, call: Call, now: float) -> float:
-        """Certainly no request for this call starts before then, whatever happens. For a call that waits."""
-        account = self._accounts.get(call.account)
+    def earliest(self, name: Hashable, now: float) -> float:
+        """Certainly no request of this account starts before then, whatever happens. For a call that waits."""
+        account = self._accounts.get(name)
         moment = now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
 
@@ -377,10 +395,11 @@ class Scheduler:
         known = self._accounts.get(account)
         if account is None:
             bucket = self._common
-            singles = sum(count for flow, count in self._queued.items() if flow.kind is Kind.SINGLE)
-            lengths = [count for flow, count in self._queued.items() if flow.kind is Kind.MANY]
+            queued = self._queued()
+            singles = sum(count for flow, count in queued.items() if flow.kind is Kind.SINGLE)
+            lengths = [count for flow, count in queued.items() if flow.kind is Kind.MANY and count]
             waiting = singles + sum(lengths)
-            refreshing = self._refreshing + sum(self._queued.values()) - waiting
+            refreshing = self._refreshing + sum(queued.values()) - waiting
             until = -math.inf
         else:
             bucket = TokenBucket(self._terms.requests) if known is None else known.bucket
@@ -421,13 +440,23 @@ class Scheduler:
             account = self._accounts[call.account] = _Account(bucket, call.key)
         return account
 
-    def _count(self, call: Call, step: int) -> None:
-        """A call has come into the queues (1), or has left them (-1)."""
-        queued = self._queued.get(call.flow, 0) + step
-        if queued:
-            self._queued[call.flow] = queued
+    def _park(self, call: Call, step: int) -> None:
+        """A call has begun to wait for its account (1), or waits there no more (-1)."""
+        flow = call.flow
+        parked = self._parked.get(flow, 0) + step
+        if parked:
+            self._parked[flow] = parked
         else:
-            del self._queued[call.flow]
+            del self._parked[flow]
+        if flow.on_parked is not None:
+            flow.on_parked(step)
+
+    def _queued(self) -> dict[Flow, int]:
+        """How many calls of each flow wait, wherever."""
+        queued = Counter(self._parked)
+        for queue in (self._ready, *self._common_waiting):
+            queued.update(queue.lengths())
+        return queued
 
     def _forget(self, call: Call, now: float) -> None:
         """A call that was ready is not to be sent now. A common token that has called it goes to the next."""
@@ -437,7 +466,6 @@ class Scheduler:
         self._release_of(call, now)
 
     def _left(self, call: Call, now: float) -> None:
-        self._count(call, -1)
         account = self._accounts.get(call.account)
         if account is not None:
             self._idles(account, call.account, max(now, account.cools_until))
@@ -488,6 +516,7 @@ class Scheduler:
             if self._uncall(call) == _BY_COMMON:
                 self._call_next(now)
             account.queue(call).push(call)
+            self._park(call, 1)
             self._arm(account, now)
             return None
         if self._counts_common:
@@ -496,13 +525,14 @@ class Scheduler:
                 self._uncall(call)
                 self._waits_for_common = True
                 waiting.push(call)
+                if isinstance(call.flow, PoolFlow) and call.flow.queue is self._ready:
+                    waiting.push_pool(call.flow)  # none of the others could start either
                 self._arm_common(now)
                 return None
         return account
 
     def _start(self, call: Call, account: _Account, trial: Trial | None, now: float) -> Request:
         self._pace.take(now)
-        self._count(call, -1)
         own = account.bucket.take(now)
         common = self._common.take(now) if self._counts_common else None
         first, call.was_asked = not call.was_asked, True
@@ -629,6 +659,8 @@ class Scheduler:
         rooms = [self._account_room(account, kind, now) for kind in Kind]
         while (kind := self._next_kind(account.waiting, rooms, account.called)) is not None:
             call = account.waiting[kind].pop()
+            assert call is not None, "no pool waits as a whole for an account"
+            self._park(call, -1)
             call.called = _BY_ACCOUNT
             account.called += 1
             self._ready.push(call)
@@ -663,6 +695,8 @@ class Scheduler:
         rooms = [self._common_room(kind, now) for kind in Kind]
         while (kind := self._next_kind(self._common_waiting, rooms, self._called)) is not None:
             call = self._common_waiting[kind].pop()
+            if call is None:
+                continue
             call.called = _BY_COMMON
             self._called += 1
             self._ready.push(call)

@@ -202,7 +202,7 @@ class Machine(RuleBasedStateMachine):
         scheduler = self.scheduler
         quota = scheduler.quota(None, self.now)
         assert (quota.free, quota.in_flight, quota.waiting, quota.refreshing) == (self.requests, 0, 0, 0), "a token was left over"
-        assert (scheduler._called, scheduler._refreshing, len(self.slots), scheduler._queued) == (0, 0, 0, {})
+        assert (scheduler._called, scheduler._refreshing, len(self.slots), scheduler._parked) == (0, 0, 0, {})
         assert len(scheduler._accounts) <= 1
         trial = scheduler._cooldown.trial
         assert trial is None or trial.on_wire == 0

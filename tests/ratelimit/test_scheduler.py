@@ -245,19 +245,19 @@ async def test_what_is_certain_of_the_next_start() -> None:
     scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
     one, two = call("one", flow), call("two", flow)
     scheduler.put(one)
-    assert scheduler.earliest(one, 0.0) == 0.0
+    assert scheduler.earliest(one.account, 0.0) == 0.0
     (first,) = started(scheduler, 0.0)
     scheduler.put(two)
-    assert scheduler.earliest(two, 0.5) == 0.5
+    assert scheduler.earliest(two.account, 0.5) == 0.5
     scheduler.ended(first, OK, 1.0)
-    assert scheduler.earliest(two, 1.0) == pytest.approx(61.3)
+    assert scheduler.earliest(two.account, 1.0) == pytest.approx(61.3)
     scheduler.put(one)
     (second,) = started(scheduler, 61.4)
     assert second.call is two
     scheduler.ended(second, Answer(status=429, wait=200.0), 61.5)
     scheduler.put(two)
-    assert scheduler.earliest(two, 61.5) == 261.5
-    assert scheduler.earliest(one, 61.5) == 61.5
+    assert scheduler.earliest(two.account, 61.5) == 261.5
+    assert scheduler.earliest(one.account, 61.5) == 61.5
 
 
 @pytest.mark.virtual

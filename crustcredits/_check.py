@@ -1,0 +1,269 @@
+"""`PoolCheck`: one question for each key of a pool, and one outcome for each in its order.
+
+Keys whose turn has not come are numbers in the admission queue, so a pool costs some bytes for each key. It must not know
+requests or limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+from array import array
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+from crustcredits._calls import Calls, Landing, Pool
+from crustcredits._errors import ConfigurationError
+from crustcredits._freshness import NEW, Freshness
+from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
+from crustcredits._models import Outcome, Unknown, outcome_for
+from crustcredits._ratelimit.fair_queue import Call, Flow
+
+Key: TypeAlias = ApiKey | UnusableKey
+
+# Keys that are looked at before other tasks have their turn: some milliseconds.
+_SLICE = 1_000
+
+
+async def read_pool(source: Iterable[Key]) -> list[Key]:
+    """The keys of a pool. Other tasks run meanwhile.
+
+    Raises:
+        ConfigurationError: Two different keys have one label, or one secret two accounts.
+    """
+    pool: list[Key] = []
+    taken = Uniqueness()
+    for key in source:
+        problem = None if isinstance(key, UnusableKey) else taken.take(key)
+        if problem is not None:
+            raise ConfigurationError(problem, key_name=key.label)
+        pool.append(key)
+        if len(pool) % _SLICE == 0:
+            await asyncio.sleep(0)
+    return pool
+
+
+class PoolCheck:
+    """One check of a pool: each secret is asked about once.
+
+    Args:
+        calls: Asks.
+        path: The endpoint.
+        pool: The keys. Several may be names of one secret.
+        freshness: How old answers may be.
+        deadline: When all outcomes have to be there, in the running loop's time; None for no bound.
+        on_outcome: Called with each outcome as it lands.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        path: str,
+        pool: Sequence[Key],
+        *,
+        freshness: Freshness,
+        deadline: float | None,
+        on_outcome: Callable[[Outcome[Any]], object] | None,
+    ) -> None:
+        self._calls = calls
+        self._path = path
+        self._keys = pool
+        self._freshness = freshness
+        self._deadline = math.inf if deadline is None else deadline
+        self._on_outcome = on_outcome
+        self._began = asyncio.get_running_loop().time()
+        self._landed: list[Outcome[Any] | None] = [None] * len(pool)
+        self._first: dict[bytes, int] = {}  # the first place of each secret
+        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # the others
+        self._reported: deque[Outcome[Any]] = deque()  # those that `on_outcome` has still to be called with
+        self._begun: dict[int, Landing] = {}  # places whose outcome is to land
+        self._joins = Flow()  # of calls that nobody awaited before
+        self._waiting: _Waiting | None = None  # those whose turn has not come
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+
+    async def outcomes(self) -> list[Outcome[Any]]:
+        """One outcome for each key. Keys whose answer has not come in time are told so.
+
+        Raises:
+            ClientClosedError: The client was closed meanwhile.
+        """
+        try:
+            await self._ask(await self._take_known())
+            await self._wait()
+        finally:
+            self._give_up()
+        await self._fail_late()
+        self._report()
+        return cast("list[Outcome[Any]]", self._landed)
+
+    def end(self, error: BaseException) -> None:
+        """Let `error` end it."""
+        self._error = self._error or error
+        self._wake()
+
+    async def _take_known(self) -> list[int]:
+        """Take what is known, and return the places of the others, each secret once."""
+        unknown: list[int] = []
+        asks = self._freshness is NEW
+        for place, key in enumerate(self._keys):
+            if place % _SLICE == _SLICE - 1:
+                self._report()
+                await asyncio.sleep(0)
+            if isinstance(key, UnusableKey):
+                self._take(place, Unknown(key=key, error=key.error))
+                continue
+            outcome = None if asks else self._calls.known(self._path, key, self._freshness)
+            if outcome is not None:
+                self._take(place, outcome)
+            elif self._first.setdefault(key.digest, place) == place:
+                unknown.append(place)
+            else:
+                self._again[key.digest].append(place)
+        return unknown
+
+    async def _ask(self, places: list[int]) -> None:
+        """Join the calls that are under way, and let the other keys wait for their turn."""
+        if self._error is not None or asyncio.get_running_loop().time() >= self._deadline:
+            return
+        waiting: list[int] = []
+        for place in places:  # without a turn of the loop, so that no other check asks for one of them meanwhile
+            if self._calls.is_asked(self._path, self._key(place)):
+                self._calls.begin(self._path, self._landing(place), self._deadline, self._joins)
+            else:
+                waiting.append(place)
+        if waiting:
+            self._waiting = _Waiting(self, self._path, array("I", waiting))
+            self._calls.enter_pool(self._waiting)
+            await self._refuse_hopeless(self._waiting)
+
+    async def _refuse_hopeless(self, waiting: _Waiting) -> None:
+        """Refuse the keys whose turn certainly does not come in time."""
+        if self._deadline == math.inf:
+            return
+        for looked, number in enumerate(list(waiting.numbers())):
+            if looked % _SLICE == _SLICE - 1:
+                self._report()
+                await asyncio.sleep(0)
+            place = waiting.places[number]
+            if waiting.waits(number) and self._calls.earliest(self._path, self._key(place)) > self._deadline:
+                waiting.take_out(number)
+                self._take_for_all(place, self._too_late(place))
+
+    async def _wait(self) -> None:
+        """Until all outcomes are there, or the time is over and all calls have ended that had begun."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_at(self._deadline, self._wake) if self._deadline < math.inf else None
+        try:
+            while self._error is None:
+                self._report()
+                if self._waiting is not None and self._waiting.waiting and loop.time() >= self._deadline:
+                    self._calls.leave_pool(self._waiting)
+                    self._waiting = None
+                if not self._begun and (self._waiting is None or not self._waiting.waiting):
+                    return
+                self._waiter = loop.create_future()
+                await self._waiter
+            raise self._error
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _give_up(self) -> None:
+        """Leave nothing under way."""
+        if self._waiting is not None:
+            self._calls.leave_pool(self._waiting)
+            self._waiting = None
+        while self._begun:  # giving up one can let others land
+            self._begun.popitem()[1].give_up()
+
+    async def _fail_late(self) -> None:
+        """The keys whose turn has not come were too late."""
+        for place in self._first.values():
+            if self._landed[place] is None:
+                self._take_for_all(place, self._too_late(place))
+                if place % _SLICE == _SLICE - 1:
+                    self._report()
+                    await asyncio.sleep(0)
+
+    def _too_late(self, place: int) -> Unknown:
+        return self._calls.too_late(self._path, self._key(place), self._began)
+
+    # --- landing
+
+    def begin(self, place: int, flow: Pool, context: contextvars.Context) -> Call | None:
+        """The turn of a key has come."""
+        return self._calls.take_turn(self._path, self._landing(place), self._deadline, flow, context)
+
+    def place_of(self, digest: bytes) -> int | None:
+        """The place of a secret."""
+        return self._first.get(digest)
+
+    def account_at(self, place: int) -> Hashable | None:
+        """The declared account of the key there."""
+        return self._calls.declared_account(self._key(place))
+
+    def _landing(self, place: int) -> Landing:
+        landing = Landing(self._calls, self._key(place), self._freshness, self._began, partial(self._land, place))
+        self._begun[place] = landing
+        return landing
+
+    def _key(self, place: int) -> ApiKey:
+        return cast("ApiKey", self._keys[place])
+
+    def _land(self, place: int, landed: Outcome[Any] | BaseException) -> None:
+        self._begun.pop(place, None)
+        if isinstance(landed, BaseException):
+            self.end(landed)
+            return
+        self._take_for_all(place, landed)
+        if self._on_outcome is not None or not self._begun:
+            self._wake()
+
+    def _take_for_all(self, place: int, outcome: Outcome[Any]) -> None:
+        """Take what came of a secret, under each of its names."""
+        self._take(place, outcome)
+        if self._again:
+            for other in self._again.get(self._key(place).digest, ()):
+                self._take(other, outcome)
+
+    def _take(self, place: int, outcome: Outcome[Any]) -> None:
+        key = self._keys[place]
+        self._landed[place] = outcome = outcome if outcome.key is key else outcome_for(key, outcome)
+        if self._on_outcome is not None:
+            self._reported.append(outcome)
+
+    def _report(self) -> None:
+        while self._reported and self._on_outcome is not None:
+            self._on_outcome(self._reported.popleft())
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Waiting(Pool):
+    """The keys of a pool whose turn has not come."""
+
+    __slots__ = ("_check", "_context", "places")
+
+    def __init__(self, check: PoolCheck, path: str, places: array[int]) -> None:
+        super().__init__(path, [check.account_at(place) for place in places])
+        self._check = check
+        self._context = contextvars.copy_context()
+        self.places = places  # ascending
+
+    def begin(self, number: int) -> Call | None:
+        return self._check.begin(self.places[number], self, self._context.copy())
+
+    def number_of(self, digest: bytes) -> int | None:
+        place = self._check.place_of(digest)
+        if place is None:
+            return None
+        number = bisect_left(self.places, place)
+        is_there = number < len(self.places) and self.places[number] == place and self.waits(number)
+        return number if is_there else None
