@@ -64,13 +64,10 @@ class Moment(NamedTuple):
         return max(now - self.loop, time.time() - self.wall)
 
 
-_NEVER = Moment(-math.inf, -math.inf)
-
-
-def _grant_after(balance: Balance) -> float:
+def _grant_after(account: Account) -> float:
     """When the account's next grant comes, which changes its balance; on the wall clock, infinite when nobody knows."""
-    date = balance.recurring_credits_refresh_date if isinstance(balance, Account) else None
-    return math.inf if date is None or date <= balance.checked_at else date.timestamp()
+    date = account.recurring_credits_refresh_date
+    return math.inf if date is None or date <= account.checked_at else date.timestamp()
 
 
 class _Silence:
@@ -137,6 +134,7 @@ class Kept:
         "_failures",
         "_fresh",
         "_received",
+        "_received_wall",
         "_refreshes_at",
         "_silence",
         "_stale",
@@ -147,7 +145,7 @@ class Kept:
     def __init__(self, silence: _Silence) -> None:
         self._silence = silence
         self._balance: Balance | None = None
-        self._received = _NEVER
+        self._received = self._received_wall = -math.inf
         self._refreshes_at = math.inf  # when the account's next grant comes, on the wall clock
         self._failed: Moment | None = None  # when a request failed, since the balance
         self._failure: Unknown | None = None  # the last one, since the balance
@@ -161,8 +159,8 @@ class Kept:
     def succeeded(self, balance: Balance, now: float) -> None:
         """A balance came."""
         self._balance, self._failure, self._failed = balance, None, None
-        self._received = Moment(now, time.time())
-        self._refreshes_at = _grant_after(balance)
+        self._received, self._received_wall = now, time.time()
+        self._refreshes_at = _grant_after(balance) if isinstance(balance, Account) else math.inf
         self.tried = self.refresh_at = now
         self._failures = 0
         self._fresh = self._stale = None
@@ -224,7 +222,7 @@ class Kept:
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
         age = self._age(freshness, now)
-        if self._received.loop > began or age < freshness.max_age:
+        if self._received > began or age < freshness.max_age:
             return self._fresh or self._make_fresh(self._balance)
         if age >= freshness.max_age + freshness.if_error:
             return None
@@ -245,7 +243,7 @@ class Kept:
     def _age(self, freshness: Freshness, now: float) -> float:
         """Seconds since the balance came. One of an account that has had its next grant since then is older than `max_age`."""
         wall = time.time()
-        age = max(now - self._received.loop, wall - self._received.wall)
+        age = max(now - self._received, wall - self._received_wall)
         return age if wall < self._refreshes_at else max(age, freshness.max_age + wall - self._refreshes_at)
 
     def _is_down(self, now: float) -> bool:
@@ -289,11 +287,14 @@ class Answers:
 
     def succeeded(self, place: Place, balance: Balance, now: float) -> Place | None:
         """A balance came. Returns the place whose answer had to go for it, if any."""
-        kept = self.find(place)
-        self._silences[place[0]].heard()
-        evicted = None
+        kept, evicted = self._kept.get(place), None
+        silence = self._silences[place[0]]
+        if silence.failures or silence.refresh_at:
+            silence.heard()
         if kept is None:
             kept, evicted = self._make(place)
+        else:
+            self._kept.move_to_end(place)
         kept.succeeded(balance, now)
         return evicted
 

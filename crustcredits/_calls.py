@@ -46,7 +46,7 @@ class Seat(Protocol):
     def cancel(self) -> object: ...
 
 
-class _Patience(NamedTuple):
+class Patience(NamedTuple):
     """Since when one has waited, and until when, in the loop's time; and whether an older answer may stand in for him."""
 
     began: float
@@ -62,11 +62,11 @@ class _Call(Question):
     def __init__(
         self, calls: Calls, place: Place, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
     ) -> None:
-        super().__init__(place[0], key, account, flow, context)
+        super().__init__(place, key, account, flow, context)
         self.calls = calls
         self.place = place
         self.first: Seat | None = None  # of whoever began it
-        self.seats: dict[Seat, _Patience] = {}
+        self.seats: dict[Seat, Patience] = {}
 
     @property
     def is_refresh(self) -> bool:
@@ -113,8 +113,9 @@ class Landing:
         return self._land is None
 
     def set_result(self, result: Outcome[Any], /) -> None:
-        if result.error is None:
-            self.hand_on(result if result.key is self.key else outcome_for(self.key, result))
+        if result.error is None and self._land is not None:
+            land, self._land = self._land, None
+            land(result if result.key is self.key else outcome_for(self.key, result))
         elif isinstance(result.error, ClientClosedError):
             self.hand_on(copy.copy(result.error))
         elif isinstance(result, Unknown) and self.freshness.if_error and self._land is not None:
@@ -279,16 +280,19 @@ class Calls:
 
     # --- pools
 
+    @property
+    def are_under_way(self) -> bool:
+        """Whether there are any."""
+        return bool(self._under_way or self._pools)
+
+    @property
+    def counts_accounts(self) -> bool:
+        """Whether a declared account's keys share its tokens."""
+        return self._dispatcher.counts_accounts
+
     def is_asked(self, path: str, key: ApiKey) -> bool:
         """Whether a call for this key is under way, or waits for its turn as a number."""
-        if not self._under_way and not self._pools:
-            return False
         return (path, key.digest) in self._under_way or self._waiting_in(path, key.digest) is not None
-
-    def declared_account(self, key: ApiKey) -> Hashable | None:
-        """The account that a key declares, as far as it counts."""
-        account = self._dispatcher.account_of(key)
-        return None if account == key.digest else account
 
     def enter_pool(self, pool: Pool) -> None:
         """The keys of a check wait for their turn from now on."""
@@ -300,21 +304,26 @@ class Calls:
         self._pools.remove(pool)
         self._dispatcher.leave_pool(pool.path, pool)
 
-    def take_turn(self, path: str, landing: Landing, deadline: float, flow: Flow, context: contextvars.Context) -> _Call | None:
+    def take_turn(self, path: str, landing: Landing, patience: Patience, flow: Flow, context: contextvars.Context) -> _Call | None:
         """The turn of a key of a pool has come: its call. None where it needs none, because it is known or under way by now."""
-        key = landing.key
-        outcome = self.known(path, key, landing.freshness)
-        if outcome is not None:
-            landing.hand_on(outcome)
-            return None
-        place = path, key.digest
-        patience = self._patience(place, landing.freshness, landing.began, deadline)
+        key, freshness = landing.key, landing.freshness
+        digest = key.digest
+        place = path, digest
+        if freshness is not NEW:
+            outcome = self.known(path, key, freshness)
+            if outcome is not None:
+                landing.hand_on(outcome)
+                return None
+            patience = self._patience(place, freshness, patience.began, patience.deadline)
         if place in self._under_way:
             self._join(place, key, landing, patience, flow)
             return None
-        call = self._under_way[place] = self._make(place, key, flow, context)
-        call.first, call.entered = landing, landing.began
-        self._sit(call, landing, patience)
+        account = self._dispatcher.account_of(key)
+        call = landing.call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=context)
+        call.entered, call.first = patience.began, landing
+        call.seats[landing] = patience
+        if patience.deadline < math.inf:
+            self._deadlines.add(patience.deadline, call, landing)
         return call
 
     def earliest(self, path: str, key: ApiKey) -> float:
@@ -384,18 +393,18 @@ class Calls:
 
     # --- seats
 
-    def _patience(self, place: Place, freshness: Freshness, began: float, deadline: float) -> _Patience:
+    def _patience(self, place: Place, freshness: Freshness, began: float, deadline: float) -> Patience:
         kept = self._answers.find(place) if freshness.if_error else None
-        return _Patience(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
+        return Patience(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
 
-    def _sit(self, call: _Call, seat: Seat, patience: _Patience) -> None:
+    def _sit(self, call: _Call, seat: Seat, patience: Patience) -> None:
         call.seats[seat] = patience
         if isinstance(seat, Landing):
             seat.call = call
         if patience.deadline < math.inf:
             self._deadlines.add(patience.deadline, call, seat)
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: _Patience, flow: Flow) -> _Call:
+    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: Patience, flow: Flow) -> _Call:
         call = self._under_way.get(place)
         if call is None and self._pools:
             call = self._begin_early(place)
@@ -463,14 +472,15 @@ class Calls:
 
     def end(self, call: _Call, result: Balance | CrustCreditsError) -> None:
         """A call has ended: keep what came of it, and tell those who wait. Nothing, if it was given up meanwhile."""
-        if not self._is_under_way(call):
+        is_joined = self._under_way.get(call.place) is call
+        if not is_joined and call not in self._outdated:
             return
         if isinstance(result, Balance):
             outcome: Outcome[Any] = Known(balance=result, attempts=call.attempts)
         else:
             result.attempts = call.attempts
             outcome = _failure(call.api_key, result)
-        evicted = None if call in self._outdated else self._keep(call, outcome)
+        evicted = self._keep(call, outcome) if is_joined else None
         self._settle(call, outcome)
         if evicted is not None:
             self._forget(evicted)
@@ -533,7 +543,7 @@ def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
     return Unknown(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source)
 
 
-def _why_late(call: _Call, patience: _Patience, earliest: float) -> CrustCreditsError:
+def _why_late(call: _Call, patience: Patience, earliest: float) -> CrustCreditsError:
     """The error of one whose time is over: what kept him waiting."""
     if call.task is not None:
         seconds = patience.deadline - patience.began

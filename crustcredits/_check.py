@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-from crustcredits._calls import Calls, Landing, Pool
+from crustcredits._calls import Calls, Landing, Patience, Pool
 from crustcredits._errors import ConfigurationError
 from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
@@ -72,10 +72,12 @@ class PoolCheck:
         self._calls = calls
         self._path = path
         self._keys = pool
+        self._usable = cast("Sequence[ApiKey]", pool)  # of these only those places are asked for that hold an `ApiKey`
         self._freshness = freshness
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
         self._began = asyncio.get_running_loop().time()
+        self._patience = Patience(self._began, self._deadline, falls_back=False)
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
         self._first: dict[bytes, int] = {}  # the first place of each secret
         self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # the others
@@ -130,12 +132,13 @@ class PoolCheck:
         """Join the calls that are under way, and let the other keys wait for their turn."""
         if self._error is not None or asyncio.get_running_loop().time() >= self._deadline:
             return
-        waiting: list[int] = []
-        for place in places:  # without a turn of the loop, so that no other check asks for one of them meanwhile
-            if self._calls.is_asked(self._path, self._key(place)):
+        waiting = places
+        if self._calls.are_under_way:
+            # Without a turn of the loop, so that no other check asks for one of them meanwhile.
+            joins = [place for place in places if self._calls.is_asked(self._path, self._usable[place])]
+            for place in joins:
                 self._calls.begin(self._path, self._landing(place), self._deadline, self._joins)
-            else:
-                waiting.append(place)
+            waiting = sorted(set(places).difference(joins))
         if waiting:
             self._waiting = _Waiting(self, self._path, array("I", waiting))
             self._calls.enter_pool(self._waiting)
@@ -150,7 +153,7 @@ class PoolCheck:
                 self._report()
                 await asyncio.sleep(0)
             place = waiting.places[number]
-            if waiting.waits(number) and self._calls.earliest(self._path, self._key(place)) > self._deadline:
+            if waiting.waits(number) and self._calls.earliest(self._path, self._usable[place]) > self._deadline:
                 waiting.take_out(number)
                 self._take_for_all(place, self._too_late(place))
 
@@ -191,13 +194,13 @@ class PoolCheck:
                     await asyncio.sleep(0)
 
     def _too_late(self, place: int) -> Unknown:
-        return self._calls.too_late(self._path, self._key(place), self._began)
+        return self._calls.too_late(self._path, self._usable[place], self._began)
 
     # --- landing
 
     def begin(self, place: int, flow: Pool, context: contextvars.Context) -> Call | None:
         """The turn of a key has come."""
-        return self._calls.take_turn(self._path, self._landing(place), self._deadline, flow, context)
+        return self._calls.take_turn(self._path, self._landing(place), self._patience, flow, context)
 
     def place_of(self, digest: bytes) -> int | None:
         """The place of a secret."""
@@ -205,31 +208,29 @@ class PoolCheck:
 
     def account_at(self, place: int) -> Hashable | None:
         """The declared account of the key there."""
-        return self._calls.declared_account(self._key(place))
+        return self._usable[place].account if self._calls.counts_accounts else None
 
     def _landing(self, place: int) -> Landing:
-        landing = Landing(self._calls, self._key(place), self._freshness, self._began, partial(self._land, place))
+        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
         self._begun[place] = landing
         return landing
-
-    def _key(self, place: int) -> ApiKey:
-        return cast("ApiKey", self._keys[place])
 
     def _land(self, place: int, landed: Outcome[Any] | BaseException) -> None:
         self._begun.pop(place, None)
         if isinstance(landed, BaseException):
             self.end(landed)
             return
-        self._take_for_all(place, landed)
+        if self._again:
+            self._take_for_all(place, landed)
+        else:
+            self._take(place, landed)
         if self._on_outcome is not None or not self._begun:
             self._wake()
 
     def _take_for_all(self, place: int, outcome: Outcome[Any]) -> None:
         """Take what came of a secret, under each of its names."""
-        self._take(place, outcome)
-        if self._again:
-            for other in self._again.get(self._key(place).digest, ()):
-                self._take(other, outcome)
+        for each in (place, *self._again.get(self._usable[place].digest, ())):
+            self._take(each, outcome)
 
     def _take(self, place: int, outcome: Outcome[Any]) -> None:
         key = self._keys[place]

@@ -119,6 +119,8 @@ class CircuitBreaker:
             if len(self._answered) > _REMEMBERED:
                 del self._answered[next(iter(self._answered))]
         self._disappointed = 0
+        if not self._in_a_row:
+            return
         if self._in_a_row >= _THRESHOLD - 1 and self._status:
             _log.info("%s: the API answers again", self._path)
         self._in_a_row = self.failed_probes = self._status = 0

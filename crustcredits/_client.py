@@ -528,6 +528,8 @@ class CreditsClient:
         return self._how_old(freshness), _deadline(_timeout(timeout))
 
     def _how_old(self, freshness: FreshnessOptions) -> Freshness:
+        if not freshness:
+            return self._freshness
         unknown = sorted(freshness.keys() - FreshnessOptions.__annotations__.keys())
         if unknown:
             # Who writes **{key: name} the wrong way round has a secret for the name of an argument.

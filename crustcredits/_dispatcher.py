@@ -19,8 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from crustcredits._circuit_breaker import CircuitBreaker
-from crustcredits._circuit_breaker import Sent as Watched
+from crustcredits._circuit_breaker import CircuitBreaker, Sent
 from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError
 from crustcredits._keys import ApiKey
 from crustcredits._models import Balance
@@ -55,6 +54,8 @@ class Question(Call, ABC):
         last: Why the attempt before failed, or None.
         failing_since: When its first attempt failed, or None.
         task: The request on the wire, or None.
+        request: What the scheduler knows of it.
+        probe: What the circuit breaker knows of it, if it is a probe.
         entered: When it began.
         resumes: When it is put into the queue again, while it waits for a retry or for a probe; None otherwise.
     """
@@ -68,21 +69,26 @@ class Question(Call, ABC):
         "failing_since",
         "last",
         "path",
+        "probe",
+        "request",
         "resumes",
         "task",
         "ticket",
         "wanted",
     )
 
-    def __init__(self, path: str, key: ApiKey, account: Hashable, flow: Flow, context: contextvars.Context) -> None:
-        super().__init__(key.digest, account, flow)
-        self.path = path
+    request: Request
+    probe: Sent | None
+
+    def __init__(self, place: tuple[str, bytes], key: ApiKey, account: Hashable, flow: Flow, context: contextvars.Context) -> None:
+        self.path, digest = place
+        super().__init__(digest, account, flow)
         self.api_key = key
         self.wanted = flow.kind is not Kind.BACKGROUND
         self.attempts = 0
         self.last: CrustCreditsError | None = None
         self.failing_since: float | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.task: _Attempt | None = None
         self.entered = 0.0
         self.resumes: float | None = None
         self.barred_since: float | None = None
@@ -110,6 +116,19 @@ class Question(Call, ABC):
         """Its request was cancelled from outside, or has failed as it never should."""
 
 
+class _Attempt(asyncio.Task[None]):
+    """The task of one request.
+
+    One that is cancelled before its first step runs nothing of its coroutine, so the task itself tells that it was cancelled.
+    """
+
+    on_cancelled: Callable[[asyncio.Task[None]], object]
+
+    def cancel(self, msg: object = None) -> bool:
+        self.add_done_callback(self.on_cancelled)
+        return super().cancel(msg)
+
+
 class Dispatcher:
     """Asks the API about keys, within one rate limit, over both endpoints.
 
@@ -119,6 +138,7 @@ class Dispatcher:
         transport: What sends requests.
         singles: The flow of all single calls.
         refreshes: The flow of calls that nobody awaits.
+        counts_accounts: Whether a declared account's keys share its tokens.
     """
 
     def __init__(
@@ -134,6 +154,7 @@ class Dispatcher:
         self.transport = transport
         self.singles, self.refreshes = Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
         self._scope = rate_limit.scope
+        self.counts_accounts = rate_limit.scope != "key"
         self._period = rate_limit.period
         self._request_timeout = request_timeout
         self._retry = retry
@@ -205,7 +226,8 @@ class Dispatcher:
 
     def account_of(self, key: ApiKey) -> Hashable:
         """What tells accounts apart: the declared account, else the key itself."""
-        return key.digest if key.account is None or self._scope == "key" else key.account
+        account = key.account if self.counts_accounts else None
+        return key.digest if account is None else account
 
     def stop(self) -> None:
         """Nothing starts any more."""
@@ -316,33 +338,43 @@ class Dispatcher:
 
     # --- starting
 
-    def _admit(self) -> None:
+    def _admit(self, now: float | None = None) -> None:
         """Send all that may go now, and set the timer for what comes next."""
         if self._admitting or self._stopped:
             return
         self._admitting = True
         try:
-            now, moment = _now(), math.inf
-            going = True
-            while going:
+            now = _now() if now is None else now
+            while True:
                 if self._later:
                     self._resume(now)
-                going, moment = False, self._later[0][0] if self._later else math.inf
-                for scheduler in self._schedulers.values():
-                    if scheduler.is_idle:
-                        continue
-                    granted = scheduler.grant(now)
-                    if isinstance(granted, Request):
-                        self._send(granted, now)
-                        going = True
-                    elif isinstance(granted, Question):
-                        self._ask(granted, now)
-                        going = True
-                    elif granted is not None:
-                        moment = min(moment, cast("float", granted))
+                moment, is_more = self._start_all(now)
+                if not is_more:
+                    break
+            if self._later:
+                moment = min(moment, self._later[0][0])
             self._set_timer(moment, now)
         finally:
             self._admitting = False
+
+    def _start_all(self, now: float) -> tuple[float, bool]:
+        """Start all that may. Returns the next moment of any, and whether calls have gone elsewhere that may have to be resumed."""
+        moment, is_more = math.inf, False
+        busy = [*self._schedulers.values()]
+        while busy:
+            for scheduler in tuple(busy):  # in turns
+                granted = scheduler.grant(now)
+                if isinstance(granted, Request):
+                    self._send(granted, now)
+                    continue
+                if isinstance(granted, Call):
+                    self._ask(cast("Question", granted), now)
+                    is_more = True
+                    continue
+                busy.remove(scheduler)
+                if granted is not None:
+                    moment = min(moment, granted)
+        return moment, is_more
 
     def _set_timer(self, moment: float, now: float) -> None:
         if self._due is not None and self._due <= moment < math.inf:
@@ -359,68 +391,84 @@ class Dispatcher:
         self._admit()
 
     def _send(self, request: Request, now: float) -> None:
-        question = cast("Question", request.call)
-        watched = self._breakers[question.path].start(now, question.key)
+        question: Question = request.call  # type: ignore[assignment]  # as are all calls here
+        question.request, breaker = request, self._breakers[question.path]
+        question.probe = breaker.start(now, question.key) if breaker.is_open else None
         question.attempts += 1
-        _log.debug("%s: its turn came after %.3f s", question.api_key.label, now - question.entered)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: its turn came after %.3f s", question.api_key.label, now - question.entered)
         # Not by the loop's task factory, which might run its first step at once.
-        attempt = self._attempt(question, request, watched)
-        question.task = asyncio.Task(attempt, loop=asyncio.get_running_loop(), context=question.context)
-        question.task.add_done_callback(partial(self._on_done, question, request, watched))
+        question.task = _Attempt(self._attempt(question), loop=asyncio.get_running_loop(), context=question.context)
+        question.task.on_cancelled = partial(self._on_cancelled, question)
 
-    async def _attempt(self, question: Question, request: Request, watched: Watched) -> None:
-        sent = await self.transport.attempt(question.path, question.api_key, self._request_timeout)
-        now = _now()
-        result, answer = self._read(question, watched, sent, now)
-        self._ended(question, request, watched, answer, now)
-        self._go_on(question, result, now)
-        self._admit()
+    async def _attempt(self, question: Question) -> None:
+        try:
+            got = await self.transport.attempt(question.path, question.api_key, self._request_timeout)
+            now = _now()
+            result, answer = self._read(question, got, now)
+            self._ended(question, answer, now)
+            if isinstance(result, Balance):
+                question.on_end(result)
+            else:
+                self._go_on(question, result, now)
+            self._admit(now)
+        except asyncio.CancelledError:
+            self._break_off(question, None)
+            raise
+        except Exception as error:  # noqa: BLE001  # it has failed as it never should
+            self._break_off(question, error)
 
     # --- ending
 
-    def _on_done(self, question: Question, request: Request, watched: Watched, task: asyncio.Task[None]) -> None:
+    def _on_cancelled(self, question: Question, task: asyncio.Task[None]) -> None:
+        """A request was cancelled, perhaps before its first step."""
+        if question.task is task and task.cancelled():
+            self._break_off(question, None)
+
+    def _break_off(self, question: Question, error: Exception | None) -> None:
         """Nobody may be left waiting for a request that was cancelled from outside, or has failed as it never should."""
-        error = None if task.cancelled() else task.exception()
-        if question.task is task:
-            self._ended(question, request, watched, Answer(status=None), _now())
-        elif error is None:
-            return
+        if question.task is not None:
+            self._ended(question, Answer(status=None), _now())
         question.on_broken_off(error)
         self._admit()
 
-    def _ended(self, question: Question, request: Request, watched: Watched, answer: Answer, now: float) -> None:
+    def _ended(self, question: Question, answer: Answer, now: float) -> None:
+        path, probe, scheduler = question.path, question.probe, self._schedulers[question.path]
         question.task = None
-        self._breakers[question.path].end(watched, now)
-        self._schedulers[question.path].ended(request, answer, now)
-        if watched.is_probe or (self._barred[question.path] and not self._breakers[question.path].is_open):
-            self._on_probed(question.path, now)
+        if probe is not None:
+            self._breakers[path].end(probe, now)
+        scheduler.ended(question.request, answer, now)
+        if scheduler.is_barring or probe is not None:
+            scheduler.is_barring = self._breakers[path].is_open
+            if probe is not None or (self._barred[path] and not scheduler.is_barring):
+                self._on_probed(path, now)
 
-    def _read(
-        self, question: Question, watched: Watched, sent: Response | Failure, now: float
-    ) -> tuple[Balance | CrustCreditsError, Answer]:
+    def _read(self, question: Question, got: Response | Failure, now: float) -> tuple[Balance | CrustCreditsError, Answer]:
         """What a request has brought, for those who wait and for the scheduler. The circuit breaker hears of it."""
-        if isinstance(sent, Failure):
+        if isinstance(got, Failure):
             # Where only the headers have come, the server has counted it, and has neither served nor refused it.
-            status = 500 if sent.fate is Fate.ANSWERED else None
-            return sent.error, Answer(status=status, unsent=sent.fate is Fate.UNSENT)
-        result = read_response(question.path, question.api_key, sent, now=datetime.now(UTC), period=self._period)
-        own = isinstance(result, Balance) or is_apis_own(sent)
+            status = 500 if got.fate is Fate.ANSWERED else None
+            return got.error, Answer(status=status, unsent=got.fate is Fate.UNSENT)
+        result = read_response(question.path, question.api_key, got, now=datetime.now(UTC), period=self._period)
+        breaker, said = self._breakers[question.path], result.rate_limit
+        limit, remaining = (None, None) if said is None else (said.limit, said.remaining)
+        if isinstance(result, Balance):
+            breaker.api_answered(question.key)
+            return result, Answer(status=got.status, limit=limit, remaining=remaining)
+        own = is_apis_own(got)
         if isinstance(result, GatewayError):
-            self._breakers[question.path].gateway_answered(watched, result, now)
+            sent = question.probe or Sent(question.request.started, question.key, is_probe=False)
+            breaker.gateway_answered(sent, result, now)
+            self._schedulers[question.path].is_barring = breaker.is_open
         elif own:
-            self._breakers[question.path].api_answered(question.key)
-        said = result.rate_limit
-        return result, Answer(
-            status=sent.status,
-            is_html=not own and not is_json_object(sent),
-            limit=None if said is None else said.limit,
-            remaining=None if said is None else said.remaining,
-            wait=None if isinstance(result, Balance) else asked_wait(result),
-        )
+            breaker.api_answered(question.key)
+        is_html = not own and not is_json_object(got)
+        wait = asked_wait(result)
+        return result, Answer(status=got.status, is_html=is_html, limit=limit, remaining=remaining, wait=wait)
 
-    def _go_on(self, question: Question, result: Balance | CrustCreditsError, now: float) -> None:
+    def _go_on(self, question: Question, result: CrustCreditsError, now: float) -> None:
         """End a call, or try it again later. What nobody wants any more is not tried again."""
-        if isinstance(result, Balance) or not question.wanted:
+        if not question.wanted:
             question.on_end(result)
             return
         if question.failing_since is None:

@@ -103,7 +103,7 @@ class ApiKey:
     @property
     def label(self) -> str:
         """`account/name` where an account is declared, else the name. Errors, logs, tables, JSON and routers show it."""
-        return label_of(self._name, self._account)
+        return self._name if self._account is None else label_of(self._name, self._account)
 
     @property
     def digest(self) -> bytes:
@@ -290,14 +290,15 @@ class Uniqueness:
 
     def take(self, key: ApiKey) -> str | None:
         """Take a key beside the others; or the problem that it makes with one of them."""
-        if self._by_label.get(key.label, key).digest != key.digest:
+        label, declared = key.label, key.account
+        namesake = self._by_label.get(label, key)
+        if namesake is not key and namesake.digest != key.digest:
             return "two different keys have this name; rename one, because names are unique within an account"
-        account = key.account and self._accounts.get(key.digest, key.account)
-        if account != key.account:
-            return f"its secret stands under two accounts, {account!r} and {key.account!r}; remove the wrong entry"
-        self._by_label[key.label] = key
-        if account is not None:
-            self._accounts[key.digest] = account
+        if declared is not None:
+            account = self._accounts.setdefault(key.digest, declared)
+            if account != declared:
+                return f"its secret stands under two accounts, {account!r} and {declared!r}; remove the wrong entry"
+        self._by_label[label] = key
         return None
 
 

@@ -41,11 +41,7 @@ class RateLimitStatus:
         return {"limit": self.limit, "remaining": self.remaining, "reset": self.reset}
 
 
-_orders = itertools.count()
-
-
-def _next_order() -> int:
-    return next(_orders)
+_next_order = itertools.count().__next__
 
 
 @attrs.frozen(kw_only=True)
@@ -133,12 +129,7 @@ Source: TypeAlias = Literal["fetched", "shared", "cached", "none"]
 State: TypeAlias = Literal["fresh", "stale", "failed"]
 
 
-_IS_BALANCE: Any = attrs.validators.instance_of(Balance)
-
-
-def _repeats(name: str) -> Any:
-    """The default of a field that repeats one of the balance, so that type checkers see a field and not a property."""
-    return attrs.Factory(lambda known: getattr(known.balance, name), takes_self=True)
+_set = object.__setattr__  # of a frozen record that is being made
 
 
 @attrs.frozen(kw_only=True)
@@ -157,15 +148,25 @@ class Known(Generic[BalanceT]):
         stale: Whether the balance is older than was asked for.
     """
 
-    balance: BalanceT = attrs.field(validator=_IS_BALANCE)
+    balance: BalanceT
     error: CrustCreditsError | None = None
     attempts: int = 1
     source: Source = "fetched"
-    key: ApiKey = attrs.field(init=False, eq=False, repr=False, default=_repeats("key"))
+    # Fields that repeat the balance's, and not properties, so that type checkers tell the two kinds of outcome apart by them.
+    key: ApiKey = attrs.field(init=False, eq=False, repr=False)
     ok: Literal[True] = attrs.field(default=True, init=False, eq=False, repr=False)
-    credits: Decimal = attrs.field(init=False, eq=False, repr=False, default=_repeats("credits"))
-    checked_at: datetime = attrs.field(init=False, eq=False, repr=False, default=_repeats("checked_at"))
-    stale: bool = attrs.field(init=False, eq=False, repr=False, default=_repeats("stale"))
+    credits: Decimal = attrs.field(init=False, eq=False, repr=False)
+    checked_at: datetime = attrs.field(init=False, eq=False, repr=False)
+    stale: bool = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        balance = self.balance
+        if not isinstance(balance, Balance):
+            raise TypeError(f"balance is a Balance, not {type(balance).__name__}")
+        _set(self, "key", balance.key)
+        _set(self, "credits", balance.credits)
+        _set(self, "checked_at", balance.checked_at)
+        _set(self, "stale", balance.stale)
 
     @property
     def age(self) -> float:

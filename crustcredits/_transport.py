@@ -81,12 +81,18 @@ class Transport:
         answers: list[aiohttp.ClientResponse] = []
         try:
             session = self._session = self._session or self._open()
-            async with session.get(self._urls[path], **self._options(session, key, timeout)) as response:
-                answers.append(response)
+            response = await session.get(self._urls[path], **self._options(session, key, timeout))
+            answers.append(response)
+            try:
                 if not self._owned:
                     _forget_cookies(session, response)
                 body = await _read_body(response)
-                return Response(response.status, response.headers, body, framed=_is_framed(response))
+            finally:
+                response.release()
+            headers = response.headers
+            # The end of the body is told by a length or by chunks, or else by the end of the connection.
+            framed = hdrs.CONTENT_LENGTH in headers or hdrs.TRANSFER_ENCODING in headers
+            return Response(response.status, headers, body, framed=framed)
         except asyncio.CancelledError as error:
             caught: BaseException = error
         except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
@@ -199,11 +205,6 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
 def _client_timeout(seconds: float) -> aiohttp.ClientTimeout:
     total = max(seconds, _SHORTEST)
     return aiohttp.ClientTimeout(total=total, connect=_CONNECTING * total, ceil_threshold=_NEVER_ROUNDED)
-
-
-def _is_framed(response: aiohttp.ClientResponse) -> bool:
-    """Whether the end of its body is told by a length or by chunks, and not by the end of the connection."""
-    return hdrs.CONTENT_LENGTH in response.headers or hdrs.TRANSFER_ENCODING in response.headers
 
 
 def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResponse) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Context, Decimal, InvalidOperation
 from email.utils import parsedate_to_datetime
@@ -226,6 +226,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # White space as JSON has it, and a byte-order mark.
 _AROUND_JSON = " \t\r\n\ufeff"
 _DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant, object_pairs_hook=_once)
+# `raw_decode` without its one more call.
+_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 
 
 def _parse(body: bytes | None) -> tuple[Any, str | None]:
@@ -233,13 +235,13 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
         return None, f"more than {MAX_BODY // 1024} KiB, which is no balance"
     try:
         text = body.decode().strip(_AROUND_JSON)
-        document, end = _DECODER.raw_decode(text)
+        document, end = _scan(text, 0)
         return (document, None) if end == len(text) else (None, "something that is not JSON")
     except _TwiceError:
         return None, "JSON in which a name stands twice"
     except _UnusableNumberError:
         return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, StopIteration):
         return None, "something that is not JSON"
 
 
@@ -491,6 +493,10 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
     """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
     if text is None:
         return None
+    if len(text) <= _MAX_MESSAGE and text.isascii() and text.isprintable() and "%" not in text:  # such as the id of a request
+        secret = key.get_secret_value()
+        if secret.isascii() and secret.lower() not in text.lower():
+            return text.strip() or None
     hidden = _hide(text, key)[:_MAX_MESSAGE]
     if not hidden.isprintable():
         hidden = "".join(char if char.isprintable() else " " for char in hidden)

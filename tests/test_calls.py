@@ -462,7 +462,7 @@ async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead
         for _ in range(600):
             report = await client.check(pool)
             assert report.ok
-            received = [kept._received.loop for kept in client._calls._answers._kept.values()]
+            received = [kept._received for kept in client._calls._answers._kept.values()]
             oldest.append(now() - min(received))
             await asyncio.sleep(1)
         assert now() - began == pytest.approx(600, abs=1)

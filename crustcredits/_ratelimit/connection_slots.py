@@ -30,11 +30,12 @@ class ConnectionSlots(Generic[_RequestT]):
         usual: Seconds that an answer takes, as a moving average; None before the first.
     """
 
-    __slots__ = ("_hanging", "_late", "_prompt", "count", "free", "usual")
+    __slots__ = ("_hanging", "_late", "_patience", "_prompt", "count", "free", "usual")
 
     def __init__(self, count: int) -> None:
         self.count = self.free = count
         self.usual: float | None = None
+        self._patience = _PATIENCE  # seconds after which a request without an answer hangs
         self._prompt: dict[_RequestT, float] = {}  # when each began; the oldest first
         self._late: dict[_RequestT, float] = {}  # they hang, and count, because too many others hang
         self._hanging: dict[_RequestT, float] = {}
@@ -60,6 +61,7 @@ class ConnectionSlots(Generic[_RequestT]):
         if answered:
             took = now - began
             self.usual = took if self.usual is None else (1 - _NEWEST_SHARE) * self.usual + _NEWEST_SHARE * took
+            self._patience = max(_PATIENCE, _PATIENCE_TIMES * self.usual)
         if self._late:
             self._let_hang()
 
@@ -67,7 +69,7 @@ class ConnectionSlots(Generic[_RequestT]):
         """Requests that have begun to hang since the last look."""
         found: list[_RequestT] = []
         for request, began in self._prompt.items():
-            if began + self._patience() > now:
+            if began + self._patience > now:
                 break
             found.append(request)
         for request in found:
@@ -78,13 +80,10 @@ class ConnectionSlots(Generic[_RequestT]):
 
     def next_overdue(self) -> float | None:
         """When the next request begins to hang, if no answer comes before; None when there is none."""
-        return next(iter(self._prompt.values())) + self._patience() if self._prompt else None
+        return next(iter(self._prompt.values())) + self._patience if self._prompt else None
 
     def _let_hang(self) -> None:
         while self._late and len(self._hanging) < HANGING_SHARE * self.count:
             request = next(iter(self._late))
             self._hanging[request] = self._late.pop(request)
             self.free += 1
-
-    def _patience(self) -> float:
-        return _PATIENCE if self.usual is None else max(_PATIENCE, _PATIENCE_TIMES * self.usual)

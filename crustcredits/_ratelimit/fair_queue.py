@@ -138,6 +138,9 @@ class PoolFlow(Flow, ABC):
 
     def next(self, ticket: int) -> int:
         """The number whose turn it is. The next of its account has `ticket`."""
+        head = self._head
+        if not self._turns and self._where[head] != _GONE:
+            return head
         self._skip()
         if self._is_lone_next():
             return self._head

@@ -38,8 +38,9 @@ class Pace:
 
     def wait(self, now: float) -> float | None:
         """When the next request may start; None for now."""
-        if self._ceiling is None or self._rate is None:
+        if self._rate is None:
             return None
+        assert self._ceiling is not None
         if self._rate < self._ceiling:
             self._recover(now)
             return self._next if self._next > now else None

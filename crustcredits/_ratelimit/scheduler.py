@@ -16,6 +16,7 @@ import random
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
 import attrs
@@ -176,9 +177,7 @@ class _Account:
         return bisect_right(served, started, key=_end)
 
 
-def _end(served: tuple[float, float]) -> float:
-    return served[1]
-
+_end = itemgetter(1)
 
 MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
 
@@ -203,6 +202,9 @@ class Scheduler:
         make_bucket: Makes the tokens of an account, or of all together (None). It is given the limit, and what to call, with the
             account, when tokens have come that were not there.
         is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets it.
+
+    Attributes:
+        is_barring: Whether `is_barred` is to be asked.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class Scheduler:
         self._random = random.Random(seed)
         self._make_bucket = make_bucket
         self._is_barred = is_barred
+        self.is_barring = is_barred is not _never
         self._ready = FairQueue()
         self._accounts: dict[Hashable, _Account] = {}
         self._common = make_bucket(None, terms.requests, self._came)
@@ -288,11 +291,6 @@ class Scheduler:
         """Whether calls that somebody awaits stand for a start: after `grant` something holds back all of them."""
         return self._ready.has_foreground
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits that could start, now or at a moment."""
-        return not self._moments and not self._ready.length
-
     def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
         """Remove the calls that wait for a token of this account, or with None of the common bucket, and return them."""
         account = None if whose is None else self._accounts.get(whose)
@@ -328,7 +326,7 @@ class Scheduler:
             call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
             if call is None:
                 continue
-            if self._is_barred(call, now):
+            if self.is_barring and self._is_barred(call, now):
                 self._forget(call, now)
                 return call
             account = self._admissible(call, now)
@@ -356,24 +354,15 @@ class Scheduler:
         self._slots.release(request, now, answered=answer.status is not None)
         if request.in_trial:
             request.leave_trial()
-        account, spared = request.account, False
+        account = request.account
         if request.kind is Kind.BACKGROUND:
             self._refreshing -= 1
             account.refreshing -= 1
+        spared = False
         if answer.is_served:
-            proved, alone = self._learn(request, account, answer, now)
-            self._return_tokens(request, account, now + self._terms.period, now if proved else None)
-            self._on_probe(request, foreign=False)
-            if self._cooldown.trial is not None:
-                self._cooldown.served(request.trial, alone=alone)
+            self._served(request, account, answer, now)
         else:
-            self._take_back(request, account, answer, now)
-            is_refused = answer.is_refused
-            foreign = is_refused and answer.used is None and self._scope.has_seen_counts
-            if answer.status is not None:
-                self._on_probe(request, foreign=foreign)
-            if is_refused:
-                spared = self._refused(request, account, answer, foreign, now)
+            spared = self._not_served(request, account, answer, now)
         if account.waiting is not None:
             self._release(account, now)
         if self._waits_for_common:
@@ -512,7 +501,7 @@ class Scheduler:
         account, kind = self._account(call), call.flow.kind
         if account.key != call.key:
             account.shared = True
-        if self._account_room(account, kind, now) <= 0:
+        if now < account.cools_until or not self._has_room(account.bucket, kind, now, shared=account.shared):
             if self._uncall(call) == _BY_COMMON:
                 self._call_next(now)
             account.queue(call).push(call)
@@ -580,16 +569,23 @@ class Scheduler:
 
     def _has_common_room(self, kind: Kind, now: float) -> bool:
         # Mostly there is so much that what is kept for witnesses does not matter, which costs more to find out.
-        free = self._common.room(now, self._kept_from(kind, self._common))
-        if kind is not Kind.BACKGROUND and free > math.ceil(self._common.limit * _TENTH):
-            return True
-        return free > 0 and self._common_room(kind, now) > 0
+        common = self._common
+        if kind is Kind.BACKGROUND:
+            return self._common_room(kind, now) > 0
+        free = common.room(now, self._kept_from(kind, common) if self._terms.reserve else 0)
+        return free > 0 and (free > 1 + common.limit * _TENTH or self._common_room(kind, now) > 0)
 
     def _common_room(self, kind: Kind, now: float) -> int:
         free = self._common.room(now, self._kept_from(kind, self._common))
         if free > 0 and (tenth := self._tenth(now)):
             free = self._common.room(now, self._kept_from(kind, self._common) + tenth)
         return _spaced(free, kind, self._common, now)
+
+    def _has_room(self, bucket: Bucket, kind: Kind, now: float, *, shared: bool) -> bool:
+        """Whether an account's bucket has a token for a call of this kind."""
+        if kind is Kind.BACKGROUND or self._terms.reserve:
+            return _spaced(bucket.room(now, self._kept_from(kind, bucket, shared=shared)), kind, bucket, now) > 0
+        return bucket.room(now, 0) > 0
 
     def _account_room(self, account: _Account, kind: Kind, now: float) -> int:
         if now < account.cools_until:
@@ -708,6 +704,23 @@ class Scheduler:
 
     # --- what an ended request teaches
 
+    def _served(self, request: Request, account: _Account, answer: Answer, now: float) -> None:
+        proved, alone = self._learn(request, account, answer, now)
+        self._return_tokens(request, account, now + self._terms.period, proved=proved)
+        if self._cooldown.trial is not None:
+            self._cooldown.served(request.trial, alone=alone)
+        if request.trial is not None:
+            self._on_probe(request, foreign=False)
+
+    def _not_served(self, request: Request, account: _Account, answer: Answer, now: float) -> bool:
+        """Returns whether this attempt is not to be counted."""
+        self._take_back(request, account, answer, now)
+        is_refused = answer.is_refused
+        foreign = is_refused and answer.used is None and self._scope.has_seen_counts
+        if answer.status is not None:
+            self._on_probe(request, foreign=foreign)
+        return is_refused and self._refused(request, account, answer, foreign, now)
+
     def _learn(self, request: Request, account: _Account, answer: Answer, now: float) -> tuple[bool, bool]:
         """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
         used, limit, started = answer.used, answer.limit, request.started
@@ -717,16 +730,19 @@ class Scheduler:
         else:
             if limit != account.bucket.limit or self._common_limit.is_news(limit):
                 self._hear(request, account, limit, used, now)
-            proved, alone = self._scope.told(used, account.bucket.own(request.own), started, now)
+            own = account.bucket.own(request.own)
+            proved, alone = self._scope.told(used, own, started, now)
             if request.common is None:
                 proved = False
-            else:
+            elif used > own:  # else none of them need be others'
                 self._others = max(0, used - self._common.own(request.common))
-        if account.served is None:
+        served, since = account.served, now - self._terms.window
+        if served is None:
             account.served = [(started, now)]
         else:
-            account.served.append((started, now))
-            account.ended_before(started, now - self._terms.window)
+            served.append((started, now))
+            if served[0][0] <= since:
+                account.ended_before(started, since)
         return proved, alone
 
     def _hear(self, request: Request, account: _Account, limit: int, used: int, now: float) -> None:
@@ -751,16 +767,16 @@ class Scheduler:
             when = now + self._terms.period + (self._terms.late if answer.may_come_late else 0.0)
             self._return_tokens(request, account, when)
 
-    def _return_tokens(self, request: Request, account: _Account, when: float, proved_at: float | None = None) -> None:
+    def _return_tokens(self, request: Request, account: _Account, when: float, *, proved: bool = False) -> None:
         account.bucket.return_at(when)
         if not account.idles:
             self._idles(account, request.call.account, max(when, account.cools_until))
         if request.common is None:
             return
-        if proved_at is None:
-            self._common.return_at(when)
-        else:
+        if proved:
             self._common.put_back()
+        else:
+            self._common.return_at(when)
 
     def _on_probe(self, request: Request, *, foreign: bool) -> None:
         """Note whether something in front of the API refused a probe, if its call was never asked before."""

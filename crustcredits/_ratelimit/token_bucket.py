@@ -87,8 +87,7 @@ class TokenBucket:
         """So many calls wait for tokens, and leave `kept` alone. Nothing: tokens return by themselves."""
 
     def take(self, now: float) -> int:
-        """A request starts. Returns a mark for `own`."""
-        self.room(now, 0)
+        """A request starts, for which there is `room` now. Returns a mark for `own`."""
         mark = self.on_wire + len(self._returns) - self._counted
         self.on_wire += 1
         self._counted += 1
