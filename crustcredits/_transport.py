@@ -70,8 +70,15 @@ class Transport:
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._session = session
         self._proxy = proxy
-        self._tls = tls
         self._owned = session is None
+        self._fixed: dict[str, Any] = {
+            "allow_redirects": False,
+            "raise_for_status": False,
+            "auto_decompress": True,
+            "read_bufsize": MAX_BODY,
+            "proxy": proxy,
+            "ssl": tls,
+        }
 
     async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
         """Send one request and read its whole answer within `timeout` seconds.
@@ -117,17 +124,7 @@ class Transport:
         if not self._owned and (session.trust_env or session.auth is not None):
             # aiohttp refuses this header beside a session's own credentials; the guard sets it after them.
             del headers[hdrs.AUTHORIZATION]
-        return {
-            "headers": headers,
-            "allow_redirects": False,
-            "raise_for_status": False,
-            "auto_decompress": True,
-            "read_bufsize": MAX_BODY,
-            "timeout": _client_timeout(timeout),
-            "proxy": self._proxy,
-            "ssl": self._tls,
-            "middlewares": (guard,),
-        }
+        return {**self._fixed, "headers": headers, "timeout": _client_timeout(timeout), "middlewares": (guard,)}
 
     def _open(self) -> aiohttp.ClientSession:
         # Slots bound the connections, not the connector: a wait there would count as time on the wire.
