@@ -240,7 +240,9 @@ class Calls:
             return None
         if outcome.stale and place not in self._under_way and kept.claim_refresh(place, now):
             # It is no request's own, so it keeps none's context alive.
-            self._begin(self._make(place, key, self._dispatcher.refreshes, contextvars.Context()))
+            account, flow = self._dispatcher.account_of(key), self._dispatcher.refreshes
+            call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=contextvars.Context())
+            self._dispatcher.enter(call)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def last(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
@@ -264,6 +266,8 @@ class Calls:
         except asyncio.CancelledError:
             self.leave(call, seat)
             raise
+        if freshness is NEW and outcome.key is key:
+            return outcome
         return self.given(call, key, outcome, freshness, began)
 
     def begin(self, path: str, landing: Landing, deadline: float, flow: Flow) -> None:
@@ -271,7 +275,7 @@ class Calls:
 
         A new call waits for its turn in `flow`. What lands is an exception where the client was closed.
         """
-        outcome = self.known(path, landing.key, landing.freshness)
+        outcome = None if landing.freshness is NEW else self.known(path, landing.key, landing.freshness)
         if outcome is not None:
             landing.hand_on(outcome)
             return
@@ -318,12 +322,8 @@ class Calls:
         if place in self._under_way:
             self._join(place, key, landing, patience, flow)
             return None
-        account = self._dispatcher.account_of(key)
-        call = landing.call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=context)
-        call.entered, call.first = patience.began, landing
-        call.seats[landing] = patience
-        if patience.deadline < math.inf:
-            self._deadlines.add(patience.deadline, call, landing)
+        call = landing.call = self._open(place, key, landing, patience, flow=flow, context=context)
+        call.entered = patience.began
         return call
 
     def earliest(self, path: str, key: ApiKey) -> float:
@@ -397,24 +397,33 @@ class Calls:
         kept = self._answers.find(place) if freshness.if_error else None
         return Patience(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
 
-    def _sit(self, call: _Call, seat: Seat, patience: Patience) -> None:
+    def _open(
+        self, place: Place, key: ApiKey, seat: Seat, patience: Patience, *, flow: Flow, context: contextvars.Context
+    ) -> _Call:
+        """A new call, with its first waiter."""
+        account = self._dispatcher.account_of(key)
+        call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=context)
+        call.first = seat
         call.seats[seat] = patience
-        if isinstance(seat, Landing):
-            seat.call = call
         if patience.deadline < math.inf:
             self._deadlines.add(patience.deadline, call, seat)
+        return call
 
     def _join(self, place: Place, key: ApiKey, seat: Seat, patience: Patience, flow: Flow) -> _Call:
         call = self._under_way.get(place)
         if call is None and self._pools:
             call = self._begin_early(place)
         if call is None:
-            call = self._make(place, key, flow, contextvars.copy_context())
-            call.first = seat
-            self._sit(call, seat, patience)
-            self._begin(call)
+            call = self._open(place, key, seat, patience, flow=flow, context=contextvars.copy_context())
+            if isinstance(seat, Landing):
+                seat.call = call
+            self._dispatcher.enter(call)
         else:
-            self._sit(call, seat, patience)
+            call.seats[seat] = patience
+            if isinstance(seat, Landing):
+                seat.call = call
+            if patience.deadline < math.inf:
+                self._deadlines.add(patience.deadline, call, seat)
             if flow.kind < call.flow.kind or not call.wanted:
                 self._dispatcher.move(call, flow)
         if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
@@ -462,13 +471,6 @@ class Calls:
         call.task.cancel()
 
     # --- one call
-
-    def _make(self, place: Place, key: ApiKey, flow: Flow, context: contextvars.Context) -> _Call:
-        return _Call(self, place, key, account=self._dispatcher.account_of(key), flow=flow, context=context)
-
-    def _begin(self, call: _Call) -> None:
-        self._under_way[call.place] = call
-        self._dispatcher.enter(call)
 
     def end(self, call: _Call, result: Balance | CrustCreditsError) -> None:
         """A call has ended: keep what came of it, and tell those who wait. Nothing, if it was given up meanwhile."""

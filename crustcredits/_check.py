@@ -137,7 +137,9 @@ class PoolCheck:
             # Without a turn of the loop, so that no other check asks for one of them meanwhile.
             joins = [place for place in places if self._calls.is_asked(self._path, self._usable[place])]
             for place in joins:
-                self._calls.begin(self._path, self._landing(place), self._deadline, self._joins)
+                landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
+                self._begun[place] = landing
+                self._calls.begin(self._path, landing, self._deadline, self._joins)
             waiting = sorted(set(places).difference(joins))
         if waiting:
             self._waiting = _Waiting(self, self._path, array("I", waiting))
@@ -200,7 +202,9 @@ class PoolCheck:
 
     def begin(self, place: int, flow: Pool, context: contextvars.Context) -> Call | None:
         """The turn of a key has come."""
-        return self._calls.take_turn(self._path, self._landing(place), self._patience, flow, context)
+        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
+        self._begun[place] = landing
+        return self._calls.take_turn(self._path, landing, self._patience, flow, context)
 
     def place_of(self, digest: bytes) -> int | None:
         """The place of a secret."""
@@ -209,11 +213,6 @@ class PoolCheck:
     def account_at(self, place: int) -> Hashable | None:
         """The declared account of the key there."""
         return self._usable[place].account if self._calls.counts_accounts else None
-
-    def _landing(self, place: int) -> Landing:
-        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
-        self._begun[place] = landing
-        return landing
 
     def _land(self, place: int, landed: Outcome[Any] | BaseException) -> None:
         self._begun.pop(place, None)

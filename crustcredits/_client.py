@@ -185,7 +185,7 @@ class CreditsClient:
                 raise said
             how_old, deadline = said
         self._check_usable()
-        outcome: Outcome[Balance] | None = self._calls.known(USER_CREDITS, key, how_old)
+        outcome: Outcome[Balance] | None = None if how_old is NEW else self._calls.known(USER_CREDITS, key, how_old)
         if outcome is None:
             outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
         return outcome.result()

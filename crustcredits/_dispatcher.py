@@ -193,12 +193,12 @@ class Dispatcher:
 
     def enter(self, question: Question) -> None:
         """A call begins."""
-        question.entered = _now()
+        question.entered = now = _now()
         # Where others stand for a start, something holds back all of them, and this one too.
         is_behind = self._schedulers[question.path].holds_back
-        self._ask(question, question.entered)
+        self._ask(question, now)
         if not is_behind:
-            self._admit()
+            self._admit(now)
 
     def enter_pool(self, path: str, pool: PoolFlow) -> None:
         """The calls of a collection of known size begin, each when its turn comes."""
@@ -353,7 +353,8 @@ class Dispatcher:
                     break
             if self._later:
                 moment = min(moment, self._later[0][0])
-            self._set_timer(moment, now)
+            if moment < math.inf or self._timer is not None:
+                self._set_timer(moment, now)
         finally:
             self._admitting = False
 

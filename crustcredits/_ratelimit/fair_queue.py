@@ -209,7 +209,8 @@ class _Line:
         calls = self.accounts.get(call.account)
         if calls is None:  # mostly it stays alone, and a deque is large
             self.accounts[call.account] = call
-            self._append_turn(call.account)
+            self.tickets += 1
+            self.turns.append((self.tickets, call.account))
         elif isinstance(calls, deque):
             calls.append(call)
         else:
@@ -246,7 +247,8 @@ class _Line:
             elif calls.queue is queue:
                 found = calls
             if isinstance(calls, deque) and calls:
-                self._append_turn(account)
+                self.tickets += 1
+                self.turns.append((self.tickets, account))
             else:
                 del self.accounts[account]
             if found is not None:
@@ -261,10 +263,6 @@ class _Line:
         calls = self.accounts.get(account, ())
         return (calls,) if isinstance(calls, Call) else calls
 
-    def _append_turn(self, account: Hashable) -> None:
-        self.tickets += 1
-        self.turns.append((self.tickets, account))
-
 
 class FairQueue:
     """Foreground flows take turns, then background flows. In a flow accounts take turns; of an account the first call comes first.
@@ -275,13 +273,14 @@ class FairQueue:
         length: How many calls wait in it.
     """
 
-    __slots__ = ("_background", "_draws", "_foreground", "_lines", "length")
+    __slots__ = ("_background", "_draws", "_foreground", "_in_background", "_lines", "length")
 
     def __init__(self) -> None:
         self._lines: dict[Flow, _Line] = {}
         self._foreground: deque[Flow] = deque()
         self._background: deque[Flow] = deque()
         self.length = 0
+        self._in_background = 0
         self._draws = 0
 
     def __len__(self) -> int:
@@ -289,14 +288,8 @@ class FairQueue:
 
     @property
     def has_foreground(self) -> bool:
-        """Whether a call that somebody awaits may be among them; `pop` takes these first."""
-        while self._foreground:
-            flow = self._foreground[0]
-            if self._lines[flow].length:
-                return True
-            self._foreground.popleft()
-            del self._lines[flow]
-        return False
+        """Whether a call that somebody awaits is among them; `pop` takes these first."""
+        return self.length > self._in_background
 
     def of_account(self, account: Hashable, *, background: bool) -> int:
         """How many calls of an account it has, that somebody awaits or, with `background`, that nobody does."""
@@ -309,12 +302,15 @@ class FairQueue:
 
     def push(self, call: Call) -> None:
         """Add a call at the end of its account."""
-        line = self._line(call.flow)
+        flow = call.flow
+        line = self._lines.get(flow) or self._line(flow)
         line.add(call)
         pool = line.asked if call.was_asked else line.fresh
         call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # its place is this module's
         pool.append(call)
         self.length += 1
+        if flow.kind is Kind.BACKGROUND:
+            self._in_background += 1
 
     def push_pool(self, pool: PoolFlow) -> None:
         """Add the numbers of a pool that wait, at the end; from the queue in which they have stood, if any."""
@@ -390,3 +386,5 @@ class FairQueue:
             last._index = index  # noqa: SLF001  # as above
         call.queue = None
         self.length -= 1
+        if call.flow.kind is Kind.BACKGROUND:
+            self._in_background -= 1
