@@ -330,6 +330,10 @@ class Calls:
         """Certainly no request for this key starts before then, if it is not under way."""
         return self._dispatcher.earliest_of(path, key, _now())
 
+    def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
+        """Those of these keys, by number, for which certainly no request starts before the deadline."""
+        return self._dispatcher.hopeless(path, keys, deadline, _now())
+
     def too_late(self, path: str, key: ApiKey, began: float) -> Unknown:
         """The outcome of a key whose turn did not come before its deadline."""
         return _failure(key, _late_turn(key, self.earliest(path, key) - began))

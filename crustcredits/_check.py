@@ -95,7 +95,7 @@ class PoolCheck:
             ClientClosedError: The client was closed meanwhile.
         """
         try:
-            await self._ask(await self._take_known())
+            self._ask(await self._take_known())
             await self._wait()
         finally:
             self._give_up()
@@ -128,7 +128,7 @@ class PoolCheck:
                 self._again[key.digest].append(place)
         return unknown
 
-    async def _ask(self, places: list[int]) -> None:
+    def _ask(self, places: list[int]) -> None:
         """Join the calls that are under way, and let the other keys wait for their turn."""
         if self._error is not None or asyncio.get_running_loop().time() >= self._deadline:
             return
@@ -141,23 +141,18 @@ class PoolCheck:
                 self._begun[place] = landing
                 self._calls.begin(self._path, landing, self._deadline, self._joins)
             waiting = sorted(set(places).difference(joins))
+        if self._deadline < math.inf:
+            waiting = self._refuse_hopeless(waiting)
         if waiting:
             self._waiting = _Waiting(self, self._path, array("I", waiting))
             self._calls.enter_pool(self._waiting)
-            await self._refuse_hopeless(self._waiting)
 
-    async def _refuse_hopeless(self, waiting: _Waiting) -> None:
-        """Refuse the keys whose turn certainly does not come in time."""
-        if self._deadline == math.inf:
-            return
-        for looked, number in enumerate(list(waiting.numbers())):
-            if looked % _SLICE == _SLICE - 1:
-                self._report()
-                await asyncio.sleep(0)
-            place = waiting.places[number]
-            if waiting.waits(number) and self._calls.earliest(self._path, self._usable[place]) > self._deadline:
-                waiting.take_out(number)
-                self._take_for_all(place, self._too_late(place))
+    def _refuse_hopeless(self, places: list[int]) -> list[int]:
+        """Refuse the keys whose turn certainly does not come in time. Returns the places of the others."""
+        hopeless = set(self._calls.hopeless(self._path, [self._usable[place] for place in places], self._deadline))
+        for number in hopeless:
+            self._take_for_all(places[number], self._too_late(places[number]))
+        return [place for number, place in enumerate(places) if number not in hopeless] if hopeless else places
 
     async def _wait(self) -> None:
         """Until all outcomes are there, or the time is over and all calls have ended that had begun."""

@@ -380,9 +380,11 @@ class CreditsClient:
         self,
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
+        flow: Flow,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
         run = FanOut(ask, room=_STREAMED)
+        flow.on_parked = run.on_parked
         self._fan_outs.add(run)
         try:
             async with aclosing(run.outcomes(source)) as outcomes:
@@ -445,8 +447,8 @@ class CreditsClient:
         source = as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         how_old, most = self._how_old(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
-        seconds = math.inf if most is None else most
-        return self._fan_out(source, partial(self._begin, path=path, freshness=how_old, flow=Flow(), seconds=seconds))
+        seconds, flow = math.inf if most is None else most, Flow()
+        return self._fan_out(source, partial(self._begin, path=path, freshness=how_old, flow=flow, seconds=seconds), flow)
 
     @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:

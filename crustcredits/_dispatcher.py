@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -67,6 +67,7 @@ class Question(Call, ABC):
         "context",
         "entered",
         "failing_since",
+        "is_parked",
         "last",
         "path",
         "probe",
@@ -93,6 +94,7 @@ class Question(Call, ABC):
         self.resumes: float | None = None
         self.barred_since: float | None = None
         self.context = context
+        self.is_parked = False  # whether it waits to be tried again
         self.ticket = 0  # of its place among those that are put again later
 
     @abstractmethod
@@ -215,13 +217,18 @@ class Dispatcher:
         makes_room = self._schedulers[question.path].remove(question, _now())
         self._barred[question.path].pop(question, None)
         question.ticket, question.resumes = 0, None
+        self._park(question, -1)
         if makes_room:
             self._admit()
 
     def move(self, question: Question, flow: Flow) -> None:
         """Somebody of a better kind awaits a call."""
         question.wanted = True
+        is_parked = question.is_parked
+        self._park(question, -1)
         self._schedulers[question.path].move(question, flow, _now())
+        if is_parked:
+            self._park(question, 1)
         self._admit()
 
     def account_of(self, key: ApiKey) -> Hashable:
@@ -250,6 +257,10 @@ class Dispatcher:
     def earliest_of(self, path: str, key: ApiKey, now: float) -> float:
         """The same for a call that has not begun."""
         return self._schedulers[path].earliest(self.account_of(key), now)
+
+    def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float, now: float) -> list[int]:
+        """Of calls that have not begun those, by number, of which certainly no request starts before the deadline."""
+        return self._schedulers[path].hopeless(map(self.account_of, keys), deadline, now)
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """What the rate limit still allows on `path`.
@@ -325,6 +336,14 @@ class Dispatcher:
         heapq.heappush(self._later, (when, question.ticket, question))
         question.on_wait()
 
+    def _park(self, question: Question, step: int) -> None:
+        """A call begins to wait until it is tried again (1), or does not any more (-1), which its flow may want to hear."""
+        if question.is_parked == (step > 0):
+            return
+        question.is_parked = step > 0
+        if question.flow.on_parked is not None:
+            question.flow.on_parked(step)
+
     def _resume(self, now: float) -> None:
         while self._later:
             when, ticket, question = self._later[0]
@@ -334,6 +353,7 @@ class Dispatcher:
             heapq.heappop(self._later)
             if waits:
                 self._barred[question.path].pop(question, None)
+                self._park(question, -1)
                 self._ask(question, now)
 
     # --- starting
@@ -484,6 +504,7 @@ class Dispatcher:
             counted = f"request {question.attempts}, of which {question.spared} do not count as attempts"
         _log.info("%s; that was %s, the next is in %.2f s", result, counted, delay)
         question.last = result
+        self._park(question, 1)
         self._resume_at(question, now + delay)
 
     # --- tokens

@@ -25,10 +25,15 @@ Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 
 # Keys that are read before other tasks have their turn: some milliseconds.
 _SLICE = 1_000
+# Keys under way in all, as a multiple of those that are counted.
+_MOST = 8
 
 
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
+
+    Keys that wait for their own account, or to be tried again, are not counted, so that they hold up no others; but no more than
+    eight times as many are under way in all.
 
     After the deadline, in the running loop's time, no further key of an iterator is asked, and no outcome comes of it. An
     exception that `ask` raises, or that lands, ends it all; what the source of keys raises comes once those already asked have
@@ -39,6 +44,8 @@ class FanOut:
         self._ask = ask
         self._deadline = math.inf if deadline is None else deadline
         self._room = room
+        self._open = 0  # keys whose outcome has not been taken
+        self._parked = 0  # of these, the ones that are not counted
         self._landed: deque[Outcome[Any] | BaseException] = deque()
         self._under_way: dict[int, Callable[[], None]] = {}  # what gives each up
         self._numbers = itertools.count()
@@ -53,39 +60,52 @@ class FanOut:
         if feeding is not None:
             feeding.add_done_callback(self._on_fed)
         try:
-            if not isinstance(keys, AsyncGenerator):
-                await self._take(keys)
-            while True:
-                if self._landed:
-                    landed = self._landed.popleft()
-                    if isinstance(landed, BaseException):
-                        raise landed
-                    self._room += 1
-                    if isinstance(keys, AsyncGenerator):
-                        _wake(self._feeder)
-                    elif not self._is_fed:
-                        await self._take(keys)
-                    yield landed
-                elif self._is_fed and not self._under_way:
-                    if self._ending is not None:
-                        raise self._ending
-                    return
-                else:
-                    self._reader = asyncio.get_running_loop().create_future()
-                    await self._reader
+            while (landed := await self._next(None if isinstance(keys, AsyncGenerator) else keys)) is not None:
+                yield landed
         finally:
             await self._stop(feeding)
+
+    async def _next(self, keys: Iterator[Key] | None) -> Outcome[Any] | None:
+        """The next outcome, or None at the end. Keys of an iterator are asked in the place of those that have landed."""
+        while True:
+            landed = self._landed.popleft() if self._landed else None
+            if isinstance(landed, BaseException):
+                raise landed
+            if landed is not None:
+                self._open -= 1
+                _wake(self._feeder)
+            if keys is not None and not self._is_fed and self._has_room():
+                await self._take(keys)
+            if landed is not None:
+                return landed
+            if self._is_fed and not self._under_way and not self._landed:
+                if self._ending is not None:
+                    raise self._ending
+                return None
+            if not self._landed:
+                self._reader = asyncio.get_running_loop().create_future()
+                await self._reader
 
     def end(self, error: Exception) -> None:
         """Let `error` be what comes next."""
         self._landed.append(error)
         _wake(self._reader)
 
+    def on_parked(self, step: int) -> None:
+        """One more key is not counted (1), or one less (-1)."""
+        self._parked += step
+        if step > 0:
+            _wake(self._feeder)
+            _wake(self._reader)
+
+    def _has_room(self) -> bool:
+        return self._open - self._parked < self._room and self._open < _MOST * self._room
+
     async def _take(self, keys: Iterator[Key]) -> None:
         """Ask for as many keys as there is room for."""
         loop = asyncio.get_running_loop()
         try:
-            while self._room:
+            while self._has_room():
                 key = next(keys, None)
                 if key is None or loop.time() >= self._deadline:
                     self._is_fed = True
@@ -100,14 +120,14 @@ class FanOut:
             async for key in keys:
                 if self._start(key):
                     await asyncio.sleep(0)
-                while not self._room:
+                while not self._has_room():
                     self._feeder = asyncio.get_running_loop().create_future()
                     await self._feeder
 
     def _start(self, key: Key) -> bool:
         """Ask for a key. Returns whether it is time to let other tasks have their turn."""
         number = next(self._numbers)
-        self._room -= 1
+        self._open += 1
         self._under_way[number] = nothing
         try:
             give_up = self._ask(key, partial(self._land, number))

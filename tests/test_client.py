@@ -513,6 +513,32 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
     assert outcomes["k0"] is outcomes["k2"] is None
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(is_async: bool) -> None:
+    """Nor do those that wait to be tried again: of 8,192 under way 1,024 may wait for something else."""
+    read = 0
+
+    def source() -> Iterator[ApiKey]:
+        nonlocal read
+        for read in range(3_000):
+            yield ApiKey(f"secret-{read}", name=f"k{read}", account="one")
+        for read in range(3_000, 20_000):
+            yield ApiKey(f"secret-{read}", name=f"k{read}")
+
+    async def async_source() -> AsyncIterator[ApiKey]:
+        for key in source():
+            yield key
+
+    server = FakeServer(lambda name, times: BROKEN if name == "k3000" else Reply())
+    async with fake_client(server, rate_limit=RateLimit(requests=5, scope="account", pace=None)) as client:
+        stream = client.stream(async_source() if is_async else source())
+        async with aclosing(stream):
+            names = [(await anext(stream)).key.name for _ in range(1_000)]
+        assert now() < 2
+    assert sum(int(name[1:]) >= 3_000 for name in names) >= 990
+    assert read < 3_000 + 8_192
+
+
 @pytest.mark.timeout(120)  # it is the number that makes the test, and coverage makes each slow
 async def test_many_keys_are_streamed_in_memory_that_does_not_grow() -> None:
     """Each is answered once; the peak is that of the keys under way."""
@@ -666,6 +692,79 @@ async def test_keys_of_a_pool_whose_turn_did_not_come_are_told_so() -> None:
     assert len(report.succeeded) == 3
     assert {type(outcome.error) for outcome in report.failed} == {RateLimitWaitError}
     assert "raise timeout=" in str(report.failed[0].error)
+
+
+async def test_a_pool_waits_without_an_object_for_each_key() -> None:
+    """Only keys whose turn has come are calls."""
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=0.1)), rate_limit=RateLimit(requests=40)) as client:
+        pool = keys(20_000)
+        before = len(gc.get_objects())
+        check = asyncio.create_task(client.check(pool))
+        await asyncio.sleep(0.2)
+        waiting = len(gc.get_objects()) - before
+        assert client.quota().waiting > 19_900
+        check.cancel()
+        await settle()
+        assert client.quota().waiting == 0
+    assert waiting < 1_000
+
+
+async def test_one_who_asks_for_a_key_that_waits_in_a_pool_shares_its_call() -> None:
+    """A single call at once, another check when the first one's turn comes. A check that is given up takes nothing away."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.01))
+    async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
+        pool = keys(50)
+        first = asyncio.create_task(client.check(pool))
+        await settle()
+        second = asyncio.create_task(client.check(pool[::-1]))
+        third = asyncio.create_task(client.check(pool[20:30]))
+        streamed = asyncio.create_task(_streamed(client, pool[45:]))
+        await settle()
+        began = now()
+        balance = await client.balance(pool[40])
+        assert now() - began < 1
+        third.cancel()
+        reports = [await first, await second]
+        assert await streamed == {f"k{number}" for number in range(45, 50)}
+    assert len(server.arrivals) == 50
+    assert [outcome.key for outcome in reports[1]] == pool[::-1]
+    assert all(report.ok for report in reports)
+    assert reports[0].by_label["k40"].checked_at == balance.checked_at
+
+
+async def _streamed(client: CreditsClient, pool: list[ApiKey]) -> set[str]:
+    return {outcome.key.name async for outcome in client.stream(pool)}
+
+
+async def test_a_check_joins_a_refresh_and_what_becomes_known_meanwhile() -> None:
+    """A key that was answered since the check began is not asked again."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.01))
+    async with fake_client(server, rate_limit=RateLimit(pace=10.0), max_age=60) as client:
+        pool = keys(30)
+        check = asyncio.create_task(client.check(pool))
+        await settle()
+        await client.balance(pool[29])
+        assert (await check).ok
+        assert [name for _, name in server.arrivals].count("k29") == 1
+        await asyncio.sleep(100)
+        stale = await client.check(pool[:20], stale_while_revalidate=600)  # renewed behind it
+        assert len(stale.stale) == 20
+        report = await client.check(pool[:20], max_age=0)
+        assert report.ok
+        assert {outcome.source for outcome in report} >= {"shared"}
+
+
+async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once() -> None:
+    """Where it is certain; the others are answered."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=2, scope="account", pace=None)) as client:
+        pool = [ApiKey(f"s{number}", name=f"k{number}", account="one") for number in range(3)]
+        await client.check(pool[:2])
+        await asyncio.sleep(1)
+        began = now()
+        report = await client.check([*pool, *keys(1500)], timeout=20)
+        assert now() - began < 1
+    assert [outcome.key.name for outcome in report.failed] == ["k0", "k1", "k2"]
+    assert {type(outcome.error) for outcome in report.failed} == {RateLimitWaitError}
 
 
 async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:

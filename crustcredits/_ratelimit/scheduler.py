@@ -15,7 +15,7 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import itemgetter
 from typing import Literal, TypeAlias
 
@@ -378,6 +378,16 @@ class Scheduler:
         account = self._accounts.get(name)
         moment = now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
+
+    def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
+        """Of calls of these accounts those, by number, that certainly do not start before the deadline."""
+        is_late = self._counts_common and _sure(self._common, now) > deadline
+        known = self._accounts
+        return [
+            number
+            for number, name in enumerate(names)
+            if is_late or (name in known and max(known[name].cools_until, _sure(known[name].bucket, now)) > deadline)
+        ]
 
     def quota(self, account: Hashable | None, now: float) -> Quota:
         """What the bucket of an account can still give, or with None that of all together."""

@@ -7,13 +7,15 @@ import itertools
 import random
 import statistics
 import zlib
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
 from crustcredits._ratelimit.token_bucket import TokenBucket
@@ -44,6 +46,25 @@ def call(name: str, flow: Flow, account: str | None = None) -> Call:
     return Call(name, account or name, flow)
 
 
+def popped(queue: FairQueue, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
+    """The call that is taken out of a queue in which calls wait."""
+    found = queue.pop(draw, draw_singles=draw_singles)
+    assert found is not None
+    return found
+
+
+class Pool(PoolFlow):
+    """Numbers that become calls of the same name; those in `known` need none."""
+
+    def __init__(self, accounts: Sequence[str | None], known: Sequence[int] = ()) -> None:
+        super().__init__(accounts)
+        self.names, self.known = accounts, known
+
+    def begin(self, number: int) -> Call | None:
+        name = self.names[number]
+        return None if number in self.known else Call(f"p{number}", f"p{number}" if name is None else name, self)
+
+
 def started(scheduler: Scheduler, at: float) -> list[Request]:
     """What starts now."""
     requests: list[Request] = []
@@ -62,7 +83,7 @@ def test_flows_take_turns_and_accounts_within_them() -> None:
     for name, flow, account in order:
         queue.push(call(name, flow, account))
     assert len(queue) == 6
-    assert [queue.pop().key for _ in order] == ["a1", "s1", "b1", "s2", "a2", "r1"]
+    assert [popped(queue).key for _ in order] == ["a1", "s1", "b1", "s2", "a2", "r1"]
     assert not len(queue)
 
 
@@ -74,14 +95,14 @@ def test_a_draw_takes_calls_that_were_never_asked_and_leaves_single_calls_their_
     for each in calls:
         queue.push(each)
     queue.remove(calls[5])
-    drawn = [queue.pop(draw).key for _ in range(18)]
+    drawn = [popped(queue, draw).key for _ in range(18)]
     assert sorted(map(int, map(str, drawn))) == [number for number in range(1, 20) if number != 5]
     assert drawn != sorted(drawn, key=lambda name: int(str(name)))
-    assert queue.pop(draw).key == "0"
+    assert popped(queue, draw).key == "0"
     for name in ("x", "y"):
         queue.push(call(name, singles))
-    assert queue.pop(draw).key == "x"
-    assert queue.pop(draw, draw_singles=True).key == "y"
+    assert popped(queue, draw).key == "x"
+    assert popped(queue, draw, draw_singles=True).key == "y"
 
 
 def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
@@ -91,8 +112,73 @@ def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
     queue.push(left)
     queue.push(call("there", flow))
     queue.remove(left)
-    assert queue.pop().key == "there"
+    assert popped(queue).key == "there"
     assert not len(queue)
+
+
+def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
+    """With each other, with its calls that have begun, and with other flows; those that need no call are passed over."""
+    queue, pool, other = FairQueue(), Pool(["A", None, "A", None, "A", "B", "B"], known=[3]), Flow()
+    queue.push(call("first", pool, "C"))
+    queue.push_pool(pool)
+    queue.push(call("retry", pool, "p9"))
+    queue.push(call("x", other))
+    assert (queue.length, queue.lengths()) == (10, {pool: 9, other: 1})
+    assert (queue.of_account("A", background=False), queue.of_account("C", background=False)) == (3, 1)
+    order = [found and found.key for found in (queue.pop() for _ in range(10))]
+    assert order == ["first", "x", "p0", "p1", None, "p5", "retry", "p2", "p6", "p4"]
+    assert (queue.length, pool.waiting) == (0, 0)
+
+
+def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> None:
+    """Each once, in whichever order; what is left keeps its turns."""
+    queue, other, pool, draw = FairQueue(), FairQueue(), Pool([None, "A", None, "A", None, "A", None, None]), random.Random(1)
+    queue.push_pool(pool)
+    queue.push(call("fresh", pool))
+    found = {popped(queue, draw).key for _ in range(3)}
+    assert len(found) == 3
+    left = next(number for number in (6, 7) if pool.waits(number))
+    pool.take_out(left)
+    other.push(call("there", pool, "Z"))
+    other.push_pool(pool)
+    assert (queue.length, other.length) == (9 - 3 - pool.waiting - 1, pool.waiting + 1)
+    assert popped(other).key == "there"
+    while other.length:
+        found.add(popped(other).key)
+    while queue.length:
+        found.add(popped(queue).key)
+    assert found == {"fresh", *(f"p{number}" for number in range(8) if number != left)}
+    empty = Pool([])
+    other.push_pool(empty)
+    assert other.length == 0
+
+
+def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
+    """Its next call begins when a token returns; what is given up wakes others, and leaves nothing."""
+    scheduler, pool = scheduler_of(Terms(requests=2, scope="client"), pace=None), Pool([None] * 50)
+    scheduler.put_pool(pool)
+    first = started(scheduler, 0.0)
+    assert [request.call.key for request in first] == ["p0", "p1"]
+    assert (pool.waiting, scheduler.quota(None, 0.0).waiting) == (47, 48)
+    for request in first:
+        scheduler.ended(request, OK, 1.0)
+    assert [request.call.key for request in started(scheduler, 61.4)] == ["p2", "p3"]
+    other = Pool([None] * 3)
+    scheduler.put_pool(other)
+    assert not started(scheduler, 61.5)
+    scheduler.remove_pool(pool, 61.5)
+    scheduler.remove_pool(pool, 61.5)
+    assert scheduler.quota(None, 61.5).waiting == 3
+    assert scheduler.hopeless(["a", "b"], 62.0, 61.5) == []
+
+
+def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
+    """Where the count that processes share is out of reach, each of its calls is told so."""
+    scheduler, pool = scheduler_of(Terms(requests=1, scope="client"), pace=None), Pool([None] * 5, known=[4])
+    scheduler.put_pool(pool)
+    assert len(started(scheduler, 0.0)) == 1
+    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == ["p1", "p2", "p3"]
+    assert scheduler.quota(None, 0.0).waiting == 0
 
 
 def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
@@ -297,7 +383,7 @@ def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
     queue.push(call("r", Flow(Kind.BACKGROUND)))
     seen.append(queue.has_foreground)
     assert seen == [True, False]
-    assert queue.pop().key == "r"
+    assert popped(queue).key == "r"
 
 
 @pytest.mark.virtual
@@ -375,7 +461,7 @@ def test_calls_that_were_asked_before_come_to_their_turn_while_new_ones_are_draw
     queue.push(asked)
     for number in range(8):
         queue.push(call(str(number), singles))
-    assert "asked" in [queue.pop(draw, draw_singles=True).key for _ in range(4)]
+    assert "asked" in [popped(queue, draw, draw_singles=True).key for _ in range(4)]
 
 
 def test_calls_that_were_given_up_leave_nothing_behind() -> None:
@@ -387,7 +473,7 @@ def test_calls_that_were_given_up_leave_nothing_behind() -> None:
     for each in calls[:-1]:
         queue.remove(each)
     line = queue._lines[flow]
-    assert sum(map(len, line.accounts.values())) < 100
+    assert sum(len(each) if isinstance(each, deque) else 1 for each in line.accounts.values()) < 100
     queue.remove(calls[-1])
     assert not line.accounts
     assert not line.turns
