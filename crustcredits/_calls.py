@@ -133,8 +133,8 @@ class Landing:
 
     def give_up(self) -> None:
         """Nobody waits for it any more."""
-        if self.call is not None:
-            self._calls.leave(self.call, self)
+        assert self.call is not None, "what has not landed has a call"
+        self._calls.leave(self.call, self)
 
     def hand_on(self, landed: Outcome[Any] | BaseException) -> None:
         """It has landed."""
@@ -309,15 +309,10 @@ class Calls:
         self._dispatcher.leave_pool(pool.path, pool)
 
     def take_turn(self, path: str, landing: Landing, patience: Patience, flow: Flow, context: contextvars.Context) -> _Call | None:
-        """The turn of a key of a pool has come: its call. None where it needs none, because it is known or under way by now."""
+        """The turn of a key of a pool has come: its call. None where it needs none, because a call is under way by now."""
         key, freshness = landing.key, landing.freshness
-        digest = key.digest
-        place = path, digest
-        if freshness is not NEW:
-            outcome = self.known(path, key, freshness)
-            if outcome is not None:
-                landing.hand_on(outcome)
-                return None
+        place = path, key.digest
+        if freshness.if_error:
             patience = self._patience(place, freshness, patience.began, patience.deadline)
         if place in self._under_way:
             self._join(place, key, landing, patience, flow)
@@ -326,17 +321,17 @@ class Calls:
         call.entered = patience.began
         return call
 
-    def earliest(self, path: str, key: ApiKey) -> float:
-        """Certainly no request for this key starts before then, if it is not under way."""
-        return self._dispatcher.earliest_of(path, key, _now())
-
     def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
         """Those of these keys, by number, for which certainly no request starts before the deadline."""
         return self._dispatcher.hopeless(path, keys, deadline, _now())
 
-    def too_late(self, path: str, key: ApiKey, began: float) -> Unknown:
+    def too_late(self, path: str, key: ApiKey, freshness: Freshness, began: float) -> Outcome[Any]:
         """The outcome of a key whose turn did not come before its deadline."""
-        return _failure(key, _late_turn(key, self.earliest(path, key) - began))
+        now = _now()
+        outcome = _failure(key, _late_turn(key, self._dispatcher.earliest_of(path, key, now) - began))
+        kept = self._answers.find((path, key.digest)) if freshness.if_error else None
+        instead = None if kept is None else kept.instead_of(outcome, freshness, began, now)
+        return outcome if instead is None else outcome_for(key, instead)
 
     def _waiting_in(self, path: str, digest: bytes) -> tuple[Pool, int] | None:
         """The pool in which a secret waits for its turn, and its number there."""
@@ -354,9 +349,7 @@ class Calls:
         pool, number = found
         pool.take_out(number)
         call = pool.begin(number)
-        if call is None:
-            return None
-        assert isinstance(call, _Call), "this module makes them"
+        assert isinstance(call, _Call), "none is under way"
         self._dispatcher.enter(call)
         return self._under_way.get(place)
 

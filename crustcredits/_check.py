@@ -190,8 +190,8 @@ class PoolCheck:
                     self._report()
                     await asyncio.sleep(0)
 
-    def _too_late(self, place: int) -> Unknown:
-        return self._calls.too_late(self._path, self._usable[place], self._began)
+    def _too_late(self, place: int) -> Outcome[Any]:
+        return self._calls.too_late(self._path, self._usable[place], self._freshness, self._began)
 
     # --- landing
 

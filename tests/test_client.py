@@ -747,11 +747,35 @@ async def test_a_check_joins_a_refresh_and_what_becomes_known_meanwhile() -> Non
         assert (await check).ok
         assert [name for _, name in server.arrivals].count("k29") == 1
         await asyncio.sleep(100)
+        check = asyncio.create_task(client.check(pool, max_age=0))
+        await settle()
         stale = await client.check(pool[:20], stale_while_revalidate=600)  # renewed behind it
         assert len(stale.stale) == 20
+        assert (await check).ok
+        await asyncio.sleep(100)
+        assert len((await client.check(pool[:20], stale_while_revalidate=600)).stale) == 20
         report = await client.check(pool[:20], max_age=0)
         assert report.ok
         assert {outcome.source for outcome in report} >= {"shared"}
+
+
+async def test_a_single_call_for_a_key_of_a_stream_that_waits_to_be_tried_again_joins_it() -> None:
+    """Its wait goes on, and no longer counts for the stream."""
+    server = FakeServer(lambda name, times: BROKEN if times == 0 else Reply())
+    async with fake_client(server) as client:
+        streamed = asyncio.create_task(_streamed(client, keys(1)))
+        await settle()
+        assert (await client.balance(keys(1)[0])).credits
+        assert await streamed == {"k0"}
+    assert len(server.arrivals) == 2
+
+
+async def test_many_deadlines_that_are_over_at_once() -> None:
+    """Each is told so."""
+    async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
+        found = await asyncio.gather(*(client.balance(key, timeout=1) for key in keys(1_500)), return_exceptions=True)
+    assert {type(error) for error in found} <= {RateLimitWaitError, APITimeoutError}
+    assert now() < 2
 
 
 async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once() -> None:

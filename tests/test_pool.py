@@ -86,9 +86,9 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
     loop = asyncio.get_running_loop()
     landed: dict[str, float] = {}
     began = loop.time()
-    async with CreditsClient(base_url=sandbox.url, retry=RETRY, request_timeout=0.5) as client:
+    async with CreditsClient(base_url=sandbox.url, retry=RETRY, request_timeout=0.8) as client:
         report = await client.check(
-            pool, detail=detail, timeout=10, on_outcome=lambda outcome: landed.setdefault(outcome.key.name, loop.time() - began)
+            pool, detail=detail, timeout=12, on_outcome=lambda outcome: landed.setdefault(outcome.key.name, loop.time() - began)
         )
     for outcome in report:
         name = outcome.key.name
@@ -102,8 +102,8 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
     # A second attempt helps against what may pass; against a refusal only waiting does, and `wait_max` does not allow it.
     lasting = {InvalidKeyError, PaymentRequiredError, PermissionDeniedError, UnexpectedResponseError, RateLimitError}
     assert once_failed == {f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting}
-    # Some 210 requests at a pace of 100 a second, and 4 times 0.5 s for those that hang, in parallel.
-    assert max(landed.values()) < 8
+    # Some 210 requests at a pace of 100 a second, and 4 times 0.8 s for those that hang, in parallel.
+    assert max(landed.values()) < 10
     assert max(seconds for name, seconds in landed.items() if name.startswith("fine")) < 5
     assert sandbox.worst_window() <= 300
 

@@ -107,10 +107,6 @@ class PoolFlow(Flow, ABC):
         """Whether the turn of this number is still to come."""
         return self._where[number] != _GONE
 
-    def numbers(self) -> Iterable[int]:
-        """Those that wait."""
-        return (number for number, where in enumerate(self._where) if where != _GONE)
-
     def take_out(self, number: int) -> None:
         """A number does not wait any more."""
         last = self._fresh.pop()
@@ -120,8 +116,8 @@ class PoolFlow(Flow, ABC):
             self._where[last] = where
         self._where[number] = _GONE
         self.waiting -= 1
-        if self.queue is not None:
-            self.queue.length -= 1
+        assert self.queue is not None, "it waits somewhere"
+        self.queue.length -= 1
 
     def enter(self, queue: FairQueue, ticket: int) -> int:
         """All that wait stand in a queue now, behind this ticket. Returns the next ticket."""
@@ -324,8 +320,9 @@ class FairQueue:
     def remove_pool(self, pool: PoolFlow) -> None:
         """Take out all numbers of a pool that wait here."""
         line = self._lines.get(pool)
-        if line is not None and line.pool is pool:
-            line.pool, pool.queue = None, None
+        pool.queue = None
+        if line is not None:
+            line.pool = None
             self.length -= pool.waiting
 
     def remove(self, call: Call) -> None:

@@ -172,8 +172,7 @@ class _Account:
         aged = 0
         while aged < len(served) and served[aged][0] <= since:
             aged += 1
-        if aged:
-            del served[:aged]
+        del served[:aged]
         return bisect_right(served, started, key=_end)
 
 
@@ -185,10 +184,6 @@ MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | Non
 def local_bucket(whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]) -> Bucket:
     """Tokens that are counted in this process."""
     return TokenBucket(limit)
-
-
-def _never(call: Call, now: float) -> bool:
-    return False
 
 
 class Scheduler:
@@ -215,13 +210,13 @@ class Scheduler:
         slots: ConnectionSlots[Request],
         seed: int | None = None,
         make_bucket: MakeBucket = local_bucket,
-        is_barred: Callable[[Call, float], bool] = _never,
+        is_barred: Callable[[Call, float], bool] | None = None,
     ) -> None:
         self._terms = terms
         self._random = random.Random(seed)
         self._make_bucket = make_bucket
         self._is_barred = is_barred
-        self.is_barring = is_barred is not _never
+        self.is_barring = is_barred is not None
         self._ready = FairQueue()
         self._accounts: dict[Hashable, _Account] = {}
         self._common = make_bucket(None, terms.requests, self._came)
@@ -326,7 +321,7 @@ class Scheduler:
             call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
             if call is None:
                 continue
-            if self.is_barring and self._is_barred(call, now):
+            if self.is_barring and self._is_barred is not None and self._is_barred(call, now):
                 self._forget(call, now)
                 return call
             account = self._admissible(call, now)
