@@ -28,9 +28,9 @@ from crustcredits._errors import (
     RateLimitWaitError,
 )
 from crustcredits._freshness import Freshness
+from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
+from crustcredits._http.retry import Retry
 from crustcredits._models import Account, Balance, Known, Outcome, Unknown
-from crustcredits._retry import Retry
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS
 
 _log = logging.getLogger("crustcredits")
 

@@ -25,6 +25,9 @@ from crustcredits._dispatcher import Dispatcher
 from crustcredits._errors import ConfigurationError
 from crustcredits._fanout import Ask, FanOut, Key, Land, nothing
 from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
+from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
+from crustcredits._http.retry import Retry
+from crustcredits._http.transport import Transport, session_problem, tls_problem
 from crustcredits._key_checks import is_likely_key
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
 from crustcredits._models import Account, Balance, Outcome, Unknown
@@ -33,9 +36,6 @@ from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report, needed_credits
-from crustcredits._retry import Retry
-from crustcredits._transport import Transport, session_problem, tls_problem
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 
 if TYPE_CHECKING:
     import aiohttp

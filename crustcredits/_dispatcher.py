@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, cast
 
 from crustcredits._circuit_breaker import CircuitBreaker, Sent
 from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError
+from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
+from crustcredits._http.retry import Retry, asked_wait
+from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
@@ -29,9 +32,6 @@ from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms, local_bucket
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
-from crustcredits._retry import Retry, asked_wait
-from crustcredits._transport import Failure, Fate, Transport
-from crustcredits._wire import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
 
 if TYPE_CHECKING:
     from crustcredits._ratelimit.config import RateLimit

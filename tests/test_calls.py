@@ -39,8 +39,8 @@ from crustcredits import (
     Retry,
 )
 from crustcredits._answers import _grant_after
-from crustcredits._transport import Fate
-from crustcredits._wire import Response
+from crustcredits._http.protocol import Response
+from crustcredits._http.transport import Fate
 from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal
 
 pytestmark = pytest.mark.virtual

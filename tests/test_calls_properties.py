@@ -22,8 +22,8 @@ from crustcredits import (
 )
 from crustcredits._answers import Kept
 from crustcredits._calls import Calls
-from crustcredits._transport import Failure
-from crustcredits._wire import Response
+from crustcredits._http.protocol import Response
+from crustcredits._http.transport import Failure
 from tests.searches import examples
 from tests.virtual import FakeServer, Reply, fake_client, now, run
 

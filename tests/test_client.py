@@ -34,7 +34,7 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
-from crustcredits._transport import Fate
+from crustcredits._http.transport import Fate
 from tests import searches
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
 

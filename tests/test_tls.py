@@ -16,7 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry, _transport
-from crustcredits._transport import _reason
+from crustcredits._http.transport import _reason
 from crustcredits.testing import SandboxServer
 
 SECRET = "sk-0123456789abcdef"

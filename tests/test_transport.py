@@ -24,7 +24,7 @@ from crustcredits import (
     Retry,
     UnexpectedResponseError,
 )
-from crustcredits._transport import Failure, _client_timeout
+from crustcredits._http.transport import Failure, _client_timeout
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
 

@@ -32,7 +32,7 @@ from crustcredits import (
     UnexpectedResponseError,
     __version__,
 )
-from crustcredits._wire import (
+from crustcredits._http.protocol import (
     ACCOUNT_CREDITS,
     USER_CREDITS,
     Response,

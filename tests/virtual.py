@@ -15,8 +15,8 @@ import attrs
 
 from crustcredits import ApiKey, APITimeoutError
 from crustcredits._client import CreditsClient
-from crustcredits._transport import Failure, Fate
-from crustcredits._wire import Response
+from crustcredits._http.protocol import Response
+from crustcredits._http.transport import Failure, Fate
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ import attrs
 from crustcredits._checks import check_kind, check_number, check_whole, hides_arguments, shown
 from crustcredits._errors import ConfigurationError
 from crustcredits._freshness import Seconds, seconds
+from crustcredits._http.protocol import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 from crustcredits._keys import ApiKey, digest_of
 from crustcredits._models import credits_text
-from crustcredits._wire import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 from crustcredits.testing._accounts import Account
 from crustcredits.testing._faults import PLAIN, Fault
 

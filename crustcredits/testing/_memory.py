@@ -11,11 +11,11 @@ from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._freshness import Seconds
+from crustcredits._http.protocol import Response, request_headers
+from crustcredits._http.retry import Retry
+from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
-from crustcredits._retry import Retry
-from crustcredits._transport import Failure, Fate, Transport
-from crustcredits._wire import Response, request_headers
 from crustcredits.testing._api import FakeAPI
 from crustcredits.testing._faults import Fault
 

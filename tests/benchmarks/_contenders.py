@@ -16,7 +16,7 @@ from aiolimiter import AsyncLimiter
 from pyrate_limiter import InMemoryBucket, Limiter, Rate
 
 from crustcredits import CreditsClient, RateLimit
-from crustcredits._wire import API_VERSION, USER_CREDITS
+from crustcredits._http.protocol import API_VERSION, USER_CREDITS
 from tests.benchmarks._measure import CONNECTIONS
 
 OURS = "crustcredits"

@@ -14,7 +14,7 @@ import aiohttp
 import uvloop
 
 from crustcredits import CreditsClient, RateLimit
-from crustcredits._wire import API_VERSION, USER_CREDITS
+from crustcredits._http.protocol import API_VERSION, USER_CREDITS
 from tests.benchmarks._measure import (
     CONNECTIONS,
     Benchmark,

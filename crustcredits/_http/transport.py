@@ -26,7 +26,7 @@ from crustcredits._errors import (
     ConfigurationError,
     CrustCreditsError,
 )
-from crustcredits._wire import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS, Response, read_details, request_headers
+from crustcredits._http.protocol import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS, Response, read_details, request_headers
 
 if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType
