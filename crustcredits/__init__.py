@@ -1,5 +1,6 @@
 """How many credits each of your Crustdata API keys has left, from asyncio code, within the API's rate limit."""
 
+from crustcredits._cache.policy import FreshnessOptions, Seconds
 from crustcredits._client import CreditsClient
 from crustcredits._errors import (
     APIConnectionError,
@@ -24,7 +25,6 @@ from crustcredits._errors import (
     RateLimitWaitError,
     UnexpectedResponseError,
 )
-from crustcredits._freshness import FreshnessOptions, Seconds
 from crustcredits._http.retry import Retry
 from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
 from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey

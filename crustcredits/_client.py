@@ -1,6 +1,6 @@
 """`CreditsClient`: one key or many, deadlines, and what closing does to calls under way.
 
-How one key is asked is `_dispatcher`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
+How one key is asked is `_cache.dispatcher`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from crustcredits._answers import Answers
-from crustcredits._calls import Calls, Landing, closed_error
+from crustcredits._cache.dispatcher import Dispatcher
+from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions, Seconds, seconds
+from crustcredits._cache.single_flight import Calls, Landing, closed_error
+from crustcredits._cache.store import Answers
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
-from crustcredits._dispatcher import Dispatcher
 from crustcredits._errors import ConfigurationError
 from crustcredits._fanout import Ask, FanOut, Key, Land, nothing
-from crustcredits._freshness import NEW, Freshness, FreshnessOptions, Seconds, seconds
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Transport, session_problem, tls_problem

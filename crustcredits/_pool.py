@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
+from crustcredits._cache.policy import Freshness
 from crustcredits._client import CreditsClient
-from crustcredits._freshness import Freshness
 from crustcredits._keys import ApiKey, UnusableKey, contradiction
 from crustcredits._models import Known, Outcome, State, Unknown, time_text
 from crustcredits._problems import problem_of

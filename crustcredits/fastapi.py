@@ -19,10 +19,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import Lifespan
 from starlette.websockets import WebSocketState
 
+from crustcredits._cache.policy import NEW, Seconds, seconds
 from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._freshness import NEW, Seconds, seconds
 from crustcredits._keys import KeysLike, pool_of
 from crustcredits._models import State
 from crustcredits._pool import Pool, Sort

@@ -38,7 +38,7 @@ from crustcredits import (
     Report,
     Retry,
 )
-from crustcredits._answers import _grant_after
+from crustcredits._cache.store import _grant_after
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Fate
 from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal

@@ -20,8 +20,8 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
-from crustcredits._answers import Kept
-from crustcredits._calls import Calls
+from crustcredits._cache.single_flight import Calls
+from crustcredits._cache.store import Kept
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Failure
 from tests.searches import examples

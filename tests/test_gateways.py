@@ -22,7 +22,7 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
-from crustcredits._circuit_breaker import CircuitBreaker
+from crustcredits._cache.circuit_breaker import CircuitBreaker
 from crustcredits._http.transport import Fate
 from crustcredits.testing import Fault, SandboxServer
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now

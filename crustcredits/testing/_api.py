@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import attrs
 
+from crustcredits._cache.policy import Seconds, seconds
 from crustcredits._checks import check_kind, check_number, check_whole, hides_arguments, shown
 from crustcredits._errors import ConfigurationError
-from crustcredits._freshness import Seconds, seconds
 from crustcredits._http.protocol import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 from crustcredits._keys import ApiKey, digest_of
 from crustcredits._models import credits_text

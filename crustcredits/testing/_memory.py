@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TypedDict, Unpack
 
+from crustcredits._cache.policy import Seconds
 from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
-from crustcredits._freshness import Seconds
 from crustcredits._http.protocol import Response, request_headers
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Failure, Fate, Transport

@@ -1,7 +1,7 @@
 """`Calls`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
 
 A call belongs to nobody who asks. Whoever does has a seat, with a deadline of his own, and may leave; when the last one has
-left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_dispatcher`'s.
+left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_cache.dispatcher`'s.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import attrs
 
-from crustcredits._answers import Answers, Place
-from crustcredits._dispatcher import Dispatcher, Question
+from crustcredits._cache.dispatcher import Dispatcher, Question
+from crustcredits._cache.policy import NEW, Freshness
+from crustcredits._cache.store import Answers, Place
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
-from crustcredits._freshness import NEW, Freshness
 from crustcredits._keys import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
 from crustcredits._ratelimit.fair_queue import Flow, PoolFlow

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from crustcredits._circuit_breaker import CircuitBreaker, Sent
+from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
 from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import Retry, asked_wait

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
+from crustcredits._cache.policy import Freshness
 from crustcredits._errors import (
     APIConnectionError,
     APITimeoutError,
@@ -27,7 +28,6 @@ from crustcredits._errors import (
     PermissionDeniedError,
     RateLimitWaitError,
 )
-from crustcredits._freshness import Freshness
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry
 from crustcredits._models import Account, Balance, Known, Outcome, Unknown
