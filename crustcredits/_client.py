@@ -1,6 +1,6 @@
 """`CreditsClient`: one key or many, deadlines, and what closing does to calls under way.
 
-How one key is asked is `_cache.dispatcher`'s, how many are asked at a time `_fanout`'s; nothing here knows of requests.
+How one key is asked is `_cache.dispatcher`'s, how many are asked at a time `_fan_out`'s; nothing here knows of requests.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions, Seconds
 from crustcredits._cache.single_flight import Calls, Landing, closed_error
 from crustcredits._cache.store import Answers
 from crustcredits._check import PoolCheck, read_pool
-from crustcredits._checks import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 from crustcredits._errors import ConfigurationError
-from crustcredits._fanout import Ask, FanOut, Key, Land, nothing
+from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Transport, session_problem, tls_problem
@@ -36,6 +35,7 @@ from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report, needed_credits
+from crustcredits._validation import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
 
 if TYPE_CHECKING:
     import aiohttp

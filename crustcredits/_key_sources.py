@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from crustcredits._checks import hides_arguments
 from crustcredits._errors import ConfigurationError
 from crustcredits._key_checks import is_likely_key, is_setting, looks_secret, may_be_key, secret_problem
 from crustcredits._keys import (
@@ -32,6 +31,7 @@ from crustcredits._keys import (
     split_label,
     unusable,
 )
+from crustcredits._validation import hides_arguments
 
 _Pool: TypeAlias = list[ApiKey] | ConfigurationError
 _Entries: TypeAlias = Iterable[ApiKey | UnusableKey]

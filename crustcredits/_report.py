@@ -11,7 +11,6 @@ from typing import Any, Generic, overload
 
 import attrs
 
-from crustcredits._checks import check_number, hides_arguments
 from crustcredits._errors import (
     AuthenticationError,
     ConfigurationError,
@@ -23,6 +22,7 @@ from crustcredits._errors import (
 )
 from crustcredits._keys import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
+from crustcredits._validation import check_number, hides_arguments
 
 # A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
 _EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])

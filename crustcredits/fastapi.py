@@ -20,7 +20,6 @@ from starlette.types import Lifespan
 from starlette.websockets import WebSocketState
 
 from crustcredits._cache.policy import NEW, Seconds, seconds
-from crustcredits._checks import check_kind, hides_arguments
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._keys import KeysLike, pool_of
@@ -36,6 +35,7 @@ from crustcredits._responses import (
     PoolResponse,
     ProblemResponse,
 )
+from crustcredits._validation import check_kind, hides_arguments
 
 __all__ = [
     "AccountResponse",

@@ -17,9 +17,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from weakref import WeakSet
 
-from crustcredits._checks import check_kind, check_number, hides_arguments
 from crustcredits._errors import ConfigurationError
 from crustcredits._shared import BEAT, SharedTokens, Terms, micro
+from crustcredits._validation import check_kind, check_number, hides_arguments
 
 try:
     from redis.asyncio import Redis, RedisCluster

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crustcredits import ApiKey, Balance, Known, Outcome
-from crustcredits._fanout import Ask, FanOut, Key, Land
+from crustcredits._fan_out import Ask, FanOut, Key, Land
 from crustcredits._keys import as_keys_async, methods_of
 from tests.virtual import keys, now
 

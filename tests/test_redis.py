@@ -297,7 +297,7 @@ def test_bad_arguments_are_refused_and_a_password_is_not_repeated(arguments: dic
     with pytest.raises(ConfigurationError, match=message) as caught:
         RedisBuckets(**{"url_or_client": "redis://:hunter2@localhost", **arguments})
     shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
-    assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/_checks.py") :]
+    assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/_validation.py") :]
 
 
 def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from crustcredits import (
     keys_from_records,
     keys_from_text,
 )
-from crustcredits._checks import hides_arguments
+from crustcredits._validation import hides_arguments
 from crustcredits.fastapi import credits_client_of, credits_lifespan, credits_router, install_exception_handlers
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Fault, SandboxServer

@@ -6,7 +6,7 @@ import math
 from datetime import timedelta
 from typing import NamedTuple, TypeAlias, TypedDict
 
-from crustcredits._checks import check_number
+from crustcredits._validation import check_number
 
 #: Seconds, or a timedelta.
 Seconds: TypeAlias = float | timedelta

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import attrs
 
-from crustcredits._checks import Number, Whole, init_hides_arguments
 from crustcredits._errors import (
     APIConnectionError,
     BucketsUnavailableError,
@@ -18,6 +17,7 @@ from crustcredits._errors import (
     RateLimitError,
     RateLimitWaitError,
 )
+from crustcredits._validation import Number, Whole, init_hides_arguments
 
 # Nothing was sent for these. They may recover, and are not for an attempt to mend.
 _UNSENT = (BucketsUnavailableError, RateLimitWaitError)

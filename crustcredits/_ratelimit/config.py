@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import attrs
 
-from crustcredits._checks import Number, Whole, init_hides_arguments
 from crustcredits._errors import ConfigurationError
+from crustcredits._validation import Number, Whole, init_hides_arguments
 
 Scope = Literal["auto", "client", "account", "key"]
 _SCOPES = ("auto", "client", "account", "key")

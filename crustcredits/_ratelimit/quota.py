@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from crustcredits._checks import check_whole, hides_arguments
+from crustcredits._validation import check_whole, hides_arguments
 
 # Starts that the pace lets come together.
 _BURST = 5

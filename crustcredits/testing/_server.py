@@ -10,8 +10,8 @@ from weakref import WeakSet
 
 from aiohttp import web
 
-from crustcredits._checks import check_kind, check_number, check_whole, hides_arguments
 from crustcredits._errors import ConfigurationError
+from crustcredits._validation import check_kind, check_number, check_whole, hides_arguments
 from crustcredits.testing._api import FakeAPI, Scope
 from crustcredits.testing._faults import Fault
 from crustcredits.testing._sockets import STREAMED, bomb, reset, transport_of
