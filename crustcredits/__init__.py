@@ -26,8 +26,8 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._http.retry import Retry
-from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey
+from crustcredits._keys.api_key import ApiKey, KeyLike, KeysLike, UnusableKey
+from crustcredits._keys.sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
 from crustcredits._models import Account, Balance, Known, Outcome, RateLimitStatus, Source, State, Unknown
 from crustcredits._ratelimit.config import RateLimit, Scope
 from crustcredits._ratelimit.quota import Quota

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, cast
 from crustcredits._cache.policy import NEW, Freshness
 from crustcredits._cache.single_flight import Calls, Landing, Patience, Pool
 from crustcredits._errors import ConfigurationError
-from crustcredits._keys import ApiKey, Uniqueness, UnusableKey
+from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
 from crustcredits._ratelimit.fair_queue import Call, Flow
 

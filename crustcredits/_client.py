@@ -27,8 +27,8 @@ from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Transport, session_problem, tls_problem
-from crustcredits._key_checks import is_likely_key
-from crustcredits._keys import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
+from crustcredits._keys.api_key import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
+from crustcredits._keys.checks import is_likely_key
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.fair_queue import Flow

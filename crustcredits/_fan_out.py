@@ -15,7 +15,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
-from crustcredits._keys import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Outcome
 
 Key: TypeAlias = ApiKey | UnusableKey

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeAlias, ca
 import attrs
 
 from crustcredits._errors import CrustCreditsError
-from crustcredits._keys import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from crustcredits._cache.policy import Freshness
 from crustcredits._client import CreditsClient
-from crustcredits._keys import ApiKey, UnusableKey, contradiction
+from crustcredits._keys.api_key import ApiKey, UnusableKey, contradiction
 from crustcredits._models import Known, Outcome, State, Unknown, time_text
 from crustcredits._problems import problem_of
 from crustcredits._report import Report

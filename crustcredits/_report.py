@@ -20,7 +20,7 @@ from crustcredits._errors import (
     PaymentRequiredError,
     PermissionDeniedError,
 )
-from crustcredits._keys import ApiKey
+from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
 from crustcredits._validation import check_number, hides_arguments
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from crustcredits._errors import CrustCreditsError
-from crustcredits._keys import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Source, State, credits_text, plain
 from crustcredits._problems import problem_of
 from crustcredits._report import Report

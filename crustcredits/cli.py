@@ -32,8 +32,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ConfigurationError, CrustCreditsError
-from crustcredits._key_sources import keys_from_env, keys_from_file, keys_from_text
-from crustcredits._keys import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._keys.sources import keys_from_env, keys_from_file, keys_from_text
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._report import Report

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocketState
 from crustcredits._cache.policy import NEW, Seconds, seconds
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._keys import KeysLike, pool_of
+from crustcredits._keys.api_key import KeysLike, pool_of
 from crustcredits._models import State
 from crustcredits._pool import Pool, Sort
 from crustcredits._problems import Problem, problem_of

@@ -24,7 +24,7 @@ from crustcredits import (
     keys_from_records,
     keys_from_text,
 )
-from crustcredits._key_checks import looks_secret
+from crustcredits._keys.checks import looks_secret
 from tests.searches import examples
 
 ONE, TWO = "sk-0123456789abcdef01", "sk-fedcba987654321000"

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from crustcredits import ApiKey, ConfigurationError, UnusableKey, keys_from_env, keys_from_file, keys_from_text
-from crustcredits._keys import as_key, as_keys, contradiction
+from crustcredits._keys.api_key import as_key, as_keys, contradiction
 
 SECRET = "sk-0123456789abcdef"
 

@@ -24,7 +24,7 @@ from crustcredits._errors import BucketsUnavailableError, ConfigurationError, Cr
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import Retry, asked_wait
 from crustcredits._http.transport import Failure, Fate, Transport
-from crustcredits._keys import ApiKey
+from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow

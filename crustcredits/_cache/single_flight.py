@@ -24,7 +24,7 @@ from crustcredits._cache.dispatcher import Dispatcher, Question
 from crustcredits._cache.policy import NEW, Freshness
 from crustcredits._cache.store import Answers, Place
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
-from crustcredits._keys import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
 from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
 

@@ -31,7 +31,7 @@ from crustcredits._errors import (
     RateLimitError,
     UnexpectedResponseError,
 )
-from crustcredits._keys import ApiKey
+from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Account, Balance, RateLimitStatus
 from crustcredits._version import __version__
 

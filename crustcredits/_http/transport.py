@@ -31,7 +31,7 @@ from crustcredits._http.protocol import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS,
 if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType
 
-    from crustcredits._keys import ApiKey
+    from crustcredits._keys.api_key import ApiKey
 
 # aiohttp would round a timeout above 5 s up to a whole second; these are kept as they are.
 _NEVER_ROUNDED = math.inf

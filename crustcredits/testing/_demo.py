@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from crustcredits._keys import ApiKey
+from crustcredits._keys.api_key import ApiKey
 from crustcredits.testing import Fault, SandboxServer
 
 _COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines

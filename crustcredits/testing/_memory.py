@@ -13,7 +13,7 @@ from crustcredits._errors import APIConnectionError, APITimeoutError, Configurat
 from crustcredits._http.protocol import Response, request_headers
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Failure, Fate, Transport
-from crustcredits._keys import ApiKey, printable_label, split_label
+from crustcredits._keys.api_key import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._validation import check_kind, hides_arguments
 from crustcredits.testing._api import FakeAPI

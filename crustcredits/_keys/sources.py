@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import is_likely_key, is_setting, looks_secret, may_be_key, secret_problem
-from crustcredits._keys import (
+from crustcredits._keys.api_key import (
     KEY_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
@@ -31,6 +30,7 @@ from crustcredits._keys import (
     split_label,
     unusable,
 )
+from crustcredits._keys.checks import is_likely_key, is_setting, looks_secret, may_be_key, secret_problem
 from crustcredits._validation import hides_arguments
 
 _Pool: TypeAlias = list[ApiKey] | ConfigurationError

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 import attrs
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._key_checks import is_likely_key, label_problem, looks_secret, secret_problem, slash_problem, trimmed
+from crustcredits._keys.checks import is_likely_key, label_problem, looks_secret, secret_problem, slash_problem, trimmed
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
