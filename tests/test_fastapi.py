@@ -54,7 +54,6 @@ from crustcredits import (
     UnexpectedResponseError,
     Unknown,
 )
-from crustcredits._problems import problem_of
 from crustcredits.fastapi import (
     AccountResponse,
     BalanceResponse,
@@ -67,6 +66,7 @@ from crustcredits.fastapi import (
     get_credits_client,
     install_exception_handlers,
 )
+from crustcredits.fastapi.problem_details import problem_of
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
 

@@ -41,8 +41,8 @@ from crustcredits import (
     keys_from_records,
 )
 from crustcredits._models import outcome_for
-from crustcredits._problems import problem_of
 from crustcredits._report import needed_credits
+from crustcredits.fastapi.problem_details import problem_of
 from tests import searches
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -24,9 +24,10 @@ from crustcredits._client import CreditsClient
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._keys.api_key import KeysLike, pool_of
 from crustcredits._models import State
-from crustcredits._pool import Pool, Sort
-from crustcredits._problems import Problem, problem_of
-from crustcredits._responses import (
+from crustcredits._validation import check_kind, hides_arguments
+from crustcredits.fastapi.pool import Pool, Sort
+from crustcredits.fastapi.problem_details import Problem, problem_of
+from crustcredits.fastapi.schemas import (
     AccountResponse,
     BalanceResponse,
     ErrorResponse,
@@ -35,7 +36,6 @@ from crustcredits._responses import (
     PoolResponse,
     ProblemResponse,
 )
-from crustcredits._validation import check_kind, hides_arguments
 
 __all__ = [
     "AccountResponse",

@@ -24,8 +24,8 @@ from pydantic import (
 from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Source, State, credits_text, plain
-from crustcredits._problems import problem_of
 from crustcredits._report import Report
+from crustcredits.fastapi.problem_details import problem_of
 
 
 def _label_of(key: object) -> object:

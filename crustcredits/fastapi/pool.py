@@ -10,9 +10,9 @@ from crustcredits._cache.policy import Freshness
 from crustcredits._client import CreditsClient
 from crustcredits._keys.api_key import ApiKey, UnusableKey, contradiction
 from crustcredits._models import Known, Outcome, State, Unknown, time_text
-from crustcredits._problems import problem_of
 from crustcredits._report import Report
-from crustcredits._responses import HealthResponse
+from crustcredits.fastapi.problem_details import problem_of
+from crustcredits.fastapi.schemas import HealthResponse
 
 _log = logging.getLogger("crustcredits")
 
