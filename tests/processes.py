@@ -12,9 +12,9 @@ import pytest
 
 from crustcredits import BucketsUnavailableError
 from crustcredits._ratelimit.leased_tokens import LeasedTokens
-from crustcredits._shared import SharedTokens
-from crustcredits._tokens import FRESH
 from crustcredits.redis import RedisBuckets
+from crustcredits.redis.local_tokens import FRESH
+from crustcredits.redis.shared_tokens import SharedTokens
 from tests.lua import FakeRedis, between, connected, opened
 from tests.virtual import now
 

@@ -23,9 +23,9 @@ from crustcredits import (
     RateLimitWaitError,
 )
 from crustcredits._ratelimit.leased_tokens import LeasedTokens
-from crustcredits._shared import MOST, SharedTokens
-from crustcredits._tokens import FRESH
 from crustcredits.redis import _PAUSE
+from crustcredits.redis.local_tokens import FRESH
+from crustcredits.redis.shared_tokens import MOST, SharedTokens
 from tests.lua import FakeRedis, between, connected, opened
 from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now

@@ -10,7 +10,7 @@ import asyncio
 import pytest
 
 from crustcredits import RateLimit, RateLimitWaitError
-from crustcredits._tokens import FRESH
+from crustcredits.redis.local_tokens import FRESH
 from tests.lua import EPOCH, FakeRedis, between, connected, opened
 from tests.processes import LEASE, PATH, PERIOD, Start, Waiting, Worker, passes, vanish, worker
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from crustcredits._errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from crustcredits._shared import SharedTokens
+    from crustcredits.redis.shared_tokens import SharedTokens
 
 
 class TokenStore(Protocol):

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import attrs
 
-from crustcredits._tokens import FRESH, LocalTokens
+from crustcredits.redis.local_tokens import FRESH, LocalTokens
 
 # Tokens that one bucket asks for in a message, at the most.
 MOST = 32

@@ -1,7 +1,7 @@
 """`RedisBuckets`: one quota for many processes, counted in Redis 6.2 or later, or Valkey. The extra `redis`.
 
 Here is how messages travel and what is done when they do not; what they say is `_shared`'s, and what Redis does with them stands
-in `redis.lua`. Redis's clock is the only clock: all times in messages are spans. Neither keys nor values hold a secret.
+in `exchange.lua`. Redis's clock is the only clock: all times in messages are spans. Neither keys nor values hold a secret.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from weakref import WeakSet
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._shared import BEAT, SharedTokens, Terms, micro
 from crustcredits._validation import check_kind, check_number, hides_arguments
+from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms, micro
 
 try:
     from redis.asyncio import Redis, RedisCluster
@@ -36,7 +36,7 @@ __all__ = ["RedisBuckets"]
 
 _log = logging.getLogger("crustcredits")
 
-_SCRIPT: Final = files("crustcredits").joinpath("redis.lua").read_text(encoding="utf-8")
+_SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
 _SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # Seconds that Redis may take to answer.
