@@ -21,7 +21,8 @@ from lupa.lua51 import LuaError, LuaRuntime  # type: ignore[import-untyped]  # R
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from crustcredits.redis import _SCRIPT, _SHA, RedisBuckets
+from crustcredits.redis import RedisBuckets
+from crustcredits.redis.coordinator import SCRIPT, SHA
 
 # Seconds that Redis's clock is ahead of the loop's: it counts from 1970, and has digits enough to be rounded wrong.
 EPOCH = 1_700_000_000.0
@@ -438,5 +439,5 @@ def opened(**options: Any) -> FakeRedis:
     """A server that has been in use for a while."""
     redis = FakeRedis(**options)
     keys, said = opening()
-    redis.execute(keys, said, sha=_SHA, script=_SCRIPT)
+    redis.execute(keys, said, sha=SHA, script=SCRIPT)
     return redis

@@ -39,6 +39,8 @@ from crustcredits import (
     cli,
 )
 from crustcredits.__main__ import main
+from crustcredits.cli import tables
+from crustcredits.cli.run import Bar, Run, TimeLeft
 from crustcredits.testing import Fault, SandboxServer
 from crustcredits.testing._demo import demo_pool
 
@@ -125,7 +127,7 @@ def outcome(name: str, credits: str | None = None, **fields: Any) -> Outcome[Acc
 def show(*outcomes: Outcome[Account], floor: Decimal | None = None) -> str:
     stream = io.StringIO()
     with contextlib.redirect_stdout(stream):
-        cli._print(*cli._tables(Report(outcomes), floor))
+        tables.print_parts(*tables.tables_of(Report(outcomes), floor))
     return stream.getvalue()
 
 
@@ -482,15 +484,15 @@ def test_no_bar_among_lines(api: SandboxServer, monkeypatch: pytest.MonkeyPatch)
 def test_the_time_left_in_words(end: float, held: int, words: str) -> None:
     """Beside the bar stands when the last can start, and how many the rate limit holds back."""
     task = Task(TaskID(0), "", 10, 0, lambda: 0.0, fields={"end": end, "held": held})
-    assert cli._TimeLeft().render(task).plain == words
+    assert TimeLeft().render(task).plain == words
 
 
 async def test_the_bar_knows_what_the_rate_limit_allows(sandbox: SandboxServer) -> None:
     """The time left counts the periods that the rate limit makes the rest wait."""
     pool = [sandbox.add_key(f"key-{number}") for number in range(3)]
-    checked = cli._Run(pool, detail=False)
+    checked = Run(pool, detail=False)
     async with CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(requests=1, period=30, margin=0)) as client:
-        bar = checked._bar = cli._Bar(client, checked, cli._console(Terminal()))
+        bar = checked._bar = Bar(client, checked, tables.console_of(Terminal()))
         assert bar.tasks[0].fields["end"] - bar.get_time() == pytest.approx(60, abs=1)
         landed = asyncio.Event()
 
@@ -515,13 +517,13 @@ def interrupted(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> SandboxS
     good, silent = api.add_key("good", account=None), api.add_key("silent")
     api.fail(silent, Fault.SILENCE)
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(good, silent))
-    land = cli._Run._land
+    land = Run._land
 
-    def land_and_interrupt(self: cli._Run, outcome: Outcome[Any]) -> None:
+    def land_and_interrupt(self: Run, outcome: Outcome[Any]) -> None:
         land(self, outcome)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli._Run, "_land", land_and_interrupt)
+    monkeypatch.setattr(Run, "_land", land_and_interrupt)
     return api
 
 

@@ -23,7 +23,7 @@ from crustcredits import (
     RateLimitWaitError,
 )
 from crustcredits._ratelimit.leased_tokens import LeasedTokens
-from crustcredits.redis import _PAUSE
+from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import MOST, SharedTokens
 from tests.lua import FakeRedis, between, connected, opened
@@ -367,7 +367,7 @@ async def test_on_a_new_server_no_token_is_given_at_first(start: Start, redis: F
     redis.flush()
     one = start()
     await asyncio.gather(*(one.send() for _ in range(5)))
-    assert now() == pytest.approx(_PAUSE, abs=SOONEST)
+    assert now() == pytest.approx(PAUSE, abs=SOONEST)
 
 
 async def exhausted(*workers: Worker) -> None:

@@ -5,6 +5,11 @@ calls, keys or HTTP. Start reading in `shared_tokens.py`, which does no I/O; `co
 its messages, `exchange.lua` answers them.
 """
 
-from crustcredits.redis.buckets import RedisBuckets
+try:
+    from crustcredits.redis.buckets import RedisBuckets
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "redis":
+        raise
+    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from error
 
 __all__ = ["RedisBuckets"]

@@ -6,18 +6,15 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
 from crustcredits._errors import ConfigurationError
 from crustcredits._validation import check_kind, check_number, hides_arguments
 from crustcredits.redis.coordinator import Coordinator, _hidden
 from crustcredits.redis.shared_tokens import SharedTokens, Terms
-
-try:
-    from redis.asyncio import Redis, RedisCluster
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-    from redis.exceptions import NoScriptError, RedisError
-except ImportError as _missing:
-    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from _missing
 
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"

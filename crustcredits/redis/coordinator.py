@@ -16,11 +16,13 @@ from importlib.resources import files
 from typing import Any, Final
 from weakref import WeakSet
 
+from redis.exceptions import NoScriptError, RedisError
+
 from crustcredits.redis.buckets import _log
 from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms, micro
 
-_SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
-_SHA: Final = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
+SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # Seconds that Redis may take to answer.
 _PATIENCE = 1.0
@@ -31,7 +33,7 @@ _GRACE = 2.0
 _REPORT = 0.1
 # Seconds after a loss of the count, or without an answer, in which no tokens are given, so that every process can say what it
 # holds: each sends a message every half a second.
-_PAUSE = 2.5 * BEAT
+PAUSE = 2.5 * BEAT
 # Buckets of one message at the most.
 _BUCKETS = 64
 # Seconds that the marker of an idle prefix is remembered.
@@ -174,7 +176,7 @@ class Coordinator:
         told, asked = self._clock or (0, now)
         terms = self.terms
         said: list[str | int] = [self._process, self._epoch, int(self._hold or registers), secrets.randbits(52) + 1]
-        said += [told, micro(now - asked), micro(2 * _PATIENCE), micro(_PAUSE), micro(terms.lease)]
+        said += [told, micro(now - asked), micro(2 * _PATIENCE), micro(PAUSE), micro(terms.lease)]
         return [*said, micro(2 * terms.late + _PATIENCE), int(_LIFE * 1e3)]
 
     def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
@@ -182,15 +184,15 @@ class Coordinator:
 
     async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
         try:
-            return await self._client.evalsha(_SHA, len(keys), *keys, *said)
+            return await self._client.evalsha(SHA, len(keys), *keys, *said)
         except NoScriptError:  # never heard of it, or SCRIPT FLUSH
-            return await self._client.eval(_SCRIPT, len(keys), *keys, *said)
+            return await self._client.eval(SCRIPT, len(keys), *keys, *said)
 
     def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
         (known, epoch, pause, clock), *of_buckets = answers
         now = _now()
         self._clock = clock, self._last
-        self._hold = self._failing is not None and now - self._failing >= _PAUSE
+        self._hold = self._failing is not None and now - self._failing >= PAUSE
         self._come_back()
         if not known:
             _log.warning("the count of the rate limit in Redis was lost, or its clock was set; this process says what it holds")

@@ -1,0 +1,102 @@
+"""One run of a check on the command line: its bar on standard error, and the report at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
+from rich.text import Text
+
+from crustcredits._client import CreditsClient
+from crustcredits._errors import CrustCreditsError
+from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._models import Balance, Outcome, Unknown
+from crustcredits._ratelimit.config import RateLimit
+from crustcredits._report import Report
+from crustcredits.cli.tables import console_of, echo
+from crustcredits.testing import SandboxServer
+
+NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
+
+
+class Run:
+    """One check of a pool, and what has landed of it so far, however it ends."""
+
+    def __init__(self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False) -> None:
+        self.pool = pool
+        self.landed: dict[ApiKey | UnusableKey, Outcome[Balance]] = {}
+        self.interrupted = False
+        self.detail = detail
+        self._timeout, self._lines = timeout, lines
+        self._bar: Bar | None = None
+
+    async def check(self, client: CreditsClient) -> None:
+        """Ask for every key, with a bar where there is a terminal for it, and close the client."""
+        async with client:
+            # Lines on the same terminal would run into the bar, and are progress enough.
+            console = console_of(sys.stderr)
+            if console.is_interactive and not (self._lines and sys.stdout.isatty()):
+                self._bar = Bar(client, self, console)
+            with self._bar or contextlib.nullcontext():
+                await client.check(self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land)
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work`, which checks, come to its end or to Ctrl-C."""
+        try:
+            asyncio.run(work)
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def report(self) -> Report:
+        """What has landed, in the order of the pool; of the rest, that it was not checked."""
+        now = datetime.now(UTC)
+        return Report(self.landed.get(key) or Unknown(key=key, error=NOT_CHECKED, checked_at=now) for key in self.pool)
+
+    def _land(self, outcome: Outcome[Balance]) -> None:
+        self.landed[outcome.key] = outcome
+        if self._lines:
+            echo(json.dumps(outcome.to_dict()) + "\n")
+        if self._bar is not None:
+            self._bar.move()
+
+
+async def rehearse(sandbox: SandboxServer, run: Run, limit: RateLimit) -> None:
+    async with sandbox:
+        await run.check(CreditsClient(base_url=sandbox.url, rate_limit=limit))
+
+
+class Bar(Progress):
+    """How far a run has come, on standard error, and when the rate limit lets the last of it start."""
+
+    def __init__(self, client: CreditsClient, run: Run, console: Console) -> None:
+        # Standard output may go elsewhere, so it is not led past the bar.
+        super().__init__(BarColumn(24), MofNCompleteColumn(), TimeLeft(), console=console, transient=True, redirect_stdout=False)
+        self._client, self._run = client, run
+        self.total_line = len(set(run.pool))
+        self._task = self.add_task("", total=self.total_line)
+        self.move()
+
+    def move(self) -> None:
+        """Show what has landed."""
+        quota = self._client.quota(detail=self._run.detail)
+        remaining = self.total_line - len(self._run.landed)
+        to_come = max(0, remaining - quota.waiting - quota.in_flight)
+        held = quota.waiting + to_come if quota.waiting else 0
+        end = self.get_time() + quota.start_of(quota.waiting + to_come)
+        self.update(self._task, completed=len(self._run.landed), held=held, end=end)
+
+
+class TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        held = task.fields["held"]
+        left = max(math.ceil(task.fields["end"] - task.get_time()), bool(held))
+        words = f"ETA {timedelta(seconds=left)}" if left > 0 else "last answers"
+        return Text(words + f", rate limit holds back {held}" * bool(held))
