@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 if TYPE_CHECKING:
     from decimal import Decimal
 
-    from crustcredits._models import RateLimitStatus
+    from crustcredits._rate_limit_status import RateLimitStatus
     from crustcredits._report import Report
 
 

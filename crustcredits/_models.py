@@ -13,32 +13,12 @@ import attrs
 
 from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._rate_limit_status import RateLimitStatus
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 else:
     from typing import TypeVar
-
-
-@attrs.frozen(kw_only=True)
-class RateLimitStatus:
-    """The server's own count, from the `x-ratelimit-*` headers of one answer.
-
-    Attributes:
-        limit: Requests allowed in the window, or None when not said.
-        remaining: Requests left in the window after this one.
-        reset: Seconds until the oldest counted request ages out and one slot is free. Not until the whole quota is.
-
-    Source: Crustdata's best-practices page.
-    """
-
-    limit: int | None = None
-    remaining: int | None = None
-    reset: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The three numbers, None where the server did not say."""
-        return {"limit": self.limit, "remaining": self.remaining, "reset": self.reset}
 
 
 _next_order = itertools.count().__next__

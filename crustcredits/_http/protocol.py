@@ -32,7 +32,8 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._keys.api_key import ApiKey
-from crustcredits._models import Account, Balance, RateLimitStatus
+from crustcredits._models import Account, Balance
+from crustcredits._rate_limit_status import RateLimitStatus
 from crustcredits._version import __version__
 
 _log = logging.getLogger("crustcredits")
