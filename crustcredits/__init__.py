@@ -1,6 +1,6 @@
 """How many credits each of your Crustdata API keys has left, from asyncio code, within the API's rate limit."""
 
-from crustcredits._cache.policy import FreshnessOptions, Seconds
+from crustcredits._cache.policy import FreshnessOptions
 from crustcredits._client import CreditsClient
 from crustcredits._errors import (
     APIConnectionError,
@@ -33,6 +33,7 @@ from crustcredits._rate_limit_status import RateLimitStatus
 from crustcredits._ratelimit.config import RateLimit, Scope
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report
+from crustcredits._validation import Seconds
 from crustcredits._version import __version__
 
 __all__ = [

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from crustcredits._cache.dispatcher import Dispatcher
-from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions, Seconds, seconds
+from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions
 from crustcredits._cache.single_flight import Calls, Landing, closed_error
 from crustcredits._cache.store import Answers
 from crustcredits._check import PoolCheck, read_pool
@@ -35,7 +35,7 @@ from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report, needed_credits
-from crustcredits._validation import attempt, check_flag, check_kind, check_number, check_whole, hides_arguments
+from crustcredits._validation import Seconds, attempt, check_flag, check_kind, check_number, check_whole, hides_arguments, seconds
 
 if TYPE_CHECKING:
     import aiohttp

@@ -8,8 +8,9 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Coroutine
+from datetime import timedelta
 from decimal import Decimal
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import attrs
 
@@ -24,6 +25,12 @@ _T = TypeVar("_T")
 
 #: An argument cannot be used, or is unknown.
 Refusal = ConfigurationError | TypeError
+
+#: Seconds, or a timedelta.
+Seconds: TypeAlias = float | timedelta
+
+# Seconds that need no closer look.
+_SENSIBLE = 1e9
 
 
 def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T | Refusal:
@@ -126,6 +133,19 @@ def check_number(
     bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (minimum > -math.inf)
     bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
     raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {shown(value)}")
+
+
+def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
+    """The seconds of what a caller gave.
+
+    Raises:
+        ConfigurationError: It is no number of seconds of at least 0, or above `above`.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if type(value) is not float or not max(0.0, above) < value <= _SENSIBLE:  # the short way of most calls
+        check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
+    return value
 
 
 def check_flag(what: str, value: object) -> bool:

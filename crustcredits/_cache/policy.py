@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from datetime import timedelta
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import NamedTuple, TypedDict
 
-from crustcredits._validation import check_number
-
-#: Seconds, or a timedelta.
-Seconds: TypeAlias = float | timedelta
-
-_SENSIBLE = 1e9
+from crustcredits._validation import Seconds, seconds
 
 
 class FreshnessOptions(TypedDict, total=False):
@@ -80,16 +73,3 @@ class Freshness(NamedTuple):
 
 #: No answer from before will do.
 NEW = Freshness()
-
-
-def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
-    """The seconds of what a caller gave.
-
-    Raises:
-        ConfigurationError: It is no number of seconds of at least 0, or above `above`.
-    """
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if type(value) is not float or not max(0.0, above) < value <= _SENSIBLE:  # the short way of most calls
-        check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
-    return value

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.params import Depends as DependsParam
 
-from crustcredits._cache.policy import NEW, Seconds, seconds
+from crustcredits._cache.policy import NEW
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._keys.api_key import KeysLike, pool_of
 from crustcredits._models import State
-from crustcredits._validation import check_kind, hides_arguments
+from crustcredits._validation import Seconds, check_kind, hides_arguments, seconds
 from crustcredits.fastapi.exception_handlers import _problem_response
 from crustcredits.fastapi.lifespan import CreditsDep
 from crustcredits.fastapi.pool import Pool, Sort

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import attrs
 
-from crustcredits._cache.policy import Seconds, seconds
 from crustcredits._errors import ConfigurationError
 from crustcredits._http.protocol import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 from crustcredits._keys.api_key import ApiKey, digest_of
 from crustcredits._models import credits_text
-from crustcredits._validation import check_kind, check_number, check_whole, hides_arguments, shown
+from crustcredits._validation import Seconds, check_kind, check_number, check_whole, hides_arguments, seconds, shown
 from crustcredits.testing._accounts import Account
 from crustcredits.testing._faults import PLAIN, Fault
 

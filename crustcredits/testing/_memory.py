@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TypedDict, Unpack
 
-from crustcredits._cache.policy import Seconds
 from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._http.protocol import Response, request_headers
@@ -15,7 +14,7 @@ from crustcredits._http.retry import Retry
 from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys.api_key import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
-from crustcredits._validation import check_kind, hides_arguments
+from crustcredits._validation import Seconds, check_kind, hides_arguments
 from crustcredits.testing._api import FakeAPI
 from crustcredits.testing._faults import Fault
 
