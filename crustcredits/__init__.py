@@ -11,11 +11,8 @@ from crustcredits._errors import (
     BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
-    CreditsRequirementError,
-    CreditsUnknownError,
     CrustCreditsError,
     GatewayError,
-    InsufficientCreditsError,
     InternalServerError,
     InvalidKeyError,
     MissingKeyError,
@@ -32,7 +29,7 @@ from crustcredits._models import Account, Balance, Known, Outcome, Source, State
 from crustcredits._rate_limit_status import RateLimitStatus
 from crustcredits._ratelimit.config import RateLimit, Scope
 from crustcredits._ratelimit.quota import Quota
-from crustcredits._report import Report
+from crustcredits._report import CreditsRequirementError, CreditsUnknownError, InsufficientCreditsError, Report
 from crustcredits._validation import Seconds
 from crustcredits._version import __version__
 

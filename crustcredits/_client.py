@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import partial
 from ssl import SSLContext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from crustcredits._cache.dispatcher import Dispatcher
 from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions
@@ -26,7 +26,7 @@ from crustcredits._errors import ConfigurationError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, parse_base_url, proxy_from_env, proxy_problem
 from crustcredits._http.retry import Retry
-from crustcredits._http.transport import Transport, session_problem, tls_problem
+from crustcredits._http.transport import ClientSession, Transport, session_problem, tls_problem
 from crustcredits._keys.api_key import ApiKey, KeyLike, KeysLike, UnusableKey, as_key, as_keys_async, methods_of, pool_of
 from crustcredits._keys.checks import is_likely_key
 from crustcredits._models import Account, Balance, Outcome, Unknown
@@ -37,9 +37,6 @@ from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report, needed_credits
 from crustcredits._validation import Seconds, attempt, check_flag, check_kind, check_number, check_whole, hides_arguments, seconds
 
-if TYPE_CHECKING:
-    import aiohttp
-
 # Keys of a stream that are under way at a time. A pool enters the queue as a whole.
 _STREAMED = 1_024
 
@@ -48,7 +45,7 @@ _RETRY = Retry()
 
 
 def _transport(
-    base_url: str | None, session: aiohttp.ClientSession | None, proxy: str | None, trust_env: object, tls: SSLContext | None
+    base_url: str | None, session: ClientSession | None, proxy: str | None, trust_env: object, tls: SSLContext | None
 ) -> Transport | ConfigurationError:
     """What sends requests; or what is wrong with the arguments, not raised, because they may hold credentials."""
     origin = proxy_problem(proxy) or session_problem(session) or tls_problem(tls) or parse_base_url(base_url)
@@ -124,7 +121,7 @@ class CreditsClient:
         concurrency: int = 32,
         request_timeout: float = 10.0,
         retry: Retry = _RETRY,
-        session: aiohttp.ClientSession | None = None,
+        session: ClientSession | None = None,
         proxy: str | None = None,
         trust_env: bool = False,
         ssl: SSLContext | None = None,

@@ -17,7 +17,7 @@ CrustCreditsError
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
 ├── BucketsUnavailableError
-├── CreditsRequirementError
+├── CreditsRequirementError     this one and those below stand in `_report`, whose reports they hold
 │   ├── InsufficientCreditsError
 │   └── CreditsUnknownError
 └── ClientClosedError
@@ -29,10 +29,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 if TYPE_CHECKING:
-    from decimal import Decimal
-
     from crustcredits._rate_limit_status import RateLimitStatus
-    from crustcredits._report import Report
 
 
 class ErrorDetails(TypedDict, total=False):
@@ -85,13 +82,13 @@ class CrustCreditsError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args` alone, and keyword-only arguments without defaults would be missing.
-        return _rebuild, (type(self), self.args, self.__dict__)
+        return rebuild, (type(self), self.args, self.__dict__)
 
 
 _ErrorT = TypeVar("_ErrorT", bound=CrustCreditsError)
 
 
-def _rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:
+def rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:
     error = kind.__new__(kind, *args)
     error.args = args  # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
     error.__dict__.update(state)
@@ -243,68 +240,6 @@ class BucketsUnavailableError(CrustCreditsError):
     """The count that several processes share is out of reach, so nothing was sent; with `on_outage="raise"` only."""
 
     may_recover: bool = True
-
-
-class CreditsRequirementError(CrustCreditsError):
-    """A pool is not known to hold the credits that a batch needs; `require` raises one of the two classes below.
-
-    Attributes:
-        needed: Credits that were asked for, with the margin.
-        available: Credits known to be there; those of unknown keys count as nothing.
-        report: What was found. Empty in a copy that was pickled, because keys are not.
-        errors: Why keys are unknown.
-        unknown: The labels of the unknown keys, in the order of `errors`.
-        stale: The labels of the keys whose balance is an old one.
-    """
-
-    def __init__(
-        self, message: str, *, needed: Decimal, available: Decimal, report: Report, **details: Unpack[ErrorDetails]
-    ) -> None:
-        super().__init__(message, **details)
-        self.needed = needed
-        self.available = available
-        self.report = report
-        self.errors: tuple[CrustCreditsError, ...] = tuple(outcome.error for outcome in report.failed)
-        self.unknown: tuple[str, ...] = tuple(outcome.key.label for outcome in report.failed)
-        self.stale: tuple[str, ...] = tuple(outcome.key.label for outcome in report.stale)
-
-    def __copy__(self) -> Self:
-        return _rebuild(type(self), self.args, self.__dict__)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return _rebuild(type(self), self.args, self.__dict__)  # all that it holds is never changed
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__ | {"report": type(self.report)([])})
-
-
-class InsufficientCreditsError(CreditsRequirementError):
-    """The known balances are too low, and no key whose credits are unknown could change that."""
-
-
-class CreditsUnknownError(CreditsRequirementError):
-    """The known balances are too low, and keys whose credits are unknown may hold the rest.
-
-    Attributes:
-        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
-            spent, are not among them.
-        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, none of
-            them can be used, or something else answers in the API's place.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        needed: Decimal,
-        available: Decimal,
-        report: Report,
-        deciding: tuple[CrustCreditsError, ...],
-        **details: Unpack[ErrorDetails],
-    ) -> None:
-        super().__init__(message, needed=needed, available=available, report=report, **details)
-        self.deciding = deciding
-        self.may_recover: bool = any(error.may_recover for error in deciding)
 
 
 class ClientClosedError(CrustCreditsError):

@@ -7,18 +7,18 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
-from typing import Any, Generic, overload
+from typing import Any, Generic, Self, Unpack, overload
 
 import attrs
 
 from crustcredits._errors import (
     AuthenticationError,
     ConfigurationError,
-    CreditsUnknownError,
     CrustCreditsError,
-    InsufficientCreditsError,
+    ErrorDetails,
     PaymentRequiredError,
     PermissionDeniedError,
+    rebuild,
 )
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
@@ -386,3 +386,65 @@ def _remedy(errors: Iterable[CrustCreditsError]) -> str:
     if all(isinstance(error, _OF_THE_KEY) for error in errors):
         return "mend or remove these keys"
     return "find out what answers in the API's place"
+
+
+class CreditsRequirementError(CrustCreditsError):
+    """A pool is not known to hold the credits that a batch needs; `require` raises one of the two classes below.
+
+    Attributes:
+        needed: Credits that were asked for, with the margin.
+        available: Credits known to be there; those of unknown keys count as nothing.
+        report: What was found. Empty in a copy that was pickled, because keys are not.
+        errors: Why keys are unknown.
+        unknown: The labels of the unknown keys, in the order of `errors`.
+        stale: The labels of the keys whose balance is an old one.
+    """
+
+    def __init__(
+        self, message: str, *, needed: Decimal, available: Decimal, report: Report, **details: Unpack[ErrorDetails]
+    ) -> None:
+        super().__init__(message, **details)
+        self.needed = needed
+        self.available = available
+        self.report = report
+        self.errors: tuple[CrustCreditsError, ...] = tuple(outcome.error for outcome in report.failed)
+        self.unknown: tuple[str, ...] = tuple(outcome.key.label for outcome in report.failed)
+        self.stale: tuple[str, ...] = tuple(outcome.key.label for outcome in report.stale)
+
+    def __copy__(self) -> Self:
+        return rebuild(type(self), self.args, self.__dict__)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return rebuild(type(self), self.args, self.__dict__)  # all that it holds is never changed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuild, (type(self), self.args, self.__dict__ | {"report": type(self.report)([])})
+
+
+class InsufficientCreditsError(CreditsRequirementError):
+    """The known balances are too low, and no key whose credits are unknown could change that."""
+
+
+class CreditsUnknownError(CreditsRequirementError):
+    """The known balances are too low, and keys whose credits are unknown may hold the rest.
+
+    Attributes:
+        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
+            spent, are not among them.
+        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, none of
+            them can be used, or something else answers in the API's place.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: Decimal,
+        available: Decimal,
+        report: Report,
+        deciding: tuple[CrustCreditsError, ...],
+        **details: Unpack[ErrorDetails],
+    ) -> None:
+        super().__init__(message, needed=needed, available=available, report=report, **details)
+        self.deciding = deciding
+        self.may_recover: bool = any(error.may_recover for error in deciding)

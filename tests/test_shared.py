@@ -46,6 +46,7 @@ def shared(client: CreditsClient) -> SharedTokens:
     """What a client knows of the tokens of all its requests for balances."""
     bucket = client._dispatcher._schedulers[PATH]._common
     assert isinstance(bucket, LeasedTokens)
+    assert isinstance(bucket._tokens, SharedTokens)
     return bucket._tokens
 
 

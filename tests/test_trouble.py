@@ -121,6 +121,7 @@ async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
     assert one.is_idle()
     fresh = Waiting(one.buckets.tokens(PATH, None, 5))
     await fresh.acquire()
+    assert isinstance(fresh.tokens._tokens, SharedTokens)
     (token,) = fresh.tokens._tokens._hand
     assert token.number >= 3
 

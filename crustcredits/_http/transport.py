@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import aiohttp
 import attrs
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType
 
     from crustcredits._keys.api_key import ApiKey
+
+ClientSession: TypeAlias = aiohttp.ClientSession
 
 # aiohttp would round a timeout above 5 s up to a whole second; these are kept as they are.
 _NEVER_ROUNDED = math.inf

@@ -16,15 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from crustcredits._client import CreditsClient
-from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._report import Report
-from crustcredits.cli.tables import console_of, echo
+from crustcredits.cli.tables import NOT_CHECKED, console_of, echo
 from crustcredits.testing import SandboxServer
-
-NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
 
 
 class Run:

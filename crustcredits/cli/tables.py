@@ -16,10 +16,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from crustcredits._errors import CrustCreditsError
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._report import Report
-from crustcredits.cli.run import NOT_CHECKED
 
+NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
 NARROWEST = 76  # columns; on fewer the terminal wraps the lines, so that no digit is cut
 LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 

@@ -13,9 +13,10 @@ from starlette.websockets import WebSocketState
 from crustcredits._errors import CrustCreditsError
 from crustcredits._validation import hides_arguments
 from crustcredits.fastapi.problem_details import Problem, problem_of
-from crustcredits.fastapi.router import _log
 
 # --- errors
+
+_log = logging.getLogger("crustcredits")
 
 
 @hides_arguments

@@ -18,11 +18,8 @@ from crustcredits._errors import (
     BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
-    CreditsRequirementError,
-    CreditsUnknownError,
     CrustCreditsError,
     GatewayError,
-    InsufficientCreditsError,
     InternalServerError,
     InvalidKeyError,
     MissingKeyError,
@@ -33,6 +30,7 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._models import credits_text
+from crustcredits._report import CreditsRequirementError, CreditsUnknownError, InsufficientCreditsError
 
 
 @attrs.frozen(kw_only=True)

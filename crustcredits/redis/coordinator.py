@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import secrets
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from weakref import WeakSet
 
 from redis.exceptions import NoScriptError, RedisError
 
-from crustcredits.redis.buckets import _log
 from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms, micro
+
+_log = logging.getLogger("crustcredits")
 
 SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
 SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
