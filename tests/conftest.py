@@ -16,7 +16,7 @@ from aioresponses import aioresponses
 
 from crustcredits.testing.fixtures import credits_client, make_credits_client, make_sandbox, sandbox
 from tests import searches
-from tests.processes import redis, start
+from tests.redis.processes import redis, start
 from tests.virtual import VirtualLoop
 
 # Fixtures, found by their names.

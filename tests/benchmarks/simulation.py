@@ -20,7 +20,7 @@ import attrs
 
 from crustcredits import ApiKey, CreditsClient, RateLimit
 from tests.benchmarks._measure import Benchmark, Bound, print_machine, print_table, whole
-from tests.lua import FakeRedis, between, connected
+from tests.redis.lua import FakeRedis, between, connected
 from tests.virtual import VirtualLoop, WindowServer, fake_client
 
 LIMIT = 3000

@@ -24,7 +24,7 @@ from crustcredits import (
     Unknown,
 )
 from crustcredits.testing import FakeAPI, FakeClient, Fault, fake_client
-from tests.test_pool import EXPECTED
+from tests.test_check_over_sockets import EXPECTED
 from tests.virtual import now
 
 pytestmark = pytest.mark.virtual

@@ -26,8 +26,8 @@ from crustcredits._ratelimit.leased_tokens import LeasedTokens
 from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import MOST, SharedTokens
-from tests.lua import FakeRedis, between, connected, opened
-from tests.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
+from tests.redis.lua import FakeRedis, between, connected, opened
+from tests.redis.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual

@@ -11,8 +11,9 @@ import pytest
 
 from crustcredits import RateLimit, RateLimitWaitError
 from crustcredits.redis.local_tokens import FRESH
-from tests.lua import EPOCH, FakeRedis, between, connected, opened
-from tests.processes import LEASE, PATH, PERIOD, Start, Waiting, Worker, passes, vanish, worker
+from crustcredits.redis.shared_tokens import SharedTokens
+from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
+from tests.redis.processes import LEASE, PATH, PERIOD, Start, Waiting, Worker, passes, vanish, worker
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual

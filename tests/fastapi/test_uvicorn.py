@@ -18,7 +18,7 @@ from crustcredits import ApiKey
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually, on_uvloop
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 HEADERS = {"Authorization": "Bearer t-1"}
 
 

@@ -15,7 +15,7 @@ from crustcredits._ratelimit.leased_tokens import LeasedTokens
 from crustcredits.redis import RedisBuckets
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
-from tests.lua import FakeRedis, between, connected, opened
+from tests.redis.lua import FakeRedis, between, connected, opened
 from tests.virtual import now
 
 PATH = "/user/credits"
