@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -93,3 +94,9 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.remove()
+
+
+def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a package be imported anew."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)

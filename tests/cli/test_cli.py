@@ -43,6 +43,7 @@ from crustcredits.cli import tables
 from crustcredits.cli.run import Bar, Run, TimeLeft
 from crustcredits.testing import Fault, SandboxServer
 from crustcredits.testing._demo import demo_pool
+from tests.servers import forget
 
 pytestmark = pytest.mark.own_loops
 
@@ -632,7 +633,7 @@ def test_a_pipe_that_closes(api: SandboxServer, monkeypatch: pytest.MonkeyPatch,
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """One line on standard error says what to install, with status 2."""
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "crustcredits.cli")
+    forget("crustcredits.cli", monkeypatch)
     err = io.StringIO()
     assert run_main(monkeypatch, "demo", err=err) == 2
     assert err.getvalue() == "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
@@ -641,7 +642,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> Non
 def test_another_missing_module_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only typer and rich belong to the extra."""
     monkeypatch.setitem(sys.modules, "crustcredits.testing", None)
-    monkeypatch.delitem(sys.modules, "crustcredits.cli")
+    forget("crustcredits.cli", monkeypatch)
     with pytest.raises(ModuleNotFoundError, match=r"crustcredits\.testing"):
         main()
 

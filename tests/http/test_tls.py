@@ -15,7 +15,8 @@ import trustme
 from aiohttp import web
 from yarl import URL
 
-from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry, _transport
+from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry
+from crustcredits._http import transport
 from crustcredits._http.transport import _reason
 from crustcredits.testing import SandboxServer
 
@@ -176,7 +177,7 @@ async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
 async def test_a_handshake_that_hangs_never_reached_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its token is home at once; so it is with a proxy that does not answer."""
     # The time to connect ends almost five seconds before that of the whole request: a slow machine cannot swap the two.
-    monkeypatch.setattr(_transport, "_CONNECTING", 0.01)
+    monkeypatch.setattr(transport, "_CONNECTING", 0.01)
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

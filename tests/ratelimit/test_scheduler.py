@@ -159,6 +159,10 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
     queue.push_pool(one)
     one.take_out(0)
     assert popped(queue).key == "p1"
+    two = Pool(["A", None])
+    queue.push_pool(two)
+    two.take_out(0)
+    assert popped(queue).key == "p1"
 
 
 def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
@@ -178,6 +182,18 @@ def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
     scheduler.remove_pool(pool, 61.5)
     assert scheduler.quota(None, 61.5).waiting == 3
     assert scheduler.hopeless(["a", "b"], 62.0, 61.5) == []
+
+
+def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
+    """Though its token would return."""
+    scheduler, flow = scheduler_of(Terms(requests=2, scope="account"), pace=None), Flow()
+    for name in ("a", "b", "c"):
+        scheduler.put(call(name, flow, "A"))
+    first, second = started(scheduler, 0.0)
+    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
+    scheduler.ended(second, Answer(status=None, unsent=True), 1.0)
+    assert not started(scheduler, 2.0)
+    assert [request.call.key for request in started(scheduler, 31.0)] == ["c"]
 
 
 def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:

@@ -19,7 +19,7 @@ from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsCli
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
-from tests.servers import RedisServer, free_port, redis_server
+from tests.servers import RedisServer, forget, free_port, redis_server
 
 __all__ = ["redis_server"]  # a fixture, found by its name
 
@@ -126,7 +126,7 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By itself, and counts with the others again."""
-    monkeypatch.setattr("crustcredits.redis._GRACE", 0.03)
+    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         buckets = RedisBuckets(own_server.url, prefix="p")
@@ -150,7 +150,7 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
     on_outage: Literal["local", "raise"],
 ) -> None:
     """Neither in the log nor in the error, nor in its traceback with local variables."""
-    monkeypatch.setattr("crustcredits.redis._GRACE", 0.0)
+    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         buckets = RedisBuckets(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
@@ -303,7 +303,7 @@ def test_bad_arguments_are_refused_and_a_password_is_not_repeated(arguments: dic
 def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of the library does without."""
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
-    monkeypatch.delitem(sys.modules, "crustcredits.redis")
+    forget("crustcredits.redis", monkeypatch)
     with pytest.raises(ImportError, match=r"needs redis-py: pip install 'crustcredits\[redis\]'"):
         importlib.import_module("crustcredits.redis")
 
