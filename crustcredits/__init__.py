@@ -1,6 +1,6 @@
 """How many credits each of your Crustdata API keys has left, from asyncio code, within the API's rate limit."""
 
-from crustcredits._cache.policy import FreshnessOptions
+from crustcredits._cache.policy import CacheOptions
 from crustcredits._client import CreditsClient
 from crustcredits._errors import (
     APIConnectionError,
@@ -43,13 +43,13 @@ __all__ = [
     "BadRequestError",
     "Balance",
     "BucketsUnavailableError",
+    "CacheOptions",
     "ClientClosedError",
     "ConfigurationError",
     "CreditsClient",
     "CreditsRequirementError",
     "CreditsUnknownError",
     "CrustCreditsError",
-    "FreshnessOptions",
     "GatewayError",
     "InsufficientCreditsError",
     "InternalServerError",

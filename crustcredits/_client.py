@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from crustcredits._cache.dispatcher import Dispatcher
-from crustcredits._cache.policy import NEW, Freshness, FreshnessOptions
+from crustcredits._cache.policy import NEW, CacheOptions, Freshness
 from crustcredits._cache.single_flight import Calls, Landing, closed_error
 from crustcredits._cache.store import Answers
 from crustcredits._check import PoolCheck, read_pool
@@ -161,7 +161,7 @@ class CreditsClient:
         self._closed = False
         self._fan_outs: set[FanOut | PoolCheck] = set()
 
-    async def balance(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Balance:
+    async def balance(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[CacheOptions]) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
 
         `timeout`, seconds or a timedelta, is for the whole call: waiting and retries included. `max_age`,
@@ -188,7 +188,7 @@ class CreditsClient:
         return outcome.result()
 
     @hides_arguments
-    async def account(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[FreshnessOptions]) -> Account:
+    async def account(self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[CacheOptions]) -> Account:
         """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
 
         The arguments and what it raises are as for `balance`. The two endpoints have a rate limit each.
@@ -207,7 +207,7 @@ class CreditsClient:
         detail: Literal[False] = False,
         timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Balance]: ...
     @overload
     async def check(
@@ -217,7 +217,7 @@ class CreditsClient:
         detail: Literal[True],
         timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Account]], object] | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Account]: ...
     @overload
     async def check(
@@ -227,7 +227,7 @@ class CreditsClient:
         detail: bool,
         timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Balance]], object] | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Balance]: ...
     @hides_arguments
     async def check(
@@ -237,7 +237,7 @@ class CreditsClient:
         detail: bool = False,
         timeout: Seconds | None = None,
         on_outcome: Callable[[Outcome[Any]], object] | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Any]:
         """Check every key of a pool; one bad key never sinks the rest.
 
@@ -274,7 +274,7 @@ class CreditsClient:
         margin: Decimal | float = 1.0,
         detail: Literal[False] = False,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Balance]: ...
     @overload
     async def require(
@@ -285,7 +285,7 @@ class CreditsClient:
         margin: Decimal | float = 1.0,
         detail: Literal[True],
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Account]: ...
     @overload
     async def require(
@@ -296,7 +296,7 @@ class CreditsClient:
         margin: Decimal | float = 1.0,
         detail: bool,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Balance]: ...
     @hides_arguments
     async def require(
@@ -307,7 +307,7 @@ class CreditsClient:
         margin: Decimal | float = 1.0,
         detail: bool = False,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> Report[Any]:
         """Check a pool before a batch that needs `credits`, and raise unless they were there as last answered.
 
@@ -397,7 +397,7 @@ class CreditsClient:
         *,
         detail: Literal[False] = False,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     @overload
     def stream(
@@ -406,7 +406,7 @@ class CreditsClient:
         *,
         detail: Literal[True],
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> AsyncGenerator[Outcome[Account], None]: ...
     @overload
     def stream(
@@ -415,7 +415,7 @@ class CreditsClient:
         *,
         detail: bool,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> AsyncGenerator[Outcome[Balance], None]: ...
     @hides_arguments
     def stream(
@@ -424,7 +424,7 @@ class CreditsClient:
         *,
         detail: bool = False,
         timeout: Seconds | None = None,
-        **freshness: Unpack[FreshnessOptions],
+        **freshness: Unpack[CacheOptions],
     ) -> AsyncGenerator[Outcome[Any], None]:
         """Check keys and yield each outcome as it lands, in memory that does not grow with their number.
 
@@ -522,20 +522,18 @@ class CreditsClient:
         finally:
             self._fan_outs.discard(run)
 
-    def _said(self, freshness: FreshnessOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
+    def _said(self, freshness: CacheOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
         """How old a call's answer may be, and when it has to be there."""
         return self._how_old(freshness), _deadline(_timeout(timeout))
 
-    def _how_old(self, freshness: FreshnessOptions) -> Freshness:
+    def _how_old(self, freshness: CacheOptions) -> Freshness:
         if not freshness:
             return self._freshness
-        unknown = sorted(freshness.keys() - FreshnessOptions.__annotations__.keys())
+        unknown = sorted(freshness.keys() - CacheOptions.__annotations__.keys())
         if unknown:
             # Who writes **{key: name} the wrong way round has a secret for the name of an argument.
             name = f" {unknown[0]!r}" if unknown[0].isidentifier() and not is_likely_key(unknown[0]) else ""
-            raise TypeError(
-                f"unknown argument{name}; known are {', '.join(FreshnessOptions.__annotations__)}, and those of the method"
-            )
+            raise TypeError(f"unknown argument{name}; known are {', '.join(CacheOptions.__annotations__)}, and those of the method")
         return self._freshness.given(**freshness)
 
     def _check_usable(self) -> None:

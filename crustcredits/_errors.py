@@ -26,7 +26,7 @@ CrustCreditsError
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 if TYPE_CHECKING:
     from crustcredits._rate_limit_status import RateLimitStatus
@@ -74,18 +74,19 @@ class CrustCreditsError(Exception):
     def __str__(self) -> str:
         return self.message if self.key_name is None else f"{self.key_name}: {self.message}"
 
-    def under(self, key_name: str | None) -> Self:
-        """A copy that names this key, without a traceback."""
-        error = copy.copy(self)
-        error.key_name = key_name
-        return error
-
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args` alone, and keyword-only arguments without defaults would be missing.
         return rebuild, (type(self), self.args, self.__dict__)
 
 
 _ErrorT = TypeVar("_ErrorT", bound=CrustCreditsError)
+
+
+def renamed(error: _ErrorT, key_name: str | None) -> _ErrorT:
+    """A copy of an error that names this key, without a traceback."""
+    twin = copy.copy(error)
+    twin.key_name = key_name
+    return twin
 
 
 def rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeAlias, ca
 
 import attrs
 
-from crustcredits._errors import CrustCreditsError
+from crustcredits._errors import CrustCreditsError, renamed
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._rate_limit_status import RateLimitStatus
 
@@ -251,7 +251,7 @@ def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcom
     """The outcome of an equal secret, under `key`'s own name and account."""
     if key is outcome.key or key == outcome.key:
         return outcome
-    error = None if outcome.error is None else outcome.error.under(key.label)
+    error = None if outcome.error is None else renamed(outcome.error, key.label)
     if isinstance(outcome, Known) and isinstance(key, ApiKey):
         return attrs.evolve(outcome, balance=attrs.evolve(outcome.balance, key=key), error=error)
     assert error is not None  # an unusable key never has a balance

@@ -20,9 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
-from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError
+from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError, renamed
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
-from crustcredits._http.retry import Retry, asked_wait
+from crustcredits._http.retry import Retry, asked_wait, retry_delay
 from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
@@ -168,7 +168,7 @@ class Dispatcher:
             late=request_timeout,
             scope="account" if rate_limit.scope == "key" else rate_limit.scope,
             reserve=rate_limit.reserve,
-            follows_higher=rate_limit.follow == "both",
+            adopts=rate_limit.adopt_server_limit,
         )
         if store is not None:
             store.open(period=terms.period, late=request_timeout, pace=rate_limit.pace)
@@ -302,7 +302,7 @@ class Dispatcher:
         A probe on the wire is waited for, and in the first seconds so is the next one: as many of them as a call has attempts.
         """
         breaker = self._breakers[question.path]
-        error = question.last if question.last is not None and question.attempts else refusal.under(question.api_key.label)
+        error = question.last if question.last is not None and question.attempts else renamed(refusal, question.api_key.label)
         if not question.wanted or question.can_fall_back():
             question.on_end(error)
             return
@@ -495,7 +495,7 @@ class Dispatcher:
         if question.failing_since is None:
             question.failing_since = now
         elapsed, patience = now - question.failing_since, question.patience(now)
-        delay = self._retry.delay(result, question.attempts, spared=question.spared, elapsed=elapsed, patience=patience)
+        delay = retry_delay(self._retry, result, question.attempts, spared=question.spared, elapsed=elapsed, patience=patience)
         if delay is None:
             question.on_end(result)
             return

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypedDict
 from crustcredits._validation import Seconds, seconds
 
 
-class FreshnessOptions(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
     """What calls say of how old an answer may be, as keyword arguments; None is what the client says.
 
     Attributes:

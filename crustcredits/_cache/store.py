@@ -27,9 +27,10 @@ from crustcredits._errors import (
     PaymentRequiredError,
     PermissionDeniedError,
     RateLimitWaitError,
+    renamed,
 )
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
-from crustcredits._http.retry import Retry
+from crustcredits._http.retry import Retry, refresh_delay
 from crustcredits._models import Account, Balance, Known, Outcome, Unknown
 
 _log = logging.getLogger("crustcredits")
@@ -105,7 +106,7 @@ class _Silence:
             kept = "; kept answers are not renewed" if keeps() else ""
             _log.warning("no answer from the API, for %d keys in a row%s: %s", _FAILURES, kept, error)
         if self.failures >= _FAILURES:
-            self.refresh_at = now + retry.pause(error, self.failures - _FAILURES + 1)
+            self.refresh_at = now + refresh_delay(retry, error, self.failures - _FAILURES + 1)
 
     def reason(self, now: float) -> CrustCreditsError | None:
         """Why the endpoint is down, if it is."""
@@ -172,7 +173,7 @@ class Kept:
         self.tried = now
         if failure.attempts:  # a failure that cost no request is not given again in place of one
             self._failed = Moment(now, time.time())
-        self.refresh_at = now + retry.pause(failure.error, self._failures)
+        self.refresh_at = now + refresh_delay(retry, failure.error, self._failures)
         self._stale = None
         if isinstance(failure.error, _OF_THE_KEY):
             self._balance = self._fresh = None
@@ -254,7 +255,7 @@ class Kept:
         """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
         stale = self._stale or self._make_stale(balance)
         reason = self._silence.reason(now) if stale.error is None else None
-        return stale if reason is None else attrs.evolve(stale, error=reason.under(balance.key.label))
+        return stale if reason is None else attrs.evolve(stale, error=renamed(reason, balance.key.label))
 
     def _make_fresh(self, balance: Balance) -> Known[Any]:
         self._fresh = Known(balance=balance, attempts=0, source="cached")

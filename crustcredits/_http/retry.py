@@ -55,39 +55,51 @@ class Retry:
     backoff_max: float = attrs.field(default=8.0, validator=Number(minimum=0))
     wait_max: float = attrs.field(default=65.0, validator=Number(minimum=0))
 
-    def delay(
-        self,
-        error: CrustCreditsError,
-        attempts: int,
-        uniform: Callable[[float, float], float] = random.uniform,
-        *,
-        spared: int = 0,
-        elapsed: float = math.inf,
-        patience: float = math.inf,
-    ) -> float | None:
-        """Seconds to wait before the next attempt, or None when there is to be none.
 
-        `attempts` counts those made, `spared` those of them that are not to be counted, because the rate limit was
-        being tried out, `elapsed` the seconds since the first of them failed, and `patience` those that are left. A
-        refusal waits as long as the server asked and a jitter more, so that keys refused together do not come back together.
-        """
-        if attempts - (spared if self.attempts > 1 else 0) >= self.attempts or not error.may_recover or isinstance(error, _UNSENT):
-            return None
-        jitter = self._jitter(attempts, uniform)
-        asked = asked_wait(error)
-        if asked is not None:
-            return asked + jitter if asked <= self.wait_max else None
-        outage = _OUTAGE - elapsed
-        late = isinstance(error, (APIConnectionError, GatewayError)) and attempts + 1 >= _LATE_ATTEMPT and self.backoff > 0
-        return max(jitter, outage) if late and outage < patience else jitter
+def retry_delay(
+    retry: Retry,
+    error: CrustCreditsError,
+    attempts: int,
+    uniform: Callable[[float, float], float] = random.uniform,
+    *,
+    spared: int = 0,
+    elapsed: float = math.inf,
+    patience: float = math.inf,
+) -> float | None:
+    """Seconds to wait before the next attempt, or None when there is to be none.
 
-    def pause(self, error: CrustCreditsError, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
-        """Seconds before an answer is refreshed again after so many failures in a row. There is no end to these."""
-        return min(asked_wait(error) or 0.0, _LONGEST_PAUSE) + self._jitter(failures, uniform)
+    `attempts` counts those made, `spared` the ones among them that do not count, because they tried out
+    the rate limit. `elapsed` is the time in seconds since the first of them failed, `patience` the time
+    that is left. A refusal waits as long as the server asked and a jitter more, so that keys refused
+    together do not come back together.
+    """
+    if attempts - (spared if retry.attempts > 1 else 0) >= retry.attempts or not error.may_recover:
+        return None
+    if isinstance(error, _UNSENT):
+        return None
+    jitter = _jitter(retry, attempts, uniform)
+    asked = asked_wait(error)
+    if asked is not None:
+        return asked + jitter if asked <= retry.wait_max else None
+    outage = _OUTAGE - elapsed
+    is_outage = isinstance(error, (APIConnectionError, GatewayError)) and retry.backoff > 0
+    late = is_outage and attempts + 1 >= _LATE_ATTEMPT
+    return max(jitter, outage) if late and outage < patience else jitter
 
-    def _jitter(self, failures: int, uniform: Callable[[float, float], float]) -> float:
-        # The exponent is bounded because 2.0**1024 overflows.
-        return uniform(0.0, min(self.backoff_max, self.backoff * 2.0 ** min(failures - 1, 60)))
+
+def refresh_delay(
+    retry: Retry,
+    error: CrustCreditsError,
+    failures: int,
+    uniform: Callable[[float, float], float] = random.uniform,
+) -> float:
+    """Seconds before an answer is refreshed again after this many failures in a row, without end."""
+    return min(asked_wait(error) or 0.0, _LONGEST_PAUSE) + _jitter(retry, failures, uniform)
+
+
+def _jitter(retry: Retry, failures: int, uniform: Callable[[float, float], float]) -> float:
+    # The exponent is bounded because 2.0**1024 overflows.
+    return uniform(0.0, min(retry.backoff_max, retry.backoff * 2.0 ** min(failures - 1, 60)))
 
 
 def asked_wait(error: CrustCreditsError) -> float | None:

@@ -11,7 +11,8 @@ from crustcredits._validation import Number, Whole, init_hides_arguments
 
 Scope = Literal["auto", "client", "account", "key"]
 _SCOPES = ("auto", "client", "account", "key")
-Follow = Literal["down", "both"]
+AdoptServerLimit = Literal["lower", "any", "never"]
+_ADOPTS = ("lower", "any", "never")
 
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -19,9 +20,9 @@ def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: objec
         raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}")
 
 
-def _check_follow(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value not in ("down", "both"):
-        raise ConfigurationError("follow is 'down' or 'both'")
+def _check_adopts(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value not in _ADOPTS:
+        raise ConfigurationError(f"adopt_server_limit is one of {', '.join(map(repr, _ADOPTS))}")
 
 
 @init_hides_arguments
@@ -42,9 +43,10 @@ class RateLimit:
             is safer than bursting" (Crustdata's best-practices page). None for no such bound.
         reserve: A share of the limit that only single calls (`balance`, `account`) may take. With 0 a `check` is as fast as can
             be, and a single call beside it may wait for the next request to age out; a service that mixes both sets 0.1.
-        follow: What to do when the API says another limit (`x-ratelimit-limit`) than `requests`: a lower one is followed where
-            the count beside it agrees with what this client has had counted; a higher one only with `"both"`, because it may
-            speak of another limit, such as a key's over all endpoints.
+        adopt_server_limit: Which limit to follow when the API states another one than `requests`
+            (`x-ratelimit-limit`): `"lower"`, a lower one where the count beside it agrees with the
+            requests of this client; `"any"`, a higher one too, although it may speak of another
+            limit, such as a key's over all endpoints; `"never"`, none.
 
     Raises:
         ConfigurationError: A value is not of that range.
@@ -56,4 +58,4 @@ class RateLimit:
     scope: Scope = attrs.field(default="auto", validator=_check_scope)
     pace: float | None = attrs.field(default=100.0, validator=Number(above=0, optional=True))
     reserve: float = attrs.field(default=0.0, validator=Number(minimum=0, maximum=1))
-    follow: Follow = attrs.field(default="down", validator=_check_follow)
+    adopt_server_limit: AdoptServerLimit = attrs.field(default="lower", validator=_check_adopts)

@@ -20,7 +20,7 @@ class SharedTokens(Protocol):
     @property
     def share(self) -> int: ...
     @property
-    def alone(self) -> bool: ...
+    def degraded(self) -> bool: ...
     @property
     def available(self) -> int: ...
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None: ...
@@ -105,9 +105,9 @@ class LeasedTokens:
         return self._tokens.in_flight
 
     @property
-    def is_alone(self) -> bool:
+    def is_degraded(self) -> bool:
         """Whether this process counts by itself."""
-        return self._tokens.alone
+        return self._tokens.degraded
 
     @property
     def is_settling(self) -> bool:
@@ -122,7 +122,7 @@ class LeasedTokens:
     def room(self, now: float, kept: int) -> int:
         """Tokens in hand: what is kept is left with Redis. Alone, those of this process's share but for its part of `kept`."""
         self._tokens.collect(now)
-        if not self._tokens.alone:
+        if not self._tokens.degraded:
             return self._tokens.free
         share = self._tokens.share
         return self._tokens.free - min(kept * share // self.limit, max(0, share - 1))

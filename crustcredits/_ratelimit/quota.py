@@ -26,10 +26,10 @@ class Quota:
         in_flight: Tokens of requests on the wire.
         waiting: Calls that wait for their turn, and that somebody awaits.
         refreshing: Calls that only refresh an answer that is kept, waiting or under way.
-        paused: Seconds until a cooldown ends, in which no call has its turn because accounts in a row were refused; 0 while a
+        cooldown: Seconds until a cooldown ends, in which no call has its turn because accounts in a row were refused; 0 while a
             probe is to show that it is over, None without a cooldown.
         probing: Whether a request is under way that is to show whether the server refuses all.
-        alone: Whether the count that several processes share is out of reach, so that this one counts by itself.
+        degraded: Whether the count that several processes share is out of reach, so that this one counts by itself.
     """
 
     limit: int
@@ -37,9 +37,9 @@ class Quota:
     in_flight: int = 0
     waiting: int = 0
     refreshing: int = 0
-    paused: float | None = None
+    cooldown: float | None = None
     probing: bool = False
-    alone: bool = False
+    degraded: bool = False
     _period: float = attrs.field(alias="period", default=60.0, repr=False)
     # Seconds until each token can be had. One made by hand is as if those that are not free had all been taken just now.
     _returns: tuple[float, ...] = attrs.field(alias="returns", default=attrs.Factory(_all_taken_now, takes_self=True), repr=False)
@@ -68,7 +68,7 @@ class Quota:
         """An estimate: seconds until the last of the next `count` calls starts, whoever asks."""
         if not count:
             return 0.0
-        times = [_nth(self._returns, count - 1, self._period), self.paused or 0.0]
+        times = [_nth(self._returns, count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
             times.append(max(0.0, count - min(_BURST, max(1.0, self._pace))) / self._pace)
         times.append(max(0, count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots)

@@ -62,7 +62,7 @@ class Terms:
         late: Seconds that a request takes at the most, and that one that was given up on may still arrive after.
         scope: What the server counts by; with `"auto"` all together, but for what a proof says.
         reserve: The share of a bucket's tokens that only single calls may take.
-        follows_higher: Whether a higher limit than `requests` is followed too, when the server says one.
+        adopts: Which other limit is followed when the server says one: a lower one, any, or none.
     """
 
     requests: int = 300
@@ -71,7 +71,7 @@ class Terms:
     late: float = 10.0
     scope: Literal["auto", "client", "account"] = "auto"
     reserve: float = 0.0
-    follows_higher: bool = False
+    adopts: Literal["lower", "any", "never"] = "lower"
 
 
 @attrs.frozen(kw_only=True)
@@ -225,9 +225,10 @@ class Scheduler:
         self._common_waiting = tuple(FairQueue() for _ in Kind)
         self._parked: dict[Flow, int] = {}  # calls of each flow that wait for their own account
         self._common_timer = -math.inf
-        self._own_limit = AdvertisedLimit(terms.requests, follows_higher=terms.follows_higher)
+        self._adopts = terms.adopts != "never"
+        self._own_limit = AdvertisedLimit(terms.requests, follows_higher=terms.adopts == "any")
         voices = _VOICES if terms.scope == "auto" else 1
-        self._common_limit = AdvertisedLimit(terms.requests, follows_higher=terms.follows_higher, voices=voices)
+        self._common_limit = AdvertisedLimit(terms.requests, follows_higher=terms.adopts == "any", voices=voices)
         self._scope = ScopeDetection(terms.window, terms.late, proves=terms.scope == "auto")
         self._cooldown = EndpointCooldown(terms.window)
         self._pace = pace
@@ -412,9 +413,9 @@ class Scheduler:
             in_flight=bucket.on_wire,
             waiting=waiting,
             refreshing=refreshing,
-            paused=max(0.0, until - now) if until > now or (trial is not None and trial.is_held) else None,
+            cooldown=max(0.0, until - now) if until > now or (trial is not None and trial.is_held) else None,
             probing=trial is not None and trial.on_wire > 0,
-            alone=bucket.is_alone,
+            degraded=bucket.is_degraded,
             returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),
             period=self._terms.period,
             pace=self._pace.current(now),
@@ -733,7 +734,7 @@ class Scheduler:
         if used is None or limit is None:
             self._scope.served(started, now)
         else:
-            if limit != account.bucket.limit or self._common_limit.is_news(limit):
+            if self._adopts and (limit != account.bucket.limit or self._common_limit.is_news(limit)):
                 self._hear(request, account, limit, used, now)
             own = account.bucket.own(request.own)
             proved, alone = self._scope.told(used, own, started, now)

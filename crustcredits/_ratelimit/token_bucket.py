@@ -17,7 +17,7 @@ class Bucket(Protocol):
         on_wire: Tokens of requests that have not ended.
         next_refresh: When the next refresh may take one.
         is_shared: Whether other processes take them too.
-        is_alone: Whether this process counts by itself, because the count that several share is out of reach.
+        is_degraded: Whether this process counts by itself, because the count that several share is out of reach.
         is_settling: Whether all tokens are there, and other processes are still to be told so.
     """
 
@@ -32,7 +32,7 @@ class Bucket(Protocol):
     @property
     def on_wire(self) -> int: ...
     @property
-    def is_alone(self) -> bool: ...
+    def is_degraded(self) -> bool: ...
     @property
     def is_settling(self) -> bool: ...
     @property
@@ -62,7 +62,7 @@ class TokenBucket:
 
     __slots__ = ("_counted", "_returns", "limit", "next_refresh", "on_wire")
 
-    is_alone = is_shared = is_settling = False
+    is_degraded = is_shared = is_settling = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

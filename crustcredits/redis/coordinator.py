@@ -48,7 +48,7 @@ class Coordinator:
     terms: Terms
 
     def __init__(self, client: Any, *, owned: bool, marker: str, raises: bool) -> None:
-        self.alone = self.settled = False
+        self.degraded = self.settled = False
         self.settles_at = 0.0
         self._client = client
         self._owned = owned
@@ -238,11 +238,11 @@ class Coordinator:
         if self._raises:
             for tokens in list(self._all):
                 tokens.fail()
-        elif not self.alone:
+        elif not self.degraded:
             self._go_alone(self._failing)
 
     def _go_alone(self, since: float) -> None:
-        self.alone = True
+        self.degraded = True
         # A request for which another process had its token then may still come, and counts for a period.
         self.settles_at = since + self.terms.lease
         self._due.clear()
@@ -261,8 +261,8 @@ class Coordinator:
         if self._gone:
             self._gone = False
             _log.warning("Redis is back; the processes count together again")
-        if self.alone:
-            self.alone = self.settled = False
+        if self.degraded:
+            self.degraded = self.settled = False
             if self._settling is not None:
                 self._settling.cancel()
             for tokens in list(self._all):

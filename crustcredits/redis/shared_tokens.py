@@ -53,13 +53,13 @@ class Link(Protocol):
 
     Attributes:
         terms: What holds for all tokens.
-        alone: Whether it is broken, so that each process goes on by itself.
+        degraded: Whether it is broken, so that each process goes on by itself.
         settled: Whether it has been so for long enough that no other process has more than its share out.
         settles_at: When that is to be.
     """
 
     terms: Terms
-    alone: bool
+    degraded: bool
     settled: bool
     settles_at: float
 
@@ -85,7 +85,7 @@ class Granted(NamedTuple):
 
     number: int
     at: float
-    alone: bool = False
+    degraded: bool = False
 
 
 @attrs.frozen
@@ -124,7 +124,7 @@ class SharedTokens:
         self._sent: _Sent | None = None
         self._others, self._others_until = 0, 0.0  # what other processes had out when last heard, and when that has come home
         self._coming: list[float] = []  # when the next ones come home
-        if link.alone:
+        if link.degraded:
             self._own.resize(self._share())
 
     # --- for the bucket
@@ -132,19 +132,19 @@ class SharedTokens:
     @property
     def free(self) -> int:
         """Tokens that can be taken now."""
-        return self._own.free if self._link.alone else len(self._hand)
+        return self._own.free if self._link.degraded else len(self._hand)
 
     @property
     def available(self) -> int:
         """Tokens that could be had now, as far as is known; also those that have to be sent for."""
-        if self._link.alone:
+        if self._link.degraded:
             return self._own.available
         return max(0, self.limit - self._others_out(self._link.now()) - self._own_out())
 
     @property
-    def alone(self) -> bool:
+    def degraded(self) -> bool:
         """Whether this process counts by itself."""
-        return self._link.alone
+        return self._link.degraded
 
     @property
     def in_flight(self) -> int:
@@ -161,7 +161,7 @@ class SharedTokens:
             return
         self.limit = limit
         self.not_before = -math.inf
-        if self._link.alone:
+        if self._link.degraded:
             self._own.resize(self._share())
 
     def is_idle(self) -> bool:
@@ -186,8 +186,8 @@ class SharedTokens:
     def start(self, now: float) -> int:
         """One of the free ones goes onto the wire. Returns a mark for `own`."""
         mark = self._own.start(now)
-        if self._link.alone:
-            self._on_wire.append(Granted(self._link.number(1), now, alone=True))
+        if self._link.degraded:
+            self._on_wire.append(Granted(self._link.number(1), now, degraded=True))
             return mark
         self._on_wire.append(self._hand.popleft())
         if self.wants:
@@ -199,7 +199,7 @@ class SharedTokens:
         self._own.end(home)
         ended = self._on_wire.popleft().number, home
         self._ended.append(ended)
-        if not self._link.alone:
+        if not self._link.degraded:
             self._unreported.append(ended)
             self._link.say(self, at_once=False)
 
@@ -215,16 +215,16 @@ class SharedTokens:
     def need(self, count: int, kept: int) -> None:
         """So many calls wait, and leave `kept` of the tokens alone: they are sent for. With 0 nobody waits any more."""
         self._wanted, self._kept = count, kept
-        if not self._link.alone and self.wants:
+        if not self._link.degraded and self.wants:
             self._link.say(self, at_once=True)
 
     def next_home(self, missing: int) -> float | None:
         """When so many more will be free; None where they are sent for, or not known."""
-        return self._own.next_home(missing) if self._link.alone else None
+        return self._own.next_home(missing) if self._link.degraded else None
 
     def returns(self, now: float, period: float) -> list[float]:
         """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
-        if self._link.alone:
+        if self._link.degraded:
             times = self._own.returns(now, period)
             return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
         capacity, free = self.limit, self.available
@@ -356,7 +356,7 @@ class SharedTokens:
     def _give_up(self, tokens: deque[Granted]) -> None:
         token = tokens.popleft()
         # Nobody else knows of one that this process has given itself, before it has been told.
-        if self.epoch or self._sent is not None or not token.alone:
+        if self.epoch or self._sent is not None or not token.degraded:
             self._returned.append(token)
             self.not_before = -math.inf
             self._link.say(self, at_once=self.wants)  # whoever waits here can have it

@@ -405,7 +405,7 @@ async def test_a_gateway_ends_no_pause() -> None:
     server = FakeServer(lambda name, times: late if name == "k0" else refused)
     async with fake_client(server, retry=ONCE, rate_limit=RateLimit(pace=None)) as client:
         await client.check(keys(40), timeout=5)
-        assert client.quota().paused is not None
+        assert client.quota().cooldown is not None
 
 
 @pytest.mark.virtual

@@ -95,7 +95,7 @@ def test_a_quota_says_when_the_last_of_so_many_calls_starts() -> None:
     assert Quota(limit=300, free=300, pace=1.0, singles=50).seconds_for(1) == pytest.approx(50)
     assert Quota(limit=300, free=300, pace=100.0, lengths=(5000,)).seconds_for(10) == pytest.approx(0.15)
     assert Quota(limit=300, free=300, slots=10, answer_seconds=1.0).seconds_for(110) == pytest.approx(4.0)
-    assert Quota(limit=300, free=300, paused=20.0).seconds_for(1) == 20
+    assert Quota(limit=300, free=300, cooldown=20.0).seconds_for(1) == 20
     assert Quota(limit=300, free=0, others=200).seconds_for(10) == pytest.approx(60)
     assert Quota(limit=300, free=0, others=290, returns=(0.0,) * 300).seconds_for(10) == pytest.approx(60)
     assert Quota(limit=3, free=3).start_of(0) == 0

@@ -393,8 +393,8 @@ async def test_a_quota_of_an_account_tells_of_its_own_cooldown() -> None:
     scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
     scheduler.put(second_call)
     quota = scheduler.quota("A", 1.0)
-    assert (quota.free, quota.waiting, quota.paused) == (5, 1, 30.0)
-    assert (scheduler.quota("B", 1.0).free, scheduler.quota("B", 1.0).paused) == (5, None)
+    assert (quota.free, quota.waiting, quota.cooldown) == (5, 1, 30.0)
+    assert (scheduler.quota("B", 1.0).free, scheduler.quota("B", 1.0).cooldown) == (5, None)
 
 
 def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
@@ -599,3 +599,16 @@ def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
     assert came["refused"] == 0
     assert came["worst"] <= 0
     assert came["most"] <= 32 * 9
+
+
+@pytest.mark.parametrize(("adopts", "limits"), [("lower", [30, 300]), ("any", [30, 1_200]), ("never", [300, 300])])
+def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
+    """A lower one by default; a higher one, or none, where that is asked for."""
+    found = []
+    for stated in (30, 1_200):
+        scheduler, flow = scheduler_of(Terms(scope="account", adopts=adopts), pace=None), Flow()
+        scheduler.put(call("a", flow))
+        (request,) = started(scheduler, 0.0)
+        scheduler.ended(request, Answer(status=200, limit=stated, remaining=stated - 1), 0.1)
+        found.append(scheduler.quota("a", 0.1).limit)
+    assert found == limits

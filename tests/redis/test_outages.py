@@ -177,7 +177,7 @@ async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis:
     await one.acquire()
     redis.down = True
     await asyncio.sleep(4)
-    assert one.buckets._link.alone
+    assert one.buckets._link.degraded
     assert not one.is_idle()
     redis.down = False
     await asyncio.sleep(2)
@@ -335,11 +335,11 @@ async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
     await asyncio.sleep(13)
     redis.down = True
     await asyncio.sleep(100)
-    assert {client.quota().alone for client in clients} == {True}
+    assert {client.quota().degraded for client in clients} == {True}
     redis.down = False
     assert all(report.ok for report in await asyncio.gather(*checks))
     assert (len(server.refused), server.worst_window()) == (0, 40)
-    assert not clients[0].quota().alone
+    assert not clients[0].quota().degraded
     for client in clients:
         await client.close()
 
@@ -352,7 +352,7 @@ async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(r
     await asyncio.sleep(1.5)
     task.cancel()
     await one.close()
-    assert one.buckets._link.alone
+    assert one.buckets._link.degraded
     assert one.buckets._link._settling is None
 
 
@@ -400,7 +400,7 @@ async def test_no_more_than_the_share_begins_of_what_was_had_before(redis: FakeR
     await one.holds(4)
     redis.down = True
     await asyncio.sleep(4)
-    assert one.buckets._link.alone
+    assert one.buckets._link.degraded
     assert not one.start()
     await passes(PERIOD + 1)
     assert [one.start() for _ in range(4)] == [True, True, False, False]
@@ -509,7 +509,7 @@ async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(red
         await task
         waiting = asyncio.create_task(client.balance(later))
         await asyncio.sleep(5)
-        assert buckets._link.alone
+        assert buckets._link.degraded
         assert buckets._link._settling is not None
         redis.down = False
         await waiting

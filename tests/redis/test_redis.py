@@ -135,9 +135,9 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
         await asyncio.to_thread(own_server.stop)
         with pytest.raises(RateLimitWaitError):
             await one.balance(sandbox.add_key(), timeout=0.05)
-        await eventually(lambda: buckets._link.alone)
+        await eventually(lambda: buckets._link.degraded)
         await asyncio.to_thread(own_server.start)
-        await eventually(lambda: not buckets._link.alone)
+        await eventually(lambda: not buckets._link.degraded)
         await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
     assert [record.message[:16] for record in caplog.records][:2] == ["Redis is out of ", "Redis is back; t"]
 

@@ -20,9 +20,9 @@ from crustcredits import (
     ApiKey,
     Balance,
     BucketsUnavailableError,
+    CacheOptions,
     CreditsClient,
     CrustCreditsError,
-    FreshnessOptions,
     GatewayError,
     InsufficientCreditsError,
     KeyLike,
@@ -109,16 +109,18 @@ async def made(session: aiohttp.ClientSession) -> None:
         details: Report[Account] = await client.check(keys_from_file("keys.txt"), detail=True)
         takes_a_report(details)
     await CreditsClient(base_url="http://localhost:8080").close()
-    await CreditsClient(rate_limit=RateLimit(follow="both"), buckets=RedisBuckets("redis://localhost", share=1 / 4)).close()
+    await CreditsClient(
+        rate_limit=RateLimit(adopt_server_limit="any"), buckets=RedisBuckets("redis://localhost", share=1 / 4)
+    ).close()
     store = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
     async with CreditsClient(buckets=store) as client:
         quota = client.quota()
-        assert_type((quota.limit, quota.paused, quota.probing), tuple[int, float | None, bool])
+        assert_type((quota.limit, quota.cooldown, quota.probing), tuple[int, float | None, bool])
     keys_from_text("a=b")
 
 
 async def wrapped(
-    client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope, age: Seconds, **freshness: Unpack[FreshnessOptions]
+    client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope, age: Seconds, **freshness: Unpack[CacheOptions]
 ) -> Report:
     """Whoever wraps the client can say what it takes."""
     await client.balance(key, max_age=age)
