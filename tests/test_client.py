@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import random
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from datetime import timedelta
@@ -34,6 +36,7 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
+from crustcredits._check import PoolCheck
 from crustcredits._http.transport import Fate
 from tests import searches
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
@@ -768,6 +771,37 @@ async def test_a_single_call_for_a_key_of_a_stream_that_waits_to_be_tried_again_
         assert (await client.balance(keys(1)[0])).credits
         assert await streamed == {"k0"}
     assert len(server.arrivals) == 2
+
+
+@pytest.mark.parametrize("scope", ["client", "key"])
+async def test_no_request_is_sent_in_vain_while_more_is_asked_than_the_limit_allows(scope: Any) -> None:
+    """The call whose turn has come is then always the one that expires next; it leaves its token to one with more time."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.1 + int(name[1:]) % 3 / 10))
+    answered, pool = [], keys(900)
+    async with fake_client(server, rate_limit=RateLimit(scope=scope, requests=100, period=10.0, pace=10.0)) as client:
+
+        async def ask(key: ApiKey) -> None:
+            with contextlib.suppress(RateLimitWaitError):
+                answered.append(await client.balance(key, timeout=5))
+
+        tasks = []
+        for key in pool:
+            tasks.append(asyncio.create_task(ask(key)))
+            await asyncio.sleep(1 / 30)
+        await asyncio.gather(*tasks)
+    assert len(answered) == len(server.arrivals)
+    assert len(answered) > 300
+
+
+async def test_a_finished_check_is_not_kept() -> None:
+    """Neither its keys nor their outcomes, also where nothing is asked afterwards."""
+    async with fake_client(FakeServer()) as client:
+        report = await client.check(keys(20))
+        kept = weakref.ref(report)
+        del report
+        gc.collect()
+        assert kept() is None
+        assert not [each for each in gc.get_objects() if isinstance(each, PoolCheck)]
 
 
 async def test_many_deadlines_that_are_over_at_once() -> None:

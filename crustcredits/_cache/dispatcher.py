@@ -106,6 +106,10 @@ class Question(Call, ABC):
         """Whether all who wait for it have an older answer that may stand in."""
 
     @abstractmethod
+    def on_late(self) -> None:
+        """Its waiters have no time left for an answer."""
+
+    @abstractmethod
     def on_wait(self) -> None:
         """It has just begun to wait for something other than its turn."""
 
@@ -389,13 +393,20 @@ class Dispatcher:
                     self._send(granted, now)
                     continue
                 if isinstance(granted, Call):
-                    self._ask(cast("Question", granted), now)
+                    self._not_sent(cast("Question", granted), scheduler, now)
                     is_more = True
                     continue
                 busy.remove(scheduler)
                 if granted is not None:
                     moment = min(moment, granted)
         return moment, is_more
+
+    def _not_sent(self, question: Question, scheduler: Scheduler, now: float) -> None:
+        """The turn of a call has come that is not to be sent: it is too late for it, or a gateway answers in the API's place."""
+        if scheduler.is_late(question, now):
+            question.on_late()
+        else:
+            self._ask(question, now)
 
     def _set_timer(self, moment: float, now: float) -> None:
         if self._due is not None and self._due <= moment < math.inf:

@@ -73,6 +73,9 @@ class _Call(Question):
         """Whether it only renews a kept answer, for nobody."""
         return self.first is None and not self.wanted
 
+    def on_late(self) -> None:
+        self.calls.refuse_all(self)
+
     def on_wait(self) -> None:
         self.calls.refuse_hopeless(self)
 
@@ -388,6 +391,11 @@ class Calls:
             if deadline < earliest:
                 self._time_out(call, seat)
 
+    def refuse_all(self, call: _Call) -> None:
+        """Send away all waiters: their time is over before an answer could come."""
+        for seat in tuple(call.seats):
+            self._time_out(call, seat)
+
     # --- seats
 
     def _patience(self, place: Place, freshness: Freshness, began: float, deadline: float) -> Patience:
@@ -403,6 +411,7 @@ class Calls:
         call.first = seat
         call.seats[seat] = patience
         if patience.deadline < math.inf:
+            call.deadline = patience.deadline
             self._deadlines.add(patience.deadline, call, seat)
         return call
 
@@ -417,6 +426,7 @@ class Calls:
             self._dispatcher.enter(call)
         else:
             call.seats[seat] = patience
+            call.deadline = max(call.deadline, patience.deadline)
             if isinstance(seat, Landing):
                 seat.call = call
             if patience.deadline < math.inf:
@@ -439,7 +449,10 @@ class Calls:
     def leave(self, call: _Call, seat: Seat) -> None:
         """One who waits for a call gives up."""
         call.seats.pop(seat, None)
-        if call.seats or not self._is_under_way(call):
+        if call.seats:
+            call.deadline = max(patience.deadline for patience in call.seats.values())
+            return
+        if not self._is_under_way(call):
             return
         call.wanted = False
         if call.task is None:

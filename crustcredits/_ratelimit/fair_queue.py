@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import random
 from abc import ABC, abstractmethod
 from array import array
@@ -50,9 +51,10 @@ class Call:
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
         called: Whether it was let out of its account's queue (1), or of the common bucket's (2), and has not started since.
+        deadline: When the last of its waiters leaves.
     """
 
-    __slots__ = ("_index", "_pool", "account", "called", "flow", "key", "queue", "spared", "was_asked")
+    __slots__ = ("_index", "_pool", "account", "called", "deadline", "flow", "key", "queue", "spared", "was_asked")
 
     _pool: list[Call]  # in which it stands while it waits
     _index: int
@@ -64,6 +66,7 @@ class Call:
         self.was_asked = False
         self.spared = 0
         self.called = 0
+        self.deadline = math.inf
         self.queue: FairQueue | None = None
 
 
@@ -324,6 +327,9 @@ class FairQueue:
         if line is not None:
             line.pool = None
             self.length -= pool.waiting
+            if not line.length:  # or it would be kept until the next call of others
+                del self._lines[pool]
+                self._foreground.remove(pool)
 
     def remove(self, call: Call) -> None:
         """Take out a call, wherever it stands."""

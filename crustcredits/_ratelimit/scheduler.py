@@ -47,6 +47,10 @@ _BY_ACCOUNT, _BY_COMMON = 1, 2
 # A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of the slots, their share.
 _REFRESHES_KEEP = 0.1
 _REFRESHES_ON_WIRE = 4
+# A call is not sent with less time left than this many times a usual answer, and at the most these seconds: in an overload the
+# next call is always the one that expires next, and each token would be spent in vain.
+_ANSWERS = 2.0
+_SHORT = 0.4
 # Accounts that have to agree before the limit that they are told holds back all, where accounts may be counted apart.
 _VOICES = 3
 
@@ -303,7 +307,7 @@ class Scheduler:
         return given_up
 
     def grant(self, now: float) -> Request | Call | float | None:
-        """The next request that starts now, or a call that is barred; else when to ask again, if nothing happens before.
+        """The next request that starts now, or a call that is not to be sent; else when to ask again, if nothing happens before.
 
         None without such a moment. Ask until there is no request, after everything that is told to the scheduler.
         """
@@ -322,7 +326,7 @@ class Scheduler:
             call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
             if call is None:
                 continue
-            if self.is_barring and self._is_barred is not None and self._is_barred(call, now):
+            if self._is_refused(call, now):
                 self._forget(call, now)
                 return call
             account = self._admissible(call, now)
@@ -374,6 +378,20 @@ class Scheduler:
         account = self._accounts.get(name)
         moment = now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
+
+    def _is_refused(self, call: Call, now: float) -> bool:
+        """Whether a call whose turn has come is not to be sent."""
+        if call.deadline < math.inf and self.is_late(call, now):
+            return True
+        return self.is_barring and self._is_barred is not None and self._is_barred(call, now)
+
+    def is_late(self, call: Call, now: float) -> bool:
+        """Whether a call is not worth a request: its waiters leave before an answer comes, and others wait for the token."""
+        left = call.deadline - now
+        if left <= 0:
+            return True
+        needed = min(_ANSWERS * (self._slots.usual or 0.0), _SHORT)
+        return left < needed and (self._ready.has_foreground or self._waits_for_common)
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
         """Of calls of these accounts those, by number, that certainly do not start before the deadline."""

@@ -200,7 +200,7 @@ _JOIN = Calls._join
     [
         ((Kept, "answer", _no_age), "older than was asked for"),
         ((Calls, "_join", _no_join), "two calls for one key"),
-        ((Calls, "_time_out", lambda self, call, seat: None), "left waiting"),
+        ((Calls, "_time_out", lambda self, call, seat: None), "left (waiting|over)"),
     ],
 )
 def test_a_defect_is_found_out(monkeypatch: pytest.MonkeyPatch, defect: tuple[type, str, Any], said: str) -> None:
