@@ -5,6 +5,7 @@ It must not know aiohttp, asyncio or a clock. Every fact of the API that the lib
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -380,6 +381,8 @@ def read_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
 
 
 def _seconds(text: str | None) -> float | None:
+    if text is not None and len(text) < _SHORT_NUMBER and text.isascii() and text.isdigit():
+        return _short_seconds(text)
     try:
         seconds = float(text or "")
     except ValueError:
@@ -388,7 +391,15 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and len(text) < 20 and text.isascii() and text.isdigit() else None
+    if text is None or len(text) >= 20 or not (text.isascii() and text.isdigit()):
+        return None
+    return _short_number(text) if len(text) < _SHORT_NUMBER else int(text)
+
+
+# Digits of a number that is kept once for all answers, which are mostly the same few.
+_SHORT_NUMBER = 7
+_short_number = functools.lru_cache(maxsize=1_024)(int)
+_short_seconds = functools.lru_cache(maxsize=1_024)(float)
 
 
 def _seconds_until(date: str | None, now: datetime) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -81,13 +82,14 @@ class LeasedTokens:
         fail: Called when none can be had, because the count is out of reach.
     """
 
-    __slots__ = ("_tokens", "next_refresh")
+    __slots__ = ("_ends", "_tokens", "next_refresh")
 
     is_shared = True
 
     def __init__(self, tokens: SharedTokens, wake: Callable[[], None], fail: Callable[[], None]) -> None:
         self._tokens = tokens
         self.next_refresh = 0.0
+        self._ends: list[float] = []  # when the tokens of ended requests return, as far as this process knows; ascending
         tokens.bind(wake, fail)
 
     @property
@@ -122,6 +124,8 @@ class LeasedTokens:
     def room(self, now: float, kept: int) -> int:
         """Tokens in hand: what is kept is left with Redis. Alone, those of this process's share but for its part of `kept`."""
         self._tokens.collect(now)
+        if self._ends and self._ends[0] <= now:
+            del self._ends[: bisect_right(self._ends, now)]
         if not self._tokens.degraded:
             return self._tokens.free
         share = self._tokens.share
@@ -146,6 +150,12 @@ class LeasedTokens:
     def return_at(self, when: float) -> None:
         """As for `TokenBucket`."""
         self._tokens.end(when)
+        insort(self._ends, when)
+
+    def returning(self, since: float, until: float) -> int:
+        """As for `TokenBucket`, of this process's requests."""
+        del self._ends[: bisect_left(self._ends, since)]
+        return bisect_right(self._ends, until)
 
     def put_back(self) -> None:
         """As for `TokenBucket`; another process may take it."""

@@ -13,10 +13,8 @@ import itertools
 import logging
 import math
 import random
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import itemgetter
 from typing import Literal, TypeAlias
 
 import attrs
@@ -145,7 +143,7 @@ class Request:
 class _Account:
     """The tokens of one account, and the calls that wait for them. Forgotten when all is back and nobody waits."""
 
-    __slots__ = ("bucket", "called", "cools_until", "idles", "key", "refreshing", "served", "shared", "timer", "waiting")
+    __slots__ = ("bucket", "called", "cools_until", "idles_at", "key", "refreshing", "shared", "timer", "waiting")
 
     def __init__(self, bucket: Bucket, key: Hashable) -> None:
         self.bucket = bucket
@@ -155,9 +153,8 @@ class _Account:
         self.shared = False  # whether calls of several keys have asked for its tokens
         self.cools_until = -math.inf
         self.timer = -math.inf
-        self.idles = False  # whether it is looked at again, to be forgotten
+        self.idles_at: float | None = None  # when it is looked at again, to be forgotten
         self.waiting: tuple[FairQueue, ...] | None = None  # by kind
-        self.served: list[tuple[float, float]] | None = None  # starts and ends of the last period, in the order of the ends
 
     def queue(self, call: Call) -> FairQueue:
         if self.waiting is None:
@@ -168,19 +165,6 @@ class _Account:
     def waiters(self) -> int:
         return 0 if self.waiting is None else sum(map(len, self.waiting))
 
-    def ended_before(self, started: float, since: float) -> int:
-        """Served requests of the account that started after `since` and had ended when another started."""
-        served = self.served
-        if served is None:
-            return 0
-        aged = 0
-        while aged < len(served) and served[aged][0] <= since:
-            aged += 1
-        del served[:aged]
-        return bisect_right(served, started, key=_end)
-
-
-_end = itemgetter(1)
 
 MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
 
@@ -239,7 +223,7 @@ class Scheduler:
         self._slots = slots
         self._lately: deque[bool] = deque(maxlen=_LATELY)
         self._moments: list[tuple[float, int, _Account | None]] = []  # of tokens that return to buckets with waiters
-        self._idle: list[tuple[float, int, Hashable]] = []  # when accounts may be forgotten
+        self._idle: deque[tuple[Hashable, _Account]] = deque()  # accounts that may be forgotten, nearly in the order of that
         self._ids = itertools.count()
         self._refreshing = 0  # on the wire
         self._called = 0  # calls that were let out of the common bucket's queue and have not started
@@ -367,7 +351,7 @@ class Scheduler:
             self._release(account, now)
         if self._waits_for_common:
             self._release_common(now)
-        if self._idle and self._idle[0][0] <= now:
+        if self._idle:
             self._forget_idle(now)
         return spared
 
@@ -498,16 +482,21 @@ class Scheduler:
 
     def _idles(self, account: _Account, name: Hashable, when: float) -> None:
         """Look then whether an account can be forgotten, unless that is done anyway."""
-        if not account.idles:
-            account.idles = True
-            heapq.heappush(self._idle, (when, next(self._ids), name))
+        if account.idles_at is None:
+            account.idles_at = when
+            self._idle.append((name, account))
 
     def _forget_idle(self, now: float) -> None:
-        """Forget accounts whose tokens are all back."""
-        while self._idle and self._idle[0][0] <= now:
-            _, _, name = heapq.heappop(self._idle)
-            account = self._accounts[name]
-            account.idles = False
+        """Forget accounts whose tokens are all back. One that takes longer goes to the end, so that it keeps no other."""
+        for _ in range(len(self._idle)):
+            name, account = self._idle[0]
+            assert account.idles_at is not None, "it is among them"
+            if account.idles_at > now:
+                if account.idles_at > now + self._terms.period:
+                    self._idle.rotate(-1)
+                return
+            self._idle.popleft()
+            account.idles_at = None
             if account.waiters or account.called:
                 continue
             account.bucket.room(now, 0)
@@ -760,19 +749,14 @@ class Scheduler:
                 proved = False
             elif used > own:  # else none of them need be others'
                 self._others = max(0, used - self._common.own(request.common))
-        served, since = account.served, now - self._terms.window
-        if served is None:
-            account.served = [(started, now)]
-        else:
-            served.append((started, now))
-            if served[0][0] <= since:
-                account.ended_before(started, since)
         return proved, alone
 
     def _hear(self, request: Request, account: _Account, limit: int, used: int, now: float) -> None:
         """An answer tells of another limit than the usual one, or answers before it did."""
-        name, since = request.call.account, now - self._terms.window
-        seen_of_account = account.ended_before(request.started, since)
+        name, period, window = request.call.account, self._terms.period, self._terms.window
+        # Tokens return a period after the end. A request that ended so long ago may not be in the server's window any more.
+        aged = now + period - window + min(self._terms.late, window / 2)
+        seen_of_account = account.bucket.returning(aged, request.started + period)
         account.bucket.limit = self._own_limit.hear(name, limit, used, seen_of_account)
         # A proof has fewer used than seen.
         followed = self._common_limit.hear(name, limit, used, self._scope.ended_before(request.started, now))
@@ -793,7 +777,7 @@ class Scheduler:
 
     def _return_tokens(self, request: Request, account: _Account, when: float, *, proved: bool = False) -> None:
         account.bucket.return_at(when)
-        if not account.idles:
+        if account.idles_at is None:
             self._idles(account, request.call.account, max(when, account.cools_until))
         if request.common is None:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from typing import Protocol
 
 # Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each other.
@@ -44,6 +44,7 @@ class Bucket(Protocol):
     def own(self, mark: int) -> int: ...
     def return_at(self, when: float) -> None: ...
     def put_back(self) -> None: ...
+    def returning(self, since: float, until: float) -> int: ...
     def available(self, now: float) -> int: ...
     def returns(self, now: float, period: float) -> list[float]: ...
 
@@ -109,6 +110,10 @@ class TokenBucket:
         """The server does not count a request; its token returns now."""
         self.on_wire -= 1
         self._counted -= 1
+
+    def returning(self, since: float, until: float) -> int:
+        """How many tokens of ended requests return from one moment to another."""
+        return bisect_right(self._returns, until) - bisect_left(self._returns, since)
 
     @property
     def is_whole(self) -> bool:
