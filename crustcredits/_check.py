@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 from crustcredits._cache.policy import NEW, Freshness
-from crustcredits._cache.single_flight import Calls, Landing, Patience, Pool
+from crustcredits._cache.single_flight import Calls, Landing, Patience, Pool, PoolCall
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
-from crustcredits._ratelimit.fair_queue import Call, Flow
+from crustcredits._ratelimit.fair_queue import Flow
 
 Key: TypeAlias = ApiKey | UnusableKey
 
@@ -86,6 +86,7 @@ class PoolCheck:
         self._joins = Flow()  # of calls that nobody awaited before
         self._waiting: _Waiting | None = None  # those whose turn has not come
         self._waiter: asyncio.Future[None] | None = None
+        self._is_over = False  # its time
         self._error: BaseException | None = None
 
     async def outcomes(self) -> list[Outcome[Any]]:
@@ -94,11 +95,16 @@ class PoolCheck:
         Raises:
             ClientClosedError: The client was closed meanwhile.
         """
+        loop = asyncio.get_running_loop()
+        # The timer decides that the time is over: uvloop's may run a little before the clock says so.
+        timer = loop.call_at(self._deadline, self._on_deadline) if self._deadline < math.inf else None
         try:
-            self._ask(await self._take_known())
+            await self._ask(await self._take_known())
             await self._wait()
         finally:
             self._give_up()
+            if timer is not None:
+                timer.cancel()
         await self._fail_late()
         self._report()
         return cast("list[Outcome[Any]]", self._landed)
@@ -128,24 +134,45 @@ class PoolCheck:
                 self._again[key.digest].append(place)
         return unknown
 
-    def _ask(self, places: list[int]) -> None:
-        """Join the calls that are under way, and let the other keys wait for their turn."""
-        if self._error is not None or asyncio.get_running_loop().time() >= self._deadline:
+    async def _ask(self, places: list[int]) -> None:
+        """Let the keys wait for their turn; join the calls of those that are asked already."""
+        if self._has_ended() or asyncio.get_running_loop().time() >= self._deadline:
             return
-        waiting = places
+        # Without a turn of the loop, so that no other check asks for one of them meanwhile.
+        joins: list[int] = []
         if self._calls.are_under_way:
-            # Without a turn of the loop, so that no other check asks for one of them meanwhile.
             joins = [place for place in places if self._calls.is_asked(self._path, self._usable[place])]
-            for place in joins:
-                landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
-                self._begun[place] = landing
-                self._calls.begin(self._path, landing, self._deadline, self._joins)
-            waiting = sorted(set(places).difference(joins))
+            places = sorted(set(places).difference(joins))
         if self._deadline < math.inf:
-            waiting = self._refuse_hopeless(waiting)
-        if waiting:
-            self._waiting = _Waiting(self, self._path, array("I", waiting))
+            places = self._refuse_hopeless(places)
+        if places:
+            self._waiting = _Waiting(self, self._path, array("I", places))
             self._calls.enter_pool(self._waiting)
+        for number, place in enumerate(joins, start=1):
+            if number % _SLICE == 0:
+                self._report()
+                await asyncio.sleep(0)
+            if self._has_ended():
+                return
+            self._join(place)
+
+    def _has_ended(self) -> bool:
+        """Whether no more is asked."""
+        return self._error is not None or self._is_over
+
+    def _join(self, place: int) -> None:
+        """Share the call for a key that somebody else asks for, or what has come of it since this check began."""
+        heard = self._calls.heard_since(self._path, self._usable[place], self._began)
+        if heard is None:
+            landing = self._landing(place)
+            self._calls.begin(self._path, landing, self._deadline, self._joins)
+        else:
+            self._take_for_all(place, heard)
+
+    def _landing(self, place: int) -> Landing:
+        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
+        self._begun[place] = landing
+        return landing
 
     def _refuse_hopeless(self, places: list[int]) -> list[int]:
         """Refuse the keys whose turn certainly does not come in time. Returns the places of the others."""
@@ -156,30 +183,30 @@ class PoolCheck:
 
     async def _wait(self) -> None:
         """Until all outcomes are there, or the time is over and all calls have ended that had begun."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_at(self._deadline, self._wake) if self._deadline < math.inf else None
-        try:
-            while self._error is None:
-                self._report()
-                if self._waiting is not None and self._waiting.waiting and loop.time() >= self._deadline:
-                    self._calls.leave_pool(self._waiting)
-                    self._waiting = None
-                if not self._begun and (self._waiting is None or not self._waiting.waiting):
-                    return
-                self._waiter = loop.create_future()
-                await self._waiter
-            raise self._error
-        finally:
-            if timer is not None:
-                timer.cancel()
+        while self._error is None:
+            self._report()
+            if self._is_over and self._waiting is not None:
+                self._calls.leave_pool(self._waiting)
+                self._waiting = None
+            if not self._begun and (self._waiting is None or not self._waiting.waiting):
+                return
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        raise self._error
+
+    def _on_deadline(self) -> None:
+        self._is_over = True
+        self._wake()
 
     def _give_up(self) -> None:
         """Leave nothing under way."""
+        begun, self._begun = list(self._begun.values()), {}
         if self._waiting is not None:
-            self._calls.leave_pool(self._waiting)
+            self._calls.leave_pool(self._waiting, begun)
             self._waiting = None
-        while self._begun:  # giving up one can let others land
-            self._begun.popitem()[1].give_up()
+        else:
+            for landing in begun:
+                landing.give_up()
 
     async def _fail_late(self) -> None:
         """The keys whose turn has not come were too late."""
@@ -195,11 +222,9 @@ class PoolCheck:
 
     # --- landing
 
-    def begin(self, place: int, flow: Pool, context: contextvars.Context) -> Call | None:
-        """The turn of a key has come."""
-        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
-        self._begun[place] = landing
-        return self._calls.take_turn(self._path, landing, self._patience, flow, context)
+    def make(self, place: int, flow: Pool, context: contextvars.Context) -> PoolCall:
+        """The call of a key that waits."""
+        return self._calls.take_turn(self._path, self._landing(place), self._patience, flow, context)
 
     def place_of(self, digest: bytes) -> int | None:
         """The place of a secret."""
@@ -252,8 +277,13 @@ class _Waiting(Pool):
         self._context = contextvars.copy_context()
         self.places = places  # ascending
 
-    def begin(self, number: int) -> Call | None:
-        return self._check.begin(self.places[number], self, self._context.copy())
+    def make(self, number: int) -> PoolCall:
+        return self._check.make(self.places[number], self, self._context.copy())
+
+    def of_account(self, account: Hashable) -> int:
+        if isinstance(account, bytes):  # a key without a declared account
+            return int(self.number_of(account) is not None)
+        return super().of_account(account)
 
     def number_of(self, digest: bytes) -> int | None:
         place = self._check.place_of(digest)

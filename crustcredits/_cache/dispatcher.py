@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("crustcredits")
 
+# Calls that are not sent which one turn of the loop deals with.
+_SLICE = 1_000
 # Seconds for which a call waits where a gateway has answered for long; so a source without end is not read in vain at full speed.
 _REFUSED_AFTER = 1.0
 
@@ -213,8 +215,7 @@ class Dispatcher:
 
     def leave_pool(self, path: str, pool: PoolFlow) -> None:
         """Those that have not begun are given up."""
-        self._schedulers[path].remove_pool(pool, _now())
-        self._admit()
+        self._schedulers[path].remove_pool(pool)
 
     def leave(self, question: Question) -> None:
         """A call is given up before its request is on the wire."""
@@ -384,9 +385,9 @@ class Dispatcher:
 
     def _start_all(self, now: float) -> tuple[float, bool]:
         """Start all that may. Returns the next moment of any, and whether calls have gone elsewhere that may have to be resumed."""
-        moment, is_more = math.inf, False
+        moment, is_more, not_sent = math.inf, False, 0
         busy = [*self._schedulers.values()]
-        while busy:
+        while busy and not_sent < _SLICE:
             for scheduler in tuple(busy):  # in turns
                 granted = scheduler.grant(now)
                 if isinstance(granted, Request):
@@ -394,16 +395,17 @@ class Dispatcher:
                     continue
                 if isinstance(granted, Call):
                     self._not_sent(cast("Question", granted), scheduler, now)
-                    is_more = True
+                    is_more, not_sent = True, not_sent + 1
                     continue
                 busy.remove(scheduler)
                 if granted is not None:
                     moment = min(moment, granted)
-        return moment, is_more
+        # The rest in the next turn of the loop, so that other tasks run meanwhile.
+        return (now, False) if busy else (moment, is_more)
 
     def _not_sent(self, question: Question, scheduler: Scheduler, now: float) -> None:
         """The turn of a call has come that is not to be sent: it is too late for it, or a gateway answers in the API's place."""
-        if scheduler.is_late(question, now):
+        if scheduler.is_late(question, now) or scheduler.is_hopeless(question, now):
             question.on_late()
         else:
             self._ask(question, now)

@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -57,7 +57,7 @@ class Patience(NamedTuple):
 class _Call(Question):
     """One call under way, and who waits for it."""
 
-    __slots__ = ("calls", "first", "place", "seats")
+    __slots__ = ("calls", "early", "first", "place", "seats")
 
     def __init__(
         self, calls: Calls, place: Place, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
@@ -67,6 +67,7 @@ class _Call(Question):
         self.place = place
         self.first: Seat | None = None  # of whoever began it
         self.seats: dict[Seat, Patience] = {}
+        self.early: tuple[Pool, int] | None = None  # the pool in which it waits for its turn, and its number there
 
     @property
     def is_refresh(self) -> bool:
@@ -90,6 +91,9 @@ class _Call(Question):
 
     def on_broken_off(self, error: BaseException | None) -> None:
         self.calls.break_off(self, error)
+
+
+PoolCall: TypeAlias = _Call
 
 
 class Landing:
@@ -155,13 +159,26 @@ class Pool(PoolFlow):
 
     Attributes:
         path: The endpoint.
+        early: Calls of numbers that wait, made because others ask for their keys too.
     """
 
-    __slots__ = ("path",)
+    __slots__ = ("early", "path")
 
     def __init__(self, path: str, accounts: Sequence[Hashable | None]) -> None:
         super().__init__(accounts)
         self.path = path
+        self.early: dict[int, _Call] = {}
+
+    def begin(self, number: int) -> _Call:
+        call = self.early.pop(number, None)
+        if call is None:
+            return self.make(number)
+        call.early = None
+        return call
+
+    @abstractmethod
+    def make(self, number: int) -> _Call:
+        """The call of a number."""
 
     @abstractmethod
     def number_of(self, digest: bytes) -> int | None:
@@ -241,7 +258,8 @@ class Calls:
         outcome = kept.answer(freshness, now)
         if outcome is None:
             return None
-        if outcome.stale and place not in self._under_way and kept.claim_refresh(place, now):
+        is_asked = place in self._under_way or (self._pools and self._waiting_in(path, key.digest) is not None)
+        if outcome.stale and not is_asked and kept.claim_refresh(place, now):
             # It is no request's own, so it keeps none's context alive.
             account, flow = self._dispatcher.account_of(key), self._dispatcher.refreshes
             call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=contextvars.Context())
@@ -306,23 +324,33 @@ class Calls:
         self._pools.append(pool)
         self._dispatcher.enter_pool(pool.path, pool)
 
-    def leave_pool(self, pool: Pool) -> None:
-        """Those whose turn has not come are given up."""
+    def leave_pool(self, pool: Pool, landings: Iterable[Landing] = ()) -> None:
+        """Give up the keys whose turn has not come, and these of its calls. Calls that others await go on."""
+        if pool not in self._pools:  # the client was closed
+            return
         self._pools.remove(pool)
         self._dispatcher.leave_pool(pool.path, pool)
+        for landing in landings:
+            landing.give_up()
+        early, pool.early = pool.early, {}
+        for call in early.values():
+            call.early = None
+            self._dispatcher.enter(call)
 
-    def take_turn(self, path: str, landing: Landing, patience: Patience, flow: Flow, context: contextvars.Context) -> _Call | None:
-        """The turn of a key of a pool has come: its call. None where it needs none, because a call is under way by now."""
-        key, freshness = landing.key, landing.freshness
+    def take_turn(self, path: str, landing: Landing, patience: Patience, flow: Flow, context: contextvars.Context) -> _Call:
+        """The call of a key of a pool; nobody has asked for it yet, or the number of the key would have been found."""
+        key = landing.key
         place = path, key.digest
-        if freshness.if_error:
-            patience = self._patience(place, freshness, patience.began, patience.deadline)
-        if place in self._under_way:
-            self._join(place, key, landing, patience, flow)
-            return None
+        if landing.freshness.if_error:
+            patience = self._patience(place, landing.freshness, patience.began, patience.deadline)
         call = landing.call = self._open(place, key, landing, patience, flow=flow, context=context)
         call.entered = patience.began
         return call
+
+    def heard_since(self, path: str, key: ApiKey, began: float) -> Outcome[Any] | None:
+        """A balance that came since then, or None."""
+        kept = self._answers.find((path, key.digest))
+        return None if kept is None else kept.heard_since(began)
 
     def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
         """Those of these keys, by number, for which certainly no request starts before the deadline."""
@@ -344,17 +372,27 @@ class Calls:
                 return pool, number
         return None
 
-    def _begin_early(self, place: Place) -> _Call | None:
-        """The call for a key that waits for its turn in a pool, now that somebody else asks too. It keeps its flow."""
+    def _begin_early(self, place: Place, flow: Flow) -> _Call | None:
+        """The call for a key that waits in a pool, now that somebody else asks too. It waits there, or in a better flow."""
         found = self._waiting_in(*place)
         if found is None:
             return None
         pool, number = found
-        pool.take_out(number)
-        call = pool.begin(number)
-        assert isinstance(call, _Call), "none is under way"
-        self._dispatcher.enter(call)
-        return self._under_way.get(place)
+        call = pool.make(number)
+        call.early, pool.early[number] = found, call
+        if flow.kind < pool.kind:
+            self._leave_early(call)
+            call.flow = flow
+            self._dispatcher.enter(call)
+        return call
+
+    def _leave_early(self, call: _Call) -> None:
+        """A call waits in its pool no more."""
+        if call.early is not None:
+            pool, number = call.early
+            call.early = None
+            del pool.early[number]
+            pool.take_out(number)
 
     def given(self, call: _Call, key: ApiKey, outcome: Outcome[Any], freshness: Freshness, began: float) -> Outcome[Any]:
         """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
@@ -366,7 +404,12 @@ class Calls:
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
         self._dispatcher.stop()
+        for pool in self._pools:
+            self._dispatcher.leave_pool(pool.path, pool)
+            pool.early.clear()
+        self._pools.clear()
         for call in [*self._under_way.values(), *self._outdated]:
+            call.early = None
             self._settle(call, _failure(call.api_key, closed_error()))
             self._end(call)
         self._deadlines.close()
@@ -418,7 +461,7 @@ class Calls:
     def _join(self, place: Place, key: ApiKey, seat: Seat, patience: Patience, flow: Flow) -> _Call:
         call = self._under_way.get(place)
         if call is None and self._pools:
-            call = self._begin_early(place)
+            call = self._begin_early(place, flow)
         if call is None:
             call = self._open(place, key, seat, patience, flow=flow, context=contextvars.copy_context())
             if isinstance(seat, Landing):
@@ -431,7 +474,11 @@ class Calls:
                 seat.call = call
             if patience.deadline < math.inf:
                 self._deadlines.add(patience.deadline, call, seat)
-            if flow.kind < call.flow.kind or not call.wanted:
+            if call.early is not None and flow.kind < call.flow.kind:
+                self._leave_early(call)
+                call.flow = flow
+                self._dispatcher.enter(call)
+            elif flow.kind < call.flow.kind or not call.wanted:
                 self._dispatcher.move(call, flow)
         if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
             call, patience.began
@@ -468,6 +515,7 @@ class Calls:
             del self._under_way[call.place]
 
     def _drop(self, call: _Call) -> None:
+        self._leave_early(call)
         self._remove(call)
         self._answers.given_up(call.place)
         self._end(call)

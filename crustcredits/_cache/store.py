@@ -231,6 +231,12 @@ class Kept:
             return None
         return attrs.evolve(self._stale or self._make_stale(self._balance), error=failure.error, attempts=failure.attempts)
 
+    def heard_since(self, began: float) -> Known[Any] | None:
+        """The balance, if it came since then: as if its call had been shared."""
+        if self._balance is None or self._received < began:
+            return None
+        return attrs.evolve(self._fresh or self._make_fresh(self._balance), attempts=1, source="shared")
+
     def last(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
         """What was heard last, however long ago: the balance, with the failure since then beside it, or the failure."""
         balance, failure = self._balance, self._failure

@@ -83,7 +83,7 @@ class PoolFlow(Flow, ABC):
         waiting: How many wait.
     """
 
-    __slots__ = ("_accounts", "_base", "_fresh", "_groups", "_head", "_turns", "_where", "queue", "waiting")
+    __slots__ = ("_accounts", "_base", "_counts", "_fresh", "_groups", "_head", "_turns", "_where", "queue", "waiting")
 
     def __init__(self, accounts: Sequence[Hashable | None]) -> None:
         super().__init__(Kind.MANY)
@@ -101,10 +101,11 @@ class PoolFlow(Flow, ABC):
                 if account not in self._groups:
                     self._turns.append((number, account))
                 self._groups[account].append(number)
+        self._counts = {account: len(numbers) for account, numbers in self._groups.items()}  # that wait
 
     @abstractmethod
-    def begin(self, number: int) -> Call | None:
-        """The call of a number whose turn has come; None where it needs none, because its answer is known or on its way."""
+    def begin(self, number: int) -> Call:
+        """The call of a number whose turn has come."""
 
     def waits(self, number: int) -> bool:
         """Whether the turn of this number is still to come."""
@@ -119,8 +120,11 @@ class PoolFlow(Flow, ABC):
             self._where[last] = where
         self._where[number] = _GONE
         self.waiting -= 1
-        assert self.queue is not None, "it waits somewhere"
-        self.queue.length -= 1
+        account = self._accounts[number]
+        if account is not None:
+            self._counts[account] -= 1
+        if self.queue is not None:
+            self.queue.length -= 1
 
     def enter(self, queue: FairQueue, ticket: int) -> int:
         """All that wait stand in a queue now, behind this ticket. Returns the next ticket."""
@@ -155,8 +159,8 @@ class PoolFlow(Flow, ABC):
         return self._fresh[place]
 
     def of_account(self, account: Hashable) -> int:
-        """How many numbers of an account wait."""
-        return sum(self.waits(number) for number in self._groups.get(account, ()))
+        """How many numbers of a declared account wait."""
+        return self._counts.get(account, 0)
 
     def _is_lone_next(self) -> bool:
         """Whether the next turn is one's without a declared account."""
@@ -322,26 +326,25 @@ class FairQueue:
 
     def remove_pool(self, pool: PoolFlow) -> None:
         """Take out all numbers of a pool that wait here."""
-        line = self._lines.get(pool)
         pool.queue = None
+        line = self._lines.get(pool)
         if line is not None:
             line.pool = None
             self.length -= pool.waiting
-            if not line.length:  # or it would be kept until the next call of others
-                del self._lines[pool]
-                self._foreground.remove(pool)
+            self._forget_if_empty(pool, line)
 
     def remove(self, call: Call) -> None:
         """Take out a call, wherever it stands."""
         self._take_out(call)
-        self._lines[call.flow].leave_out_of_turn(self)
+        line = self._lines[call.flow]
+        line.leave_out_of_turn(self)
+        self._forget_if_empty(call.flow, line)
 
-    def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call | None:
+    def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
         """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
 
         Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of several draws one is the call
-        whose turn it is, and those that were asked before come to their turn too. None where the number whose turn it was needs
-        no call. The queue must not be empty.
+        whose turn it is, and those that were asked before come to their turn too. The queue must not be empty.
         """
         while True:
             ring = self._foreground or self._background
@@ -350,7 +353,6 @@ class FairQueue:
             if line.length:
                 break
             del self._lines[flow]
-        # Again in the ring at once, because a call that begins may push others.
         ring.append(flow)
         never_asked = line.never_asked if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE) else 0
         self._draws += bool(draw_singles and line.asked)
@@ -358,21 +360,28 @@ class FairQueue:
             place = draw.randrange(never_asked)
             if place >= len(line.fresh):
                 assert line.pool is not None
-                return self._begin(line.pool, line.pool.draw(place - len(line.fresh)))
+                return self._begin(line.pool, line.pool.draw(place - len(line.fresh)), line)
             call = line.fresh[place]
-            self._take_out(call)
-            line.leave_out_of_turn(self)
+            self.remove(call)
             return call
         found = line.next(self)
         if isinstance(found, int):
             assert line.pool is not None
-            return self._begin(line.pool, found)
+            return self._begin(line.pool, found, line)
         self._take_out(found)
+        self._forget_if_empty(flow, line)
         return found
 
-    def _begin(self, pool: PoolFlow, number: int) -> Call | None:
+    def _begin(self, pool: PoolFlow, number: int, line: _Line) -> Call:
         pool.take_out(number)
+        self._forget_if_empty(pool, line)
         return pool.begin(number)
+
+    def _forget_if_empty(self, flow: Flow, line: _Line) -> None:
+        """Forget the flow of a check or a stream of which nothing waits; it may have ended, and holds much."""
+        if flow.kind is Kind.MANY and not line.length:
+            del self._lines[flow]
+            self._foreground.remove(flow)
 
     def _line(self, flow: Flow) -> _Line:
         line = self._lines.get(flow)

@@ -45,6 +45,8 @@ _BY_ACCOUNT, _BY_COMMON = 1, 2
 # A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of the slots, their share.
 _REFRESHES_KEEP = 0.1
 _REFRESHES_ON_WIRE = 4
+# Calls that one look for a start passes over at the most.
+_LOOKS = 1_000
 # A call is not sent with less time left than this many times a usual answer, and at the most these seconds: in an overload the
 # next call is always the one that expires next, and each token would be spent in vain.
 _ANSWERS = 2.0
@@ -240,12 +242,10 @@ class Scheduler:
         """The calls of a collection of known size enter the queue, without an object each."""
         self._ready.push_pool(pool)
 
-    def remove_pool(self, pool: PoolFlow, now: float) -> None:
+    def remove_pool(self, pool: PoolFlow) -> None:
         """What of a pool has not begun is given up."""
         if pool.queue is not None:
             pool.queue.remove_pool(pool)
-            if self._waits_for_common:
-                self._release_common(now)
 
     def remove(self, call: Call, now: float) -> bool:
         """A call that waits is given up. Nothing, if it does not wait. Returns whether that may let another start."""
@@ -283,45 +283,56 @@ class Scheduler:
         for queue in queues:
             while queue.length:
                 call = queue.pop()
-                if call is not None:
-                    if account is not None:
-                        self._park(call, -1)
-                    self._left(call, now)
-                    given_up.append(call)
+                if account is not None:
+                    self._park(call, -1)
+                self._left(call, now)
+                given_up.append(call)
         return given_up
 
     def grant(self, now: float) -> Request | Call | float | None:
         """The next request that starts now, or a call that is not to be sent; else when to ask again, if nothing happens before.
 
-        None without such a moment. Ask until there is no request, after everything that is told to the scheduler.
+        None without such a moment. Ask until there is no request, after everything that is told to the scheduler. It looks at a
+        thousand calls at the most, so that other tasks have their turn.
         """
         if self._moments and self._moments[0][0] <= now:
             self._release_due(now)
         until: float | None = None
-        ready = self._ready
-        while ready.length:
+        for _ in range(_LOOKS):
+            if not self._ready.length:
+                break
             trial = self._cooldown.trial
-            if trial is not None or self._slots.free <= 0:
-                for request in self._slots.overdue(now):
-                    request.leave_trial()
             is_held, until = self._is_held(trial, now)
             if is_held:
                 break
-            call = ready.pop() if trial is None else ready.pop(self._random, draw_singles=trial.is_held)
-            if call is None:
-                continue
-            if self._is_refused(call, now):
-                self._forget(call, now)
-                return call
-            account = self._admissible(call, now)
-            if account is not None:
-                return self._start(call, account, trial, now)
+            found = self._take(trial, now)
+            if found is not None:
+                return found
+        else:
+            return now
         if self._moments and (until is None or self._moments[0][0] < until):
             return self._moments[0][0]
         return until
 
+    def _take(self, trial: Trial | None, now: float) -> Request | Call | None:
+        """Start the call whose turn it is, or hand it out where it is not to be sent. None where it waits elsewhere now."""
+        call = self._ready.pop() if trial is None else self._ready.pop(self._random, draw_singles=trial.is_held)
+        if self._is_refused(call, now):
+            self._forget(call, now)
+            return call
+        account = self._admissible(call, now)
+        if account is not None:
+            return self._start(call, account, trial, now)
+        if call.deadline < math.inf and self.is_hopeless(call, now):
+            self.remove(call, now)
+            return call
+        return None
+
     def _is_held(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
         """Whether no call of this endpoint may start, whichever it is, and until when; None until something else happens."""
+        if trial is not None or self._slots.free <= 0:
+            for request in self._slots.overdue(now):
+                request.leave_trial()
         if trial is not None and now < trial.until:
             return True, trial.until
         if self._slots.free <= 0 or (trial is not None and trial.on_wire >= trial.width):
@@ -368,6 +379,10 @@ class Scheduler:
         if call.deadline < math.inf and self.is_late(call, now):
             return True
         return self.is_barring and self._is_barred is not None and self._is_barred(call, now)
+
+    def is_hopeless(self, call: Call, now: float) -> bool:
+        """Whether a call certainly does not start before its deadline."""
+        return self.earliest(call.account, now) > call.deadline
 
     def is_late(self, call: Call, now: float) -> bool:
         """Whether a call is not worth a request: its waiters leave before an answer comes, and others wait for the token."""
@@ -668,7 +683,6 @@ class Scheduler:
         rooms = [self._account_room(account, kind, now) for kind in Kind]
         while (kind := self._next_kind(account.waiting, rooms, account.called)) is not None:
             call = account.waiting[kind].pop()
-            assert call is not None, "no pool waits as a whole for an account"
             self._park(call, -1)
             call.called = _BY_ACCOUNT
             account.called += 1
@@ -704,8 +718,6 @@ class Scheduler:
         rooms = [self._common_room(kind, now) for kind in Kind]
         while (kind := self._next_kind(self._common_waiting, rooms, self._called)) is not None:
             call = self._common_waiting[kind].pop()
-            if call is None:
-                continue
             call.called = _BY_COMMON
             self._called += 1
             self._ready.push(call)

@@ -48,21 +48,19 @@ def call(name: str, flow: Flow, account: str | None = None) -> Call:
 
 def popped(queue: FairQueue, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
     """The call that is taken out of a queue in which calls wait."""
-    found = queue.pop(draw, draw_singles=draw_singles)
-    assert found is not None
-    return found
+    return queue.pop(draw, draw_singles=draw_singles)
 
 
 class Pool(PoolFlow):
-    """Numbers that become calls of the same name; those in `known` need none."""
+    """Numbers that become calls of the same name."""
 
-    def __init__(self, accounts: Sequence[str | None], known: Sequence[int] = ()) -> None:
+    def __init__(self, accounts: Sequence[str | None]) -> None:
         super().__init__(accounts)
-        self.names, self.known = accounts, known
+        self.names = accounts
 
-    def begin(self, number: int) -> Call | None:
+    def begin(self, number: int) -> Call:
         name = self.names[number]
-        return None if number in self.known else Call(f"p{number}", f"p{number}" if name is None else name, self)
+        return Call(f"p{number}", f"p{number}" if name is None else name, self)
 
 
 def started(scheduler: Scheduler, at: float) -> list[Request]:
@@ -117,16 +115,16 @@ def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
 
 
 def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
-    """With each other, with its calls that have begun, and with other flows; those that need no call are passed over."""
-    queue, pool, other = FairQueue(), Pool(["A", None, "A", None, "A", "B", "B"], known=[3]), Flow()
+    """With each other, with its calls that have begun, and with other flows."""
+    queue, pool, other = FairQueue(), Pool(["A", None, "A", None, "A", "B", "B"]), Flow()
     queue.push(call("first", pool, "C"))
     queue.push_pool(pool)
     queue.push(call("retry", pool, "p9"))
     queue.push(call("x", other))
     assert (queue.length, queue.lengths()) == (10, {pool: 9, other: 1})
     assert (queue.of_account("A", background=False), queue.of_account("C", background=False)) == (3, 1)
-    order = [found and found.key for found in (queue.pop() for _ in range(10))]
-    assert order == ["first", "x", "p0", "p1", None, "p5", "retry", "p2", "p6", "p4"]
+    order = [popped(queue).key for _ in range(10)]
+    assert order == ["first", "x", "p0", "p1", "p3", "p5", "retry", "p2", "p6", "p4"]
     assert (queue.length, pool.waiting) == (0, 0)
 
 
@@ -167,19 +165,19 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
 
 def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
     """Its next call begins when a token returns; what is given up wakes others, and leaves nothing."""
-    scheduler, pool = scheduler_of(Terms(requests=2, scope="client"), pace=None), Pool([None] * 50, known=[3])
+    scheduler, pool = scheduler_of(Terms(requests=2, scope="client"), pace=None), Pool([None] * 50)
     scheduler.put_pool(pool)
     first = started(scheduler, 0.0)
     assert [request.call.key for request in first] == ["p0", "p1"]
     assert (pool.waiting, scheduler.quota(None, 0.0).waiting) == (47, 48)
     for request in first:
         scheduler.ended(request, OK, 1.0)
-    assert [request.call.key for request in started(scheduler, 61.4)] == ["p2", "p4"]
+    assert [request.call.key for request in started(scheduler, 61.4)] == ["p2", "p3"]
     other = Pool([None] * 3)
     scheduler.put_pool(other)
     assert not started(scheduler, 61.5)
-    scheduler.remove_pool(pool, 61.5)
-    scheduler.remove_pool(pool, 61.5)
+    scheduler.remove_pool(pool)
+    scheduler.remove_pool(pool)
     assert scheduler.quota(None, 61.5).waiting == 3
     assert scheduler.hopeless(["a", "b"], 62.0, 61.5) == []
 
@@ -198,10 +196,10 @@ def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
 
 def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
     """Where the count that processes share is out of reach, each of its calls is told so."""
-    scheduler, pool = scheduler_of(Terms(requests=1, scope="client"), pace=None), Pool([None] * 5, known=[4])
+    scheduler, pool = scheduler_of(Terms(requests=1, scope="client"), pace=None), Pool([None] * 5)
     scheduler.put_pool(pool)
     assert len(started(scheduler, 0.0)) == 1
-    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == ["p1", "p2", "p3"]
+    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == ["p1", "p2", "p3", "p4"]
     assert scheduler.quota(None, 0.0).waiting == 0
 
 
