@@ -1,7 +1,8 @@
 """A whole pool under the rate limit: time, refusals and worst window, beside what else one would reach for.
 
 The server keeps a strict sliding window and answers after a random delay. Every contender has to bring home every key,
-over one session with 32 connections.
+over one session with 32 connections. With `--period 60 --alone` it is the client alone, at the API's own period: three minutes a
+round.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ LIMIT = 300
 PERIOD = 6.0
 DELAY = (0.0, 0.02)
 
+# Of the least time, the share that a pool may take: at the API's own period, and at shorter ones.
+_LONG_PERIOD = 60.0
+_LONG, _SHORT = 1.02, 1.06
+
 
 @attrs.frozen
 class Run:
@@ -52,8 +57,8 @@ class Run:
 # --- rounds
 
 
-def one_round(server: Server, contender: Contender, secrets: Sequence[str]) -> Run:
-    url = server.open(secrets, limit=LIMIT, period=PERIOD, delay=DELAY)
+def one_round(server: Server, contender: Contender, secrets: Sequence[str], period: float = PERIOD) -> Run:
+    url = server.open(secrets, limit=LIMIT, period=period, delay=DELAY)
     began, processor = time.perf_counter(), time.process_time()
     answered = asyncio.run(contender(url, secrets))
     run = Run(time.perf_counter() - began, time.process_time() - processor, server.close())
@@ -61,24 +66,28 @@ def one_round(server: Server, contender: Contender, secrets: Sequence[str]) -> R
     return run
 
 
-def _whole_pool(server: Server, keys: int, rounds: int) -> list[Bound]:
-    contenders: dict[str, Contender] = {
-        OURS: partial(ours, limit=RateLimit(period=PERIOD)),
-        f"{OURS}, `pace=None`": partial(ours, limit=RateLimit(period=PERIOD, pace=None)),
-        PYRATE: partial(pyrate, limit=LIMIT, period=PERIOD),
-        AIOLIMITER: partial(aiolimiter, limit=LIMIT, period=PERIOD),
-        BARE: bare,
-    }
+def _whole_pool(server: Server, options: argparse.Namespace) -> list[Bound]:
+    keys, period = options.keys, float(options.period)
+    contenders: dict[str, Contender] = {OURS: partial(ours, limit=RateLimit(period=period))}
+    if not options.alone:
+        contenders |= {
+            f"{OURS}, `pace=None`": partial(ours, limit=RateLimit(period=period, pace=None)),
+            PYRATE: partial(pyrate, limit=LIMIT, period=period),
+            AIOLIMITER: partial(aiolimiter, limit=LIMIT, period=period),
+            BARE: bare,
+        }
     secrets = make_secrets(keys)
-    runs = in_turns({name: partial(one_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
-    floor = (math.ceil(keys / LIMIT) - 1) * PERIOD
+    plays = {name: partial(one_round, server, contender, secrets, period) for name, contender in contenders.items()}
+    runs = in_turns(plays, options.rounds)
+    floor = (math.ceil(keys / LIMIT) - 1) * period
     print_table(
-        f"{keys:,} keys, {LIMIT} requests in any {PERIOD:g} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay; no way of "
-        f"asking them can take less than {floor:g} s; {rounds_text(rounds)}, but of refusals, window and connections the worst.",
+        f"{keys:,} keys, {LIMIT} requests in any {period:g} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay; no way of "
+        f"asking them can take less than {floor:g} s; {rounds_text(options.rounds)}, but of refusals, window and connections the "
+        "worst.",
         ("", "time, s", "of the floor", "429s", "worst window", "processor time, s", "connections"),
         [(name, *_row(of_one, floor)) for name, of_one in runs.items()],
     )
-    return _judge(runs[OURS], keys, floor)
+    return _judge(runs[OURS], keys, floor, period)
 
 
 def _row(runs: Sequence[Run], floor: float) -> tuple[float, ...]:
@@ -94,18 +103,19 @@ def _worst(runs: Sequence[Run]) -> tuple[int, int, int]:
     return refused, max(figure.worst_window or 0 for figure in figures), max(figure.connections for figure in figures)
 
 
-def _judge(runs: Sequence[Run], keys: int, floor: float) -> list[Bound]:
+def _judge(runs: Sequence[Run], keys: int, floor: float, period: float) -> list[Bound]:
     refused, window, connections = _worst(runs)
     # The floor is when the last window opens. What the pace costs is to start the keys of that window one by one, where
     # without it they would start at once; in the windows before, it only spreads what had to wait anyway.
-    pace_cost = (keys % LIMIT or LIMIT) / (RateLimit().pace or math.inf)
+    least = floor + (keys % LIMIT or LIMIT) / (RateLimit().pace or math.inf)
+    share = _LONG if period >= _LONG_PERIOD else _SHORT
     return [
         Bound("requests refused (429)", refused, 0),
-        Bound(f"requests in any {PERIOD:g} s", window, LIMIT),
+        Bound(f"requests in any {period:g} s", window, LIMIT),
         Bound(
-            f"seconds for {keys:,} keys (1.03 of the floor, and {pace_cost:g} s over which the pace spreads the last window's)",
+            f"seconds for {keys:,} keys ({share} of {least:g}: the floor, and over how long the pace spreads the last window's)",
             statistics.median(run.seconds for run in runs),
-            1.03 * floor + pace_cost,
+            share * least,
         ),
         Bound("connections", connections, CONNECTIONS),
     ]
@@ -139,12 +149,15 @@ def _one_window(server: Server, rounds: int) -> list[Bound]:
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine("aiolimiter", "pyrate-limiter")
     with server_process() as server:
-        return _whole_pool(server, options.keys, options.rounds) + _one_window(server, options.window_rounds)
+        bounds = _whole_pool(server, options)
+        return bounds if options.alone else bounds + _one_window(server, options.window_rounds)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(LIMIT + 1), default=1000, help="keys of the whole pool")
     parser.add_argument("--rounds", type=whole(1), default=3, help="rounds with the whole pool; each takes well over a minute")
+    parser.add_argument("--period", type=whole(1), default=int(PERIOD), help="seconds that the whole pool's window is long")
+    parser.add_argument("--alone", action="store_true", help="the client with default settings alone, and the whole pool alone")
     parser.add_argument("--window-rounds", type=whole(1), default=25, help="rounds with the keys of one window")
 
 

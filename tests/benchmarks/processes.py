@@ -12,6 +12,8 @@ limits is used as its README does: try, and when there is no room, sleep until `
 a process tries at a time, or hundreds of them would do so in the same moment. What counts as a round trip is a script that
 Redis runs; both send nothing else.
 
+Without Redis, what starts within one round trip cannot be seen by the others; so that runs with longer ones too, all of one length.
+
 Then one of the processes, chosen at random, is killed by SIGKILL at a random moment. The others must bring home all their keys
 nevertheless. Of the tokens in the dead one's hands nobody hears again: they come home after a period and two request timeouts,
 which is 26 s with the usual 10 s for each request, longer than all the rest takes; so it is 2 s in that run.
@@ -66,6 +68,9 @@ _SHORT = 2.0
 
 # A process is killed after a share of the floor between these: 1 to 12 s as long as nothing is told otherwise.
 _KILLED = (1 / 18.75, 12 / 18.75)
+
+# Without Redis, the share of the requests that may be refused, by how many seconds each takes.
+_REFUSED_AT = {0.02: 0.04, 0.1: 0.1}
 
 _HEADERS = f"{OURS}, headers only"
 _REDIS = f"{OURS}, `RedisBuckets`"
@@ -176,9 +181,9 @@ def _storage(task: Task, redis: Redis) -> RedisStorage:
 # --- rounds
 
 
-def _round(stage: Stage, work: Work, kill: Kill | None = None) -> Run:
+def _round(stage: Stage, work: Work, kill: Kill | None = None, delay: tuple[float, float] = DELAY) -> Run:
     secrets = make_secrets(PROCESSES * stage.keys)
-    url, prefix = stage.server.open(secrets, limit=LIMIT, period=stage.period, delay=DELAY), uuid.uuid4().hex
+    url, prefix = stage.server.open(secrets, limit=LIMIT, period=stage.period, delay=delay), uuid.uuid4().hex
     shares = [secrets[place::PROCESSES] for place in range(PROCESSES)]
     stage.fleet.prepare([partial(work, Task(url, share, stage.period, stage.redis.url, prefix)) for share in shares])
     before = stage.redis.messages()
@@ -233,9 +238,39 @@ def _unanswered(runs: Sequence[Run], stage: Stage) -> int:
     return max(sum(stage.keys - answered for answered in run.ended.answered if answered is not None) for run in runs)
 
 
+def _by_round_trip(stage: Stage, rounds: int) -> list[Bound]:
+    plays = {f"{trip * 1000:g} ms": partial(_round, stage, _headers_only, delay=(trip, trip)) for trip in _REFUSED_AT}
+    runs = in_turns(plays, rounds)
+    named = list(zip(_REFUSED_AT.values(), runs.items(), strict=True))
+    print_table(
+        f"{_HEADERS}, by round trip. {rounds_text(rounds).capitalize()}, but of refusals and window the worst.",
+        ("", "time, s", "of the floor", "429s", "of all requests", "target", "worst window"),
+        [
+            (
+                name,
+                _seconds(of_one),
+                _seconds(of_one) / stage.floor,
+                _refused(of_one),
+                _refused_share(of_one),
+                at_most,
+                _window(of_one),
+            )
+            for at_most, (name, of_one) in named
+        ],
+    )
+    return [
+        bound
+        for at_most, (name, of_one) in named
+        for bound in (
+            Bound(f"headers only at {name}: share of the requests that is refused (429)", _refused_share(of_one), at_most),
+            Bound(f"headers only at {name}: keys not answered", _unanswered(of_one, stage), 0),
+        )
+    ]
+
+
 def _judge_headers(runs: Sequence[Run], stage: Stage) -> list[Bound]:
     return [
-        Bound("headers only: share of the requests that is refused (429)", _refused_share(runs), 0.05),
+        Bound("headers only: share of the requests that is refused (429)", _refused_share(runs), _REFUSED_AT[0.02]),
         Bound(f"headers only: seconds (1.15 of the floor, {stage.floor:.4g})", _seconds(runs), 1.15 * stage.floor),
         Bound("headers only: keys not answered", _unanswered(runs, stage), 0),
     ]
@@ -277,7 +312,11 @@ def run(options: argparse.Namespace) -> list[Bound]:
     with redis_process() as redis, server_process() as server, fleet(PROCESSES) as processes:
         print_machine("aiolimiter", "limits", "redis")
         stage = Stage(server, redis, processes, options.keys, options.period)
-        return _together(stage, options.rounds) + _with_a_death(stage, options.seed)
+        return [
+            *_together(stage, options.rounds),
+            *_by_round_trip(stage, options.rounds),
+            *_with_a_death(stage, options.seed),
+        ]
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
