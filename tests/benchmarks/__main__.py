@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from tests.benchmarks import (
+    accounts,
+    beside,
     cache,
     call,
     estimates,
@@ -20,6 +22,7 @@ from tests.benchmarks import (
     pool,
     processes,
     queue,
+    scale,
     scope,
     service,
     simulation,
@@ -34,10 +37,13 @@ _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "figures": figures.BENCHMARK,
     "estimates": estimates.BENCHMARK,
     "situations": situations.BENCHMARK,
+    "beside": beside.BENCHMARK,
+    "scale": scale.BENCHMARK,
     "cache": cache.BENCHMARK,
     "service": service.BENCHMARK,
     "outage": outage.BENCHMARK,
     "processes": processes.BENCHMARK,
+    "accounts": accounts.BENCHMARK,
     "scope": scope.BENCHMARK,
     "simulation": simulation.BENCHMARK,
     "picture": picture.BENCHMARK,
