@@ -3,7 +3,8 @@
 No server and no socket: a double stands where the transport stands and answers after 10 ms, with a count of its own for each
 key. `balance(timeout=2)` for as many keys at once, and beside it the least that a task with a deadline can be: one that
 sleeps for those 10 ms under `asyncio.timeout`. A callback that comes back every millisecond tells how long the loop was away; the
-longest time is the block. Then a `check(timeout=2)` of so many, and a `check` of kept keys.
+longest time is the block. Then a `check(timeout=2)` of so many, and a `check` of kept keys. And in virtual time, without targets,
+single calls with a timeout that keep coming faster than the limit allows.
 
 Memory is measured in virtual time, at the default pace, by tracemalloc: after a check has answered all keys; after one more
 call, with which the queue forgets the check; and when no account has been asked for so long that the queue forgets it too. The
@@ -41,6 +42,12 @@ _LIMIT = 300
 
 # Keys that the default pace starts within one period.
 _IN_A_PERIOD = 5_000
+
+# More than the limit allows: seconds for which calls come, calls a second, their timeouts, and how long answers take.
+_OVERLOAD = 300
+_RATES = (6, 20)
+_TIMEOUTS = (10, 30)
+_TRIPS = ((0.0, 0.02), (0.1, 0.3))
 
 _OURS = "`balance(timeout=2)`"
 _BARE = "bare tasks under `asyncio.timeout`"
@@ -246,6 +253,45 @@ def _run(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     return asyncio.run(do())
 
 
+# --- more calls than the limit allows
+
+
+async def _overload(rate: int, timeout: float, trip: tuple[float, float]) -> Counter[object]:
+    """What comes of so many single calls a second, each for another key, all of which are counted together."""
+    server = virtual.WindowServer(limit=_LIMIT, seconds=trip)
+    results: Counter[object] = Counter()
+    async with virtual.fake_client(server) as client:
+
+        async def ask(key: ApiKey) -> None:
+            try:
+                await client.balance(key, timeout=timeout)
+            except CrustCreditsError as error:
+                results[type(error)] += 1
+            else:
+                results[True] += 1
+
+        async with asyncio.TaskGroup() as tasks:
+            for key in _keys(rate * _OVERLOAD):
+                tasks.create_task(ask(key))
+                await asyncio.sleep(1 / rate)
+    return results
+
+
+def _overloads() -> list[Bound]:
+    rows: list[tuple[str, int, int, int]] = []
+    for rate, timeout, trip in itertools.product(_RATES, _TIMEOUTS, _TRIPS):
+        results = virtual.run(_overload(rate, timeout, trip))
+        name = f"{rate} a second, `timeout={timeout}`, {trip[0] * 1000:g} to {trip[1] * 1000:g} ms"
+        rows.append((name, results[True], results[APITimeoutError], results[RateLimitWaitError]))
+    print_table(
+        f"More single calls than the limit allows, for {_OVERLOAD} s of virtual time, {_LIMIT} requests in any 60 s; default "
+        "settings. Sent in vain is what was on the wire when its time ended.",
+        ("calls, their timeout and the delay of answers", "answered", "sent in vain", "refused for the limit"),
+        rows,
+    )
+    return []
+
+
 # --- memory
 
 
@@ -342,6 +388,7 @@ def run(options: argparse.Namespace) -> list[Bound]:
     print_machine()
     return [
         *_at_once(options.keys, options.many, options.rounds),
+        *_overloads(),
         *_memory(min(_IN_A_PERIOD, options.known)),
         *_kept_answers(options.known, options.rounds),
     ]
