@@ -28,8 +28,8 @@ from typing import Any, cast
 import attrs
 
 from crustcredits import ApiKey, APITimeoutError, CreditsClient, CrustCreditsError, RateLimit, RateLimitWaitError
-from crustcredits._transport import Failure, Transport
-from crustcredits._wire import Response
+from crustcredits._http.protocol import Response
+from crustcredits._http.transport import Failure, Transport
 from tests import virtual
 from tests.benchmarks._measure import Benchmark, Bound, in_turns, median_ratio, print_machine, print_table, rounds_text, whole
 
