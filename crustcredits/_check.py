@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-from crustcredits._cache.policy import NEW, Freshness
-from crustcredits._cache.single_flight import Calls, Landing, Patience, Pool, PoolCall
+from crustcredits._cache.policy import NEW, CachePolicy
+from crustcredits._cache.single_flight import FanOutWaiter, Pool, SharedCall, SingleFlight, WaitTerms
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
@@ -61,11 +61,11 @@ class PoolCheck:
 
     def __init__(
         self,
-        calls: Calls,
+        calls: SingleFlight,
         path: str,
         pool: Sequence[Key],
         *,
-        freshness: Freshness,
+        freshness: CachePolicy,
         deadline: float | None,
         on_outcome: Callable[[Outcome[Any]], object] | None,
     ) -> None:
@@ -77,12 +77,12 @@ class PoolCheck:
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
         self._began = asyncio.get_running_loop().time()
-        self._patience = Patience(self._began, self._deadline, falls_back=False)
+        self._patience = WaitTerms(self._began, self._deadline, falls_back=False)
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
         self._first: dict[bytes, int] = {}  # the first place of each secret
         self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # the others
         self._reported: deque[Outcome[Any]] = deque()  # those that `on_outcome` has still to be called with
-        self._begun: dict[int, Landing] = {}  # places whose outcome is to land
+        self._begun: dict[int, FanOutWaiter] = {}  # places whose outcome is to land
         self._joins = Flow()  # of calls that nobody awaited before
         self._waiting: _Waiting | None = None  # those whose turn has not come
         self._waiter: asyncio.Future[None] | None = None
@@ -164,15 +164,15 @@ class PoolCheck:
         """Share the call for a key that somebody else asks for, or what has come of it since this check began."""
         heard = self._calls.heard_since(self._path, self._usable[place], self._began)
         if heard is None:
-            landing = self._landing(place)
-            self._calls.begin(self._path, landing, self._deadline, self._joins)
+            waiter = self._waiter_for(place)
+            self._calls.begin(self._path, waiter, self._deadline, self._joins)
         else:
             self._take_for_all(place, heard)
 
-    def _landing(self, place: int) -> Landing:
-        landing = Landing(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
-        self._begun[place] = landing
-        return landing
+    def _waiter_for(self, place: int) -> FanOutWaiter:
+        waiter = FanOutWaiter(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
+        self._begun[place] = waiter
+        return waiter
 
     def _refuse_hopeless(self, places: list[int]) -> list[int]:
         """Refuse the keys whose turn certainly does not come in time. Returns the places of the others."""
@@ -205,8 +205,8 @@ class PoolCheck:
             self._calls.leave_pool(self._waiting, begun)
             self._waiting = None
         else:
-            for landing in begun:
-                landing.give_up()
+            for waiter in begun:
+                waiter.give_up()
 
     async def _fail_late(self) -> None:
         """The keys whose turn has not come were too late."""
@@ -220,11 +220,11 @@ class PoolCheck:
     def _too_late(self, place: int) -> Outcome[Any]:
         return self._calls.too_late(self._path, self._usable[place], self._freshness, self._began)
 
-    # --- landing
+    # --- waiter
 
-    def make(self, place: int, flow: Pool, context: contextvars.Context) -> PoolCall:
+    def make(self, place: int, flow: Pool, context: contextvars.Context) -> SharedCall:
         """The call of a key that waits."""
-        return self._calls.take_turn(self._path, self._landing(place), self._patience, flow, context)
+        return self._calls.take_turn(self._path, self._waiter_for(place), self._patience, flow, context)
 
     def place_of(self, digest: bytes) -> int | None:
         """The place of a secret."""
@@ -277,7 +277,7 @@ class _Waiting(Pool):
         self._context = contextvars.copy_context()
         self.places = places  # ascending
 
-    def make(self, number: int) -> PoolCall:
+    def make(self, number: int) -> SharedCall:
         return self._check.make(self.places[number], self, self._context.copy())
 
     def of_account(self, account: Hashable) -> int:

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from crustcredits._cache.dispatcher import Dispatcher
-from crustcredits._cache.policy import NEW, CacheOptions, Freshness
-from crustcredits._cache.single_flight import Calls, Landing, closed_error
-from crustcredits._cache.store import Answers
+from crustcredits._cache.policy import NEW, CacheOptions, CachePolicy
+from crustcredits._cache.single_flight import FanOutWaiter, SingleFlight, closed_error
+from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
@@ -97,7 +97,7 @@ class CreditsClient:
         max_error_age: Seconds, or a timedelta: a failure that cost a request less long ago is given again instead of asking, so
             that a revoked key does not spend the rate limit. By default as long as `max_age`, and at least 1 s where any of the
             three above is more than 0. A call that gives its own `max_age` and no `max_error_age` goes by that `max_age`.
-        max_entries: Answers to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
+        max_entries: BalanceCache to keep, of all keys and both endpoints; the least recently used go first. Make it larger than the
             pools that are asked again and again.
 
     Those who ask for one key on one endpoint at the same time share one call, whatever their `max_age`: an answer's age counts
@@ -156,7 +156,7 @@ class CreditsClient:
             request_timeout=request_timeout,
             retry=retry,
         )
-        self._calls = Calls(self._dispatcher, Answers(max_entries, retry, self._dispatcher.refusal))
+        self._calls = SingleFlight(self._dispatcher, BalanceCache(max_entries, retry, self._dispatcher.refusal))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._fan_outs: set[FanOut | PoolCheck] = set()
@@ -492,20 +492,20 @@ class CreditsClient:
 
     # --- inside
 
-    def _begin(self, key: Key, land: Land, *, path: str, freshness: Freshness, flow: Flow, seconds: float) -> Callable[[], None]:
+    def _begin(self, key: Key, land: Land, *, path: str, freshness: CachePolicy, flow: Flow, seconds: float) -> Callable[[], None]:
         self._check_usable()
         now = asyncio.get_running_loop().time()
         if isinstance(key, UnusableKey):
             land(Unknown(key=key, error=key.error))
             return nothing
-        landing = Landing(self._calls, key, freshness, now, land)
-        self._calls.begin(path, landing, now + seconds, flow)
-        return landing.give_up
+        waiter = FanOutWaiter(self._calls, key, freshness, now, land)
+        self._calls.begin(path, waiter, now + seconds, flow)
+        return waiter.give_up
 
     async def _report(
         self,
         source: Iterator[ApiKey | UnusableKey],
-        how_old: Freshness,
+        how_old: CachePolicy,
         deadline: float | None,
         *,
         detail: bool,
@@ -522,11 +522,11 @@ class CreditsClient:
         finally:
             self._fan_outs.discard(run)
 
-    def _said(self, freshness: CacheOptions, timeout: Seconds | None) -> tuple[Freshness, float | None]:
+    def _said(self, freshness: CacheOptions, timeout: Seconds | None) -> tuple[CachePolicy, float | None]:
         """How old a call's answer may be, and when it has to be there."""
         return self._how_old(freshness), _deadline(_timeout(timeout))
 
-    def _how_old(self, freshness: CacheOptions) -> Freshness:
+    def _how_old(self, freshness: CacheOptions) -> CachePolicy:
         if not freshness:
             return self._freshness
         unknown = sorted(freshness.keys() - CacheOptions.__annotations__.keys())

@@ -30,7 +30,7 @@ from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms, local_bucket
+from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms, local_bucket
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _SLICE = 1_000
 _REFUSED_AFTER = 1.0
 
 
-class Question(Call, ABC):
+class ApiCall(Call, ABC):
     """One call on its way to an answer. Times are the running loop's.
 
     Attributes:
@@ -80,7 +80,7 @@ class Question(Call, ABC):
         "wanted",
     )
 
-    request: Request
+    request: Attempt
     probe: Sent | None
 
     def __init__(self, place: tuple[str, bytes], key: ApiKey, account: Hashable, flow: Flow, context: contextvars.Context) -> None:
@@ -91,7 +91,7 @@ class Question(Call, ABC):
         self.attempts = 0
         self.last: CrustCreditsError | None = None
         self.failing_since: float | None = None
-        self.task: _Attempt | None = None
+        self.task: _AttemptTask | None = None
         self.entered = 0.0
         self.resumes: float | None = None
         self.barred_since: float | None = None
@@ -124,7 +124,7 @@ class Question(Call, ABC):
         """Its request was cancelled from outside, or has failed as it never should."""
 
 
-class _Attempt(asyncio.Task[None]):
+class _AttemptTask(asyncio.Task[None]):
     """The task of one request.
 
     One that is cancelled before its first step runs nothing of its coroutine, so the task itself tells that it was cancelled.
@@ -167,7 +167,7 @@ class Dispatcher:
         self._request_timeout = request_timeout
         self._retry = retry
         self._store = store
-        terms = Terms(
+        terms = SchedulerTerms(
             requests=rate_limit.requests,
             period=rate_limit.period * (1 + rate_limit.margin),
             window=rate_limit.period * (1 - rate_limit.margin),
@@ -179,7 +179,7 @@ class Dispatcher:
         if store is not None:
             store.open(period=terms.period, late=request_timeout, pace=rate_limit.pace)
         self._breakers = {path: CircuitBreaker(path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
-        pace, slots = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period), ConnectionSlots[Request](concurrency)
+        pace, slots = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period), ConnectionSlots[Attempt](concurrency)
         self._schedulers = {
             path: Scheduler(
                 terms,
@@ -190,8 +190,8 @@ class Dispatcher:
             )
             for path in self._breakers
         }
-        self._barred: dict[str, dict[Question, None]] = {path: {} for path in self._breakers}  # they wait for a probe to end
-        self._later: list[tuple[float, int, Question]] = []  # when they are put into the queue again
+        self._barred: dict[str, dict[ApiCall, None]] = {path: {} for path in self._breakers}  # they wait for a probe to end
+        self._later: list[tuple[float, int, ApiCall]] = []  # when they are put into the queue again
         self._tickets = itertools.count(1)
         self._timer: asyncio.Handle | None = None
         self._due: float | None = None  # when it runs; uvloop's handles do not tell
@@ -199,12 +199,12 @@ class Dispatcher:
 
     # --- calls
 
-    def enter(self, question: Question) -> None:
+    def enter(self, call: ApiCall) -> None:
         """A call begins."""
-        question.entered = now = _now()
+        call.entered = now = _now()
         # Where others stand for a start, something holds back all of them, and this one too.
-        is_behind = self._schedulers[question.path].holds_back
-        self._ask(question, now)
+        is_behind = self._schedulers[call.path].holds_back
+        self._ask(call, now)
         if not is_behind:
             self._admit(now)
 
@@ -217,23 +217,23 @@ class Dispatcher:
         """Those that have not begun are given up."""
         self._schedulers[path].remove_pool(pool)
 
-    def leave(self, question: Question) -> None:
+    def leave(self, call: ApiCall) -> None:
         """A call is given up before its request is on the wire."""
-        makes_room = self._schedulers[question.path].remove(question, _now())
-        self._barred[question.path].pop(question, None)
-        question.ticket, question.resumes = 0, None
-        self._park(question, -1)
+        makes_room = self._schedulers[call.path].remove(call, _now())
+        self._barred[call.path].pop(call, None)
+        call.ticket, call.resumes = 0, None
+        self._park(call, -1)
         if makes_room:
             self._admit()
 
-    def move(self, question: Question, flow: Flow) -> None:
+    def move(self, call: ApiCall, flow: Flow) -> None:
         """Somebody of a better kind awaits a call."""
-        question.wanted = True
-        is_parked = question.is_parked
-        self._park(question, -1)
-        self._schedulers[question.path].move(question, flow, _now())
+        call.wanted = True
+        is_parked = call.is_parked
+        self._park(call, -1)
+        self._schedulers[call.path].move(call, flow, _now())
         if is_parked:
-            self._park(question, 1)
+            self._park(call, 1)
         self._admit()
 
     def account_of(self, key: ApiKey) -> Hashable:
@@ -249,15 +249,15 @@ class Dispatcher:
 
     # --- what can be told
 
-    def earliest(self, question: Question, now: float) -> float:
+    def earliest(self, call: ApiCall, now: float) -> float:
         """Certainly no request for this call starts before then."""
-        if question.task is not None:
+        if call.task is not None:
             return now
-        if question in self._barred[question.path]:  # an answer that is on its way may close the circuit breaker
+        if call in self._barred[call.path]:  # an answer that is on its way may close the circuit breaker
             return now
-        if question.resumes is not None:
-            return max(now, question.resumes)
-        return self._schedulers[question.path].earliest(question.account, now)
+        if call.resumes is not None:
+            return max(now, call.resumes)
+        return self._schedulers[call.path].earliest(call.account, now)
 
     def earliest_of(self, path: str, key: ApiKey, now: float) -> float:
         """The same for a call that has not begun."""
@@ -288,78 +288,78 @@ class Dispatcher:
         breaker = self._breakers[path]
         return breaker.is_open and breaker.refusal(now, call.key) is not None
 
-    def _ask(self, question: Question, now: float) -> None:
+    def _ask(self, call: ApiCall, now: float) -> None:
         """Put a call into the queue, unless a gateway answers in the API's place."""
-        question.ticket, question.resumes = 0, None
-        breaker = self._breakers[question.path]
-        refusal = breaker.refusal(now, question.key) if breaker.is_open else None
+        call.ticket, call.resumes = 0, None
+        breaker = self._breakers[call.path]
+        refusal = breaker.refusal(now, call.key) if breaker.is_open else None
         if refusal is None:
-            question.barred_since = None
-            if not question.attempts:
-                question.last = None
-            self._schedulers[question.path].put(question)
+            call.barred_since = None
+            if not call.attempts:
+                call.last = None
+            self._schedulers[call.path].put(call)
         else:
-            self._bar(question, refusal, now)
+            self._bar(call, refusal, now)
 
-    def _bar(self, question: Question, refusal: GatewayError, now: float) -> None:
+    def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
         """Let a call wait while the circuit breaker is open; or end it, with its own last error if it has one.
 
         A probe on the wire is waited for, and in the first seconds so is the next one: as many of them as a call has attempts.
         """
-        breaker = self._breakers[question.path]
-        error = question.last if question.last is not None and question.attempts else renamed(refusal, question.api_key.label)
-        if not question.wanted or question.can_fall_back():
-            question.on_end(error)
+        breaker = self._breakers[call.path]
+        error = call.last if call.last is not None and call.attempts else renamed(refusal, call.api_key.label)
+        if not call.wanted or call.can_fall_back():
+            call.on_end(error)
             return
-        if question.barred_since is None:
-            question.barred_since = now
+        if call.barred_since is None:
+            call.barred_since = now
         until: float | None = None
         if not breaker.is_probing:
-            until = breaker.next_probe(question.key)
+            until = breaker.next_probe(call.key)
             if breaker.failed_probes >= self._retry.attempts:
-                until = min(until, question.barred_since + _REFUSED_AFTER)
+                until = min(until, call.barred_since + _REFUSED_AFTER)
                 if now >= until:
-                    question.on_end(error)
+                    call.on_end(error)
                     return
-        question.last = error
-        self._barred[question.path][question] = None
+        call.last = error
+        self._barred[call.path][call] = None
         if until is None:
-            question.on_wait()
+            call.on_wait()
         else:
-            self._resume_at(question, until)
+            self._resume_at(call, until)
 
     def _on_probed(self, path: str, now: float) -> None:
         """A probe has ended, or the API has answered an older request: those who wait for that are looked at again."""
         waiting, self._barred[path] = self._barred[path], {}
-        for question in waiting:
-            self._ask(question, now)
+        for call in waiting:
+            self._ask(call, now)
 
     # --- those that are put again later
 
-    def _resume_at(self, question: Question, when: float) -> None:
-        question.resumes, question.ticket = when, next(self._tickets)
-        heapq.heappush(self._later, (when, question.ticket, question))
-        question.on_wait()
+    def _resume_at(self, call: ApiCall, when: float) -> None:
+        call.resumes, call.ticket = when, next(self._tickets)
+        heapq.heappush(self._later, (when, call.ticket, call))
+        call.on_wait()
 
-    def _park(self, question: Question, step: int) -> None:
+    def _park(self, call: ApiCall, step: int) -> None:
         """A call begins to wait until it is tried again (1), or does not any more (-1), which its flow may want to hear."""
-        if question.is_parked == (step > 0):
+        if call.is_parked == (step > 0):
             return
-        question.is_parked = step > 0
-        if question.flow.on_parked is not None:
-            question.flow.on_parked(step)
+        call.is_parked = step > 0
+        if call.flow.on_parked is not None:
+            call.flow.on_parked(step)
 
     def _resume(self, now: float) -> None:
         while self._later:
-            when, ticket, question = self._later[0]
-            waits = ticket == question.ticket  # or it was given up, or put again before
+            when, ticket, call = self._later[0]
+            waits = ticket == call.ticket  # or it was given up, or put again before
             if waits and when > now:
                 return
             heapq.heappop(self._later)
             if waits:
-                self._barred[question.path].pop(question, None)
-                self._park(question, -1)
-                self._ask(question, now)
+                self._barred[call.path].pop(call, None)
+                self._park(call, -1)
+                self._ask(call, now)
 
     # --- starting
 
@@ -390,11 +390,11 @@ class Dispatcher:
         while busy and not_sent < _SLICE:
             for scheduler in tuple(busy):  # in turns
                 granted = scheduler.grant(now)
-                if isinstance(granted, Request):
+                if isinstance(granted, Attempt):
                     self._send(granted, now)
                     continue
                 if isinstance(granted, Call):
-                    self._not_sent(cast("Question", granted), scheduler, now)
+                    self._not_sent(cast("ApiCall", granted), scheduler, now)
                     is_more, not_sent = True, not_sent + 1
                     continue
                 busy.remove(scheduler)
@@ -403,12 +403,12 @@ class Dispatcher:
         # The rest in the next turn of the loop, so that other tasks run meanwhile.
         return (now, False) if busy else (moment, is_more)
 
-    def _not_sent(self, question: Question, scheduler: Scheduler, now: float) -> None:
+    def _not_sent(self, call: ApiCall, scheduler: Scheduler, now: float) -> None:
         """The turn of a call has come that is not to be sent: it is too late for it, or a gateway answers in the API's place."""
-        if scheduler.is_late(question, now) or scheduler.is_hopeless(question, now):
-            question.on_late()
+        if scheduler.is_late(call, now) or scheduler.is_hopeless(call, now):
+            call.on_late()
         else:
-            self._ask(question, now)
+            self._ask(call, now)
 
     def _set_timer(self, moment: float, now: float) -> None:
         if self._due is not None and self._due <= moment < math.inf:
@@ -424,101 +424,101 @@ class Dispatcher:
         self._timer = self._due = None
         self._admit()
 
-    def _send(self, request: Request, now: float) -> None:
-        question: Question = request.call  # type: ignore[assignment]  # as are all calls here
-        question.request, breaker = request, self._breakers[question.path]
-        question.probe = breaker.start(now, question.key) if breaker.is_open else None
-        question.attempts += 1
+    def _send(self, request: Attempt, now: float) -> None:
+        call: ApiCall = request.call  # type: ignore[assignment]  # as are all calls here
+        call.request, breaker = request, self._breakers[call.path]
+        call.probe = breaker.start(now, call.key) if breaker.is_open else None
+        call.attempts += 1
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s: its turn came after %.3f s", question.api_key.label, now - question.entered)
+            _log.debug("%s: its turn came after %.3f s", call.api_key.label, now - call.entered)
         # Not by the loop's task factory, which might run its first step at once.
-        question.task = _Attempt(self._attempt(question), loop=asyncio.get_running_loop(), context=question.context)
-        question.task.on_cancelled = partial(self._on_cancelled, question)
+        call.task = _AttemptTask(self._attempt(call), loop=asyncio.get_running_loop(), context=call.context)
+        call.task.on_cancelled = partial(self._on_cancelled, call)
 
-    async def _attempt(self, question: Question) -> None:
+    async def _attempt(self, call: ApiCall) -> None:
         try:
-            got = await self.transport.attempt(question.path, question.api_key, self._request_timeout)
+            got = await self.transport.attempt(call.path, call.api_key, self._request_timeout)
             now = _now()
-            result, answer = self._read(question, got, now)
-            self._ended(question, answer, now)
+            result, answer = self._read(call, got, now)
+            self._ended(call, answer, now)
             if isinstance(result, Balance):
-                question.on_end(result)
+                call.on_end(result)
             else:
-                self._go_on(question, result, now)
+                self._go_on(call, result, now)
             self._admit(now)
         except asyncio.CancelledError:
-            self._break_off(question, None)
+            self._break_off(call, None)
             raise
         except Exception as error:  # noqa: BLE001  # it has failed as it never should
-            self._break_off(question, error)
+            self._break_off(call, error)
 
     # --- ending
 
-    def _on_cancelled(self, question: Question, task: asyncio.Task[None]) -> None:
+    def _on_cancelled(self, call: ApiCall, task: asyncio.Task[None]) -> None:
         """A request was cancelled, perhaps before its first step."""
-        if question.task is task and task.cancelled():
-            self._break_off(question, None)
+        if call.task is task and task.cancelled():
+            self._break_off(call, None)
 
-    def _break_off(self, question: Question, error: Exception | None) -> None:
+    def _break_off(self, call: ApiCall, error: Exception | None) -> None:
         """Nobody may be left waiting for a request that was cancelled from outside, or has failed as it never should."""
-        if question.task is not None:
-            self._ended(question, Answer(status=None), _now())
-        question.on_broken_off(error)
+        if call.task is not None:
+            self._ended(call, AttemptResult(status=None), _now())
+        call.on_broken_off(error)
         self._admit()
 
-    def _ended(self, question: Question, answer: Answer, now: float) -> None:
-        path, probe, scheduler = question.path, question.probe, self._schedulers[question.path]
-        question.task = None
+    def _ended(self, call: ApiCall, answer: AttemptResult, now: float) -> None:
+        path, probe, scheduler = call.path, call.probe, self._schedulers[call.path]
+        call.task = None
         if probe is not None:
             self._breakers[path].end(probe, now)
-        scheduler.ended(question.request, answer, now)
+        scheduler.ended(call.request, answer, now)
         if scheduler.is_barring or probe is not None:
             scheduler.is_barring = self._breakers[path].is_open
             if probe is not None or (self._barred[path] and not scheduler.is_barring):
                 self._on_probed(path, now)
 
-    def _read(self, question: Question, got: Response | Failure, now: float) -> tuple[Balance | CrustCreditsError, Answer]:
+    def _read(self, call: ApiCall, got: Response | Failure, now: float) -> tuple[Balance | CrustCreditsError, AttemptResult]:
         """What a request has brought, for those who wait and for the scheduler. The circuit breaker hears of it."""
         if isinstance(got, Failure):
             # Where only the headers have come, the server has counted it, and has neither served nor refused it.
             status = 500 if got.fate is Fate.ANSWERED else None
-            return got.error, Answer(status=status, unsent=got.fate is Fate.UNSENT)
-        result = read_response(question.path, question.api_key, got, now=datetime.now(UTC), period=self._period)
-        breaker, said = self._breakers[question.path], result.rate_limit
+            return got.error, AttemptResult(status=status, unsent=got.fate is Fate.UNSENT)
+        result = read_response(call.path, call.api_key, got, now=datetime.now(UTC), period=self._period)
+        breaker, said = self._breakers[call.path], result.rate_limit
         limit, remaining = (None, None) if said is None else (said.limit, said.remaining)
         if isinstance(result, Balance):
-            breaker.api_answered(question.key)
-            return result, Answer(status=got.status, limit=limit, remaining=remaining)
+            breaker.api_answered(call.key)
+            return result, AttemptResult(status=got.status, limit=limit, remaining=remaining)
         own = is_apis_own(got)
         if isinstance(result, GatewayError):
-            sent = question.probe or Sent(question.request.started, question.key, is_probe=False)
+            sent = call.probe or Sent(call.request.started, call.key, is_probe=False)
             breaker.gateway_answered(sent, result, now)
-            self._schedulers[question.path].is_barring = breaker.is_open
+            self._schedulers[call.path].is_barring = breaker.is_open
         elif own:
-            breaker.api_answered(question.key)
+            breaker.api_answered(call.key)
         is_html = not own and not is_json_object(got)
         wait = asked_wait(result)
-        return result, Answer(status=got.status, is_html=is_html, limit=limit, remaining=remaining, wait=wait)
+        return result, AttemptResult(status=got.status, is_html=is_html, limit=limit, remaining=remaining, wait=wait)
 
-    def _go_on(self, question: Question, result: CrustCreditsError, now: float) -> None:
+    def _go_on(self, call: ApiCall, result: CrustCreditsError, now: float) -> None:
         """End a call, or try it again later. What nobody wants any more is not tried again."""
-        if not question.wanted:
-            question.on_end(result)
+        if not call.wanted:
+            call.on_end(result)
             return
-        if question.failing_since is None:
-            question.failing_since = now
-        elapsed, patience = now - question.failing_since, question.patience(now)
-        delay = retry_delay(self._retry, result, question.attempts, spared=question.spared, elapsed=elapsed, patience=patience)
+        if call.failing_since is None:
+            call.failing_since = now
+        elapsed, patience = now - call.failing_since, call.patience(now)
+        delay = retry_delay(self._retry, result, call.attempts, spared=call.spared, elapsed=elapsed, patience=patience)
         if delay is None:
-            question.on_end(result)
+            call.on_end(result)
             return
-        counted = f"attempt {question.attempts} of {self._retry.attempts}"
-        if question.spared:
-            counted = f"request {question.attempts}, of which {question.spared} do not count as attempts"
+        counted = f"attempt {call.attempts} of {self._retry.attempts}"
+        if call.spared:
+            counted = f"request {call.attempts}, of which {call.spared} do not count as attempts"
         _log.info("%s; that was %s, the next is in %.2f s", result, counted, delay)
-        question.last = result
-        self._park(question, 1)
-        self._resume_at(question, now + delay)
+        call.last = result
+        self._park(call, 1)
+        self._resume_at(call, now + delay)
 
     # --- tokens
 
@@ -539,8 +539,8 @@ class Dispatcher:
         """No token of this bucket can be had: calls that wait for one are told."""
         said = "the count that the processes share is out of reach, as the log says; nothing was sent"
         for call in self._schedulers[path].give_up(whose, _now()):
-            question = cast("Question", call)
-            question.on_end(BucketsUnavailableError(said, key_name=question.api_key.label))
+            call = cast("ApiCall", call)
+            call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))
 
 
 def _now() -> float:

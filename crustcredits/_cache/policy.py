@@ -1,4 +1,4 @@
-"""`Freshness`: how old an answer may be. Arithmetic only; it knows no clock and no answers."""
+"""`CachePolicy`: how old an answer may be. Arithmetic only; it knows no clock and no answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CacheOptions(TypedDict, total=False):
     max_error_age: Seconds | None
 
 
-class Freshness(NamedTuple):
+class CachePolicy(NamedTuple):
     """How old an answer may be, in seconds, and beyond that for how long it stands in.
 
     Attributes:
@@ -55,14 +55,14 @@ class Freshness(NamedTuple):
         stale_while_revalidate: Seconds | None = None,
         stale_if_error: Seconds | None = None,
         max_error_age: Seconds | None = None,
-    ) -> Freshness:
+    ) -> CachePolicy:
         """What a call says, and where it says nothing what stands here.
 
         Raises:
             ConfigurationError: One of them is no number of seconds of at least 0.
         """
         error = self.error if max_age is None else None
-        return Freshness(
+        return CachePolicy(
             self.max_age if max_age is None else seconds("max_age", max_age),
             self.revalidate if stale_while_revalidate is None else seconds("stale_while_revalidate", stale_while_revalidate),
             self.if_error if stale_if_error is None else seconds("stale_if_error", stale_if_error),
@@ -72,4 +72,4 @@ class Freshness(NamedTuple):
 
 
 #: No answer from before will do.
-NEW = Freshness()
+NEW = CachePolicy()

@@ -1,6 +1,6 @@
-"""`Calls`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
+"""`SingleFlight`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
 
-A call belongs to nobody who asks. Whoever does has a seat, with a deadline of his own, and may leave; when the last one has
+A call belongs to nobody who asks. Whoever does has a waiter, with a deadline of his own, and may leave; when the last one has
 left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_cache.dispatcher`'s.
 """
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import attrs
 
-from crustcredits._cache.dispatcher import Dispatcher, Question
-from crustcredits._cache.policy import NEW, Freshness
-from crustcredits._cache.store import Answers, Place
+from crustcredits._cache.dispatcher import ApiCall, Dispatcher
+from crustcredits._cache.policy import NEW, CachePolicy
+from crustcredits._cache.store import BalanceCache, CacheKey
 from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
@@ -37,7 +37,7 @@ Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 _FEW = 1_000
 
 
-class Seat(Protocol):
+class Waiter(Protocol):
     """Who waits for a call: a future, or a key of a fan-out."""
 
     def done(self) -> bool: ...
@@ -46,7 +46,7 @@ class Seat(Protocol):
     def cancel(self) -> object: ...
 
 
-class Patience(NamedTuple):
+class WaitTerms(NamedTuple):
     """Since when one has waited, and until when, in the loop's time; and whether an older answer may stand in for him."""
 
     began: float
@@ -54,19 +54,19 @@ class Patience(NamedTuple):
     falls_back: bool
 
 
-class _Call(Question):
+class SharedCall(ApiCall):
     """One call under way, and who waits for it."""
 
-    __slots__ = ("calls", "early", "first", "place", "seats")
+    __slots__ = ("calls", "early", "first", "place", "waiters")
 
     def __init__(
-        self, calls: Calls, place: Place, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
+        self, calls: SingleFlight, place: CacheKey, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
     ) -> None:
         super().__init__(place, key, account, flow, context)
         self.calls = calls
         self.place = place
-        self.first: Seat | None = None  # of whoever began it
-        self.seats: dict[Seat, Patience] = {}
+        self.first: Waiter | None = None  # of whoever began it
+        self.waiters: dict[Waiter, WaitTerms] = {}
         self.early: tuple[Pool, int] | None = None  # the pool in which it waits for its turn, and its number there
 
     @property
@@ -81,10 +81,10 @@ class _Call(Question):
         self.calls.refuse_hopeless(self)
 
     def can_fall_back(self) -> bool:
-        return all(patience.falls_back for patience in self.seats.values())
+        return all(patience.falls_back for patience in self.waiters.values())
 
     def patience(self, now: float) -> float:
-        return max((patience.deadline for patience in self.seats.values()), default=math.inf) - now
+        return max((patience.deadline for patience in self.waiters.values()), default=math.inf) - now
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self.calls.end(self, result)
@@ -93,11 +93,8 @@ class _Call(Question):
         self.calls.break_off(self, error)
 
 
-PoolCall: TypeAlias = _Call
-
-
-class Landing:
-    """The seat of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it.
+class FanOutWaiter:
+    """The waiter of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it.
 
     Attributes:
         key: The key that is asked about.
@@ -108,11 +105,11 @@ class Landing:
 
     __slots__ = ("_calls", "_land", "began", "call", "freshness", "key")
 
-    def __init__(self, calls: Calls, key: ApiKey, freshness: Freshness, began: float, land: Land) -> None:
+    def __init__(self, calls: SingleFlight, key: ApiKey, freshness: CachePolicy, began: float, land: Land) -> None:
         self.key = key
         self.freshness = freshness
         self.began = began
-        self.call: _Call | None = None
+        self.call: SharedCall | None = None
         self._calls = calls
         self._land: Land | None = land
 
@@ -159,7 +156,7 @@ class Pool(PoolFlow):
 
     Attributes:
         path: The endpoint.
-        early: Calls of numbers that wait, made because others ask for their keys too.
+        early: SingleFlight of numbers that wait, made because others ask for their keys too.
     """
 
     __slots__ = ("early", "path")
@@ -167,9 +164,9 @@ class Pool(PoolFlow):
     def __init__(self, path: str, accounts: Sequence[Hashable | None]) -> None:
         super().__init__(accounts)
         self.path = path
-        self.early: dict[int, _Call] = {}
+        self.early: dict[int, SharedCall] = {}
 
-    def begin(self, number: int) -> _Call:
+    def begin(self, number: int) -> SharedCall:
         call = self.early.pop(number, None)
         if call is None:
             return self.make(number)
@@ -177,7 +174,7 @@ class Pool(PoolFlow):
         return call
 
     @abstractmethod
-    def make(self, number: int) -> _Call:
+    def make(self, number: int) -> SharedCall:
         """The call of a number."""
 
     @abstractmethod
@@ -188,19 +185,19 @@ class Pool(PoolFlow):
 class _Deadlines:
     """When the time of each who waits is over: one timer for all of them."""
 
-    def __init__(self, time_out: Callable[[_Call, Seat], None]) -> None:
+    def __init__(self, time_out: Callable[[SharedCall, Waiter], None]) -> None:
         self._time_out = time_out
-        self._heap: list[tuple[float, int, _Call, Seat]] = []
+        self._heap: list[tuple[float, int, SharedCall, Waiter]] = []
         self._numbers = itertools.count()
         self._timer: asyncio.Handle | None = None
         self._due = math.inf  # when it runs; uvloop's handles do not tell
         self._room = _FEW
 
-    def add(self, deadline: float, call: _Call, seat: Seat) -> None:
+    def add(self, deadline: float, call: SharedCall, waiter: Waiter) -> None:
         """One waits until then."""
         if len(self._heap) >= self._room:
             self._purge()
-        heapq.heappush(self._heap, (deadline, next(self._numbers), call, seat))
+        heapq.heappush(self._heap, (deadline, next(self._numbers), call, waiter))
         if deadline < self._due:
             self._set_timer()
 
@@ -228,25 +225,25 @@ class _Deadlines:
         for _ in range(_FEW):  # the rest in the next turn of the loop, so that other tasks run meanwhile
             if not self._heap or not (self._heap[0][0] <= now or self._heap[0][3].done()):
                 break
-            _, _, call, seat = heapq.heappop(self._heap)
-            self._time_out(call, seat)
+            _, _, call, waiter = heapq.heappop(self._heap)
+            self._time_out(call, waiter)
         self._timer = None
         self._set_timer()
 
 
-class Calls:
+class SingleFlight:
     """The calls under way, and the answers that are kept."""
 
-    def __init__(self, dispatcher: Dispatcher, answers: Answers) -> None:
+    def __init__(self, dispatcher: Dispatcher, answers: BalanceCache) -> None:
         self._dispatcher = dispatcher
         self._answers = answers
-        self._under_way: dict[Place, _Call] = {}
-        self._outdated: set[_Call] = set()  # on the wire when their answers were declared invalid; joined by nobody
+        self._under_way: dict[CacheKey, SharedCall] = {}
+        self._outdated: set[SharedCall] = set()  # on the wire when their answers were declared invalid; joined by nobody
         self._dropped: set[asyncio.Task[Any]] = set()
         self._pools: list[Pool] = []
         self._deadlines = _Deadlines(self._time_out)
 
-    def known(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness) -> Outcome[Any] | None:
+    def known(self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy) -> Outcome[Any] | None:
         """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
         if freshness is NEW or isinstance(key, UnusableKey):
             return None
@@ -262,36 +259,36 @@ class Calls:
         if outcome.stale and not is_asked and kept.claim_refresh(place, now):
             # It is no request's own, so it keeps none's context alive.
             account, flow = self._dispatcher.account_of(key), self._dispatcher.refreshes
-            call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=contextvars.Context())
+            call = self._under_way[place] = SharedCall(self, place, key, account=account, flow=flow, context=contextvars.Context())
             self._dispatcher.enter(call)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
-    def last(self, path: str, key: ApiKey, freshness: Freshness) -> Outcome[Any] | None:
+    def last(self, path: str, key: ApiKey, freshness: CachePolicy) -> Outcome[Any] | None:
         """What was heard last of `key`, however long ago, or None."""
         kept = self._answers.find((path, key.digest))
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
 
-    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: Freshness, deadline: float | None) -> Outcome[Any]:
+    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy, deadline: float | None) -> Outcome[Any]:
         """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        seat: asyncio.Future[Outcome[Any]] = loop.create_future()
+        waiter: asyncio.Future[Outcome[Any]] = loop.create_future()
         place = path, key.digest
         patience = self._patience(place, freshness, began, math.inf if deadline is None else deadline)
-        call = self._join(place, key, seat, patience, self._dispatcher.singles)
+        call = self._join(place, key, waiter, patience, self._dispatcher.singles)
         try:
-            outcome = await seat
+            outcome = await waiter
         except asyncio.CancelledError:
-            self.leave(call, seat)
+            self.leave(call, waiter)
             raise
         if freshness is NEW and outcome.key is key:
             return outcome
         return self.given(call, key, outcome, freshness, began)
 
-    def begin(self, path: str, landing: Landing, deadline: float, flow: Flow) -> None:
+    def begin(self, path: str, landing: FanOutWaiter, deadline: float, flow: Flow) -> None:
         """The same for a key of a fan-out, without a task: the outcome lands, at once or later.
 
         A new call waits for its turn in `flow`. What lands is an exception where the client was closed.
@@ -324,8 +321,8 @@ class Calls:
         self._pools.append(pool)
         self._dispatcher.enter_pool(pool.path, pool)
 
-    def leave_pool(self, pool: Pool, landings: Iterable[Landing] = ()) -> None:
-        """Give up the keys whose turn has not come, and these of its calls. Calls that others await go on."""
+    def leave_pool(self, pool: Pool, landings: Iterable[FanOutWaiter] = ()) -> None:
+        """Give up the keys whose turn has not come, and these of its calls. SingleFlight that others await go on."""
         if pool not in self._pools:  # the client was closed
             return
         self._pools.remove(pool)
@@ -337,7 +334,9 @@ class Calls:
             call.early = None
             self._dispatcher.enter(call)
 
-    def take_turn(self, path: str, landing: Landing, patience: Patience, flow: Flow, context: contextvars.Context) -> _Call:
+    def take_turn(
+        self, path: str, landing: FanOutWaiter, patience: WaitTerms, flow: Flow, context: contextvars.Context
+    ) -> SharedCall:
         """The call of a key of a pool; nobody has asked for it yet, or the number of the key would have been found."""
         key = landing.key
         place = path, key.digest
@@ -356,7 +355,7 @@ class Calls:
         """Those of these keys, by number, for which certainly no request starts before the deadline."""
         return self._dispatcher.hopeless(path, keys, deadline, _now())
 
-    def too_late(self, path: str, key: ApiKey, freshness: Freshness, began: float) -> Outcome[Any]:
+    def too_late(self, path: str, key: ApiKey, freshness: CachePolicy, began: float) -> Outcome[Any]:
         """The outcome of a key whose turn did not come before its deadline."""
         now = _now()
         outcome = _failure(key, _late_turn(key, self._dispatcher.earliest_of(path, key, now) - began))
@@ -372,7 +371,7 @@ class Calls:
                 return pool, number
         return None
 
-    def _begin_early(self, place: Place, flow: Flow) -> _Call | None:
+    def _begin_early(self, place: CacheKey, flow: Flow) -> SharedCall | None:
         """The call for a key that waits in a pool, now that somebody else asks too. It waits there, or in a better flow."""
         found = self._waiting_in(*place)
         if found is None:
@@ -386,7 +385,7 @@ class Calls:
             self._dispatcher.enter(call)
         return call
 
-    def _leave_early(self, call: _Call) -> None:
+    def _leave_early(self, call: SharedCall) -> None:
         """A call waits in its pool no more."""
         if call.early is not None:
             pool, number = call.early
@@ -394,7 +393,7 @@ class Calls:
             del pool.early[number]
             pool.take_out(number)
 
-    def given(self, call: _Call, key: ApiKey, outcome: Outcome[Any], freshness: Freshness, began: float) -> Outcome[Any]:
+    def given(self, call: SharedCall, key: ApiKey, outcome: Outcome[Any], freshness: CachePolicy, began: float) -> Outcome[Any]:
         """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
         if isinstance(outcome, Unknown) and freshness.if_error:
             kept = self._answers.find(call.place)
@@ -424,56 +423,56 @@ class Calls:
                 self._outdated.add(self._under_way.pop(place))
                 self._answers.given_up(place)
 
-    def refuse_hopeless(self, call: _Call) -> None:
+    def refuse_hopeless(self, call: SharedCall) -> None:
         """Send away those whose deadline is before the next attempt of `call` can start."""
-        patient = [(seat, patience.deadline) for seat, patience in call.seats.items() if patience.deadline < math.inf]
+        patient = [(waiter, patience.deadline) for waiter, patience in call.waiters.items() if patience.deadline < math.inf]
         if not patient:
             return
         earliest = self._dispatcher.earliest(call, _now())
-        for seat, deadline in patient:
+        for waiter, deadline in patient:
             if deadline < earliest:
-                self._time_out(call, seat)
+                self._time_out(call, waiter)
 
-    def refuse_all(self, call: _Call) -> None:
+    def refuse_all(self, call: SharedCall) -> None:
         """Send away all waiters: their time is over before an answer could come."""
-        for seat in tuple(call.seats):
-            self._time_out(call, seat)
+        for waiter in tuple(call.waiters):
+            self._time_out(call, waiter)
 
-    # --- seats
+    # --- waiters
 
-    def _patience(self, place: Place, freshness: Freshness, began: float, deadline: float) -> Patience:
+    def _patience(self, place: CacheKey, freshness: CachePolicy, began: float, deadline: float) -> WaitTerms:
         kept = self._answers.find(place) if freshness.if_error else None
-        return Patience(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
+        return WaitTerms(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
 
     def _open(
-        self, place: Place, key: ApiKey, seat: Seat, patience: Patience, *, flow: Flow, context: contextvars.Context
-    ) -> _Call:
+        self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, *, flow: Flow, context: contextvars.Context
+    ) -> SharedCall:
         """A new call, with its first waiter."""
         account = self._dispatcher.account_of(key)
-        call = self._under_way[place] = _Call(self, place, key, account=account, flow=flow, context=context)
-        call.first = seat
-        call.seats[seat] = patience
+        call = self._under_way[place] = SharedCall(self, place, key, account=account, flow=flow, context=context)
+        call.first = waiter
+        call.waiters[waiter] = patience
         if patience.deadline < math.inf:
             call.deadline = patience.deadline
-            self._deadlines.add(patience.deadline, call, seat)
+            self._deadlines.add(patience.deadline, call, waiter)
         return call
 
-    def _join(self, place: Place, key: ApiKey, seat: Seat, patience: Patience, flow: Flow) -> _Call:
+    def _join(self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, flow: Flow) -> SharedCall:
         call = self._under_way.get(place)
         if call is None and self._pools:
             call = self._begin_early(place, flow)
         if call is None:
-            call = self._open(place, key, seat, patience, flow=flow, context=contextvars.copy_context())
-            if isinstance(seat, Landing):
-                seat.call = call
+            call = self._open(place, key, waiter, patience, flow=flow, context=contextvars.copy_context())
+            if isinstance(waiter, FanOutWaiter):
+                waiter.call = call
             self._dispatcher.enter(call)
         else:
-            call.seats[seat] = patience
+            call.waiters[waiter] = patience
             call.deadline = max(call.deadline, patience.deadline)
-            if isinstance(seat, Landing):
-                seat.call = call
+            if isinstance(waiter, FanOutWaiter):
+                waiter.call = call
             if patience.deadline < math.inf:
-                self._deadlines.add(patience.deadline, call, seat)
+                self._deadlines.add(patience.deadline, call, waiter)
             if call.early is not None and flow.kind < call.flow.kind:
                 self._leave_early(call)
                 call.flow = flow
@@ -483,21 +482,21 @@ class Calls:
         if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
             call, patience.began
         ):
-            self._time_out(call, seat)
+            self._time_out(call, waiter)
         return call
 
-    def _time_out(self, call: _Call, seat: Seat) -> None:
-        patience = call.seats.get(seat)
-        if patience is None or seat.done():
+    def _time_out(self, call: SharedCall, waiter: Waiter) -> None:
+        patience = call.waiters.get(waiter)
+        if patience is None or waiter.done():
             return
-        seat.set_result(_failure(call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))))
-        self.leave(call, seat)
+        waiter.set_result(_failure(call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))))
+        self.leave(call, waiter)
 
-    def leave(self, call: _Call, seat: Seat) -> None:
+    def leave(self, call: SharedCall, waiter: Waiter) -> None:
         """One who waits for a call gives up."""
-        call.seats.pop(seat, None)
-        if call.seats:
-            call.deadline = max(patience.deadline for patience in call.seats.values())
+        call.waiters.pop(waiter, None)
+        if call.waiters:
+            call.deadline = max(patience.deadline for patience in call.waiters.values())
             return
         if not self._is_under_way(call):
             return
@@ -505,22 +504,22 @@ class Calls:
         if call.task is None:
             self._drop(call)
 
-    def _is_under_way(self, call: _Call) -> bool:
+    def _is_under_way(self, call: SharedCall) -> bool:
         return self._under_way.get(call.place) is call or call in self._outdated
 
-    def _remove(self, call: _Call) -> None:
+    def _remove(self, call: SharedCall) -> None:
         if call in self._outdated:
             self._outdated.remove(call)
         else:
             del self._under_way[call.place]
 
-    def _drop(self, call: _Call) -> None:
+    def _drop(self, call: SharedCall) -> None:
         self._leave_early(call)
         self._remove(call)
         self._answers.given_up(call.place)
         self._end(call)
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: SharedCall) -> None:
         if call.task is None:
             self._dispatcher.leave(call)
             return
@@ -530,7 +529,7 @@ class Calls:
 
     # --- one call
 
-    def end(self, call: _Call, result: Balance | CrustCreditsError) -> None:
+    def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None:
         """A call has ended: keep what came of it, and tell those who wait. Nothing, if it was given up meanwhile."""
         is_joined = self._under_way.get(call.place) is call
         if not is_joined and call not in self._outdated:
@@ -545,7 +544,7 @@ class Calls:
         if evicted is not None:
             self._forget(evicted)
 
-    def _keep(self, call: _Call, outcome: Outcome[Any]) -> Place | None:
+    def _keep(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
         """Keep what came of a call. Returns the place whose answer had to go for it, if any."""
         if isinstance(outcome, Known):
             return self._answers.succeeded(call.place, outcome.balance, _now())
@@ -556,36 +555,36 @@ class Calls:
             _log.warning("%s; its kept answer could not be refreshed", outcome.error)
         return evicted
 
-    def _forget(self, place: Place) -> None:
+    def _forget(self, place: CacheKey) -> None:
         """Its answer is no longer kept, so what only refreshes it can go."""
         call = self._under_way.get(place)
         if call is not None and not (call.wanted or call.task is not None):
             self._drop(call)
 
-    def _settle(self, call: _Call, outcome: Outcome[Any]) -> None:
+    def _settle(self, call: SharedCall, outcome: Outcome[Any]) -> None:
         """End the call, with this outcome for all who wait."""
         self._remove(call)
         shared: Outcome[Any] | None = None
-        for seat in call.seats:
-            if seat.done():  # given up in this very turn of the loop
+        for waiter in call.waiters:
+            if waiter.done():  # given up in this very turn of the loop
                 continue
-            if seat is call.first:
-                seat.set_result(outcome)
+            if waiter is call.first:
+                waiter.set_result(outcome)
             else:
                 shared = shared or _shared(outcome)
-                seat.set_result(shared)
+                waiter.set_result(shared)
 
-    def break_off(self, call: _Call, error: BaseException | None) -> None:
+    def break_off(self, call: SharedCall, error: BaseException | None) -> None:
         """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
         if not self._is_under_way(call):
             return
         self._remove(call)
         self._answers.given_up(call.place)
-        for seat in [seat for seat in call.seats if not seat.done()]:
+        for waiter in [waiter for waiter in call.waiters if not waiter.done()]:
             if error is None:
-                seat.cancel()
+                waiter.cancel()
             else:
-                seat.set_exception(error)
+                waiter.set_exception(error)
 
 
 def closed_error() -> ClientClosedError:
@@ -603,7 +602,7 @@ def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
     return Unknown(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source)
 
 
-def _why_late(call: _Call, patience: Patience, earliest: float) -> CrustCreditsError:
+def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCreditsError:
     """The error of one whose time is over: what kept him waiting."""
     if call.task is not None:
         seconds = patience.deadline - patience.began

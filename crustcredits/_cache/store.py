@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
-from crustcredits._cache.policy import Freshness
+from crustcredits._cache.policy import CachePolicy
 from crustcredits._errors import (
     APIConnectionError,
     APITimeoutError,
@@ -36,7 +36,7 @@ from crustcredits._models import Account, Balance, Known, Outcome, Unknown
 _log = logging.getLogger("crustcredits")
 
 #: The path of an endpoint and the digest of a key.
-Place: TypeAlias = tuple[str, bytes]
+CacheKey: TypeAlias = tuple[str, bytes]
 
 # What the API says of the key itself: then what it said before holds no longer. Any other error tells only that there was no
 # answer to be had.
@@ -71,7 +71,7 @@ def _grant_after(account: Account) -> float:
     return math.inf if date is None or date <= account.checked_at else date.timestamp()
 
 
-class _Silence:
+class _EndpointFailures:
     """Failures in a row on one endpoint that say nothing of the keys."""
 
     __slots__ = ("_blocked", "_keys", "claimed_by", "error", "failures", "last", "refresh_at")
@@ -79,7 +79,7 @@ class _Silence:
     def __init__(self, blocked: Callable[[], CrustCreditsError | None]) -> None:
         self._blocked = blocked
         self._keys: set[bytes] = set()  # whose they were: one key's trouble is not the endpoint's
-        self.claimed_by: Place | None = None  # whose refresh is to find out whether it answers again
+        self.claimed_by: CacheKey | None = None  # whose refresh is to find out whether it answers again
         self.failures = 0  # of different keys, and then of any
         self.error: CrustCreditsError | None = None
         self.last = 0.0
@@ -118,7 +118,7 @@ class _Silence:
         return self._blocked() is None
 
 
-class Kept:
+class CacheEntry:
     """What is known of one key on one endpoint.
 
     Attributes:
@@ -130,6 +130,7 @@ class Kept:
 
     __slots__ = (
         "_balance",
+        "_endpoint",
         "_failed",
         "_failure",
         "_failures",
@@ -137,14 +138,13 @@ class Kept:
         "_received",
         "_received_wall",
         "_refreshes_at",
-        "_silence",
         "_stale",
         "refresh_at",
         "tried",
     )
 
-    def __init__(self, silence: _Silence) -> None:
-        self._silence = silence
+    def __init__(self, endpoint: _EndpointFailures) -> None:
+        self._endpoint = endpoint
         self._balance: Balance | None = None
         self._received = self._received_wall = -math.inf
         self._refreshes_at = math.inf  # when the account's next grant comes, on the wall clock
@@ -188,15 +188,15 @@ class Kept:
         """How often in a row no answer came."""
         return self._failures
 
-    def claim_refresh(self, place: Place, now: float) -> bool:
+    def claim_refresh(self, place: CacheKey, now: float) -> bool:
         """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
-        if now < self.refresh_at or now < self._silence.refresh_at or not self._silence.may_refresh:
+        if now < self.refresh_at or now < self._endpoint.refresh_at or not self._endpoint.may_refresh:
             return False
-        if self._silence.reason(now) is not None:
-            self._silence.claimed_by, self._silence.refresh_at = place, now + _DOWN
+        if self._endpoint.reason(now) is not None:
+            self._endpoint.claimed_by, self._endpoint.refresh_at = place, now + _DOWN
         return True
 
-    def answer(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
+    def answer(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
         """What is young enough to be given without asking: the balance, else the failure. A stale balance is to be refreshed."""
         balance = self._balance
         if balance is not None:
@@ -211,11 +211,11 @@ class Kept:
             return self._failure
         return None
 
-    def may_stand_in(self, freshness: Freshness, now: float) -> bool:
+    def may_stand_in(self, freshness: CachePolicy, now: float) -> bool:
         """Whether the balance may stand in for a newer one while the API gives none."""
         return self._balance is not None and self._age(freshness, now) < freshness.max_age + freshness.if_error
 
-    def instead_of(self, failure: Unknown, freshness: Freshness, began: float, now: float) -> Known[Any] | None:
+    def instead_of(self, failure: Unknown, freshness: CachePolicy, began: float, now: float) -> Known[Any] | None:
         """The balance with this failure beside it, where it may stand in for a newer one.
 
         For one who asks since `began`: an answer that came meanwhile, in the moment of the failure, is what was asked for.
@@ -237,7 +237,7 @@ class Kept:
             return None
         return attrs.evolve(self._fresh or self._make_fresh(self._balance), attempts=1, source="shared")
 
-    def last(self, freshness: Freshness, now: float) -> Outcome[Any] | None:
+    def last(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
         """What was heard last, however long ago: the balance, with the failure since then beside it, or the failure."""
         balance, failure = self._balance, self._failure
         if balance is None:
@@ -247,7 +247,7 @@ class Kept:
         fresh = self._fresh or self._make_fresh(balance)
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
 
-    def _age(self, freshness: Freshness, now: float) -> float:
+    def _age(self, freshness: CachePolicy, now: float) -> float:
         """Seconds since the balance came. One of an account that has had its next grant since then is older than `max_age`."""
         wall = time.time()
         age = max(now - self._received, wall - self._received_wall)
@@ -255,12 +255,12 @@ class Kept:
 
     def _is_down(self, now: float) -> bool:
         own = self._failure is not None and now - self.tried < _DOWN
-        return own or self._silence.reason(now) is not None
+        return own or self._endpoint.reason(now) is not None
 
     def _stale_now(self, balance: Balance, now: float) -> Known[Any]:
         """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
         stale = self._stale or self._make_stale(balance)
-        reason = self._silence.reason(now) if stale.error is None else None
+        reason = self._endpoint.reason(now) if stale.error is None else None
         return stale if reason is None else attrs.evolve(stale, error=renamed(reason, balance.key.label))
 
     def _make_fresh(self, balance: Balance) -> Known[Any]:
@@ -273,7 +273,7 @@ class Kept:
         return self._stale
 
 
-class Answers:
+class BalanceCache:
     """At most `room` of them, found by place.
 
     `blocked` says why no request can be sent on an endpoint at the moment, or None.
@@ -282,22 +282,22 @@ class Answers:
     def __init__(self, room: int, retry: Retry, blocked: Callable[[str], CrustCreditsError | None]) -> None:
         self._room = room
         self._retry = retry
-        self._kept: OrderedDict[Place, Kept] = OrderedDict()
-        self._silences = {path: _Silence(partial(blocked, path)) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        self._kept: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
+        self._endpoints = {path: _EndpointFailures(partial(blocked, path)) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
 
-    def find(self, place: Place) -> Kept | None:
+    def find(self, place: CacheKey) -> CacheEntry | None:
         """What is known there; looking is using."""
         kept = self._kept.get(place)
         if kept is not None:
             self._kept.move_to_end(place)
         return kept
 
-    def succeeded(self, place: Place, balance: Balance, now: float) -> Place | None:
+    def succeeded(self, place: CacheKey, balance: Balance, now: float) -> CacheKey | None:
         """A balance came. Returns the place whose answer had to go for it, if any."""
         kept, evicted = self._kept.get(place), None
-        silence = self._silences[place[0]]
-        if silence.failures or silence.refresh_at:
-            silence.heard()
+        endpoint = self._endpoints[place[0]]
+        if endpoint.failures or endpoint.refresh_at:
+            endpoint.heard()
         if kept is None:
             kept, evicted = self._make(place)
         else:
@@ -305,7 +305,7 @@ class Answers:
         kept.succeeded(balance, now)
         return evicted
 
-    def failed(self, place: Place, failure: Unknown, now: float) -> Place | None:
+    def failed(self, place: CacheKey, failure: Unknown, now: float) -> CacheKey | None:
         """None came. Returns the same."""
         kept, evicted = self.find(place), None
         if kept is None:
@@ -315,29 +315,29 @@ class Answers:
             for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
                 self._kept.pop((path, place[1]), None)
         if isinstance(failure.error, _OF_THE_KEY):
-            self._silences[place[0]].heard()
+            self._endpoints[place[0]].heard()
         elif isinstance(failure.error, _OF_THE_ENDPOINT):
             keeps = partial(self._keeps_any, place[0])
-            self._silences[place[0]].failed(place[1], failure.error, self._retry, now, keeps=keeps)
+            self._endpoints[place[0]].failed(place[1], failure.error, self._retry, now, keeps=keeps)
         else:
             self.given_up(place)
         return evicted
 
-    def keeps(self, place: Place) -> bool:
+    def keeps(self, place: CacheKey) -> bool:
         """Whether a balance is kept there."""
         kept = self._kept.get(place)
         return kept is not None and kept.has_balance
 
-    def given_up(self, place: Place) -> None:
+    def given_up(self, place: CacheKey) -> None:
         """A call there has told nothing of the endpoint: another may find out."""
-        silence = self._silences[place[0]]
-        if silence.claimed_by == place:
-            silence.claimed_by, silence.refresh_at = None, 0.0
+        endpoint = self._endpoints[place[0]]
+        if endpoint.claimed_by == place:
+            endpoint.claimed_by, endpoint.refresh_at = None, 0.0
 
-    def has_just_failed(self, place: Place) -> bool:
+    def has_just_failed(self, place: CacheKey) -> bool:
         """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
         kept = self._kept.get(place)
-        return kept is not None and kept.failures == 1 and self._silences[place[0]].failures < _FAILURES
+        return kept is not None and kept.failures == 1 and self._endpoints[place[0]].failures < _FAILURES
 
     def forget(self, digest: bytes | None) -> None:
         """Drop what is kept of one key, or of all."""
@@ -350,6 +350,6 @@ class Answers:
     def _keeps_any(self, path: str) -> bool:
         return any(kept.has_balance for place, kept in self._kept.items() if place[0] == path)
 
-    def _make(self, place: Place) -> tuple[Kept, Place | None]:
-        kept = self._kept[place] = Kept(self._silences[place[0]])
+    def _make(self, place: CacheKey) -> tuple[CacheEntry, CacheKey | None]:
+        kept = self._kept[place] = CacheEntry(self._endpoints[place[0]])
         return kept, self._kept.popitem(last=False)[0] if len(self._kept) > self._room else None

@@ -183,7 +183,7 @@ class PoolFlow(Flow, ABC):
             self._turns.popleft()
 
 
-class _Line:
+class _FlowQueue:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
     __slots__ = ("accounts", "asked", "fresh", "left", "pool", "tickets", "turns")
@@ -279,7 +279,7 @@ class FairQueue:
     __slots__ = ("_background", "_draws", "_foreground", "_in_background", "_lines", "length")
 
     def __init__(self) -> None:
-        self._lines: dict[Flow, _Line] = {}
+        self._lines: dict[Flow, _FlowQueue] = {}
         self._foreground: deque[Flow] = deque()
         self._background: deque[Flow] = deque()
         self.length = 0
@@ -372,21 +372,21 @@ class FairQueue:
         self._forget_if_empty(flow, line)
         return found
 
-    def _begin(self, pool: PoolFlow, number: int, line: _Line) -> Call:
+    def _begin(self, pool: PoolFlow, number: int, line: _FlowQueue) -> Call:
         pool.take_out(number)
         self._forget_if_empty(pool, line)
         return pool.begin(number)
 
-    def _forget_if_empty(self, flow: Flow, line: _Line) -> None:
+    def _forget_if_empty(self, flow: Flow, line: _FlowQueue) -> None:
         """Forget the flow of a check or a stream of which nothing waits; it may have ended, and holds much."""
         if flow.kind is Kind.MANY and not line.length:
             del self._lines[flow]
             self._foreground.remove(flow)
 
-    def _line(self, flow: Flow) -> _Line:
+    def _line(self, flow: Flow) -> _FlowQueue:
         line = self._lines.get(flow)
         if line is None:
-            line = self._lines[flow] = _Line()
+            line = self._lines[flow] = _FlowQueue()
             (self._background if flow.kind is Kind.BACKGROUND else self._foreground).append(flow)
         return line
 

@@ -56,7 +56,7 @@ _VOICES = 3
 
 
 @attrs.frozen(kw_only=True)
-class Terms:
+class SchedulerTerms:
     """What a scheduler keeps to.
 
     Attributes:
@@ -79,7 +79,7 @@ class Terms:
 
 
 @attrs.frozen(kw_only=True)
-class Answer:
+class AttemptResult:
     """How a request ended, as far as admission goes.
 
     Attributes:
@@ -122,7 +122,7 @@ class Answer:
 
 
 @attrs.define(eq=False)
-class Request:
+class Attempt:
     """A request on the wire, which holds a token of each bucket that may count it."""
 
     call: Call
@@ -194,10 +194,10 @@ class Scheduler:
 
     def __init__(
         self,
-        terms: Terms,
+        terms: SchedulerTerms,
         *,
         pace: Pace,
-        slots: ConnectionSlots[Request],
+        slots: ConnectionSlots[Attempt],
         seed: int | None = None,
         make_bucket: MakeBucket = local_bucket,
         is_barred: Callable[[Call, float], bool] | None = None,
@@ -289,7 +289,7 @@ class Scheduler:
                 given_up.append(call)
         return given_up
 
-    def grant(self, now: float) -> Request | Call | float | None:
+    def grant(self, now: float) -> Attempt | Call | float | None:
         """The next request that starts now, or a call that is not to be sent; else when to ask again, if nothing happens before.
 
         None without such a moment. Ask until there is no request, after everything that is told to the scheduler. It looks at a
@@ -314,7 +314,7 @@ class Scheduler:
             return self._moments[0][0]
         return until
 
-    def _take(self, trial: Trial | None, now: float) -> Request | Call | None:
+    def _take(self, trial: Trial | None, now: float) -> Attempt | Call | None:
         """Start the call whose turn it is, or hand it out where it is not to be sent. None where it waits elsewhere now."""
         call = self._ready.pop() if trial is None else self._ready.pop(self._random, draw_singles=trial.is_held)
         if self._is_refused(call, now):
@@ -344,7 +344,7 @@ class Scheduler:
             return False, None
         return not self._ready.has_foreground, None
 
-    def ended(self, request: Request, answer: Answer, now: float) -> bool:
+    def ended(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
         """A request has ended. Returns whether this attempt is not to be counted against its call."""
         self._slots.release(request, now, answered=answer.status is not None)
         if request.in_trial:
@@ -548,7 +548,7 @@ class Scheduler:
                 return None
         return account
 
-    def _start(self, call: Call, account: _Account, trial: Trial | None, now: float) -> Request:
+    def _start(self, call: Call, account: _Account, trial: Trial | None, now: float) -> Attempt:
         self._pace.take(now)
         own = account.bucket.take(now)
         common = self._common.take(now) if self._counts_common else None
@@ -566,7 +566,7 @@ class Scheduler:
                 self._arm(account, now)
             if self._common_waiting[kind].length:
                 self._arm_common(now)
-        request = Request(call, kind, now, own, common, trial, first, trial is not None, account)
+        request = Attempt(call, kind, now, own, common, trial, first, trial is not None, account)
         self._slots.take(request, now)
         if trial is not None:
             trial.on_wire += 1
@@ -729,7 +729,7 @@ class Scheduler:
 
     # --- what an ended request teaches
 
-    def _served(self, request: Request, account: _Account, answer: Answer, now: float) -> None:
+    def _served(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> None:
         proved, alone = self._learn(request, account, answer, now)
         self._return_tokens(request, account, now + self._terms.period, proved=proved)
         if self._cooldown.trial is not None:
@@ -737,7 +737,7 @@ class Scheduler:
         if request.trial is not None:
             self._on_probe(request, foreign=False)
 
-    def _not_served(self, request: Request, account: _Account, answer: Answer, now: float) -> bool:
+    def _not_served(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> bool:
         """Returns whether this attempt is not to be counted."""
         self._take_back(request, account, answer, now)
         is_refused = answer.is_refused
@@ -746,7 +746,7 @@ class Scheduler:
             self._on_probe(request, foreign=foreign)
         return is_refused and self._refused(request, account, answer, foreign, now)
 
-    def _learn(self, request: Request, account: _Account, answer: Answer, now: float) -> tuple[bool, bool]:
+    def _learn(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> tuple[bool, bool]:
         """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
         used, limit, started = answer.used, answer.limit, request.started
         proved = alone = False
@@ -763,7 +763,7 @@ class Scheduler:
                 self._others = max(0, used - self._common.own(request.common))
         return proved, alone
 
-    def _hear(self, request: Request, account: _Account, limit: int, used: int, now: float) -> None:
+    def _hear(self, request: Attempt, account: _Account, limit: int, used: int, now: float) -> None:
         """An answer tells of another limit than the usual one, or answers before it did."""
         name, period, window = request.call.account, self._terms.period, self._terms.window
         # Tokens return a period after the end. A request that ended so long ago may not be in the server's window any more.
@@ -776,7 +776,7 @@ class Scheduler:
             _log.info("the API says that its limit is %d requests, not %d; it is followed", followed, self._common.limit)
             self._common.limit = followed
 
-    def _take_back(self, request: Request, account: _Account, answer: Answer, now: float) -> None:
+    def _take_back(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> None:
         """Its tokens return: at once where the server does not count it, later where nobody knows when it does."""
         if answer.status == 429 or answer.unsent:
             account.bucket.put_back()
@@ -787,7 +787,7 @@ class Scheduler:
             when = now + self._terms.period + (self._terms.late if answer.may_come_late else 0.0)
             self._return_tokens(request, account, when)
 
-    def _return_tokens(self, request: Request, account: _Account, when: float, *, proved: bool = False) -> None:
+    def _return_tokens(self, request: Attempt, account: _Account, when: float, *, proved: bool = False) -> None:
         account.bucket.return_at(when)
         if account.idles_at is None:
             self._idles(account, request.call.account, max(when, account.cools_until))
@@ -798,12 +798,12 @@ class Scheduler:
         else:
             self._common.return_at(when)
 
-    def _on_probe(self, request: Request, *, foreign: bool) -> None:
+    def _on_probe(self, request: Attempt, *, foreign: bool) -> None:
         """Note whether something in front of the API refused a probe, if its call was never asked before."""
         if request.trial is not None and request.first:
             self._lately.append(foreign)
 
-    def _refused(self, request: Request, account: _Account, answer: Answer, foreign: bool, now: float) -> bool:
+    def _refused(self, request: Attempt, account: _Account, answer: AttemptResult, foreign: bool, now: float) -> bool:
         """Returns whether the refusal costs its call no attempt."""
         if answer.wait is not None:
             account.cools_until = max(account.cools_until, now + answer.wait)

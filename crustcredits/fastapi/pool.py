@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
-from crustcredits._cache.policy import Freshness
+from crustcredits._cache.policy import CachePolicy
 from crustcredits._client import CreditsClient
 from crustcredits._keys.api_key import ApiKey, UnusableKey, contradiction
 from crustcredits._models import Known, Outcome, State, Unknown, time_text
@@ -23,7 +23,7 @@ _Key: TypeAlias = ApiKey | UnusableKey
 class Pool:
     """The keys of a router, and what its routes answer."""
 
-    def __init__(self, keys: Iterable[_Key], freshness: Freshness, timeout: float) -> None:
+    def __init__(self, keys: Iterable[_Key], freshness: CachePolicy, timeout: float) -> None:
         self._keys = list(keys)
         problem = contradiction(self._keys)
         if problem is not None:

@@ -16,11 +16,11 @@ from functools import partial
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
 from tests.benchmarks._measure import Benchmark, Bound, in_turns, print_machine, print_table, rounds_text, whole
 
 FEW, MANY = 1_000, 100_000
-_SERVED = Answer(status=200)
+_SERVED = AttemptResult(status=200)
 # Seconds that each request takes.
 _TRIP = 0.02
 _SLOTS = 32
@@ -28,18 +28,18 @@ _SLOTS = 32
 
 def _drain(waiting: int, *, flows: int = 1, scarce: bool = False) -> float:
     """Microseconds of processor time for each of so many calls that wait at once."""
-    terms = Terms(requests=300 if scarce else waiting, scope="client")
-    scheduler = Scheduler(terms, pace=Pace(None, 5.0), slots=ConnectionSlots[Request](_SLOTS), seed=1)
+    terms = SchedulerTerms(requests=300 if scarce else waiting, scope="client")
+    scheduler = Scheduler(terms, pace=Pace(None, 5.0), slots=ConnectionSlots[Attempt](_SLOTS), seed=1)
     members = [Flow() for _ in range(flows)]
     calls = [Call(number, number, members[number % flows]) for number in range(waiting)]
-    on_wire: deque[Request] = deque()
+    on_wire: deque[Attempt] = deque()
     began = time.process_time()
     for call in calls:
         scheduler.put(call)
     now, left = 0.0, waiting
     while left:
         granted = scheduler.grant(now)
-        if isinstance(granted, Request):
+        if isinstance(granted, Attempt):
             on_wire.append(granted)
         elif on_wire:
             now = max(now, on_wire[0].started + _TRIP)

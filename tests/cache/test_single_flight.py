@@ -723,7 +723,7 @@ async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> No
         async def too_late_and_answer(path: str, key: ApiKey, timeout: float) -> Response:
             await asyncio.sleep(1)
             (call,) = client._calls._under_way.values()
-            client._calls._time_out(call, next(iter(call.seats)))
+            client._calls._time_out(call, next(iter(call.waiters)))
             return Response(200, {}, b'{"credits": 7}')
 
         server.attempt = too_late_and_answer  # type: ignore[method-assign]  # with that answer

@@ -20,8 +20,8 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
-from crustcredits._cache.single_flight import Calls
-from crustcredits._cache.store import Kept
+from crustcredits._cache.single_flight import SingleFlight
+from crustcredits._cache.store import CacheEntry
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Failure
 from tests.searches import examples
@@ -183,24 +183,24 @@ def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     check(wishes, replies, closes)
 
 
-def _no_age(self: Kept, freshness: object, now: float) -> object:
+def _no_age(self: CacheEntry, freshness: object, now: float) -> object:
     return None if self._balance is None else self._make_fresh(self._balance)
 
 
-def _no_join(self: Calls, place: Any, *rest: Any) -> Any:
+def _no_join(self: SingleFlight, place: Any, *rest: Any) -> Any:
     self._under_way.pop(place, None)
     return _JOIN(self, place, *rest)
 
 
-_JOIN = Calls._join
+_JOIN = SingleFlight._join
 
 
 @pytest.mark.parametrize(
     ("defect", "said"),
     [
-        ((Kept, "answer", _no_age), "older than was asked for"),
-        ((Calls, "_join", _no_join), "two calls for one key"),
-        ((Calls, "_time_out", lambda self, call, seat: None), "left (waiting|over)"),
+        ((CacheEntry, "answer", _no_age), "older than was asked for"),
+        ((SingleFlight, "_join", _no_join), "two calls for one key"),
+        ((SingleFlight, "_time_out", lambda self, call, seat: None), "left (waiting|over)"),
     ],
 )
 def test_a_defect_is_found_out(monkeypatch: pytest.MonkeyPatch, defect: tuple[type, str, Any], said: str) -> None:

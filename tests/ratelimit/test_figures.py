@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import pytest
 
-from crustcredits._ratelimit.scheduler import Terms
+from crustcredits._ratelimit.scheduler import SchedulerTerms
 from tests.ratelimit.worlds import (
     Client,
     Counter,
@@ -71,7 +71,7 @@ class World:
             pool = list(self.pool)
             if self.shuffled:
                 random.Random(5 + seed).shuffle(pool)
-            client = Client(server, Terms(**self.terms), seed, self.pace)
+            client = Client(server, SchedulerTerms(**self.terms), seed, self.pace)
             jobs = await client.check(pool, seconds=self.seconds)
             mine = [job for job in jobs if self.good(job.key)]
             return (*spans(mine), server.refused, sum(not job.good for job in mine))
@@ -252,7 +252,7 @@ def test_it_is_no_worse_than_the_model(name: str) -> None:
 async def test_four_clients_that_know_nothing_of_each_other_share_one_limit() -> None:
     """All of them are answered, with few refusals."""
     server = Server(lambda scope: Sliding(300))
-    clients = [Client(server, Terms(), seed) for seed in range(4)]
+    clients = [Client(server, SchedulerTerms(), seed) for seed in range(4)]
     began = now()
     jobs = await asyncio.gather(*(client.check(keys(300, f"p{number}-")) for number, client in enumerate(clients)))
     assert all(job.good for each in jobs for job in each)

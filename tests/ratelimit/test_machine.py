@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
@@ -74,8 +74,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self, requests: int, scope: Any, counts: str, reserve: float) -> None:
         self.counts = "apart" if scope == "account" else counts
         self.requests = requests
-        terms = Terms(requests=requests, period=PERIOD, window=PERIOD, late=LATE, scope=scope, reserve=reserve)
-        self.slots = ConnectionSlots[Request](SLOTS)
+        terms = SchedulerTerms(requests=requests, period=PERIOD, window=PERIOD, late=LATE, scope=scope, reserve=reserve)
+        self.slots = ConnectionSlots[Attempt](SLOTS)
         self.scheduler = Scheduler(terms, pace=Unpaced(None, 1.0), slots=self.slots, seed=1)
 
     @rule(
@@ -119,7 +119,7 @@ class Machine(RuleBasedStateMachine):
         heapq.heappush(self.events, (when, next(self.numbers), what))
 
     def pump(self) -> None:
-        while isinstance(granted := self.scheduler.grant(self.now), Request):
+        while isinstance(granted := self.scheduler.grant(self.now), Attempt):
             self.send(granted)
         assert not isinstance(granted, Call)
         self.moment = math.inf if granted is None else granted
@@ -138,22 +138,22 @@ class Machine(RuleBasedStateMachine):
             raise AssertionError("it goes round and round")
         self.now = max(self.now, until) if until < math.inf else self.now
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Attempt) -> None:
         self.open[request.call] += 1
         whole, share, fate = self.trips.popleft() if self.trips else (0.01, 0.5, "served")
         assert len(self.slots) <= SLOTS * 9, "more are on the wire than may be"
         if fate == "unsent":
-            self.at(self.now + whole, lambda: self.end(request, Answer(status=None, unsent=True)))
+            self.at(self.now + whole, lambda: self.end(request, AttemptResult(status=None, unsent=True)))
         elif fate in {"lost", "lost late"}:
             arrives = self.now + (share * LATE if fate == "lost" else LATE + share * LATE)
             self.at(arrives, lambda: self.arrive(request))
-            self.at(self.now + LATE, lambda: self.end(request, Answer(status=None)))
+            self.at(self.now + LATE, lambda: self.end(request, AttemptResult(status=None)))
         elif fate == "refused":  # by something else than the window
-            self.at(self.now + whole, lambda: self.end(request, Answer(status=429, wait=share * 5 or None)))
+            self.at(self.now + whole, lambda: self.end(request, AttemptResult(status=429, wait=share * 5 or None)))
         else:
             self.at(self.now + share * whole, lambda: self.arrive(request, fate, self.now + (1 - share) * whole))
 
-    def arrive(self, request: Request, fate: str = "", back: float | None = None) -> None:
+    def arrive(self, request: Attempt, fate: str = "", back: float | None = None) -> None:
         window = self.windows[request.call.account if self.counts == "apart" else None]
         while window and window[0] <= self.now - PERIOD + EPSILON:
             window.popleft()
@@ -165,13 +165,13 @@ class Machine(RuleBasedStateMachine):
             return
         remaining = self.requests - len(window)
         answers = {
-            "served": Answer(status=200, limit=self.requests, remaining=remaining),
-            "fails": Answer(status=500),
-            "gateway": Answer(status=403, is_html=True),
+            "served": AttemptResult(status=200, limit=self.requests, remaining=remaining),
+            "fails": AttemptResult(status=500),
+            "gateway": AttemptResult(status=403, is_html=True),
         }
         self.at(back, lambda: self.end(request, answers[fate]))
 
-    def end(self, request: Request, answer: Answer) -> None:
+    def end(self, request: Attempt, answer: AttemptResult) -> None:
         spared = self.scheduler.ended(request, answer, self.now)
         call = request.call
         attempts = self.open.get(call, 0)
@@ -239,11 +239,11 @@ _RETURN_AT = TokenBucket.return_at
         ((TokenBucket, "return_at", _early), "more than the limit"),
         ((TokenBucket, "return_at", _at_once), "more than the limit"),
         ((TokenBucket, "return_at", _never), "left over"),
-        ((Answer, "may_come_late", property(lambda self: False)), "more than the limit"),
+        ((AttemptResult, "may_come_late", property(lambda self: False)), "more than the limit"),
         ((Scheduler, "_release", lambda self, account, now: None), "left over"),
         ((Scheduler, "_release_common", lambda self, now: None), "left over"),
         ((ScopeDetection, "told", lambda self, *rest: (True, True)), "more than the limit"),
-        ((Request, "leave_trial", lambda self: None), "left over"),
+        ((Attempt, "leave_trial", lambda self: None), "left over"),
     ],
     ids=["early", "at once", "never", "late ones", "accounts", "common", "proof", "probes"],
 )

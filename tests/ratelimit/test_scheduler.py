@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
 from tests.ratelimit.worlds import (
@@ -39,7 +39,7 @@ from tests.ratelimit.worlds import (
 from tests.ratelimit.worlds import scheduler as scheduler_of
 from tests.virtual import now, run
 
-OK = Answer(status=200)
+OK = AttemptResult(status=200)
 
 
 def call(name: str, flow: Flow, account: str | None = None) -> Call:
@@ -63,10 +63,10 @@ class Pool(PoolFlow):
         return Call(f"p{number}", f"p{number}" if name is None else name, self)
 
 
-def started(scheduler: Scheduler, at: float) -> list[Request]:
+def started(scheduler: Scheduler, at: float) -> list[Attempt]:
     """What starts now."""
-    requests: list[Request] = []
-    while isinstance(granted := scheduler.grant(at), Request):
+    requests: list[Attempt] = []
+    while isinstance(granted := scheduler.grant(at), Attempt):
         requests.append(granted)
     return requests
 
@@ -165,7 +165,7 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
 
 def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
     """Its next call begins when a token returns; what is given up wakes others, and leaves nothing."""
-    scheduler, pool = scheduler_of(Terms(requests=2, scope="client"), pace=None), Pool([None] * 50)
+    scheduler, pool = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None), Pool([None] * 50)
     scheduler.put_pool(pool)
     first = started(scheduler, 0.0)
     assert [request.call.key for request in first] == ["p0", "p1"]
@@ -184,19 +184,19 @@ def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
 
 def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
     """Though its token would return."""
-    scheduler, flow = scheduler_of(Terms(requests=2, scope="account"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=2, scope="account"), pace=None), Flow()
     for name in ("a", "b", "c"):
         scheduler.put(call(name, flow, "A"))
     first, second = started(scheduler, 0.0)
-    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
-    scheduler.ended(second, Answer(status=None, unsent=True), 1.0)
+    scheduler.ended(first, AttemptResult(status=429, wait=30.0), 1.0)
+    scheduler.ended(second, AttemptResult(status=None, unsent=True), 1.0)
     assert not started(scheduler, 2.0)
     assert [request.call.key for request in started(scheduler, 31.0)] == ["c"]
 
 
 def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
     """Where the count that processes share is out of reach, each of its calls is told so."""
-    scheduler, pool = scheduler_of(Terms(requests=1, scope="client"), pace=None), Pool([None] * 5)
+    scheduler, pool = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Pool([None] * 5)
     scheduler.put_pool(pool)
     assert len(started(scheduler, 0.0)) == 1
     assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == ["p1", "p2", "p3", "p4"]
@@ -246,7 +246,7 @@ async def test_the_pace_is_cut_and_comes_back() -> None:
 @pytest.mark.virtual
 async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     """Wherever it waits: for its turn, for its account, or called by a common token."""
-    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     calls = [call(name, flow) for name in "abcd"]
     for each in calls:
         scheduler.put(each)
@@ -259,7 +259,7 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     (second,) = started(scheduler, 61.4)
     assert second.call is calls[2]
     # The next token calls the last call; before it starts it is given up, and the token is free for another.
-    scheduler.ended(second, Answer(status=None, unsent=True), 62.0)
+    scheduler.ended(second, AttemptResult(status=None, unsent=True), 62.0)
     assert calls[3].called
     scheduler.remove(calls[3], 62.0)
     another = call("e", flow)
@@ -270,15 +270,15 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
 @pytest.mark.virtual
 async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down() -> None:
     """The call that it has called waits for its account, and blocks nobody behind it."""
-    scheduler, flow = scheduler_of(Terms(requests=2, scope="client"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None), Flow()
     for name, account in (("a1", "A"), ("b1", "B"), ("a2", "A")):
         scheduler.put(call(name, flow, account))
     first, second = started(scheduler, 0.0)
     assert (first.call.key, second.call.key) == ("a1", "b1")
     scheduler.put(call("c1", flow, "C"))
     assert started(scheduler, 0.5) == []
-    scheduler.ended(second, Answer(status=500), 1.0)
-    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
+    scheduler.ended(second, AttemptResult(status=500), 1.0)
+    scheduler.ended(first, AttemptResult(status=429, wait=30.0), 1.0)
     assert scheduler.grant(1.0) == 1.0
     (third,) = started(scheduler, 1.0)
     assert third.call.key == "c1"
@@ -292,15 +292,15 @@ async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down()
 @pytest.mark.virtual
 async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
     """Eight times as many as count."""
-    scheduler, flow = scheduler_of(Terms(requests=1000, scope="account"), pace=None, slots=2), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=1000, scope="account"), pace=None, slots=2), Flow()
     for number in range(30):
         scheduler.put(call(str(number), flow))
-    hanging: list[Request] = []
+    hanging: list[Attempt] = []
     for turn in range(20):
         hanging += started(scheduler, turn / 2)
     assert len(hanging) == 2 + 2 * 8
     for request in hanging:
-        scheduler.ended(request, Answer(status=None), 10.0)
+        scheduler.ended(request, AttemptResult(status=None), 10.0)
     assert len(started(scheduler, 10.0)) == 2
 
 
@@ -309,7 +309,7 @@ async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_nex
     """Whoever asked knows why, and may put it again."""
     barred: set[str] = set()
     flow = Flow()
-    scheduler = scheduler_of(Terms(requests=1, scope="client"), pace=None, is_barred=lambda call, at: call.key in barred)
+    scheduler = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None, is_barred=lambda call, at: call.key in barred)
     for name in "abcd":
         scheduler.put(call(name, flow))
     (first,) = started(scheduler, 0.0)
@@ -322,7 +322,7 @@ async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_nex
     (second,) = started(scheduler, 61.4)
     assert second.call.key == "d"
     barred.clear()
-    scheduler.ended(second, Answer(status=None, unsent=True), 62.0)
+    scheduler.ended(second, AttemptResult(status=None, unsent=True), 62.0)
     scheduler.put(handed_out)
     assert [request.call for request in started(scheduler, 62.0)] == [handed_out]
 
@@ -330,7 +330,7 @@ async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_nex
 @pytest.mark.virtual
 async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
     """Wherever it waits; and one that waits nowhere only changes its flow."""
-    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     refreshes, singles = Flow(Kind.BACKGROUND), Flow(Kind.SINGLE)
     refresh, other = call("r", refreshes), call("o", flow)
     scheduler.put(call("first", flow))
@@ -350,7 +350,7 @@ async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
 @pytest.mark.virtual
 async def test_what_is_certain_of_the_next_start() -> None:
     """A cooldown, and a token that returns; while a request is on the wire nothing is, because its token may return at once."""
-    scheduler, flow = scheduler_of(Terms(requests=1, scope="client"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     one, two = call("one", flow), call("two", flow)
     scheduler.put(one)
     assert scheduler.earliest(one.account, 0.0) == 0.0
@@ -362,7 +362,7 @@ async def test_what_is_certain_of_the_next_start() -> None:
     scheduler.put(one)
     (second,) = started(scheduler, 61.4)
     assert second.call is two
-    scheduler.ended(second, Answer(status=429, wait=200.0), 61.5)
+    scheduler.ended(second, AttemptResult(status=429, wait=200.0), 61.5)
     scheduler.put(two)
     assert scheduler.earliest(two.account, 61.5) == 261.5
     assert scheduler.earliest(one.account, 61.5) == 61.5
@@ -371,7 +371,7 @@ async def test_what_is_certain_of_the_next_start() -> None:
 @pytest.mark.virtual
 async def test_calls_of_a_bucket_whose_count_is_out_of_reach_are_given_up() -> None:
     """All that wait there, and no others."""
-    scheduler, flow = scheduler_of(Terms(requests=1, scope="auto"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="auto"), pace=None), Flow()
     for name, account in (("a1", "A"), ("a2", "A"), ("b1", "B")):
         scheduler.put(call(name, flow, account))
     assert len(started(scheduler, 0.0)) == 1
@@ -384,11 +384,11 @@ async def test_calls_of_a_bucket_whose_count_is_out_of_reach_are_given_up() -> N
 @pytest.mark.virtual
 async def test_a_quota_of_an_account_tells_of_its_own_cooldown() -> None:
     """And of what waits for it; an account that nobody has asked about has all its tokens."""
-    scheduler, flow = scheduler_of(Terms(requests=5, scope="account"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=5, scope="account"), pace=None), Flow()
     first_call, second_call = call("a1", flow, "A"), call("a2", flow, "A")
     scheduler.put(first_call)
     (first,) = started(scheduler, 0.0)
-    scheduler.ended(first, Answer(status=429, wait=30.0), 1.0)
+    scheduler.ended(first, AttemptResult(status=429, wait=30.0), 1.0)
     scheduler.put(second_call)
     quota = scheduler.quota("A", 1.0)
     assert (quota.free, quota.waiting, quota.cooldown) == (5, 1, 30.0)
@@ -412,7 +412,7 @@ def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
 async def test_what_only_single_calls_may_take() -> None:
     """With a reserve a single call beside a large check hardly waits; without, it waits for the next token."""
     for reserve, median, worst in ((0.1, 0.1, 1.0), (0.0, 40.0, 62.0)):
-        client = Client(Server(lambda scope: Sliding(300)), Terms(reserve=reserve))
+        client = Client(Server(lambda scope: Sliding(300)), SchedulerTerms(reserve=reserve))
         client.put(keys(5000), Flow())
         singles: list[Job] = []
         for number in range(40):
@@ -427,7 +427,7 @@ async def test_what_only_single_calls_may_take() -> None:
 @pytest.mark.virtual
 async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -> None:
     """The same within a declared account."""
-    client = Client(Server(lambda scope: Sliding(300), by_account), Terms(reserve=0.1, scope="account"))
+    client = Client(Server(lambda scope: Sliding(300), by_account), SchedulerTerms(reserve=0.1, scope="account"))
     client.put(keys(2000, "d", lambda number: "D"), Flow())
     await asyncio.sleep(20)
     (single,) = client.put([("d7", "D")], client.singles)
@@ -438,7 +438,7 @@ async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -
 @pytest.mark.virtual
 async def test_refreshes_give_way() -> None:
     """A check that comes after them is not behind them."""
-    client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
+    client = Client(Server(lambda scope: Sliding(300), by_key), SchedulerTerms())
     client.put(keys(2000, "r"), Flow(Kind.BACKGROUND))
     await asyncio.sleep(1)
     jobs = await client.check(keys(200), seconds=30)
@@ -448,13 +448,13 @@ async def test_refreshes_give_way() -> None:
 @pytest.mark.virtual
 async def test_an_account_whose_last_answer_was_a_refusal_is_forgotten_too() -> None:
     """When its cooldown is over."""
-    scheduler, flow = scheduler_of(Terms(scope="account"), pace=None), Flow()
+    scheduler, flow = scheduler_of(SchedulerTerms(scope="account"), pace=None), Flow()
     for number in range(20):
         scheduler.put(call(str(number), flow))
     at = 0.0
     while requests := started(scheduler, at):
         for request in requests:
-            scheduler.ended(request, Answer(status=429, wait=100.0), at + 0.1)
+            scheduler.ended(request, AttemptResult(status=429, wait=100.0), at + 0.1)
         at += 0.5
     for at, name in ((300.0, "later"), (500.0, "last")):
         scheduler.put(call(name, flow))
@@ -466,7 +466,7 @@ async def test_an_account_whose_last_answer_was_a_refusal_is_forgotten_too() -> 
 @pytest.mark.virtual
 async def test_single_calls_that_come_faster_than_the_limit_let_a_check_end() -> None:
     """Tokens go to both in turn."""
-    client = Client(Server(lambda scope: Sliding(60)), Terms(requests=60))
+    client = Client(Server(lambda scope: Sliding(60)), SchedulerTerms(requests=60))
     client.put(keys(70, "first"), client.singles)
     check = client.put(keys(20, "check"), Flow())
     for number in range(300):
@@ -504,7 +504,7 @@ def test_calls_that_were_given_up_leave_nothing_behind() -> None:
 @pytest.mark.virtual
 async def test_idle_accounts_are_forgotten() -> None:
     """When their tokens are back and nothing cools down."""
-    client = Client(Server(lambda scope: Sliding(300), by_key), Terms())
+    client = Client(Server(lambda scope: Sliding(300), by_key), SchedulerTerms())
     await client.check(keys(200))
     assert len(client.scheduler._accounts) == 200
     await asyncio.sleep(65)
@@ -522,7 +522,7 @@ async def test_an_answer_that_contradicts_what_was_counted_does_not_lower_the_li
         number = next(numbers)
         return {"limit": 30, "remaining": 29, "wait": 1} if number % 50 == 0 else full(limit, remaining, reset, served=served)
 
-    jobs = await Client(Server(lambda scope: Sliding(300), headers=headers), Terms()).check(keys(600))
+    jobs = await Client(Server(lambda scope: Sliding(300), headers=headers), SchedulerTerms()).check(keys(600))
     assert spans(jobs)[1] < 1.1 * 63.3
 
 
@@ -556,7 +556,7 @@ def world(seed: int) -> dict[str, Any]:
         return None
 
     pace = draw.choice([None, 5.0, 100.0, 1000.0])
-    terms = Terms(
+    terms = SchedulerTerms(
         requests=limit,
         reserve=draw.choice([0.0, 0.0, 0.1, 0.3]),
         scope=draw.choice(["auto", "client"]) if kind != "apart" else "auto",
@@ -604,9 +604,9 @@ def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
     """A lower one by default; a higher one, or none, where that is asked for."""
     found = []
     for stated in (30, 1_200):
-        scheduler, flow = scheduler_of(Terms(scope="account", adopts=adopts), pace=None), Flow()
+        scheduler, flow = scheduler_of(SchedulerTerms(scope="account", adopts=adopts), pace=None), Flow()
         scheduler.put(call("a", flow))
         (request,) = started(scheduler, 0.0)
-        scheduler.ended(request, Answer(status=200, limit=stated, remaining=stated - 1), 0.1)
+        scheduler.ended(request, AttemptResult(status=200, limit=stated, remaining=stated - 1), 0.1)
         found.append(scheduler.quota("a", 0.1).limit)
     assert found == limits

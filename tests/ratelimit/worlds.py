@@ -15,7 +15,7 @@ import attrs
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Answer, Request, Scheduler, Terms
+from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
 from tests.virtual import now
 
 Key = tuple[str, str]  # its name, and the account that it declares
@@ -173,7 +173,7 @@ class Job:
         return self.done - self.began
 
 
-def scheduler(terms: Terms, pace: float | None = 100.0, slots: int = 32, seed: int = 1, **options: Any) -> Scheduler:
+def scheduler(terms: SchedulerTerms, pace: float | None = 100.0, slots: int = 32, seed: int = 1, **options: Any) -> Scheduler:
     """One endpoint alone."""
     least = terms.requests / terms.window
     return Scheduler(terms, pace=Pace(pace, least), slots=ConnectionSlots(slots), seed=seed, **options)
@@ -182,7 +182,7 @@ def scheduler(terms: Terms, pace: float | None = 100.0, slots: int = 32, seed: i
 class Client:
     """A scheduler at work: it sends what is granted, and tries again what was refused or failed."""
 
-    def __init__(self, server: Server, terms: Terms, seed: int = 7, pace: float | None = 100.0) -> None:
+    def __init__(self, server: Server, terms: SchedulerTerms, seed: int = 7, pace: float | None = 100.0) -> None:
         self.server, self.terms = server, terms
         self.scheduler = scheduler(terms, pace, seed=seed)
         self.random = random.Random(seed)
@@ -222,13 +222,13 @@ class Client:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while isinstance(granted := self.scheduler.grant(now()), Request):
+        while isinstance(granted := self.scheduler.grant(now()), Attempt):
             self._send(granted)
         assert not isinstance(granted, Call), "none is barred"
         if granted is not None:
             self._timer = loop.call_at(max(granted, now()), self.pump)
 
-    def _send(self, request: Request) -> None:
+    def _send(self, request: Attempt) -> None:
         loop, server = asyncio.get_running_loop(), self.server
         job = self.jobs[request.call]
         job.attempts += 1
@@ -240,16 +240,16 @@ class Client:
         travel = server.random.uniform(0, whole)
         loop.call_later(travel, self._arrive, request, job, request.started + whole)
 
-    def _arrive(self, request: Request, job: Job, back: float) -> None:
+    def _arrive(self, request: Attempt, job: Job, back: float) -> None:
         status, said = self.server.arrive(job.key)
         when = request.started + self.terms.late if status is None else back
         asyncio.get_running_loop().call_at(when, self._answer, request, job, status, said)
 
-    def _answer(self, request: Request, job: Job, status: int | None, said: Headers) -> None:
+    def _answer(self, request: Attempt, job: Job, status: int | None, said: Headers) -> None:
         self.on_wire -= 1
         wait = said.get("wait") if status in {429, 503} else None
         limit, remaining = said.get("limit"), said.get("remaining")
-        answer = Answer(
+        answer = AttemptResult(
             status=status,
             is_html=bool(said.get("html")),
             limit=None if limit is None else int(limit),
