@@ -371,18 +371,14 @@ class SingleFlight:
                 return pool, number
         return None
 
-    def _begin_early(self, place: CacheKey, flow: Flow) -> SharedCall | None:
-        """The call for a key that waits in a pool, now that somebody else asks too. It waits there, or in a better flow."""
+    def _begin_early(self, place: CacheKey) -> SharedCall | None:
+        """The call for a key that waits in a pool, now that somebody else asks too. It waits there."""
         found = self._waiting_in(*place)
         if found is None:
             return None
         pool, number = found
         call = pool.make(number)
         call.early, pool.early[number] = found, call
-        if flow.kind < pool.kind:
-            self._leave_early(call)
-            call.flow = flow
-            self._dispatcher.enter(call)
         return call
 
     def _leave_early(self, call: SharedCall) -> None:
@@ -460,7 +456,7 @@ class SingleFlight:
     def _join(self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, flow: Flow) -> SharedCall:
         call = self._under_way.get(place)
         if call is None and self._pools:
-            call = self._begin_early(place, flow)
+            call = self._begin_early(place)
         if call is None:
             call = self._open(place, key, waiter, patience, flow=flow, context=contextvars.copy_context())
             if isinstance(waiter, FanOutWaiter):

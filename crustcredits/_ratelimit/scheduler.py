@@ -167,6 +167,10 @@ class _Account:
     def waiters(self) -> int:
         return 0 if self.waiting is None else sum(map(len, self.waiting))
 
+    def waits_before(self, kind: Kind) -> bool:
+        """Whether a call of a better kind waits for its tokens."""
+        return self.waiting is not None and any(self.waiting[better].length for better in range(kind))
+
 
 MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
 
@@ -229,6 +233,7 @@ class Scheduler:
         self._ids = itertools.count()
         self._refreshing = 0  # on the wire
         self._called = 0  # calls that were let out of the common bucket's queue and have not started
+        self._called_in_background = 0  # refreshes among them
         self._last_let_out = Kind.MANY
         self._others = 0  # requests of the last count that were not this client's
 
@@ -487,6 +492,7 @@ class Scheduler:
         called, call.called = call.called, 0
         if called == _BY_COMMON:
             self._called -= 1
+            self._called_in_background -= call.flow.kind is Kind.BACKGROUND
         elif called == _BY_ACCOUNT:
             self._account(call).called -= 1
         return called
@@ -530,23 +536,38 @@ class Scheduler:
         if account.key != call.key:
             account.shared = True
         if now < account.cools_until or not self._has_room(account.bucket, kind, now, shared=account.shared):
-            if self._uncall(call) == _BY_COMMON:
+            called = self._uncall(call)
+            if called == _BY_COMMON:
                 self._call_next(now)
             account.queue(call).push(call)
             self._park(call, 1)
-            self._arm(account, now)
+            if called == _BY_ACCOUNT:  # what it has left may do for a call of a better kind
+                self._release(account, now)
+            else:
+                self._arm(account, now)
             return None
         if self._counts_common:
             waiting = self._common_waiting[kind]
-            if not self._has_common_room(kind, now) or (waiting.length and call.called != _BY_COMMON):
-                self._uncall(call)
+            is_behind = call.called != _BY_COMMON and (waiting.length > 0 or (self._called > 0 and self._are_spoken_for(kind, now)))
+            if is_behind or not self._has_common_room(kind, now):
+                called = self._uncall(call)
                 self._waits_for_common = True
                 waiting.push(call)
                 if isinstance(call.flow, PoolFlow) and call.flow.queue is self._ready:
                     waiting.push_pool(call.flow)  # none of the others could start either
-                self._arm_common(now)
+                if called == _BY_COMMON:  # as above
+                    self._release_common(now)
+                else:
+                    self._arm_common(now)
+                    if called == _BY_ACCOUNT and account.waits_before(kind):
+                        self._release(account, now)
                 return None
         return account
+
+    def _are_spoken_for(self, kind: Kind, now: float) -> bool:
+        """Whether calls that somebody awaits stand for all common tokens that one of this kind could have."""
+        called = self._called - self._called_in_background
+        return called > 0 and self._common_room(kind, now) <= called
 
     def _start(self, call: Call, account: _Account, trial: Trial | None, now: float) -> Attempt:
         self._pace.take(now)
@@ -720,6 +741,7 @@ class Scheduler:
             call = self._common_waiting[kind].pop()
             call.called = _BY_COMMON
             self._called += 1
+            self._called_in_background += kind is Kind.BACKGROUND
             self._ready.push(call)
         if any(map(len, self._common_waiting)):
             self._arm_common(now)
@@ -753,7 +775,7 @@ class Scheduler:
         if used is None or limit is None:
             self._scope.served(started, now)
         else:
-            if self._adopts and (limit != account.bucket.limit or self._common_limit.is_news(limit)):
+            if self._adopts and (limit != account.bucket.limit or limit != self._common.limit or self._common_limit.is_news(limit)):
                 self._hear(request, account, limit, used, now)
             own = account.bucket.own(request.own)
             proved, alone = self._scope.told(used, own, started, now)

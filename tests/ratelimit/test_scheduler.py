@@ -610,3 +610,60 @@ def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
         scheduler.ended(request, AttemptResult(status=200, limit=stated, remaining=stated - 1), 0.1)
         found.append(scheduler.quota("a", 0.1).limit)
     assert found == limits
+
+
+def starts_by_period(scheduler: Scheduler, periods: int) -> list[list[Attempt]]:
+    """The requests that start in each period, where each is answered at once."""
+    starts: list[list[Attempt]] = []
+    for period in range(periods):
+        starts.append(started(scheduler, 60.4 * period))
+        for request in starts[-1]:
+            scheduler.ended(request, OK, 60.4 * period + 0.01)
+    return starts
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize(
+    ("requests", "calls", "expected"),
+    [
+        (2, ["mA", "mA", "sA", "sA", "sA", "sA", "sA"], [2, 2, 2, 1]),
+        (3, ["sA", "mA", "sA", "sA", "sA", "mA", "mB", "sA"], [3, 3, 2, 0]),
+    ],
+    ids=["account", "common"],
+)
+async def test_a_token_that_a_check_may_not_take_goes_to_a_single_call(
+    requests: int, calls: list[str], expected: list[int]
+) -> None:
+    """Where a call of the check was let out, and then waits again for its account's token or for a common one."""
+    scheduler, flows = (
+        scheduler_of(SchedulerTerms(requests=requests, reserve=0.3), pace=None),
+        {"m": Flow(), "s": Flow(Kind.SINGLE)},
+    )
+    for number, of in enumerate(calls):
+        scheduler.put(call(str(number), flows[of[0]], of[1]))
+    assert [len(starts) for starts in starts_by_period(scheduler, 4)] == expected
+
+
+@pytest.mark.virtual
+async def test_a_token_that_has_called_a_call_is_taken_by_no_other() -> None:
+    """The calls of one account, whose own token returns in the same moment, go before it only once."""
+    scheduler, flow, singles = scheduler_of(SchedulerTerms(requests=1), pace=None), Flow(), Flow(Kind.SINGLE)
+    for number in range(8):
+        scheduler.put(call(str(number), singles, "A"))
+    scheduler.put(call("check", flow, "B"))
+    starts = starts_by_period(scheduler, 9)
+    assert [len(requests) for requests in starts] == [1] * 9
+    assert "check" in [request.call.key for requests in starts[:3] for request in requests]
+
+
+@pytest.mark.virtual
+async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
+    """Where all are counted together, also one of an account that was never told of a lower limit."""
+    scheduler, flow = scheduler_of(SchedulerTerms(requests=12, scope="client"), pace=None), Flow()
+    limits: list[int] = []
+    for number, said in enumerate((6, 12)):
+        scheduler.put(call(str(number), flow))
+        (request,) = started(scheduler, number)
+        scheduler.ended(request, AttemptResult(status=200, limit=said, remaining=said - 1 - number), number + 0.01)
+        limits.append(scheduler.quota(None, number + 0.01).limit)
+    assert limits == [6, 12]
