@@ -24,12 +24,22 @@ from crustcredits._errors import (
 )
 from crustcredits._http.retry import Retry
 from crustcredits._keys.api_key import ApiKey, KeyLike, KeysLike, UnusableKey
-from crustcredits._keys.sources import keys_from_env, keys_from_file, keys_from_records, keys_from_text
+from crustcredits._keys.sources import (
+    keys_from_env,
+    keys_from_file,
+    keys_from_records,
+    keys_from_text,
+)
 from crustcredits._models import Account, Balance, Known, Outcome, Source, State, Unknown
 from crustcredits._rate_limit_status import RateLimitStatus
 from crustcredits._ratelimit.config import RateLimit, Scope
 from crustcredits._ratelimit.quota import Quota
-from crustcredits._report import CreditsRequirementError, CreditsUnknownError, InsufficientCreditsError, Report
+from crustcredits._report import (
+    CreditsRequirementError,
+    CreditsUnknownError,
+    InsufficientCreditsError,
+    Report,
+)
 from crustcredits._validation import Seconds
 from crustcredits._version import __version__
 

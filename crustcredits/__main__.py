@@ -1,4 +1,6 @@
-"""Where `python -m crustcredits` and the script `crustcredits` begin. It knows nothing but where the command line is.
+"""Where `python -m crustcredits` and the script `crustcredits` begin.
+
+It knows nothing but where the command line is.
 
 Typer and rich are optional, so nothing that needs them is imported before `main` is called.
 """
@@ -20,7 +22,9 @@ def main() -> None:
 
 
 def _missing() -> int:
-    sys.stderr.write("crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n")
+    sys.stderr.write(
+        "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
+    )
     return 2
 
 

@@ -1,7 +1,7 @@
 """`PoolCheck`: one question for each key of a pool, and one outcome for each in its order.
 
-Keys whose turn has not come are numbers in the admission queue, so a pool costs some bytes for each key. It must not know
-requests or limits.
+Keys whose turn has not come are numbers in the admission queue, so a pool costs some bytes for each
+key. It must not know requests or limits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 from crustcredits._cache.policy import NEW, CachePolicy
-from crustcredits._cache.single_flight import FanOutWaiter, Pool, SharedCall, SingleFlight, WaitTerms
+from crustcredits._cache.single_flight import (
+    FanOutWaiter,
+    Pool,
+    SharedCall,
+    SingleFlight,
+    WaitTerms,
+)
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
@@ -72,7 +78,9 @@ class PoolCheck:
         self._calls = calls
         self._path = path
         self._keys = pool
-        self._usable = cast("Sequence[ApiKey]", pool)  # of these only those places are asked for that hold an `ApiKey`
+        self._usable = cast(
+            "Sequence[ApiKey]", pool
+        )  # of these only those places are asked for that hold an `ApiKey`
         self._freshness = freshness
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
@@ -81,7 +89,9 @@ class PoolCheck:
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
         self._first: dict[bytes, int] = {}  # the first place of each secret
         self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # the others
-        self._reported: deque[Outcome[Any]] = deque()  # those that `on_outcome` has still to be called with
+        self._reported: deque[Outcome[Any]] = (
+            deque()
+        )  # those that `on_outcome` has still to be called with
         self._begun: dict[int, FanOutWaiter] = {}  # places whose outcome is to land
         self._joins = Flow()  # of calls that nobody awaited before
         self._waiting: _Waiting | None = None  # those whose turn has not come
@@ -96,8 +106,11 @@ class PoolCheck:
             ClientClosedError: The client was closed meanwhile.
         """
         loop = asyncio.get_running_loop()
-        # The timer decides that the time is over: uvloop's may run a little before the clock says so.
-        timer = loop.call_at(self._deadline, self._on_deadline) if self._deadline < math.inf else None
+        # The timer decides that the time is over: uvloop's may run a little before the clock says
+        # so.
+        timer = (
+            loop.call_at(self._deadline, self._on_deadline) if self._deadline < math.inf else None
+        )
         try:
             await self._ask(await self._take_known())
             await self._wait()
@@ -141,7 +154,9 @@ class PoolCheck:
         # Without a turn of the loop, so that no other check asks for one of them meanwhile.
         joins: list[int] = []
         if self._calls.are_under_way:
-            joins = [place for place in places if self._calls.is_asked(self._path, self._usable[place])]
+            joins = [
+                place for place in places if self._calls.is_asked(self._path, self._usable[place])
+            ]
             places = sorted(set(places).difference(joins))
         if self._deadline < math.inf:
             places = self._refuse_hopeless(places)
@@ -170,16 +185,33 @@ class PoolCheck:
             self._take_for_all(place, heard)
 
     def _waiter_for(self, place: int) -> FanOutWaiter:
-        waiter = FanOutWaiter(self._calls, self._usable[place], self._freshness, self._began, partial(self._land, place))
+        waiter = FanOutWaiter(
+            self._calls,
+            self._usable[place],
+            self._freshness,
+            self._began,
+            partial(self._land, place),
+        )
         self._begun[place] = waiter
         return waiter
 
     def _refuse_hopeless(self, places: list[int]) -> list[int]:
-        """Refuse the keys whose turn certainly does not come in time. Returns the places of the others."""
-        hopeless = set(self._calls.hopeless(self._path, [self._usable[place] for place in places], self._deadline))
+        """Refuse the keys whose turn certainly does not come in time.
+
+        Returns the places of the others.
+        """
+        hopeless = set(
+            self._calls.hopeless(
+                self._path, [self._usable[place] for place in places], self._deadline
+            )
+        )
         for number in hopeless:
             self._take_for_all(places[number], self._too_late(places[number]))
-        return [place for number, place in enumerate(places) if number not in hopeless] if hopeless else places
+        return (
+            [place for number, place in enumerate(places) if number not in hopeless]
+            if hopeless
+            else places
+        )
 
     async def _wait(self) -> None:
         """Until all outcomes are there, or the time is over and all calls have ended that had begun."""
@@ -224,7 +256,9 @@ class PoolCheck:
 
     def make(self, place: int, flow: Pool, context: contextvars.Context) -> SharedCall:
         """The call of a key that waits."""
-        return self._calls.take_turn(self._path, self._waiter_for(place), self._patience, flow, context)
+        return self._calls.take_turn(
+            self._path, self._waiter_for(place), self._patience, flow, context
+        )
 
     def place_of(self, digest: bytes) -> int | None:
         """The place of a secret."""

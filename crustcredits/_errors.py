@@ -1,4 +1,6 @@
-"""The one tree of exceptions. Attributes, never the text, carry what a program needs; no secret gets in.
+"""The one tree of exceptions.
+
+Attributes, never the text, carry what a program needs; no secret gets in.
 
 CrustCreditsError
 ├── ConfigurationError          (also a ValueError)
@@ -46,11 +48,13 @@ class CrustCreditsError(Exception):
 
     Attributes:
         message: What went wrong and what to do, in words, without the key's name.
-        key_name: The label of the key it happened to, or None when no single key is to blame. Never its secret.
+        key_name: The label of the key it happened to, or None when no single key is to blame. Never
+            its secret.
         attempts: How many requests were put on the wire for this call.
         request_id: The server's `x-request-id`, when an answer brought one.
         rate_limit: What the last answer said of the rate limit, or None.
-        may_recover: Whether the same call may succeed later, with the same key: after an outage, a timeout or a wait.
+        may_recover: Whether the same call may succeed later, with the same key: after an outage, a
+            timeout or a wait.
     """
 
     may_recover: bool = False
@@ -75,7 +79,8 @@ class CrustCreditsError(Exception):
         return self.message if self.key_name is None else f"{self.key_name}: {self.message}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls the class with `args` alone, and keyword-only arguments without defaults would be missing.
+        # The default calls the class with `args` alone, and keyword-only arguments without defaults
+        # would be missing.
         return rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -91,23 +96,30 @@ def renamed(error: _ErrorT, key_name: str | None) -> _ErrorT:
 
 def rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:
     error = kind.__new__(kind, *args)
-    error.args = args  # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
+    # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
+    error.args = args
     error.__dict__.update(state)
     return error
 
 
 class ConfigurationError(CrustCreditsError, ValueError):
-    """An argument, a key, a file or an environment variable cannot be used; no request was made for it."""
+    """An argument, a key, a file or an environment variable cannot be used.
+
+    No request was made for it.
+    """
 
 
 class APIConnectionError(CrustCreditsError):
     """No whole answer came: name resolution, connecting, TLS, a reset, or a body cut short.
 
     Attributes:
-        retryable: Whether it may pass, and is retried. False when the server's certificate cannot be verified.
+        retryable: Whether it may pass, and is retried. False when the server's certificate cannot
+            be verified.
     """
 
-    def __init__(self, message: str, *, retryable: bool = True, **details: Unpack[ErrorDetails]) -> None:
+    def __init__(
+        self, message: str, *, retryable: bool = True, **details: Unpack[ErrorDetails]
+    ) -> None:
         super().__init__(message, **details)
         self.retryable: bool = retryable
         self.may_recover: bool = retryable
@@ -145,7 +157,10 @@ class AuthenticationError(APIStatusError):
 
 
 class MissingKeyError(AuthenticationError):
-    """401: no key reached the API; something between here and there removed the `Authorization` header."""
+    """401: no key reached the API.
+
+    Something between here and there removed the `Authorization` header.
+    """
 
 
 class InvalidKeyError(AuthenticationError):
@@ -164,14 +179,20 @@ class RateLimitError(APIStatusError):
     """429: the server counts more requests than it allows.
 
     Attributes:
-        retry_after: Seconds until the server expects to take another request: the longer of `x-ratelimit-reset`, which is at most
-            the limit's period, and `Retry-After`, however long; None when it said neither.
+        retry_after: Seconds until the server expects to take another request: the longer of
+            `x-ratelimit-reset`, which is at most the limit's period, and `Retry-After`, however
+            long; None when it said neither.
     """
 
     may_recover: bool = True
 
     def __init__(
-        self, message: str, *, status: int = 429, retry_after: float | None = None, **details: Unpack[ErrorDetails]
+        self,
+        message: str,
+        *,
+        status: int = 429,
+        retry_after: float | None = None,
+        **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message, status=status, **details)
         self.retry_after = retry_after
@@ -186,7 +207,14 @@ class InternalServerError(APIStatusError):
 
     may_recover: bool = True
 
-    def __init__(self, message: str, *, status: int, retry_after: float | None = None, **details: Unpack[ErrorDetails]) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        retry_after: float | None = None,
+        **details: Unpack[ErrorDetails],
+    ) -> None:
         super().__init__(message, status=status, **details)
         self.retry_after = retry_after
 
@@ -194,8 +222,9 @@ class InternalServerError(APIStatusError):
 class GatewayError(CrustCreditsError):
     """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
 
-    It says nothing of the key. After eight such answers in a row only one probe at a time is sent to the endpoint. Calls that
-    have waited for it in vain have this error too, with `attempts` 0 where no request was sent for them.
+    It says nothing of the key. After eight such answers in a row only one probe at a time is sent
+    to the endpoint. Calls that have waited for it in vain have this error too, with `attempts` 0
+    where no request was sent for them.
 
     Attributes:
         status: The HTTP status.
@@ -238,7 +267,10 @@ class RateLimitWaitError(CrustCreditsError):
 
 
 class BucketsUnavailableError(CrustCreditsError):
-    """The count that several processes share is out of reach, so nothing was sent; with `on_outage="raise"` only."""
+    """The count that several processes share is out of reach, so nothing was sent.
+
+    With `on_outage="raise"` only.
+    """
 
     may_recover: bool = True
 

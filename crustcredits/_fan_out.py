@@ -1,7 +1,7 @@
 """One question for each of many keys: how many are asked at a time, and how their answers come out as they land.
 
-It knows nothing of requests or limits: asking is a function that is given to it, of which an outcome lands. Memory grows with
-`room`, never with the number of keys.
+It knows nothing of requests or limits: asking is a function that is given to it, of which an
+outcome lands. Memory grows with `room`, never with the number of keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from crustcredits._models import Outcome
 
 Key: TypeAlias = ApiKey | UnusableKey
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
-# Begins to ask about a key, and returns what gives that up; what comes of it lands once, at once or later.
+# Begins to ask about a key, and returns what gives that up; what comes of it lands once, at once or
+# later.
 Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 
 # Keys that are read before other tasks have their turn: some milliseconds.
@@ -32,12 +33,13 @@ _MOST = 8
 class FanOut:
     """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
 
-    Keys that wait for their own account, or to be tried again, are not counted, so that they hold up no others; but no more than
-    eight times as many are under way in all.
+    Keys that wait for their own account, or to be tried again, are not counted, so that they hold
+    up no others; but no more than eight times as many are under way in all.
 
-    After the deadline, in the running loop's time, no further key of an iterator is asked, and no outcome comes of it. An
-    exception that `ask` raises, or that lands, ends it all; what the source of keys raises comes once those already asked have
-    landed. However it ends, it leaves nothing under way and the source closed. An asynchronous source is read by a task.
+    After the deadline, in the running loop's time, no further key of an iterator is asked, and no
+    outcome comes of it. An exception that `ask` raises, or that lands, ends it all; what the source
+    of keys raises comes once those already asked have landed. However it ends, it leaves nothing
+    under way and the source closed. An asynchronous source is read by a task.
     """
 
     def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
@@ -51,22 +53,35 @@ class FanOut:
         self._numbers = itertools.count()
         self._is_fed = False
         self._ending: BaseException | None = None
-        self._reader: asyncio.Future[None] | None = None  # who reads the outcomes, and waits for one
-        self._feeder: asyncio.Future[None] | None = None  # who reads an asynchronous source, and waits for room
+        self._reader: asyncio.Future[None] | None = (
+            None  # who reads the outcomes, and waits for one
+        )
+        self._feeder: asyncio.Future[None] | None = (
+            None  # who reads an asynchronous source, and waits for room
+        )
 
-    async def outcomes(self, keys: Iterator[Key] | AsyncGenerator[Key, None]) -> AsyncGenerator[Outcome[Any], None]:
+    async def outcomes(
+        self, keys: Iterator[Key] | AsyncGenerator[Key, None]
+    ) -> AsyncGenerator[Outcome[Any], None]:
         """Ask for every key and yield each outcome as it lands."""
-        feeding = asyncio.create_task(self._feed(keys)) if isinstance(keys, AsyncGenerator) else None
+        feeding = (
+            asyncio.create_task(self._feed(keys)) if isinstance(keys, AsyncGenerator) else None
+        )
         if feeding is not None:
             feeding.add_done_callback(self._on_fed)
         try:
-            while (landed := await self._next(None if isinstance(keys, AsyncGenerator) else keys)) is not None:
+            while (
+                landed := await self._next(None if isinstance(keys, AsyncGenerator) else keys)
+            ) is not None:
                 yield landed
         finally:
             await self._stop(feeding)
 
     async def _next(self, keys: Iterator[Key] | None) -> Outcome[Any] | None:
-        """The next outcome, or None at the end. Keys of an iterator are asked in the place of those that have landed."""
+        """The next outcome, or None at the end.
+
+        Keys of an iterator are asked in the place of those that have landed.
+        """
         while True:
             landed = self._landed.popleft() if self._landed else None
             if isinstance(landed, BaseException):
@@ -144,7 +159,8 @@ class FanOut:
         _wake(self._reader)
 
     def _on_fed(self, feeding: asyncio.Task[None]) -> None:
-        # A source may end in a cancellation that nobody asked of us: for whoever reads the outcomes it is one.
+        # A source may end in a cancellation that nobody asked of us: for whoever reads the outcomes
+        # it is one.
         self._ending = asyncio.CancelledError() if feeding.cancelled() else feeding.exception()
         self._is_fed = True
         _wake(self._reader)

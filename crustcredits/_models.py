@@ -1,4 +1,7 @@
-"""What comes back: frozen records, credits as exact decimals, times in UTC. Nothing here parses or sends."""
+"""What comes back: frozen records, credits as exact decimals, times in UTC.
+
+Nothing here parses or sends.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,14 @@ class Balance:
 
     Attributes:
         key: The key that was asked.
-        credits: Credits left, exact to the last digit sent. "May be fractional for some plans" (Crustdata's credits page).
+        credits: Credits left, exact to the last digit sent. "May be fractional for some plans"
+            (Crustdata's credits page).
         checked_at: When the answer came, in UTC, by this machine's clock.
         request_id: The server's `x-request-id`, or None.
         rate_limit: The server's count as the answer told it, or None.
-        stale: Whether it is older than the `max_age` that was asked for, and was given all the same: while it is refreshed,
-            or because the API gave no newer one. `checked_at` tells how old.
+        stale: Whether it is older than the `max_age` that was asked for, and was given all the
+            same: while it is refreshed, or because the API gave no newer one. `checked_at` tells
+            how old.
     """
 
     key: ApiKey
@@ -65,13 +70,16 @@ class Account(Balance):
     """The account behind a key, from `GET /account/credits`. Field names are the API's.
 
     Attributes:
-        credits: "The shared pool all your API keys draw from" (Crustdata's API reference). Gate spending on this one.
-        recurring_credits: Credits granted each billing cycle; 0 without a recurring grant, None when not said.
+        credits: "The shared pool all your API keys draw from" (Crustdata's API reference). Gate
+            spending on this one.
+        recurring_credits: Credits granted each billing cycle; 0 without a recurring grant, None
+            when not said.
         recurring_credits_frequency: For example `monthly`.
-        recurring_credits_refresh_date: When the next grant comes, in UTC; None when not said or not a date.
+        recurring_credits_refresh_date: When the next grant comes, in UTC; None when not said or not
+            a date.
         credit_rollover: Whether unused recurring credits carry over; None when not said.
-        wallets: As sent, numbers as `Decimal`; informational. None when absent. Like the next two not to be changed: the
-            same account may be given to others.
+        wallets: As sent, numbers as `Decimal`; informational. None when absent. Like the next two
+            not to be changed: the same account may be given to others.
         credit_topups: As sent, numbers as `Decimal`, soonest expiry first. None when absent.
         extra: Fields this version does not know, and known ones of a kind it cannot read, as sent.
     """
@@ -98,7 +106,8 @@ class Account(Balance):
         }
 
 
-# `Report` and `Outcome` mean those of a `Balance` where a caller does not say; only checkers know of such defaults before 3.13.
+# `Report` and `Outcome` mean those of a `Balance` where a caller does not say; only checkers know
+# of such defaults before 3.13.
 if TYPE_CHECKING:
     BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True, default=Balance)
 else:
@@ -120,7 +129,8 @@ class Known(Generic[BalanceT]):
         balance: The answer. With `detail=True` it is an `Account`.
         error: Why there is no newer balance, beside one from the cache; else None.
         attempts: Requests that were sent for it; 0 for an answer from the cache.
-        source: `"fetched"` by this call; `"shared"` with another call for the same key that was under way; or `"cached"`.
+        source: `"fetched"` by this call; `"shared"` with another call for the same key that was
+            under way; or `"cached"`.
         key: The key that was asked.
         ok: Always True.
         credits: Credits left.
@@ -132,7 +142,8 @@ class Known(Generic[BalanceT]):
     error: CrustCreditsError | None = None
     attempts: int = 1
     source: Source = "fetched"
-    # Fields that repeat the balance's, and not properties, so that type checkers tell the two kinds of outcome apart by them.
+    # Fields that repeat the balance's, and not properties, so that type checkers tell the two kinds
+    # of outcome apart by them.
     key: ApiKey = attrs.field(init=False, eq=False, repr=False)
     ok: Literal[True] = attrs.field(default=True, init=False, eq=False, repr=False)
     credits: Decimal = attrs.field(init=False, eq=False, repr=False)
@@ -186,19 +197,23 @@ class Unknown:
         error: Why there is no balance.
         checked_at: When the error came, in UTC.
         attempts: Requests that were sent for it; 0 for an error from the cache.
-        source: As in `Known`; `"none"` when no request was sent, because the key cannot be used, or the rate limit or an outage
-            held the request back.
+        source: As in `Known`; `"none"` when no request was sent, because the key cannot be used, or
+            the rate limit or an outage held the request back.
         ok: Always False.
         balance: Always None, as are `credits`.
         stale: Always False.
     """
 
     key: ApiKey | UnusableKey
-    error: CrustCreditsError = attrs.field(validator=attrs.validators.instance_of(CrustCreditsError))
+    error: CrustCreditsError = attrs.field(
+        validator=attrs.validators.instance_of(CrustCreditsError)
+    )
     checked_at: datetime = attrs.field(factory=lambda: datetime.now(UTC))
     attempts: int = 0
     source: Source = "none"
-    _order: int = attrs.field(alias="order", factory=_next_order, eq=False, repr=False)  # as in Balance
+    _order: int = attrs.field(
+        alias="order", factory=_next_order, eq=False, repr=False
+    )  # as in Balance
     ok: Literal[False] = attrs.field(default=False, init=False, eq=False, repr=False)
     balance: None = attrs.field(default=None, init=False, eq=False, repr=False)
     credits: None = attrs.field(default=None, init=False, eq=False, repr=False)
@@ -234,7 +249,12 @@ class Unknown:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the same members as `Known.to_dict`, with None for the credits."""
-        known = {"key": self.key.label, "account": self.key.account, "credits": None, "checked_at": time_text(self.checked_at)}
+        known = {
+            "key": self.key.label,
+            "account": self.key.account,
+            "credits": None,
+            "checked_at": time_text(self.checked_at),
+        }
         told = {
             "stale": False,
             "request_id": self.request_id,
@@ -243,7 +263,8 @@ class Unknown:
         return _dict_of(self, known | told)
 
 
-#: The result for one key: `Known` or `Unknown`. `isinstance` and `match` tell them apart, also for type checkers.
+#: The result for one key: `Known` or `Unknown`. `isinstance` and `match` tell them apart, also for
+#: type checkers.
 Outcome: TypeAlias = Known[BalanceT] | Unknown
 
 

@@ -14,7 +14,8 @@ class RateLimitStatus:
     Attributes:
         limit: Requests allowed in the window, or None when not said.
         remaining: Requests left in the window after this one.
-        reset: Seconds until the oldest counted request ages out and one slot is free. Not until the whole quota is.
+        reset: Seconds until the oldest counted request ages out and one slot is free. Not until the
+            whole quota is.
 
     Source: Crustdata's best-practices page.
     """

@@ -21,11 +21,26 @@ from crustcredits._errors import (
     rebuild,
 )
 from crustcredits._keys.api_key import ApiKey
-from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, credits_text, is_newer
+from crustcredits._models import (
+    Account,
+    Balance,
+    BalanceT,
+    Known,
+    Outcome,
+    Unknown,
+    credits_text,
+    is_newer,
+)
 from crustcredits._validation import check_number, hides_arguments
 
-# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits; if not, it raises.
-_EXACT = decimal.Context(prec=400, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[decimal.Inexact, decimal.InvalidOperation])
+# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits;
+# if not, it raises.
+_EXACT = decimal.Context(
+    prec=400,
+    Emax=decimal.MAX_EMAX,
+    Emin=decimal.MIN_EMIN,
+    traps=[decimal.Inexact, decimal.InvalidOperation],
+)
 
 # How many names a message lists.
 _NAMED = 10
@@ -34,8 +49,8 @@ _NAMED = 10
 class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     """The outcomes of a pool, one for each key, in the order the keys were given.
 
-    Keys that declare one account share one balance, which is counted once: the newest answer's. A key without a declared
-    account counts as an account of its own.
+    Keys that declare one account share one balance, which is counted once: the newest answer's. A
+    key without a declared account counts as an account of its own.
     """
 
     def __init__(self, outcomes: Iterable[Outcome[BalanceT]]) -> None:
@@ -48,7 +63,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @hides_arguments
     def __getitem__(self, index: Any) -> Outcome[BalanceT] | Sequence[Outcome[BalanceT]]:
         if isinstance(index, str):
-            raise TypeError("a report is indexed by place; by_label finds an outcome by its key's label")
+            raise TypeError(
+                "a report is indexed by place; by_label finds an outcome by its key's label"
+            )
         found: Outcome[BalanceT] | Sequence[Outcome[BalanceT]] = self._outcomes[index]
         return found
 
@@ -66,7 +83,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     def __repr__(self) -> str:
         stale = f" ({len(self.stale)} stale)" if self.stale else ""
-        return f"<Report of {len(self)} keys: {len(self.succeeded)} succeeded{stale}, {len(self.failed)} failed>"
+        return (
+            f"<Report of {len(self)} keys: {len(self.succeeded)} succeeded{stale}, "
+            f"{len(self.failed)} failed>"
+        )
 
     @property
     def ok(self) -> bool:
@@ -85,21 +105,31 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def stale(self) -> tuple[Known[BalanceT], ...]:
-        """The outcomes with a balance that is older than was asked for. They count among the succeeded, and in all sums."""
+        """The outcomes with a balance that is older than was asked for.
+
+        They count among the succeeded, and in all sums.
+        """
         return tuple(outcome for outcome in self.succeeded if outcome.stale)
 
     @cached_property
     def by_label(self) -> Mapping[str, Outcome[BalanceT]]:
-        """The outcomes by the labels of their keys. Where two keys have one label, a usable key goes before an unusable one."""
-        usable = {outcome.key.label: outcome for outcome in self._outcomes if isinstance(outcome.key, ApiKey)}
+        """The outcomes by the labels of their keys.
+
+        Where two keys have one label, a usable key goes before an unusable one.
+        """
+        usable = {
+            outcome.key.label: outcome
+            for outcome in self._outcomes
+            if isinstance(outcome.key, ApiKey)
+        }
         return {outcome.key.label: outcome for outcome in self._outcomes} | usable
 
     @property
     def total_credits(self) -> Decimal | None:
         """Credits of all accounts whose balance is known, exact to the last digit; each account once.
 
-        What failed is left out, so look at `ok` too; what is `stale` is in it. None when there were keys and nothing is known
-        of any.
+        What failed is left out, so look at `ok` too; what is `stale` is in it. None when there were
+        keys and nothing is known of any.
         """
         if self and not self.succeeded:
             return None
@@ -107,23 +137,41 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @property
     def accounts(self) -> Mapping[str, Decimal | None]:
-        """Credits of each declared account, in the order of their first keys; None where all its keys failed."""
-        return {account: credits for account, credits in self._credits.items() if isinstance(account, str)}
+        """Credits of each declared account, in the order of their first keys.
+
+        None where all its keys failed.
+        """
+        return {
+            account: credits
+            for account, credits in self._credits.items()
+            if isinstance(account, str)
+        }
 
     @hides_arguments
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Known[BalanceT], ...]:
         """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
 
-        Stale ones come last. Failed ones are left out, and keys of an account that is said since then to be out of credits (402).
+        Stale ones come last. Failed ones are left out, and keys of an account that is said since
+        then to be out of credits (402).
 
         Raises:
             ConfigurationError: `min_credits` is not a finite number.
         """
         floor = _decimal("min_credits", min_credits)
-        spent = {account for account, balance in self._newest.items() if balance is not None and self._is_spent(account, balance)}
+        spent = {
+            account
+            for account, balance in self._newest.items()
+            if balance is not None and self._is_spent(account, balance)
+        }
         able = (outcome for outcome in self.succeeded if self._account(outcome) not in spent)
         rich = (outcome for outcome in able if self.credits_of(outcome) >= floor)
-        return tuple(sorted(rich, key=lambda outcome: (not outcome.stale, self.credits_of(outcome)), reverse=True))
+        return tuple(
+            sorted(
+                rich,
+                key=lambda outcome: (not outcome.stale, self.credits_of(outcome)),
+                reverse=True,
+            )
+        )
 
     @hides_arguments
     def low(
@@ -133,12 +181,13 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
         Args:
             credits: Low is less than this.
-            grant_share: Low is also less than this share of the account's recurring grant: 0.1 is a tenth. It needs a report of
-                `detail=True`. Accounts without a recurring grant are not low by it.
+            grant_share: Low is also less than this share of the account's recurring grant: 0.1 is a
+                tenth. It needs a report of `detail=True`. Accounts without a recurring grant are
+                not low by it.
 
         Raises:
-            ConfigurationError: Neither is given, one of them is not a finite number, or `grant_share` is given for balances
-                without detail.
+            ConfigurationError: Neither is given, one of them is not a finite number, or
+                `grant_share` is given for balances without detail.
         """
         low = self._low(credits, grant_share)
         return tuple(outcome for outcome in self.succeeded if self._account(outcome) in low)
@@ -147,32 +196,45 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def low_accounts(
         self, credits: Decimal | float | None = None, *, grant_share: Decimal | float | None = None
     ) -> tuple[str, ...]:
-        """The declared accounts that are low, in the order of their first keys. Unknown ones are left out.
+        """The declared accounts that are low, in the order of their first keys.
+
+        Unknown ones are left out.
 
         The arguments and errors are those of `low`.
         """
-        return tuple(account for account in self._low(credits, grant_share) if isinstance(account, str))
+        return tuple(
+            account for account in self._low(credits, grant_share) if isinstance(account, str)
+        )
 
-    def _low(self, credits: Decimal | float | None, grant_share: Decimal | float | None) -> Mapping[Hashable, Balance]:
+    def _low(
+        self, credits: Decimal | float | None, grant_share: Decimal | float | None
+    ) -> Mapping[Hashable, Balance]:
         if credits is None and grant_share is None:
             raise ConfigurationError("low needs a threshold: give credits=, grant_share= or both")
         ceiling = None if credits is None else _decimal("credits", credits)
         share = None if grant_share is None else _decimal("grant_share", grant_share)
-        if share is not None and not all(isinstance(outcome.balance, Account) for outcome in self.succeeded):
-            raise ConfigurationError("grant_share needs to know the grants: check the pool with detail=True")
-        known = {account: balance for account, balance in self._newest.items() if balance is not None}
+        if share is not None and not all(
+            isinstance(outcome.balance, Account) for outcome in self.succeeded
+        ):
+            raise ConfigurationError(
+                "grant_share needs to know the grants: check the pool with detail=True"
+            )
+        known = {
+            account: balance for account, balance in self._newest.items() if balance is not None
+        }
         return {
             account: balance
             for account, balance in known.items()
-            if (ceiling is not None and balance.credits < ceiling) or (share is not None and _is_below(balance, share))
+            if (ceiling is not None and balance.credits < ceiling)
+            or (share is not None and _is_below(balance, share))
         }
 
     @property
     def lookalikes(self) -> tuple[tuple[Known[BalanceT], ...], ...]:
         """Groups of different undeclared keys whose answers are the same to the last digit, so may share an account.
 
-        No answer names its account. Where a group does share one, `total_credits` counts it more than once until the keys
-        declare it.
+        No answer names its account. Where a group does share one, `total_credits` counts it more
+        than once until the keys declare it.
         """
         groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
         for outcome in self.succeeded:
@@ -185,25 +247,33 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def available_credits(self) -> Decimal:
         """Credits to count on, at least 0: as `total_credits`, without what may be counted twice or is not there.
 
-        An undeclared key whose answer is the same as another's may draw from that one's account, and adds nothing. Neither
-        does an account of which another key has since been told that it is out of credits (402), or one that is
-        overdrawn: nobody can pay its debt from another account.
+        An undeclared key whose answer is the same as another's may draw from that one's account,
+        and adds nothing. Neither does an account of which another key has since been told that it
+        is out of credits (402), or one that is overdrawn: nobody can pay its debt from another
+        account.
         """
-        known = [(account, balance) for account, balance in self._newest.items() if balance is not None]
+        known = [
+            (account, balance) for account, balance in self._newest.items() if balance is not None
+        ]
         # A declared account, known by a str, counts for itself, whatever others answer.
         declared = [balance for account, balance in known if isinstance(account, str)]
         answers = {_answer(balance) for balance in declared}
-        apart = {_answer(balance): balance for account, balance in known if not isinstance(account, str)}
+        apart = {
+            _answer(balance): balance for account, balance in known if not isinstance(account, str)
+        }
         counted = [*declared, *(apart[answer] for answer in apart.keys() - answers)]
         spent = {id(balance) for account, balance in known if self._is_spent(account, balance)}
-        return _sum(max(balance.credits, Decimal(0)) for balance in counted if id(balance) not in spent)
+        return _sum(
+            max(balance.credits, Decimal(0)) for balance in counted if id(balance) not in spent
+        )
 
     @hides_arguments
     def require(self, credits: Decimal | float) -> None:
         """Do nothing when there are so many `available_credits`.
 
         Raises:
-            InsufficientCreditsError: `available_credits` is less, and no key whose credits are unknown could change that.
+            InsufficientCreditsError: `available_credits` is less, and no key whose credits are
+                unknown could change that.
             CreditsUnknownError: The known ones are less, and keys whose credits are unknown decide.
             ConfigurationError: `credits` is no finite number of at least 0.
         """
@@ -211,7 +281,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         if available >= needed:
             return
         deciding = self._deciding()
-        counts = f"{credits_text(needed)} credits are needed and {credits_text(available)} are known to be there"
+        counts = (
+            f"{credits_text(needed)} credits are needed and {credits_text(available)} are "
+            "known to be there"
+        )
         stale = _listed("; stale", self.stale)
         if deciding:
             errors = tuple(outcome.error for outcome in deciding)
@@ -223,13 +296,17 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
                 report=self,
                 deciding=errors,
             )
-        message = f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
+        message = (
+            f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
+        )
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
 
     def _deciding(self) -> list[Unknown]:
         """The failed keys that may hold what is missing: nothing else tells of their account, and no 402 says that it is spent."""
         return [
-            each for each in self.failed if self._newest[self._account(each)] is None and self._account(each) not in self._spent
+            each
+            for each in self.failed
+            if self._newest[self._account(each)] is None and self._account(each) not in self._spent
         ]
 
     def _is_spent(self, account: Hashable, balance: Balance) -> bool:
@@ -281,18 +358,25 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             ConfigurationError: The outcome is not of this report.
         """
         if not isinstance(outcome, (Known, Unknown)):
-            raise ConfigurationError("credits_of takes an outcome of this report; by_label finds it by its key's label")
+            raise ConfigurationError(
+                "credits_of takes an outcome of this report; by_label finds it by its key's label"
+            )
         account = self._account(outcome)
         if account not in self._credits:
             raise ConfigurationError(
-                "this report has no such key; take outcomes from the report itself", key_name=outcome.key.label
+                "this report has no such key; take outcomes from the report itself",
+                key_name=outcome.key.label,
             )
         return self._credits[account]
 
     @cached_property
     def _declared(self) -> Mapping[bytes, str]:
         # The same secret may stand in the pool with its account and without.
-        return {outcome.key.digest: outcome.key.account for outcome in self._outcomes if outcome.key.account is not None}
+        return {
+            outcome.key.digest: outcome.key.account
+            for outcome in self._outcomes
+            if outcome.key.account is not None
+        }
 
     def _account(self, outcome: Outcome[Any]) -> Hashable:
         digest = outcome.key.digest
@@ -300,7 +384,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def _newest(self) -> Mapping[Hashable, Balance | None]:
-        """The answer of each account, declared or not, that was received last; None where nothing is known."""
+        """The answer of each account, declared or not, that was received last.
+
+        None where nothing is known.
+        """
         newest: dict[Hashable, Balance | None] = {}
         for outcome in self._outcomes:
             account, balance = self._account(outcome), outcome.balance
@@ -312,7 +399,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @cached_property
     def _credits(self) -> Mapping[Hashable, Decimal | None]:
         """The credits of that."""
-        return {account: None if balance is None else balance.credits for account, balance in self._newest.items()}
+        return {
+            account: None if balance is None else balance.credits
+            for account, balance in self._newest.items()
+        }
 
 
 def _is_below(balance: Balance, share: Decimal) -> bool:
@@ -401,13 +491,21 @@ class CreditsRequirementError(CrustCreditsError):
     """
 
     def __init__(
-        self, message: str, *, needed: Decimal, available: Decimal, report: Report, **details: Unpack[ErrorDetails]
+        self,
+        message: str,
+        *,
+        needed: Decimal,
+        available: Decimal,
+        report: Report,
+        **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message, **details)
         self.needed = needed
         self.available = available
         self.report = report
-        self.errors: tuple[CrustCreditsError, ...] = tuple(outcome.error for outcome in report.failed)
+        self.errors: tuple[CrustCreditsError, ...] = tuple(
+            outcome.error for outcome in report.failed
+        )
         self.unknown: tuple[str, ...] = tuple(outcome.key.label for outcome in report.failed)
         self.stale: tuple[str, ...] = tuple(outcome.key.label for outcome in report.stale)
 
@@ -429,10 +527,11 @@ class CreditsUnknownError(CreditsRequirementError):
     """The known balances are too low, and keys whose credits are unknown may hold the rest.
 
     Attributes:
-        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is known from another key, or to be
-            spent, are not among them.
-        may_recover: Whether one of these errors may. Else checking again does not help: the API refused all these keys, none of
-            them can be used, or something else answers in the API's place.
+        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is
+            known from another key, or to be spent, are not among them.
+        may_recover: Whether one of these errors may. Else checking again does not help: the API
+            refused all these keys, none of them can be used, or something else answers in the API's
+            place.
     """
 
     def __init__(

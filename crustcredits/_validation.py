@@ -36,8 +36,8 @@ _SENSIBLE = 1e9
 def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T | Refusal:
     """The result, or the refusal of an argument: not raised, and without the frames that hold the arguments.
 
-    An argument may be a secret in the wrong place, and tracebacks are printed with local variables. Callers drop their own
-    variables, then raise.
+    An argument may be a secret in the wrong place, and tracebacks are printed with local variables.
+    Callers drop their own variables, then raise.
     """
     try:
         return function(*args, **kwargs)
@@ -48,7 +48,8 @@ def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) 
 def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """A decorator for functions and coroutine functions: when they raise, no frame of this library holds local variables.
 
-    An argument may hold a secret, in its place or in a wrong one, and tracebacks are printed with local variables.
+    An argument may hold a secret, in its place or in a wrong one, and tracebacks are printed with
+    local variables.
     """
     if inspect.iscoroutinefunction(function):
         return cast("Callable[_P, _T]", _hides_arguments_of_coroutine(function))
@@ -68,7 +69,9 @@ def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
-def _hides_arguments_of_coroutine(function: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def _hides_arguments_of_coroutine(
+    function: Callable[_P, Coroutine[Any, Any, _T]],
+) -> Callable[_P, Coroutine[Any, Any, _T]]:
     @functools.wraps(function)
     async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         pending = attempt(function, *args, **kwargs)
@@ -90,8 +93,9 @@ def _hides_arguments_of_coroutine(function: Callable[_P, Coroutine[Any, Any, _T]
 def _without_locals(error: BaseException) -> BaseException:
     """The error, with the lines of its traceback, and no variables in the frames of this library.
 
-    Other frames are left alone, and all that comes below one of the caller's: an error that is raised again has the frames of
-    where it was raised before, perhaps by another task that runs still.
+    Other frames are left alone, and all that comes below one of the caller's: an error that is
+    raised again has the frames of where it was raised before, perhaps by another task that runs
+    still.
     """
     entry = error.__traceback__
     while entry is not None:
@@ -115,11 +119,18 @@ def init_hides_arguments(cls: type[_T]) -> type[_T]:
 def check_whole(what: str, value: object, *, minimum: int) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
-        raise ConfigurationError(f"{what} is a whole number of at least {minimum}, not {shown(value)}")
+        raise ConfigurationError(
+            f"{what} is a whole number of at least {minimum}, not {shown(value)}"
+        )
 
 
 def check_number(
-    what: str, value: object, *, above: float = -math.inf, minimum: float = -math.inf, maximum: float = math.inf
+    what: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
 ) -> None:
     """Raise `ConfigurationError` unless `value` is a finite number of that range."""
     if (
@@ -130,7 +141,9 @@ def check_number(
         and minimum <= value <= maximum
     ):
         return
-    bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (minimum > -math.inf)
+    bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (
+        minimum > -math.inf
+    )
     bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
     raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {shown(value)}")
 
@@ -143,7 +156,9 @@ def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if type(value) is not float or not max(0.0, above) < value <= _SENSIBLE:  # the short way of most calls
+    if (
+        type(value) is not float or not max(0.0, above) < value <= _SENSIBLE
+    ):  # the short way of most calls
         check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
     return value
 
@@ -162,8 +177,15 @@ def check_kind(what: str, value: object, kind: type) -> None:
 
 
 def shown(value: object) -> str:
-    """Numbers as they are. Of anything else, which may be a key in the wrong place, only what it is."""
-    return repr(value)[:80] if value is None or isinstance(value, (int, float, Decimal)) else _a(type(value))
+    """Numbers as they are.
+
+    Of anything else, which may be a key in the wrong place, only what it is.
+    """
+    return (
+        repr(value)[:80]
+        if value is None or isinstance(value, (int, float, Decimal))
+        else _a(type(value))
+    )
 
 
 def _a(kind: type) -> str:

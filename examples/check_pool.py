@@ -1,6 +1,7 @@
 """Check every key of a pool and print what each has left.
 
-Keys come from `CRUSTDATA_API_KEY` or `CRUSTDATA_API_KEYS`; without any, a sandbox with some keys stands in for the API.
+Keys come from `CRUSTDATA_API_KEY` or `CRUSTDATA_API_KEYS`; without any, a sandbox with some keys
+stands in for the API.
 """
 
 import asyncio
@@ -29,7 +30,9 @@ async def main() -> None:
                 print(f"{key.label:12} {credits}")
             case Unknown(key=key, error=error):
                 print(f"{key.label:12} unknown: {error}")
-    print(f"{'total':12} {report.total_credits} ({len(report.failed)} of {len(report)} keys unknown)")
+    print(
+        f"{'total':12} {report.total_credits} ({len(report.failed)} of {len(report)} keys unknown)"
+    )
 
 
 if __name__ == "__main__":

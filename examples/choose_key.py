@@ -1,7 +1,7 @@
 """Give each job the key whose account is richest, and ask the API for the balances only once in a while.
 
-A stale answer is given at once while it is refreshed; with the API down the last good one stands in. A sandbox stands in
-for the API.
+A stale answer is given at once while it is refreshed; with the API down the last good one stands
+in. A sandbox stands in for the API.
 """
 
 import asyncio
@@ -13,7 +13,9 @@ from crustcredits.testing import SandboxServer
 
 async def choose(client: CreditsClient, keys: Sequence[ApiKey], credits: int) -> ApiKey | None:
     """The key with the most credits of those that have enough, or None."""
-    report = await client.check(keys, timeout=20, max_age=30, stale_while_revalidate=120, stale_if_error=600)
+    report = await client.check(
+        keys, timeout=20, max_age=30, stale_while_revalidate=120, stale_if_error=600
+    )
     for outcome in report.low(100):
         print(f"  {outcome.key.label} runs low: {outcome.credits}")
     best = report.ranked(min_credits=credits)
@@ -22,10 +24,15 @@ async def choose(client: CreditsClient, keys: Sequence[ApiKey], credits: int) ->
 
 async def main() -> None:
     async with SandboxServer() as sandbox, CreditsClient(base_url=sandbox.url) as client:
-        keys = [sandbox.add_key(name, credits=credits) for name, credits in (("acme", 70), ("globex", 900), ("initech", 400))]
+        keys = [
+            sandbox.add_key(name, credits=credits)
+            for name, credits in (("acme", 70), ("globex", 900), ("initech", 400))
+        ]
         for job, needed in (("small", 50), ("large", 500), ("huge", 5000)):
             key = await choose(client, keys, needed)
-            print(f"{job} job, {needed} credits: {'no key has enough' if key is None else key.label}")
+            print(
+                f"{job} job, {needed} credits: {'no key has enough' if key is None else key.label}"
+            )
         print(f"{sandbox.requests} requests for three jobs")
 
 

@@ -1,6 +1,7 @@
 """A FastAPI service around a pool of keys: it shows what they have left, and starts no batch that would run dry.
 
-Keys come from `CRUSTDATA_API_KEYS`, the token that callers need from `SERVICE_TOKEN`. In this directory:
+Keys come from `CRUSTDATA_API_KEYS`, the token that callers need from `SERVICE_TOKEN`. In this
+directory:
 
 uvicorn --factory fastapi_app:create_app
 """
@@ -15,14 +16,21 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
 from crustcredits import CreditsClient, KeysLike, keys_from_env
-from crustcredits.fastapi import CreditsDep, credits_lifespan, credits_router, install_exception_handlers
+from crustcredits.fastapi import (
+    CreditsDep,
+    credits_lifespan,
+    credits_router,
+    install_exception_handlers,
+)
 
 
 class Batch(BaseModel):
     credits: Annotated[int, Field(gt=0)]
 
 
-async def require_token(given: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]) -> None:
+async def require_token(
+    given: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())],
+) -> None:
     token = os.environ.get("SERVICE_TOKEN", "")
     if not token or not secrets.compare_digest(given.credentials.encode(), token.encode()):
         raise HTTPException(403, "not for you")

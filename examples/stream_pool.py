@@ -1,6 +1,7 @@
 """Check keys as they come out of an asynchronous source, and use each answer as it lands.
 
-The source might be a database cursor; memory does not grow with the number of keys. A sandbox stands in for the API.
+The source might be a database cursor; memory does not grow with the number of keys. A sandbox
+stands in for the API.
 """
 
 import asyncio

@@ -1,4 +1,5 @@
-"""How to test such an app: the sandbox answers in the API's place, and the app's client is overridden with one that asks it."""
+"""How to test such an app: the sandbox answers in the API's place, and the app's client is
+overridden with one that asks it."""
 
 from collections.abc import AsyncIterator
 
@@ -26,20 +27,32 @@ async def http(
     sandbox.fail(broken, Fault.FORBIDDEN)
     app = create_app([sandbox.add_key("prod", credits="100.5"), broken])
     app.dependency_overrides[get_credits_client] = lambda: credits_client
-    async with AsyncClient(transport=ASGITransport(app), base_url="http://test", headers={"Authorization": "Bearer t-1"}) as caller:
+    async with AsyncClient(
+        transport=ASGITransport(app),
+        base_url="http://test",
+        headers={"Authorization": "Bearer t-1"},
+    ) as caller:
         yield caller
 
 
 @pytest.mark.asyncio
 async def test_the_pool_is_shown_by_name(http: AsyncClient) -> None:
     pool = (await http.get("/credits/keys")).json()
-    assert [(key["key"], key["credits"]) for key in pool["keys"]] == [("prod", "100.5"), ("broken", None)]
+    assert [(key["key"], key["credits"]) for key in pool["keys"]] == [
+        ("prod", "100.5"),
+        ("broken", None),
+    ]
     assert (await http.get("/credits/healthz")).json()["status"] == "degraded"
 
 
 @pytest.mark.asyncio
-async def test_a_batch_that_would_run_dry_is_not_started(http: AsyncClient, sandbox: SandboxServer) -> None:
-    assert (await http.post("/batches", json={"credits": 90})).json() == {"state": "started", "available": "100.5"}
+async def test_a_batch_that_would_run_dry_is_not_started(
+    http: AsyncClient, sandbox: SandboxServer
+) -> None:
+    assert (await http.post("/batches", json={"credits": 90})).json() == {
+        "state": "started",
+        "available": "100.5",
+    }
     undecided = await http.post("/batches", json={"credits": 95})
     assert (undecided.status_code, undecided.json()["unknown"]) == (502, ["broken"])
 
@@ -51,13 +64,18 @@ async def test_a_batch_is_refused_when_all_is_known(
     monkeypatch.setenv("SERVICE_TOKEN", "t-1")
     app = create_app([sandbox.add_key("prod", credits="100.5")])
     app.dependency_overrides[get_credits_client] = lambda: credits_client
-    async with AsyncClient(transport=ASGITransport(app), base_url="http://test", headers={"Authorization": "Bearer t-1"}) as http:
+    async with AsyncClient(
+        transport=ASGITransport(app),
+        base_url="http://test",
+        headers={"Authorization": "Bearer t-1"},
+    ) as http:
         refused = await http.post("/batches", json={"credits": 95})
     assert (refused.status_code, refused.json()["needed"]) == (409, "104.5")
 
 
 async def rich_client() -> AsyncIterator[CreditsClient]:
-    """For `TestClient`, which runs the app on a loop of its own: a sandbox there, for each request."""
+    """For `TestClient`, which runs the app on a loop of its own: a sandbox there, for each
+    request."""
     async with SandboxServer() as sandbox, CreditsClient(base_url=sandbox.url) as client:
         sandbox.add_key(secret="sk-rich", credits=1_000_000)
         yield client

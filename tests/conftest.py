@@ -1,4 +1,7 @@
-"""Loops for tests: the real one, and a virtual one for those marked `virtual`. Never both in one test."""
+"""Loops for tests: the real one, and a virtual one for those marked `virtual`.
+
+Never both in one test.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from tests.virtual import VirtualLoop
 __all__ = ["credits_client", "make_credits_client", "make_sandbox", "redis", "sandbox", "start"]
 
 
-LOOPS: dict[str, tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asyncio.AbstractEventLoopPolicy]]] = {
+LOOPS: dict[
+    str,
+    tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asyncio.AbstractEventLoopPolicy]],
+] = {
     "asyncio": (asyncio.new_event_loop, asyncio.DefaultEventLoopPolicy),
     "uvloop": (uvloop.new_event_loop, uvloop.EventLoopPolicy),
 }
@@ -31,8 +37,18 @@ LOOPS: dict[str, tuple[Callable[[], asyncio.AbstractEventLoop], Callable[[], asy
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     extents, names = ["few", "usual", "long"], [*LOOPS, "both"]
-    parser.addoption("--search", choices=extents, default="usual", help="How many examples searches try (default: usual).")
-    parser.addoption("--loop", choices=names, default="both", help="The loop for tests in real time (default: both).")
+    parser.addoption(
+        "--search",
+        choices=extents,
+        default="usual",
+        help="How many examples searches try (default: usual).",
+    )
+    parser.addoption(
+        "--loop",
+        choices=names,
+        default="both",
+        help="The loop for tests in real time (default: both).",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,9 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("untimed", deadline=None)
     hypothesis.settings.load_profile("untimed")
     config.addinivalue_line("markers", "virtual: runs in virtual time, without sockets")
-    config.addinivalue_line("markers", "thorough: tests a search itself, which CI does in one of its runs")
+    config.addinivalue_line(
+        "markers", "thorough: tests a search itself, which CI does in one of its runs"
+    )
     config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")
-    config.addinivalue_line("markers", "any_loop: runs a program in another process, so the loop of the test does not matter")
+    config.addinivalue_line(
+        "markers",
+        "any_loop: runs a program in another process, so the loop of the test does not matter",
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -86,7 +107,8 @@ def loop_policy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_jitter(request: pytest.FixtureRequest) -> None:
-    """A test in virtual time has the same run each time: the jitter of retries is drawn from a seed of its own."""
+    """A test in virtual time has the same run each time: the jitter of retries is drawn from a seed
+    of its own."""
     random.seed(request.node.nodeid)
 
 

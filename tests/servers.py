@@ -21,12 +21,18 @@ _PATIENCE = 10.0
 
 
 class RedisServer:
-    """`redis-server` on a Unix socket, or with a `port` on loopback; nothing is written to the disk."""
+    """`redis-server` on a Unix socket, or with a `port` on loopback.
+
+    Nothing is written to the disk.
+    """
 
     def __init__(self, *options: str, port: int = 0) -> None:
         self._binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if self._binary is None:
-            pytest.fail("these tests need redis-server 6.2 or later, or valkey-server: apt install redis-server")
+            pytest.fail(
+                "these tests need redis-server 6.2 or later, or valkey-server: apt install "
+                "redis-server"
+            )
         self._directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,10 +46,21 @@ class RedisServer:
 
     def start(self) -> None:
         assert self._binary is not None
-        place = ("--dir", str(self._directory), "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket))
+        place = (
+            "--dir",
+            str(self._directory),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--unixsocket",
+            str(self.socket),
+        )
         with (self._directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [self._binary, *place, "--save", "", "--appendonly", "no", *self._options], stdout=log, stderr=log
+                [self._binary, *place, "--save", "", "--appendonly", "no", *self._options],
+                stdout=log,
+                stderr=log,
             )
         self._wait_until_it_answers()
 
@@ -75,7 +92,9 @@ class RedisServer:
                 self.ask("PING")
             except RedisError:
                 if time.monotonic() > deadline:
-                    pytest.fail(f"redis-server did not come up: {(self._directory / 'log').read_text()}")
+                    pytest.fail(
+                        f"redis-server did not come up: {(self._directory / 'log').read_text()}"
+                    )
                 time.sleep(0.01)
             else:
                 return

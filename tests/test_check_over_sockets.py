@@ -1,4 +1,5 @@
-"""A pool with everything that can go wrong, over real sockets: each its own error, the others right, and no secret anywhere."""
+"""A pool with everything that can go wrong, over real sockets: each its own error, the others
+right, and no secret anywhere."""
 
 from __future__ import annotations
 
@@ -62,16 +63,21 @@ EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
     Fault.GLITCH: None,
     Fault.STALE: None,
 }
-# Two connections are lost under whoever comes next (STALE), so that some need more than a second attempt.
+# Two connections are lost under whoever comes next (STALE), so that some need more than a second
+# attempt.
 RETRY = Retry(attempts=4, backoff=0.01, wait_max=0.5)
 
 
 def troubled_pool(sandbox: SandboxServer) -> tuple[list[ApiKey], dict[str, Fault]]:
-    """For every fault a key that always has it and one that has it once, among 100 that are fine."""
+    """For every fault a key that always has it and one that has it once, among 100 that are
+    fine."""
     fine = [sandbox.add_key(f"fine {number}", credits=number) for number in range(100)]
     faults: dict[str, Fault] = {}
     for number, fault in enumerate(Fault):
-        always, once = sandbox.add_key(f"always {fault.name}"), sandbox.add_key(f"once {fault.name}")
+        always, once = (
+            sandbox.add_key(f"always {fault.name}"),
+            sandbox.add_key(f"once {fault.name}"),
+        )
         sandbox.fail(always, fault)
         sandbox.fail(once, fault, times=1)
         faults |= {always.name: fault, once.name: fault}
@@ -80,7 +86,9 @@ def troubled_pool(sandbox: SandboxServer) -> tuple[list[ApiKey], dict[str, Fault
 
 
 @pytest.mark.parametrize("detail", [False, True])
-async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: SandboxServer, detail: bool) -> None:
+async def test_every_fault_is_the_right_error_and_all_others_are_right(
+    sandbox: SandboxServer, detail: bool
+) -> None:
     """Within its time, and the good ones at once."""
     pool, faults = troubled_pool(sandbox)
     loop = asyncio.get_running_loop()
@@ -88,7 +96,10 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
     began = loop.time()
     async with CreditsClient(base_url=sandbox.url, retry=RETRY, request_timeout=0.8) as client:
         report = await client.check(
-            pool, detail=detail, timeout=12, on_outcome=lambda outcome: landed.setdefault(outcome.key.name, loop.time() - began)
+            pool,
+            detail=detail,
+            timeout=12,
+            on_outcome=lambda outcome: landed.setdefault(outcome.key.name, loop.time() - began),
         )
     for outcome in report:
         name = outcome.key.name
@@ -98,11 +109,23 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(sandbox: 
             assert type(outcome.error) is (EXPECTED[faults[name]] or type(None)), name
         elif name == "unknown":
             assert type(outcome.error) is InvalidKeyError
-    once_failed = {outcome.key.name for outcome in report.failed if outcome.key.name.startswith("once")}
-    # A second attempt helps against what may pass; against a refusal only waiting does, and `wait_max` does not allow it.
-    lasting = {InvalidKeyError, PaymentRequiredError, PermissionDeniedError, UnexpectedResponseError, RateLimitError}
-    assert once_failed == {f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting}
-    # Some 210 requests at a pace of 100 a second, and 4 times 0.8 s for those that hang, in parallel.
+    once_failed = {
+        outcome.key.name for outcome in report.failed if outcome.key.name.startswith("once")
+    }
+    # A second attempt helps against what may pass; against a refusal only waiting does, and
+    # `wait_max` does not allow it.
+    lasting = {
+        InvalidKeyError,
+        PaymentRequiredError,
+        PermissionDeniedError,
+        UnexpectedResponseError,
+        RateLimitError,
+    }
+    assert once_failed == {
+        f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting
+    }
+    # Some 210 requests at a pace of 100 a second, and 4 times 0.8 s for those that hang, in
+    # parallel.
     assert max(landed.values()) < 10
     assert max(seconds for name, seconds in landed.items() if name.startswith("fine")) < 5
     assert sandbox.worst_window() <= 300
@@ -153,8 +176,13 @@ def everything_shown_of_error(error: CrustCreditsError) -> Iterator[str]:
     yield from (str(error), repr(error), repr(vars(error)))
     yield pickle.dumps(error).decode("latin-1")
     yield "".join(traceback.format_exception(error))
-    # The frames of this test hold no raw secret but `error`'s own, so that whatever is shown comes from the library.
-    yield on_terminal(Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_string=10_000))
+    # The frames of this test hold no raw secret but `error`'s own, so that whatever is shown comes
+    # from the library.
+    yield on_terminal(
+        Traceback.from_exception(
+            type(error), error, error.__traceback__, show_locals=True, locals_max_string=10_000
+        )
+    )
 
 
 def on_terminal(shown: Any) -> str:
@@ -165,10 +193,17 @@ def on_terminal(shown: Any) -> str:
 
 
 @pytest.mark.parametrize("mistake", ["Bearer sk-0123456789abc", "sk-0123456789abc x", ""])
-async def test_a_mistyped_key_shows_in_no_frame_of_ours(sandbox: SandboxServer, mistake: str) -> None:
+async def test_a_mistyped_key_shows_in_no_frame_of_ours(
+    sandbox: SandboxServer, mistake: str
+) -> None:
     """Neither alone nor in a pool nor instead of one."""
     async with CreditsClient(base_url=sandbox.url) as client:
-        for call in (client.balance(mistake), client.account(mistake), client.check(mistake), _anext(client.stream([mistake]))):
+        for call in (
+            client.balance(mistake),
+            client.account(mistake),
+            client.check(mistake),
+            _anext(client.stream([mistake])),
+        ):
             with pytest.raises(ConfigurationError) as caught:
                 await call
             assert_hidden(caught.value, "sk-0123456789abc")
@@ -232,12 +267,16 @@ async def test_the_pool_of_many_faults_is_checked_in_bounded_memory(sandbox: San
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert {type(outcome.error) for outcome in report} == {UnexpectedResponseError}
-    # 32 at a time, each with no more than a buffer on either side; one body whole would be more than all of it.
+    # 32 at a time, each with no more than a buffer on either side; one body whole would be more
+    # than all of it.
     assert peak < 12 * 2**20
 
 
 async def test_no_answer_is_lost_when_the_bucket_is_full(sandbox: SandboxServer) -> None:
-    """100 calls that share 20 tokens all have one. On uvloop the handle of a moment that has come does not tell when it runs."""
+    """100 calls that share 20 tokens all have one.
+
+    On uvloop the handle of a moment that has come does not tell when it runs.
+    """
     keys = [sandbox.add_key() for _ in range(100)]
     limit = RateLimit(requests=20, period=0.05, pace=None, scope="client")
     async with CreditsClient(base_url=sandbox.url, rate_limit=limit) as client:

@@ -1,4 +1,7 @@
-"""`CreditsClient` in virtual time: waiting, retrying, many keys, closing. Sockets have a file of their own."""
+"""`CreditsClient` in virtual time: waiting, retrying, many keys, closing.
+
+Sockets have a file of their own.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ async def test_what_may_pass_is_tried_again_with_backoff(caplog: pytest.LogCaptu
         assert (quota.free, quota.in_flight) == (296, 0)
     assert 10 <= now() <= 10 + 1 + 2 + 4 + 1
     assert [record.levelname for record in caplog.records] == ["INFO"] * 3
-    assert "k0: the API or a gateway before it failed (HTTP 503); that was attempt 1 of 4" in caplog.text
+    assert (
+        "k0: the API or a gateway before it failed (HTTP 503); that was attempt 1 of 4"
+        in caplog.text
+    )
 
 
 async def test_the_last_failure_is_the_error_when_attempts_run_out() -> None:
@@ -99,7 +105,9 @@ async def test_the_last_failure_is_the_error_when_attempts_run_out() -> None:
 
 async def test_a_key_that_is_not_accepted_is_asked_once() -> None:
     """Asking again would change nothing."""
-    server = FakeServer(lambda name, times: Reply(status=401, body='{"message": "Invalid API key in request"}'))
+    server = FakeServer(
+        lambda name, times: Reply(status=401, body='{"message": "Invalid API key in request"}')
+    )
     async with fake_client(server) as client:
         with pytest.raises(InvalidKeyError) as caught:
             await client.balance(KEY)
@@ -210,7 +218,9 @@ async def test_a_deadline_in_the_wait_for_a_place_on_the_wire_is_no_attempt() ->
 async def test_the_clock_of_an_attempt_starts_when_it_may_go_out() -> None:
     """Waiting for the rate limit and for a place on the wire is not the server's time."""
     server = FakeServer(lambda name, times: Reply(seconds=0.9))
-    async with fake_client(server, concurrency=2, request_timeout=1.0, rate_limit=RateLimit(requests=10)) as client:
+    async with fake_client(
+        server, concurrency=2, request_timeout=1.0, rate_limit=RateLimit(requests=10)
+    ) as client:
         report = await client.check(keys(20))
     assert report.ok
     assert {outcome.attempts for outcome in report} == {1}
@@ -223,7 +233,10 @@ async def test_nothing_is_sent_once_the_deadline_is_over() -> None:
         report = await client.check(keys(2_000), timeout=1)
     assert max(time for time, _ in server.arrivals) < 1
     assert now() == pytest.approx(1, abs=0.01)
-    assert {type(outcome.error) for outcome in report.failed} == {APITimeoutError, RateLimitWaitError}
+    assert {type(outcome.error) for outcome in report.failed} == {
+        APITimeoutError,
+        RateLimitWaitError,
+    }
     assert len(report.succeeded) == 96
 
 
@@ -253,10 +266,14 @@ async def test_turns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_outcomes_come_in_the_order_given_however_they_land() -> None:
     """And each as it lands to the callback."""
-    server = FakeServer(lambda name, times: Reply(seconds=1 / (1 + int(name[1:])), credits=name[1:]))
+    server = FakeServer(
+        lambda name, times: Reply(seconds=1 / (1 + int(name[1:])), credits=name[1:])
+    )
     landed: list[str] = []
     async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
-        report = await client.check(keys(10), on_outcome=lambda outcome: landed.append(outcome.key.name))
+        report = await client.check(
+            keys(10), on_outcome=lambda outcome: landed.append(outcome.key.name)
+        )
     assert [outcome.key.name for outcome in report] == [f"k{number}" for number in range(10)]
     assert [outcome.credits for outcome in report] == [Decimal(number) for number in range(10)]
     assert landed == [f"k{number}" for number in reversed(range(10))]
@@ -277,7 +294,9 @@ async def test_a_secret_given_twice_is_asked_once_and_answered_twice() -> None:
 
 async def test_one_bad_key_never_sinks_the_rest() -> None:
     """Whether the server or this side refuses it, and before any request where that is possible."""
-    server = FakeServer(lambda name, times: Reply(status=401, body="{}") if name == "k1" else Reply())
+    server = FakeServer(
+        lambda name, times: Reply(status=401, body="{}") if name == "k1" else Reply()
+    )
     async with fake_client(server) as client:
         report = await client.check([*keys(3), "two words", ""])
         mapped = await client.check({"prod": "secret-1", "dev": "Bearer x"}, detail=True)
@@ -355,7 +374,9 @@ async def test_a_key_that_is_always_refused_delays_no_other() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["hang", "refused"])
-async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(trouble: str) -> None:
+async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(
+    trouble: str,
+) -> None:
     """By no more than a second, with everything at its default."""
 
     def script(name: str, times: int) -> Reply:
@@ -364,7 +385,10 @@ async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(
             return Reply()
         return Reply(seconds=1e6) if trouble == "hang" else refusal(1 + number * 37 % 59)
 
-    async with fake_client(FakeServer(script)) as client, aclosing(client.stream(keys(500))) as stream:
+    async with (
+        fake_client(FakeServer(script)) as client,
+        aclosing(client.stream(keys(500))) as stream,
+    ):
         async for outcome in stream:
             if outcome.ok:
                 break
@@ -398,7 +422,11 @@ async def test_an_answer_that_is_no_balance_ends_a_pause_too() -> None:
         began = now()
 
         def script(name: str, times: int, status: int = status) -> Reply:
-            return refusal(1) if int(name[1:]) < 3 and times == 0 else Reply(seconds=0.2, status=status, body="{}")
+            return (
+                refusal(1)
+                if int(name[1:]) < 3 and times == 0
+                else Reply(seconds=0.2, status=status, body="{}")
+            )
 
         async with fake_client(FakeServer(script), retry=Retry(attempts=1)) as client:
             await client.check(keys(100))
@@ -460,7 +488,10 @@ async def test_a_stream_joins_equal_secrets_under_way() -> None:
     """One request, two outcomes."""
     server = FakeServer()
     async with fake_client(server) as client:
-        found = [outcome.key.name async for outcome in client.stream([ApiKey("s", name="a"), ApiKey("s", name="b")])]
+        found = [
+            outcome.key.name
+            async for outcome in client.stream([ApiKey("s", name="a"), ApiKey("s", name="b")])
+        ]
     assert found == ["a", "b"]
     assert len(server.arrivals) == 1
 
@@ -476,7 +507,10 @@ async def test_a_stream_without_end_is_answered_as_it_comes() -> None:
             await asyncio.sleep(1)
 
     found: list[bool] = []
-    async with fake_client(FakeServer()) as client, aclosing(client.stream(source(), detail=True)) as stream:
+    async with (
+        fake_client(FakeServer()) as client,
+        aclosing(client.stream(source(), detail=True)) as stream,
+    ):
         async for outcome in stream:
             found.append(outcome.ok)
             if len(found) == 5:
@@ -509,7 +543,9 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
     """A source without end has no whole."""
     server = FakeServer(lambda name, times: Reply(seconds=99) if name == "k1" else Reply())
     async with fake_client(server) as client:
-        outcomes = {outcome.key.name: outcome.error async for outcome in client.stream(keys(3), timeout=2)}
+        outcomes = {
+            outcome.key.name: outcome.error async for outcome in client.stream(keys(3), timeout=2)
+        }
         with pytest.raises(ConfigurationError, match="timeout is a finite number above 0"):
             client.stream(keys(3), timeout=0)
     assert isinstance(outcomes["k1"], APITimeoutError)
@@ -517,8 +553,11 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(is_async: bool) -> None:
-    """Nor do those that wait to be tried again: of 8,192 under way 1,024 may wait for something else."""
+async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(
+    is_async: bool,
+) -> None:
+    """Nor do those that wait to be tried again: of 8,192 under way 1,024 may wait for something
+    else."""
     read = 0
 
     def source() -> Iterator[ApiKey]:
@@ -533,7 +572,9 @@ async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(is
             yield key
 
     server = FakeServer(lambda name, times: BROKEN if name == "k3000" else Reply())
-    async with fake_client(server, rate_limit=RateLimit(requests=5, scope="account", pace=None)) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(requests=5, scope="account", pace=None)
+    ) as client:
         stream = client.stream(async_source() if is_async else source())
         async with aclosing(stream):
             names = [(await anext(stream)).key.name for _ in range(1_000)]
@@ -558,7 +599,9 @@ async def test_many_keys_are_streamed_in_memory_that_does_not_grow() -> None:
     blocks: list[int] = []
     limit = RateLimit(requests=5_000, period=1.0, pace=None, scope="client")
     numbers = {ApiKey(f"secret-{number}").digest: number for number in range(many)}
-    async with fake_client(server, rate_limit=limit, max_entries=1_000, request_timeout=1.0) as client:
+    async with fake_client(
+        server, rate_limit=limit, max_entries=1_000, request_timeout=1.0
+    ) as client:
         count = 0
         async for outcome in client.stream(source()):
             seen[numbers[outcome.key.digest]] += 1
@@ -601,7 +644,12 @@ async def test_closing_ends_calls_under_way() -> None:
             await call
     assert len(asyncio.all_tasks()) == 1
     assert client.quota().waiting == 0
-    for again in (client.balance(KEY), client.check([]), client.__aenter__(), _last(client.stream(keys(1)))):
+    for again in (
+        client.balance(KEY),
+        client.check([]),
+        client.__aenter__(),
+        _last(client.stream(keys(1))),
+    ):
         with pytest.raises(ClientClosedError):
             await again
     await client.close()
@@ -687,9 +735,12 @@ async def test_closing_ends_a_stream_that_waits_for_its_source() -> None:
 
 
 async def test_keys_of_a_pool_whose_turn_did_not_come_are_told_so() -> None:
-    """Beside those that were answered, and when their time is over: a request on the wire may return its token at any moment."""
+    """Beside those that were answered, and when their time is over: a request on the wire may
+    return its token at any moment."""
     limit = RateLimit(requests=3, scope="client", pace=None)
-    async with fake_client(FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit) as client:
+    async with fake_client(
+        FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit
+    ) as client:
         report = await client.check(keys(10), timeout=1.5)
         assert now() == pytest.approx(1.5, abs=0.01)
     assert len(report.succeeded) == 3
@@ -699,7 +750,9 @@ async def test_keys_of_a_pool_whose_turn_did_not_come_are_told_so() -> None:
 
 async def test_a_pool_waits_without_an_object_for_each_key() -> None:
     """Only keys whose turn has come are calls."""
-    async with fake_client(FakeServer(lambda name, times: Reply(seconds=0.1)), rate_limit=RateLimit(requests=40)) as client:
+    async with fake_client(
+        FakeServer(lambda name, times: Reply(seconds=0.1)), rate_limit=RateLimit(requests=40)
+    ) as client:
         pool = keys(20_000)
         before = len(gc.get_objects())
         check = asyncio.create_task(client.check(pool))
@@ -713,7 +766,10 @@ async def test_a_pool_waits_without_an_object_for_each_key() -> None:
 
 
 async def test_one_who_asks_for_a_key_that_waits_in_a_pool_shares_its_call() -> None:
-    """A single call at once, another check when the first one's turn comes. A check that is given up takes nothing away."""
+    """A single call at once, another check when the first one's turn comes.
+
+    A check that is given up takes nothing away.
+    """
     server = FakeServer(lambda name, times: Reply(seconds=0.01))
     async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
         pool = keys(50)
@@ -774,11 +830,18 @@ async def test_a_single_call_for_a_key_of_a_stream_that_waits_to_be_tried_again_
 
 
 @pytest.mark.parametrize("scope", ["client", "key"])
-async def test_no_request_is_sent_in_vain_while_more_is_asked_than_the_limit_allows(scope: Any) -> None:
-    """The call whose turn has come is then always the one that expires next; it leaves its token to one with more time."""
+async def test_no_request_is_sent_in_vain_while_more_is_asked_than_the_limit_allows(
+    scope: Any,
+) -> None:
+    """The call whose turn has come is then always the one that expires next.
+
+    It leaves its token to one with more time.
+    """
     server = FakeServer(lambda name, times: Reply(seconds=0.1 + int(name[1:]) % 3 / 10))
     answered, pool = [], keys(900)
-    async with fake_client(server, rate_limit=RateLimit(scope=scope, requests=100, period=10.0, pace=10.0)) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(scope=scope, requests=100, period=10.0, pace=10.0)
+    ) as client:
 
         async def ask(key: ApiKey) -> None:
             with contextlib.suppress(RateLimitWaitError):
@@ -807,14 +870,18 @@ async def test_a_finished_check_is_not_kept() -> None:
 async def test_many_deadlines_that_are_over_at_once() -> None:
     """Each is told so."""
     async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
-        found = await asyncio.gather(*(client.balance(key, timeout=1) for key in keys(1_500)), return_exceptions=True)
+        found = await asyncio.gather(
+            *(client.balance(key, timeout=1) for key in keys(1_500)), return_exceptions=True
+        )
     assert {type(error) for error in found} <= {RateLimitWaitError, APITimeoutError}
     assert now() < 2
 
 
 async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once() -> None:
     """Where it is certain; the others are answered."""
-    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=2, scope="account", pace=None)) as client:
+    async with fake_client(
+        FakeServer(), rate_limit=RateLimit(requests=2, scope="account", pace=None)
+    ) as client:
         pool = [ApiKey(f"s{number}", name=f"k{number}", account="one") for number in range(3)]
         await client.check(pool[:2])
         await asyncio.sleep(1)
@@ -828,8 +895,12 @@ async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once(
 async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
     """No task but for what is on the wire, which is finished; and every token comes home."""
     for moment in range(0, 200, 7):
-        server = FakeServer(lambda name, times: BROKEN if times == 0 and name == "k3" else Reply(seconds=0.5))
-        async with fake_client(server, rate_limit=RateLimit(requests=40, period=5.0), request_timeout=1.0) as client:
+        server = FakeServer(
+            lambda name, times: BROKEN if times == 0 and name == "k3" else Reply(seconds=0.5)
+        )
+        async with fake_client(
+            server, rate_limit=RateLimit(requests=40, period=5.0), request_timeout=1.0
+        ) as client:
             check = asyncio.create_task(client.check(keys(100)))
             await asyncio.sleep(moment / 20)
             check.cancel()
@@ -839,7 +910,8 @@ async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
             assert len(asyncio.all_tasks()) == 1 + server.on_wire
             quota = client.quota()
             assert (quota.in_flight, quota.waiting) == (server.on_wire, 0)
-            # A gateway may pass on what it has answered with a 503, within the timeout of a request.
+            # A gateway may pass on what it has answered with a 503, within the timeout of a
+            # request.
             await asyncio.sleep(0.5 + 5 * 1.005 + 1.0 + 0.001)
             assert len(asyncio.all_tasks()) == 1
             assert client.quota().free == 40
@@ -909,7 +981,8 @@ async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
 
 @pytest.mark.parametrize("fate", [Fate.UNSENT, Fate.ABANDONED])
 async def test_an_outage_of_three_seconds_is_survived_by_default(fate: Fate) -> None:
-    """Of the network or of name resolution, whatever the jitter draws, where the call has the time."""
+    """Of the network or of name resolution, whatever the jitter draws, where the call has the
+    time."""
     gone = lost(APIConnectionError("could not connect"), fate)
     for seed in range(200):
         random.seed(seed)
@@ -924,7 +997,9 @@ async def test_a_short_deadline_is_used_up_by_attempts() -> None:
     """The fourth is not put off beyond it."""
     for seed in range(50):
         random.seed(seed)
-        server = FakeServer(lambda name, times: lost(APIConnectionError("could not connect"), Fate.UNSENT))
+        server = FakeServer(
+            lambda name, times: lost(APIConnectionError("could not connect"), Fate.UNSENT)
+        )
         async with fake_client(server) as client:
             with pytest.raises(APIConnectionError) as caught:
                 await client.balance(KEY, timeout=3)
@@ -934,7 +1009,9 @@ async def test_a_short_deadline_is_used_up_by_attempts() -> None:
 @pytest.mark.parametrize("status", [408, 425])
 async def test_a_request_that_came_too_late_or_too_early_is_tried_again(status: int) -> None:
     """408 and 425; other statuses of that kind are not."""
-    server = FakeServer(lambda name, times: Reply(status=status, body="{}") if times == 0 else Reply())
+    server = FakeServer(
+        lambda name, times: Reply(status=status, body="{}") if times == 0 else Reply()
+    )
     async with fake_client(server) as client:
         assert (await client.balance(KEY)).credits == 9406
     server = FakeServer(lambda name, times: Reply(status=404, body="{}"))
@@ -947,7 +1024,9 @@ async def test_a_request_that_came_too_late_or_too_early_is_tried_again(status: 
 async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
     """By `Retry-After`, and not by the window's reset."""
     headers = {"Retry-After": "7", "x-ratelimit-reset": "60"}
-    server = FakeServer(lambda name, times: Reply(status=503, body="", headers=headers) if times == 0 else Reply())
+    server = FakeServer(
+        lambda name, times: Reply(status=503, body="", headers=headers) if times == 0 else Reply()
+    )
     async with fake_client(server) as client:
         await client.balance(KEY)
     (first, _), (second, _) = server.arrivals
@@ -956,7 +1035,11 @@ async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
 
 async def test_a_wait_of_an_hour_is_raised_at_once() -> None:
     """With the whole of it, and not with the window's length."""
-    server = FakeServer(lambda name, times: Reply(status=429, body="{}", headers={"Retry-After": "3600", "x-ratelimit-reset": "9"}))
+    server = FakeServer(
+        lambda name, times: Reply(
+            status=429, body="{}", headers={"Retry-After": "3600", "x-ratelimit-reset": "9"}
+        )
+    )
     async with fake_client(server) as client:
         with pytest.raises(RateLimitError) as caught:
             await client.balance(KEY)
@@ -997,7 +1080,10 @@ class Yields:
         yield
 
 
-@pytest.mark.parametrize("function", [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), Yields(), 7])
+@pytest.mark.parametrize(
+    "function",
+    [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), Yields(), 7],
+)
 async def test_a_coroutine_function_is_no_on_outcome(function: Any) -> None:
     """However it is written: nobody would await it."""
     server = FakeServer()
@@ -1021,8 +1107,11 @@ async def test_a_callable_object_is_an_on_outcome() -> None:
     assert len(seen) == 2
 
 
-async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither of a call whose last caller left while it was on the wire, nor of an API that is down."""
+async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither of a call whose last caller left while it was on the wire, nor of an API that is
+    down."""
     server = FakeServer(lambda name, times: Reply(seconds=1.0, status=503, body=""))
     async with fake_client(server, retry=Retry(attempts=1)) as client:
         callers = [asyncio.create_task(client.balance(key)) for key in keys(5)]

@@ -1,4 +1,5 @@
-"""Whose context a request runs in, over real sockets: what tracing sees, and task factories that run a task at once."""
+"""Whose context a request runs in, over real sockets: what tracing sees, and task factories that
+run a task at once."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ class Tracing:
         """Those of requests, and the names of the others by their ids."""
         spans = self.exporter.get_finished_spans()
         requests = [span for span in spans if span.name.startswith("GET")]
-        others = {span.context.span_id: span.name for span in spans if span not in requests and span.context is not None}
+        others = {
+            span.context.span_id: span.name
+            for span in spans
+            if span not in requests and span.context is not None
+        }
         return requests, others
 
 
@@ -44,16 +49,22 @@ async def traced(sandbox: SandboxServer) -> AsyncIterator[tuple[Tracing, Credits
     async with (
         aiohttp.ClientSession(trace_configs=[config]) as session,
         # Most calls wait for a slot, and the end of another's request starts theirs.
-        CreditsClient(base_url=sandbox.url, session=session, rate_limit=limit, concurrency=4) as client,
+        CreditsClient(
+            base_url=sandbox.url, session=session, rate_limit=limit, concurrency=4
+        ) as client,
     ):
         yield tracing, client
 
 
 def parents(requests: list[ReadableSpan], others: dict[int, str]) -> list[str]:
-    return [others.get(0 if span.parent is None else span.parent.span_id, "nobody") for span in requests]
+    return [
+        others.get(0 if span.parent is None else span.parent.span_id, "nobody") for span in requests
+    ]
 
 
-async def test_each_request_lies_under_the_span_of_who_asked(sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]) -> None:
+async def test_each_request_lies_under_the_span_of_who_asked(
+    sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]
+) -> None:
     """Also where another call's end has started it. No span shows a secret."""
     tracing, client = traced
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
@@ -68,7 +79,9 @@ async def test_each_request_lies_under_the_span_of_who_asked(sandbox: SandboxSer
     assert not any(key.get_secret_value() in span.to_json() for span in requests for key in keys)
 
 
-async def test_the_requests_of_a_check_lie_under_its_span(sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]) -> None:
+async def test_the_requests_of_a_check_lie_under_its_span(
+    sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]
+) -> None:
     """All of them."""
     tracing, client = traced
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
@@ -78,15 +91,20 @@ async def test_the_requests_of_a_check_lie_under_its_span(sandbox: SandboxServer
     assert parents(requests, others) == ["check"] * COUNT
 
 
-@pytest.mark.any_loop  # uvloop 0.22 gives the factory an argument that Python 3.13.0's does not know
+# Uvloop 0.22 gives the factory an argument that Python 3.13.0's does not know.
+@pytest.mark.any_loop
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no eager tasks")
-async def test_a_task_factory_that_runs_tasks_at_once_changes_nothing(sandbox: SandboxServer) -> None:
+async def test_a_task_factory_that_runs_tasks_at_once_changes_nothing(
+    sandbox: SandboxServer,
+) -> None:
     """The tasks of requests are not made by it."""
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
     loop = asyncio.get_running_loop()
     loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  # new in Python 3.12
     try:
-        async with CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(pace=None), concurrency=4) as client:
+        async with CreditsClient(
+            base_url=sandbox.url, rate_limit=RateLimit(pace=None), concurrency=4
+        ) as client:
             assert (await client.check(keys)).ok
             balances = await asyncio.gather(*map(client.balance, keys))
         assert len(balances) == COUNT

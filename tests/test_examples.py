@@ -24,7 +24,10 @@ SAID = {
         "initech      unknown: initech: Not in your plan",
         "total        138940.37 (1 of 4",
     ],
-    "stream_pool.py": ["customer-4 has only 400 credits", "5 customers have fewer than 500 credits"],
+    "stream_pool.py": [
+        "customer-4 has only 400 credits",
+        "5 customers have fewer than 500 credits",
+    ],
     "preflight.py": [
         "4000: go, 5000.50 are there",
         "5000: wait, 5000.50 are known, and globex decides",
@@ -40,15 +43,28 @@ SAID = {
 
 
 def test_every_example_is_here() -> None:
-    """None is forgotten; the app has a test beside it, and runs under uvicorn in `test_uvicorn.py`."""
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAID, "fastapi_app.py", "test_fastapi_app.py"}
+    """None is forgotten; the app has a test beside it, and runs under uvicorn in
+    `test_uvicorn.py`."""
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        *SAID,
+        "fastapi_app.py",
+        "test_fastapi_app.py",
+    }
 
 
 @pytest.mark.parametrize("name", SAID)
 async def test_an_example_runs_and_says_what_it_should(name: str) -> None:
     """On its own, with warnings as errors and without keys in the environment."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
-    command = [sys.executable, "-W", "error", *(["-c", ON_UVLOOP] if on_uvloop() else []), str(EXAMPLES / name)]
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        *(["-c", ON_UVLOOP] if on_uvloop() else []),
+        str(EXAMPLES / name),
+    ]
     process = await asyncio.create_subprocess_exec(
         *command, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )

@@ -47,7 +47,11 @@ def begins(ask: Callable[[Key], Coroutine[Any, Any, Outcome[Any]]]) -> Ask:
     def begin(key: Key, land: Land) -> Callable[[], None]:
         def on_done(task: asyncio.Task[Outcome[Any]]) -> None:
             if task not in given_up:
-                land(asyncio.CancelledError() if task.cancelled() else task.exception() or task.result())
+                land(
+                    asyncio.CancelledError()
+                    if task.cancelled()
+                    else task.exception() or task.result()
+                )
 
         def give_up() -> None:
             given_up.add(task)
@@ -75,7 +79,9 @@ async def names(stream: Any) -> list[str]:
 async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
     """Room bounds the tasks, not the number of keys."""
     ask = Asker()
-    assert sorted(await names(FanOut(begins(ask), room=4).outcomes(iter(keys(10))))) == [f"k{number}" for number in range(10)]
+    assert sorted(await names(FanOut(begins(ask), room=4).outcomes(iter(keys(10))))) == [
+        f"k{number}" for number in range(10)
+    ]
     assert ask.most == 4
     assert now() == pytest.approx(3, abs=1e-3)
     assert await tasks() == 1
@@ -181,7 +187,10 @@ async def test_what_lands_at_once_is_an_outcome_like_any_other() -> None:
 
 @pytest.mark.parametrize("kind", [LookupError, asyncio.CancelledError])
 async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseException]) -> None:
-    """Whatever it raises, also a cancellation that it met inside; and those already asked come first."""
+    """Whatever it raises, also a cancellation that it met inside.
+
+    And those already asked come first.
+    """
 
     async def source() -> AsyncGenerator[Key, None]:
         yield keys(1)[0]
@@ -219,7 +228,9 @@ async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
             await asyncio.sleep(0)
             closed.append(now() > 0)
 
-    async with aclosing(FanOut(begins(Asker()), room=2).outcomes(as_keys_async(*methods_of(source())))) as stream:
+    async with aclosing(
+        FanOut(begins(Asker()), room=2).outcomes(as_keys_async(*methods_of(source())))
+    ) as stream:
         await anext(stream)
     assert len(closed) == 1
     await names(FanOut(begins(Asker()), room=200).outcomes(as_keys_async(*methods_of(source()))))

@@ -51,14 +51,20 @@ EXAMPLE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "InsufficientCreditsError": REQUIREMENT,
     "CreditsUnknownError": REQUIREMENT | {"deciding": ()},
 }
-ERRORS = [value for value in vars(crustcredits).values() if inspect.isclass(value) and issubclass(value, CrustCreditsError)]
+ERRORS = [
+    value
+    for value in vars(crustcredits).values()
+    if inspect.isclass(value) and issubclass(value, CrustCreditsError)
+]
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_error_pickles_and_copies_with_all_it_carries(kind: type[CrustCreditsError]) -> None:
     """Across processes, with its attributes and its text."""
     arguments = EXAMPLE_ARGUMENTS.get(kind.__name__, {})
-    error = kind("it broke", key_name="prod", attempts=3, request_id="r-1", rate_limit=STATUS, **arguments)
+    error = kind(
+        "it broke", key_name="prod", attempts=3, request_id="r-1", rate_limit=STATUS, **arguments
+    )
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301  # our own bytes
         assert type(twin) is kind
         assert vars(twin) == vars(error)
@@ -82,7 +88,9 @@ def test_the_tree_of_errors_is_the_documented_one() -> None:
 def test_a_balance_becomes_plain_data() -> None:
     """Credits as text, times in UTC, the key by its name."""
     at = NOON.astimezone(timezone(timedelta(hours=2)))
-    balance = Balance(key=KEY, credits=Decimal("138940.37"), checked_at=at, request_id="r-1", rate_limit=STATUS)
+    balance = Balance(
+        key=KEY, credits=Decimal("138940.37"), checked_at=at, request_id="r-1", rate_limit=STATUS
+    )
     assert balance.to_dict() == {
         "key": "acme/prod",
         "account": "acme",
@@ -117,7 +125,10 @@ def test_an_account_becomes_plain_data() -> None:
     assert plain["rate_limit"] is None
 
 
-@pytest.mark.parametrize("record", [Balance, Account, Known, Unknown, RateLimitStatus, crustcredits.Quota, crustcredits.RateLimit])
+@pytest.mark.parametrize(
+    "record",
+    [Balance, Account, Known, Unknown, RateLimitStatus, crustcredits.Quota, crustcredits.RateLimit],
+)
 def test_records_are_frozen_and_keyword_only(record: type) -> None:
     """What came back does not change."""
     parameters = inspect.signature(record).parameters.values()
@@ -127,12 +138,16 @@ def test_records_are_frozen_and_keyword_only(record: type) -> None:
 
 
 def good() -> Known[Balance]:
-    balance = Balance(key=KEY, credits=Decimal(7), checked_at=NOON, request_id="r-1", rate_limit=STATUS)
+    balance = Balance(
+        key=KEY, credits=Decimal(7), checked_at=NOON, request_id="r-1", rate_limit=STATUS
+    )
     return Known(balance=balance, attempts=2)
 
 
 def bad() -> Unknown:
-    error = InvalidKeyError("no such key", status=401, key_name="prod", request_id="r-2", rate_limit=STATUS)
+    error = InvalidKeyError(
+        "no such key", status=401, key_name="prod", request_id="r-2", rate_limit=STATUS
+    )
     return Unknown(key=KEY, error=error, checked_at=NOON, attempts=1, source="fetched")
 
 
@@ -160,12 +175,22 @@ def test_an_outcome_with_a_balance_is_ok() -> None:
 
 def test_a_stale_balance_stands_beside_its_error() -> None:
     """Both true: there is a balance, and it is an old one."""
-    outcome = attrs.evolve(good(), balance=attrs.evolve(good().result(), stale=True), error=bad().error, source="cached")
+    outcome = attrs.evolve(
+        good(),
+        balance=attrs.evolve(good().result(), stale=True),
+        error=bad().error,
+        source="cached",
+    )
     assert outcome.ok
     assert outcome.stale
     assert not attrs.evolve(bad()).stale
     plain = outcome.to_dict()
-    assert (plain["credits"], plain["ok"], plain["stale"], plain["source"]) == ("7", True, True, "cached")
+    assert (plain["credits"], plain["ok"], plain["stale"], plain["source"]) == (
+        "7",
+        True,
+        True,
+        "cached",
+    )
     assert plain["error"] == {"type": "InvalidKeyError", "message": "prod: no such key (HTTP 401)"}
 
 
@@ -187,7 +212,12 @@ def test_an_outcome_of_nothing_said_says_nothing() -> None:
     """An error before any answer has no id and no rate limit."""
     outcome = Unknown(key=KEY, error=ConfigurationError("x"))
     assert outcome.to_dict()["rate_limit"] is None
-    assert (outcome.request_id, outcome.rate_limit, outcome.source, outcome.attempts) == (None, None, "none", 0)
+    assert (outcome.request_id, outcome.rate_limit, outcome.source, outcome.attempts) == (
+        None,
+        None,
+        "none",
+        0,
+    )
 
 
 def test_an_outcome_is_told_under_the_name_of_an_equal_key() -> None:

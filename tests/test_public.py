@@ -17,11 +17,17 @@ import crustcredits.testing
 
 def test_what_is_public_is_listed_and_sorted() -> None:
     """`__all__` is what the package holds, and nothing else is."""
-    held = [name for name, value in vars(crustcredits).items() if not name.startswith("_") and not inspect.ismodule(value)]
+    held = [
+        name
+        for name, value in vars(crustcredits).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
     assert crustcredits.__all__ == sorted([*held, "__version__"])
 
 
-@pytest.mark.parametrize("module", [crustcredits, crustcredits.testing, crustcredits.fastapi, crustcredits.redis])
+@pytest.mark.parametrize(
+    "module", [crustcredits, crustcredits.testing, crustcredits.fastapi, crustcredits.redis]
+)
 def test_what_is_public_is_documented(module: object) -> None:
     """Every class and function, and every public method of theirs that is written here."""
     for name in vars(module)["__all__"]:
@@ -30,7 +36,9 @@ def test_what_is_public_is_documented(module: object) -> None:
             continue  # the version, and names for unions of types
         assert inspect.getdoc(value), name
         for part, member in vars(value).items() if inspect.isclass(value) else ():
-            if not part.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            if not part.startswith("_") and (
+                inspect.isfunction(member) or isinstance(member, property)
+            ):
                 assert inspect.getdoc(member), f"{name}.{part}"
 
 
@@ -41,8 +49,15 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 def test_importing_the_package_loads_no_optional_part() -> None:
     """A service pays for what it uses."""
-    ours = ["crustcredits.testing", "crustcredits.fastapi", "crustcredits.redis", "crustcredits.cli"]
+    ours = [
+        "crustcredits.testing",
+        "crustcredits.fastapi",
+        "crustcredits.redis",
+        "crustcredits.cli",
+    ]
     heavy = ["typer", "rich", "pytest", "fastapi", "pydantic", "redis", *ours]
     code = f"import sys, crustcredits; print([name for name in {heavy!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=20
+    )
     assert result.stdout.strip() == "[]"

@@ -24,7 +24,13 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 PROGRAMS = {
     "Use": (
         PYTHON[0],
-        ["prod: 9406", "total: 9416", "best key: ['prod']", "spare: 10", "broken: unknown, broken: Not in your plan"],
+        [
+            "prod: 9406",
+            "total: 9416",
+            "best key: ['prod']",
+            "spare: 10",
+            "broken: unknown, broken: Not in your plan",
+        ],
     ),
     "Several processes": (PYTHON[1], ["total: 9416"]),
     "Errors": (PYTHON[2], ["is not known to the API, request sandbox-1"]),
@@ -33,9 +39,17 @@ PROGRAMS = {
 
 
 async def run(*command: str, **environ: str) -> tuple[int | None, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CRUSTDATA_", "PYTEST_", "COV_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CRUSTDATA_", "PYTEST_", "COV_"))
+    }
     process = await asyncio.create_subprocess_exec(
-        *command, env=clean | environ, cwd=environ.get("HOME"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command,
+        env=clean | environ,
+        cwd=environ.get("HOME"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     out, _ = await asyncio.wait_for(process.communicate(), 25)
     return process.returncode, out.decode()
@@ -49,30 +63,51 @@ def test_every_block_is_known() -> None:
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
-async def test_a_program_runs_as_it_stands(sandbox: SandboxServer, redis_server: RedisServer, title: str) -> None:
+async def test_a_program_runs_as_it_stands(
+    sandbox: SandboxServer, redis_server: RedisServer, title: str
+) -> None:
     """With the sandbox where the API would be, and a Redis."""
     code, said = PROGRAMS[title]
-    keys = [sandbox.add_key("prod", credits=9406), sandbox.add_key("spare", credits=10), sandbox.add_key("broken")]
+    keys = [
+        sandbox.add_key("prod", credits=9406),
+        sandbox.add_key("spare", credits=10),
+        sandbox.add_key("broken"),
+    ]
     sandbox.fail(keys[-1], Fault.FORBIDDEN)
     pool = ",".join(f"{key.name}={key.get_secret_value()}" for key in keys)
-    environ = {"CRUSTDATA_API_URL": sandbox.url, "CRUSTDATA_API_KEYS": pool, "REDIS_URL": redis_server.url}
-    loop = "import asyncio, uvloop; asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())\n" if on_uvloop() else ""
+    environ = {
+        "CRUSTDATA_API_URL": sandbox.url,
+        "CRUSTDATA_API_KEYS": pool,
+        "REDIS_URL": redis_server.url,
+    }
+    loop = (
+        "import asyncio, uvloop; asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())\n"
+        if on_uvloop()
+        else ""
+    )
     status, out = await run(sys.executable, "-W", "error", "-c", loop + code, **environ)
     assert status == 0, out
     for line in said:
         assert line in out
 
 
-async def test_the_fastapi_part_runs_as_it_stands(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_fastapi_part_runs_as_it_stands(
+    sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The app opens the client, shows the pool and closes it."""
     monkeypatch.setenv("CRUSTDATA_API_URL", sandbox.url)
-    monkeypatch.setenv("CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').get_secret_value()}")
+    monkeypatch.setenv(
+        "CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').get_secret_value()}"
+    )
     namespace: dict[str, object] = {}
     exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
 
     def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
-            return [client.get(path).json() for path in ("/batch", "/credits/keys/prod", "/credits/healthz")]
+            return [
+                client.get(path).json()
+                for path in ("/batch", "/credits/keys/prod", "/credits/healthz")
+            ]
 
     batch, key, health = await asyncio.to_thread(ask)
     assert isinstance(batch, dict)
@@ -88,7 +123,11 @@ async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int
     (tmp_path / "service.py").write_text(PYTHON[4])
     (tmp_path / "test_service.py").write_text(PYTHON[block])
     options = ["-q", "-p", "no:cacheprovider", "-W", "error"]
-    for option in ("asyncio_mode=auto", "asyncio_default_fixture_loop_scope=function", "pythonpath=."):
+    for option in (
+        "asyncio_mode=auto",
+        "asyncio_default_fixture_loop_scope=function",
+        "pythonpath=.",
+    ):
         options += ["-o", option]
     status, out = await run(sys.executable, "-m", "pytest", *options, HOME=str(tmp_path))
     assert status == 0, out

@@ -48,13 +48,22 @@ from tests import searches
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def good(name: str, credits: str, *, account: str | None = None, later: int = 0, secret: str | None = None) -> Known[Balance]:
+def good(
+    name: str,
+    credits: str,
+    *,
+    account: str | None = None,
+    later: int = 0,
+    secret: str | None = None,
+) -> Known[Balance]:
     key = ApiKey(secret or f"secret of {name}".replace(" ", "-"), name=name, account=account)
     at = NOON + timedelta(seconds=later)
     return Known(balance=Balance(key=key, credits=Decimal(credits), checked_at=at))
 
 
-def bad(name: str, *, account: str | None = None, error: CrustCreditsError | None = None) -> Unknown:
+def bad(
+    name: str, *, account: str | None = None, error: CrustCreditsError | None = None
+) -> Unknown:
     key = ApiKey(f"secret-of-{name}", name=name, account=account)
     error = error or InvalidKeyError("no such key", status=401, key_name=name)
     return Unknown(key=key, error=error, checked_at=NOON, attempts=1, source="fetched")
@@ -91,7 +100,8 @@ def test_each_declared_account_counts_once_by_its_newest_answer() -> None:
 
 
 def test_the_newest_answer_is_the_one_received_last() -> None:
-    """Also where the wall clock was set back between two answers, and where one is given again under another label."""
+    """Also where the wall clock was set back between two answers, and where one is given again
+    under another label."""
     first, second = good("a", "10", account="acme", later=3600), good("b", "11", account="acme")
     assert Report([first, second]).total_credits == Report([second, first]).total_credits == 11
     renamed = outcome_for(ApiKey("secret-of-a", name="c", account="acme"), first)
@@ -99,7 +109,10 @@ def test_the_newest_answer_is_the_one_received_last() -> None:
 
 
 def test_a_failed_key_is_unknown_and_never_zero() -> None:
-    """An account of which nothing is known has no credits, not 0; a pool of which nothing is known no total."""
+    """An account of which nothing is known has no credits, not 0.
+
+    A pool of which nothing is known no total.
+    """
     report = Report([bad("a", account="acme"), bad("b", account="x"), good("c", "5", account="x")])
     assert dict(report.accounts) == {"acme": None, "x": Decimal(5)}
     assert report.total_credits == 5
@@ -108,9 +121,15 @@ def test_a_failed_key_is_unknown_and_never_zero() -> None:
 
 def test_the_same_secret_counts_once_with_or_without_its_account() -> None:
     """It is one account, however often it stands in the pool."""
-    twice = [good("a", "10", secret="s-1"), good("b", "10", secret="s-1", account="acme"), good("c", "1", account="acme", later=1)]
+    twice = [
+        good("a", "10", secret="s-1"),
+        good("b", "10", secret="s-1", account="acme"),
+        good("c", "1", account="acme", later=1),
+    ]
     assert Report(twice).total_credits == 1
-    assert Report([good("a", "10", secret="s-1"), good("b", "10", secret="s-1")]).total_credits == 10
+    assert (
+        Report([good("a", "10", secret="s-1"), good("b", "10", secret="s-1")]).total_credits == 10
+    )
 
 
 def test_sums_are_exact_to_the_last_digit() -> None:
@@ -146,7 +165,9 @@ def test_low_names_the_keys_below_a_threshold() -> None:
     assert names(report.low(0)) == []
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5"])
+@pytest.mark.parametrize(
+    "threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5"]
+)
 def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
     """Anything else is refused by its name."""
     with pytest.raises(ConfigurationError, match="credits is a finite number"):
@@ -179,7 +200,13 @@ def test_lookalike_accounts_agree_in_everything_they_say() -> None:
 
     def account(name: str, grant: int) -> Known[Account]:
         key = ApiKey(f"secret-of-{name}", name=name)
-        balance = Account(key=key, credits=Decimal(5), checked_at=NOON, request_id=name, recurring_credits=Decimal(grant))
+        balance = Account(
+            key=key,
+            credits=Decimal(5),
+            checked_at=NOON,
+            request_id=name,
+            recurring_credits=Decimal(grant),
+        )
         return Known(balance=balance)
 
     report = Report([account("a", 100), account("b", 200), account("c", 100)])
@@ -207,27 +234,47 @@ def test_a_stale_balance_counts_and_is_told() -> None:
 
 
 def test_available_credits_count_once_what_may_be_counted_twice() -> None:
-    """Undeclared keys with one answer, also with that of a declared account; declared accounts are different ones."""
-    twins = [good("a", "5"), good("b", "5.0"), good("c", "7"), good("d", "7", account="x"), good("e", "7", account="y")]
+    """Undeclared keys with one answer, also with that of a declared account.
+
+    Declared accounts are different ones.
+    """
+    twins = [
+        good("a", "5"),
+        good("b", "5.0"),
+        good("c", "7"),
+        good("d", "7", account="x"),
+        good("e", "7", account="y"),
+    ]
     report = Report(twins)
     assert report.total_credits == 31
     assert report.available_credits == 24
     assert Report([bad("a")]).available_credits == 0
-    assert Report([good("a", "5", account="x"), good("b", "3", account="x", later=1)]).available_credits == 3
+    assert (
+        Report(
+            [good("a", "5", account="x"), good("b", "3", account="x", later=1)]
+        ).available_credits
+        == 3
+    )
     assert Report([good("a", "5"), good("b", "5")]).available_credits == 5
 
 
 def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> None:
     """As another of its keys has just been told; what was answered after that counts again."""
     before, other = good("a", "5", account="x", later=3600), good("a", "5", account="y")
-    first, failed = (bad(name, account="x", error=PaymentRequiredError("out of credits", status=402)) for name in "cb")
+    first, failed = (
+        bad(name, account="x", error=PaymentRequiredError("out of credits", status=402))
+        for name in "cb"
+    )
     after = good("a", "5", account="x")
     assert Report([before, failed]).available_credits == 0, "whatever the wall clock said"
     assert Report([before, failed]).ranked() == ()
     assert Report([after, failed]).available_credits == 5
     assert names(Report([after, failed]).ranked()) == ["a"]
     assert Report([other, failed]).available_credits == 5
-    between = good("a", "5", account="x"), bad("d", account="x", error=PaymentRequiredError("out of credits", status=402))
+    between = (
+        good("a", "5", account="x"),
+        bad("d", account="x", error=PaymentRequiredError("out of credits", status=402)),
+    )
     for order in ((*between, first), (first, *between), (between[1], first, between[0])):
         assert Report(order).available_credits == 0
 
@@ -244,17 +291,22 @@ def test_an_overdrawn_account_takes_nothing_from_the_others() -> None:
 
 
 def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
-    """Nor does one of an account that was just said to be spent: the credits are too few, whatever these keys would answer."""
+    """Nor does one of an account that was just said to be spent: the credits are too few, whatever
+    these keys would answer."""
     spent = bad("d", account="y", error=PaymentRequiredError("out of credits", status=402))
     silent = bad("c", account="y", error=APITimeoutError("too late"))
-    known: list[Outcome] = [good("a", "5", account="x"), bad("b", account="x", error=APITimeoutError("too late"))]
+    known: list[Outcome] = [
+        good("a", "5", account="x"),
+        bad("b", account="x", error=APITimeoutError("too late")),
+    ]
     report = Report([*known, silent, spent])
     with pytest.raises(InsufficientCreditsError) as caught:
         report.require(6)
     assert caught.value.report is report
     assert caught.value.errors == tuple(outcome.error for outcome in report.failed)
     assert str(caught.value) == (
-        "6 credits are needed and 5 are known to be there; unknown: x/b, y/c, y/d; top up, or run a smaller batch"
+        "6 credits are needed and 5 are known to be there; unknown: x/b, y/c, y/d; top up, "
+        "or run a smaller batch"
     )
     with pytest.raises(CreditsUnknownError) as undecided:
         Report([*known, silent]).require(6)
@@ -284,12 +336,20 @@ OF_KEYS: list[CrustCreditsError | None] = [
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([None, "x", "y"]), st.integers(-5, 20), st.booleans(), st.sampled_from(OF_KEYS)), max_size=8
+        st.tuples(
+            st.sampled_from([None, "x", "y"]),
+            st.integers(-5, 20),
+            st.booleans(),
+            st.sampled_from(OF_KEYS),
+        ),
+        max_size=8,
     ),
     st.integers(0, 60),
 )
 @settings(max_examples=searches.examples(300))
-def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, bool, CrustCreditsError | None]], needed: int) -> None:
+def test_a_gate_says_exactly_what_is_known(
+    pool: list[tuple[str | None, int, bool, CrustCreditsError | None]], needed: int
+) -> None:
     """It passes, or is 409, 502 or 503 over HTTP, as counted here in another way."""
     outcomes: list[Outcome[Balance]] = []
     balances: dict[str, int] = {}  # of accounts and of keys for themselves, the last one given
@@ -299,16 +359,27 @@ def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, boo
         if error is None:
             # No answer of an undeclared key is like another one, so that each counts.
             amount = credits if account else credits * 1000 + number + 100
-            outcomes.append((old if stale else good)(f"k{number}", str(amount), account=account, later=number))
+            outcomes.append(
+                (old if stale else good)(f"k{number}", str(amount), account=account, later=number)
+            )
             balances[owner] = amount
         else:
             outcomes.append(bad(f"k{number}", account=account, error=error))
             errors[owner].append(error)
             if isinstance(error, PaymentRequiredError) and owner in balances:
                 balances[owner] = 0  # it was there, and is gone since
-    spent = {owner for owner, said in errors.items() if any(isinstance(each, PaymentRequiredError) for each in said)}
+    spent = {
+        owner
+        for owner, said in errors.items()
+        if any(isinstance(each, PaymentRequiredError) for each in said)
+    }
     available = sum(max(0, credits) for credits in balances.values())
-    deciding = [error for owner, said in errors.items() if owner not in {*balances, *spent} for error in said]
+    deciding = [
+        error
+        for owner, said in errors.items()
+        if owner not in {*balances, *spent}
+        for error in said
+    ]
     may_recover = any(error in OF_KEYS[-6:] for error in deciding)
     expected = None if needed <= available else 409 if not deciding else 503 if may_recover else 502
     report = Report(outcomes)
@@ -327,7 +398,9 @@ def test_a_gate_says_exactly_what_is_known(pool: list[tuple[str | None, int, boo
 
 def test_outcomes_are_found_by_label() -> None:
     """Of two with one label, the one that can be used."""
-    unusable = Unknown(key=keys_from_records([{"secret": "", "name": "b"}])[0], error=ConfigurationError("empty"))
+    unusable = Unknown(
+        key=keys_from_records([{"secret": "", "name": "b"}])[0], error=ConfigurationError("empty")
+    )
     report = Report([good("a", "1", account="x"), good("b", "2"), unusable])
     assert report.by_label["x/a"] is report[0]
     assert report.by_label["b"] is report[1]
@@ -335,8 +408,18 @@ def test_outcomes_are_found_by_label() -> None:
 
 
 def test_the_credits_of_a_key_are_its_accounts() -> None:
-    """Also of one that failed, where another key of the account tells them; another report's outcome is refused."""
-    report = Report([good("a", "1", account="x"), good("b", "2", account="x", later=1), bad("c", account="x"), bad("d")])
+    """Also of one that failed, where another key of the account tells them.
+
+    Another report's outcome is refused.
+    """
+    report = Report(
+        [
+            good("a", "1", account="x"),
+            good("b", "2", account="x", later=1),
+            bad("c", account="x"),
+            bad("d"),
+        ]
+    )
     assert [report.credits_of(outcome) for outcome in report] == [2, 2, 2, None]
     with pytest.raises(ConfigurationError, match="e: this report has no such key"):
         report.credits_of(good("e", "1"))
@@ -348,13 +431,26 @@ def test_low_goes_by_credits_and_by_a_share_of_the_grant() -> None:
     def granted(name: str, credits: str, grant: int | None) -> Known[Account]:
         key = ApiKey(f"secret-of-{name}", name=name, account=name)
         recurring = None if grant is None else Decimal(grant)
-        return Known(balance=Account(key=key, credits=Decimal(credits), checked_at=NOON, recurring_credits=recurring))
+        return Known(
+            balance=Account(
+                key=key, credits=Decimal(credits), checked_at=NOON, recurring_credits=recurring
+            )
+        )
 
-    report = Report([granted("a", "9.9", 100), granted("b", "10", 100), granted("c", "0", 0), granted("d", "1", None)])
+    report = Report(
+        [
+            granted("a", "9.9", 100),
+            granted("b", "10", 100),
+            granted("c", "0", 0),
+            granted("d", "1", None),
+        ]
+    )
     assert report.low_accounts(grant_share=0.1) == ("a",)
     assert report.low_accounts(1, grant_share=0.1) == ("a", "c")
     assert names(report.low(grant_share=Decimal("0.11"))) == ["a", "b"]
-    assert Report([good("a", "1"), good("b", "1", account="x"), bad("c", account="y")]).low_accounts(5) == ("x",)
+    assert Report(
+        [good("a", "1"), good("b", "1", account="x"), bad("c", account="y")]
+    ).low_accounts(5) == ("x",)
     with pytest.raises(ConfigurationError, match="detail=True"):
         Report([good("a", "1")]).low(grant_share=0.1)
     with pytest.raises(ConfigurationError, match="give credits=, grant_share= or both"):
@@ -371,7 +467,14 @@ def test_reports_with_the_same_outcomes_are_equal() -> None:
 
 def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     """Exactly what is needed is enough."""
-    report = Report([good("a", "5"), old("b", "4.5"), bad("c"), *(bad(f"other-{number}") for number in range(12))])
+    report = Report(
+        [
+            good("a", "5"),
+            old("b", "4.5"),
+            bad("c"),
+            *(bad(f"other-{number}") for number in range(12)),
+        ]
+    )
     report.require(Decimal("9.5"))
     report.require(0)
     with pytest.raises(CreditsUnknownError) as caught:
@@ -383,12 +486,16 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     assert len(error.unknown) == 13
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
     assert str(error) == (
-        f"10 credits are needed and 9.5 are known to be there; keys that could not be checked decide: {listed} and 3 more; "
+        "10 credits are needed and 9.5 are known to be there; keys that could not be "
+        f"checked decide: {listed} and 3 more; "
         "see their errors, and mend or remove these keys; stale: b"
     )
 
 
-@pytest.mark.parametrize("mistake", [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")])
+@pytest.mark.parametrize(
+    "mistake",
+    [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")],
+)
 def test_what_is_required_is_a_number_of_at_least_0(mistake: Any) -> None:
     """And so is the margin."""
     with pytest.raises(ConfigurationError, match="credits is a finite number"):
@@ -409,12 +516,17 @@ def test_raise_on_error_raises_all_errors_together() -> None:
     Report([good("a", "1")]).raise_on_error()
     with pytest.raises(ExceptionGroup, match="2 of 3 keys could not be checked") as caught:
         Report([bad("a"), good("b", "1"), bad("c")]).raise_on_error()
-    assert [str(error) for error in caught.value.exceptions] == ["a: no such key (HTTP 401)", "c: no such key (HTTP 401)"]
+    assert [str(error) for error in caught.value.exceptions] == [
+        "a: no such key (HTTP 401)",
+        "c: no such key (HTTP 401)",
+    ]
 
 
 def test_a_report_becomes_plain_data() -> None:
     """With totals as text, and null where they are unknown."""
-    report = Report([good("a", "1.50", account="acme"), bad("b", account="x"), good("c", "2"), good("d", "2")])
+    report = Report(
+        [good("a", "1.50", account="acme"), bad("b", account="x"), good("c", "2"), good("d", "2")]
+    )
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert [outcome["key"] for outcome in plain.pop("outcomes")] == ["acme/a", "x/b", "c", "d"]
@@ -431,11 +543,17 @@ def test_a_report_becomes_plain_data() -> None:
 
 
 def test_a_gate_says_what_helps() -> None:
-    """To check again; to mend keys; or to look for what answers in the API's place, which is no fault of a key."""
+    """To check again; to mend keys.
+
+    Or to look for what answers in the API's place, which is no fault of a key.
+    """
     for error, remedy in (
         (APIConnectionError("reset"), "check again"),
         (InvalidKeyError("unknown", status=401), "mend or remove these keys"),
-        (UnexpectedResponseError("no JSON", status=200), "find out what answers in the API's place"),
+        (
+            UnexpectedResponseError("no JSON", status=200),
+            "find out what answers in the API's place",
+        ),
     ):
         report = Report[Balance]([Unknown(key=ApiKey("secret-0", name="prod"), error=error)])
         with pytest.raises(CreditsUnknownError, match=remedy) as caught:

@@ -1,4 +1,5 @@
-"""A canary secret through every source and every failure: found in nothing that a tool prints, logs or stores."""
+"""A canary secret through every source and every failure: found in nothing that a tool prints, logs
+or stores."""
 
 from __future__ import annotations
 
@@ -42,7 +43,12 @@ from crustcredits import (
     keys_from_text,
 )
 from crustcredits._validation import hides_arguments
-from crustcredits.fastapi import credits_client_of, credits_lifespan, credits_router, install_exception_handlers
+from crustcredits.fastapi import (
+    credits_client_of,
+    credits_lifespan,
+    credits_router,
+    install_exception_handlers,
+)
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import Fault, SandboxServer
 
@@ -58,12 +64,17 @@ def assert_no_canary(text: str) -> None:
 
 
 def everything_shown(error: BaseException) -> Iterator[str]:
-    """By every tool that prints tracebacks with local variables, as it comes and with long values."""
+    """By every tool that prints tracebacks with local variables, as it comes and with long
+    values."""
     yield "".join(traceback.format_exception(error))
     yield "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
     shapes: list[dict[str, Any]] = [{}, {"locals_max_string": 10_000, "locals_max_length": 1_000}]
     for options in shapes:
-        yield printed(Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, **options))
+        yield printed(
+            Traceback.from_exception(
+                type(error), error, error.__traceback__, show_locals=True, **options
+            )
+        )
         transformed = structlog.tracebacks.ExceptionDictTransformer(show_locals=True, **options)
         yield json.dumps(transformed((type(error), error, error.__traceback__)))
     yield by_sentry(error)
@@ -117,8 +128,14 @@ FILES = {
     "keys.ini": f"[keys]\na={CANARY}\n",
 }
 ENVIRONMENTS = {
-    "a bad variable": {"CRUSTDATA_API_KEY": f"{CANARY};{OTHER}", "DATABASE_URL": f"postgres://x:{CANARY}@db"},
-    "a bad list": {"CRUSTDATA_API_KEY": CANARY, "CRUSTDATA_API_KEYS": f"a={OTHER}, Bearer {CANARY}"},
+    "a bad variable": {
+        "CRUSTDATA_API_KEY": f"{CANARY};{OTHER}",
+        "DATABASE_URL": f"postgres://x:{CANARY}@db",
+    },
+    "a bad list": {
+        "CRUSTDATA_API_KEY": CANARY,
+        "CRUSTDATA_API_KEYS": f"a={OTHER}, Bearer {CANARY}",
+    },
     "a key for a path": {"CRUSTDATA_API_KEY_FILE": CANARY},
     "both": {"CRUSTDATA_API_KEY": CANARY, "CRUSTDATA_API_KEY_FILE": "x"},
 }
@@ -187,19 +204,32 @@ def test_the_printers_would_show_a_secret_that_is_there() -> None:
 async def keys_and_failures(sandbox: SandboxServer) -> list[ApiKey]:
     good = sandbox.add_key("good", secret=CANARY)
     pool = [good, ApiKey(OTHER, name="revoked")]
-    for fault in (Fault.FORBIDDEN, Fault.CHALLENGE, Fault.RESET, Fault.NOT_JSON, Fault.SILENCE, Fault.REDIRECT, Fault.REFUSED):
+    for fault in (
+        Fault.FORBIDDEN,
+        Fault.CHALLENGE,
+        Fault.RESET,
+        Fault.NOT_JSON,
+        Fault.SILENCE,
+        Fault.REDIRECT,
+        Fault.REFUSED,
+    ):
         key = sandbox.add_key(fault.name, secret=f"{CANARY}{fault.name}")
         sandbox.fail(key, fault)
         pool.append(key)
     return pool
 
 
-async def test_no_failing_call_shows_a_secret(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_failing_call_shows_a_secret(
+    sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """In the error with all its frames, the log at DEBUG, and asyncio's own debug log."""
     caplog.set_level(logging.DEBUG)
     asyncio.get_running_loop().set_debug(True)
     pool = await keys_and_failures(sandbox)
-    options: dict[str, Any] = {"retry": Retry(attempts=2, backoff=0.001, wait_max=0.01), "request_timeout": 0.1}
+    options: dict[str, Any] = {
+        "retry": Retry(attempts=2, backoff=0.001, wait_max=0.01),
+        "request_timeout": 0.1,
+    }
     failures = 0
     async with CreditsClient(base_url=sandbox.url, **options) as client:
         for number in range(len(pool)):
@@ -210,7 +240,12 @@ async def test_no_failing_call_shows_a_secret(sandbox: SandboxServer, caplog: py
                 for shown in everything_shown(error):
                     assert_no_canary(shown)
         report = await client.check({CANARY: "prod", "two": f"{OTHER},x", "three": CANARY})
-        for shown in (repr(list(report)), json.dumps(report.to_dict()), pprint.pformat(list(report)), printed(list(report))):
+        for shown in (
+            repr(list(report)),
+            json.dumps(report.to_dict()),
+            pprint.pformat(list(report)),
+            printed(list(report)),
+        ):
             assert_no_canary(shown)
         assert_no_canary(pprint.pformat(vars(client)) + pprint.pformat(vars(sandbox)))
     assert failures == len(pool) - 1
@@ -226,7 +261,9 @@ async def test_no_failing_call_shows_a_secret(sandbox: SandboxServer, caplog: py
         {"base_url": "http://127.0.0.1:1", "buckets": f"redis://:{CANARY}@127.0.0.1:1"},
     ],
 )
-async def test_no_unreachable_server_shows_a_secret(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_unreachable_server_shows_a_secret(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Of the API, a proxy or Redis; nor do their own credentials show."""
     caplog.set_level(logging.DEBUG)
     if "buckets" in options:
@@ -242,7 +279,8 @@ async def test_no_unreachable_server_shows_a_secret(options: dict[str, Any], cap
 
 
 class Fails:
-    """A store, a source of keys and a service that fail, each in its own way, and print what they hold."""
+    """A store, a source of keys and a service that fail, each in its own way, and print what they
+    hold."""
 
     def __init__(self, held: str) -> None:
         self.held = held
@@ -309,10 +347,23 @@ CALLS: dict[str, Callable[[Any], object]] = {
 }
 
 
-def each_argument(function: Callable[..., object], *first: object, but: str = "", **others: object) -> dict[str, partial[object]]:
-    """Calls of `function`, each with the key for another of its optional arguments; `but` are those that may be any text."""
-    names = [name for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty]
-    calls = {name: partial(function, *first, **others | {name: CANARY}) for name in [*names, "api_key"] if name not in but.split()}
+def each_argument(
+    function: Callable[..., object], *first: object, but: str = "", **others: object
+) -> dict[str, partial[object]]:
+    """Calls of `function`, each with the key for another of its optional arguments.
+
+    `but` are those that may be any text.
+    """
+    names = [
+        name
+        for name, each in inspect.signature(function).parameters.items()
+        if each.default is not each.empty
+    ]
+    calls = {
+        name: partial(function, *first, **others | {name: CANARY})
+        for name in [*names, "api_key"]
+        if name not in but.split()
+    }
     return {f"{function.__qualname__}: {name}": call for name, call in calls.items()}
 
 
@@ -333,12 +384,22 @@ PLACES: dict[str, Callable[[], object]] = {
     "a sandbox key": partial(SANDBOX.fail, CANARY, Fault.RESET),  # type: ignore[arg-type]  # as above
     "a sandbox key with credits": partial(SANDBOX.set_credits, CANARY, 5),  # type: ignore[arg-type]  # as above
     "a sandbox key that works again": partial(SANDBOX.heal, CANARY),  # type: ignore[arg-type]  # as above
-    "a router with a good pool": partial(credits_router, {"prod": CANARY}, public=True, prefix="credits"),
+    "a router with a good pool": partial(
+        credits_router, {"prod": CANARY}, public=True, prefix="credits"
+    ),
     "a router's prefix": partial(credits_router, ["x"], public=True, prefix=CANARY),
     "a router's source": partial(credits_router, Fails(CANARY), public=True),
-    "a client with a good proxy": partial(CreditsClient, proxy=f"http://bob:{CANARY}@127.0.0.1:1", buckets=Fails(CANARY)),  # type: ignore[arg-type]  # as above
-    "Redis with an option": partial(RedisBuckets, f"rediss://:{CANARY}@127.0.0.1:1/0?ssl_cert_reqs=CERT_NONE"),
-    "Redis with another protocol": partial(RedisBuckets, f"redis://:{CANARY}@127.0.0.1:1/0?protocol=5"),
+    "a client with a good proxy": partial(
+        CreditsClient,
+        proxy=f"http://bob:{CANARY}@127.0.0.1:1",
+        buckets=Fails(CANARY),  # type: ignore[arg-type]  # as above
+    ),
+    "Redis with an option": partial(
+        RedisBuckets, f"rediss://:{CANARY}@127.0.0.1:1/0?ssl_cert_reqs=CERT_NONE"
+    ),
+    "Redis with another protocol": partial(
+        RedisBuckets, f"redis://:{CANARY}@127.0.0.1:1/0?protocol=5"
+    ),
     "an app": partial(install_exception_handlers, CANARY),  # type: ignore[arg-type]  # as above
     "an app of a client": partial(credits_client_of, CANARY),
     "a report's label": partial(operator.getitem, Report([]), CANARY),
@@ -351,7 +412,8 @@ PLACES: dict[str, Callable[[], object]] = {
 
 
 async def test_frames_of_others_keep_their_variables() -> None:
-    """Also those of another task that awaits the same error, which would be ended with its frame."""
+    """Also those of another task that awaits the same error, which would be ended with its
+    frame."""
     start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def falls_back(client: CreditsClient) -> str:
@@ -394,7 +456,9 @@ async def test_a_lifespan_shows_nothing_of_its_clients_arguments() -> None:
             raise LookupError("the database is down")
         yield
 
-    lifespan = credits_lifespan(partial(CreditsClient, proxy=f"http://bob:{CANARY}@127.0.0.1:1"), lifespan=no_database)
+    lifespan = credits_lifespan(
+        partial(CreditsClient, proxy=f"http://bob:{CANARY}@127.0.0.1:1"), lifespan=no_database
+    )
     with pytest.raises(LookupError) as caught:
         async with lifespan(FastAPI()):
             pass
@@ -415,7 +479,9 @@ def test_what_hides_arguments_shows_where_a_fault_is() -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_no_argument_in_the_wrong_place_is_shown(place: str) -> None:
     """Neither in the message nor in a frame."""
-    with pytest.raises((CrustCreditsError, TypeError, LookupError, OSError, AttributeError)) as caught:
+    with pytest.raises(
+        (CrustCreditsError, TypeError, LookupError, OSError, AttributeError)
+    ) as caught:
         PLACES[place]()
     for shown in everything_shown(caught.value):
         assert_no_canary(shown)
@@ -446,18 +512,27 @@ def attributes(value: object, depth: int = 4) -> Iterator[str]:
     yield repr(value)
     if depth == 0 or isinstance(value, (type, str, bytes, int, float)) or callable(value):
         return
-    names = [*getattr(value, "__dict__", ()), *(slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ()))]
+    names = [
+        *getattr(value, "__dict__", ()),
+        *(slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())),
+    ]
     for name in names:
         yield from attributes(getattr(value, name, None), depth - 1)
     if isinstance(value, dict):
-        yield from (text for part in [*value, *value.values()] for text in attributes(part, depth - 1))
+        yield from (
+            text for part in [*value, *value.values()] for text in attributes(part, depth - 1)
+        )
     elif isinstance(value, (list, tuple, set)):
         yield from (text for part in value for text in attributes(part, depth - 1))
 
 
 async def test_no_object_holds_a_secret_in_the_clear() -> None:
-    """Keys, balances, outcomes, reports, clients and the sandbox, by any attribute, private ones included."""
-    async with SandboxServer(record=False) as sandbox, CreditsClient(base_url=sandbox.url, max_age=60) as client:
+    """Keys, balances, outcomes, reports, clients and the sandbox, by any attribute, private ones
+    included."""
+    async with (
+        SandboxServer(record=False) as sandbox,
+        CreditsClient(base_url=sandbox.url, max_age=60) as client,
+    ):
         key = sandbox.add_key("prod", secret=CANARY)
         report = await client.check([key, "two words"])
         for value in (key, report[0].result(), report[0], report[1], report, client, sandbox):
@@ -472,7 +547,9 @@ async def test_no_object_holds_a_secret_in_the_clear() -> None:
 # --- the command line
 
 
-async def printed_by(sandbox: SandboxServer, *arguments: str, given: bytes = b"", **environ: str) -> str:
+async def printed_by(
+    sandbox: SandboxServer, *arguments: str, given: bytes = b"", **environ: str
+) -> str:
     """All that a real process prints, and its command line as others see it while it runs."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
     pipe = asyncio.subprocess.PIPE
@@ -491,7 +568,10 @@ async def printed_by(sandbox: SandboxServer, *arguments: str, given: bytes = b""
 
 @pytest.mark.any_loop
 async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_path: Path) -> None:
-    """Of keys that are good, unknown or unusable, from every source, in each format; and no argument takes one."""
+    """Of keys that are good, unknown or unusable, from every source, in each format.
+
+    And no argument takes one.
+    """
     sandbox.add_key("prod", secret=CANARY)
     (tmp_path / "keys.json").write_text(json.dumps({"acme/prod": CANARY, "dev": OTHER}))
     pool = f"prod={CANARY},dev={OTHER}"
@@ -512,11 +592,14 @@ def test_frames_below_those_of_the_standard_library_are_cleared_too() -> None:
     """These keep their own variables; what they have called may be this library's again."""
     with pytest.raises(json.JSONDecodeError) as unread:
         hides_arguments(json.loads)("no JSON")
-    assert any("decoder" in entry.filename for entry in traceback.extract_tb(unread.value.__traceback__))
+    assert any(
+        "decoder" in entry.filename for entry in traceback.extract_tb(unread.value.__traceback__)
+    )
 
 
 async def test_an_error_that_is_raised_again_ends_no_other_task() -> None:
-    """Its traceback has the frames of where it was raised before, which may run still: here one check closes what it began."""
+    """Its traceback has the frames of where it was raised before, which may run still: here one
+    check closes what it began."""
     told = LookupError("the same each time")
     others: list[asyncio.Task[object]] = []
 

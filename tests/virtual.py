@@ -1,4 +1,5 @@
-"""Virtual time: a loop whose clock moves only when nothing is left to do, and a server without a network."""
+"""Virtual time: a loop whose clock moves only when nothing is left to do, and a server without a
+network."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from crustcredits._http.transport import Failure, Fate
 
 T = TypeVar("T")
 
-# A float residue can make a timer due "now" for ever; time has to move on each time nothing is ready.
+# A float residue can make a timer due "now" for ever; time has to move on each time nothing is
+# ready.
 _LEAST = 1e-6
 
 
@@ -73,7 +75,8 @@ def now() -> float:
 
 @attrs.frozen
 class Reply:
-    """What the fake server does with a request: after `seconds`, this status, or no answer with this fate."""
+    """What the fake server does with a request: after `seconds`, this status, or no answer with
+    this fate."""
 
     seconds: float = 0.01
     status: int = 200
@@ -93,7 +96,10 @@ def lost(error: Exception, fate: Fate = Fate.ABANDONED, *, seconds: float = 0.01
 
 
 class FakeServer:
-    """Stands where the transport stands. `script` decides by key name and how often that key has been asked before."""
+    """Stands where the transport stands.
+
+    `script` decides by key name and how often that key has been asked before.
+    """
 
     def __init__(self, script: Callable[[str, int], Reply] = lambda name, times: Reply()) -> None:
         self.script = script
@@ -114,10 +120,15 @@ class FakeServer:
         finally:
             self.on_wire -= 1
         if reply.seconds > timeout:
-            return Failure(APITimeoutError("no whole answer in time", key_name=key.name), Fate.ABANDONED)
+            return Failure(
+                APITimeoutError("no whole answer in time", key_name=key.name), Fate.ABANDONED
+            )
         if reply.failure is not None:
             return reply.failure
-        body = reply.body or f'{{"credits": {reply.credits}, "account": {{"credits": {reply.credits}}}}}'
+        body = (
+            reply.body
+            or f'{{"credits": {reply.credits}, "account": {{"credits": {reply.credits}}}}}'
+        )
         return Response(reply.status, reply.headers, body.encode())
 
     async def close(self) -> None:
@@ -127,8 +138,9 @@ class FakeServer:
 class WindowServer:
     """The same with a sliding window, as the API documents it. Several clients may share it.
 
-    `scope` is what it counts by, given a key; `lag` is by how many seconds its count is behind; `said` is the limit that its
-    headers tell. Round trips take between the two `seconds`, and arrive somewhere within.
+    `scope` is what it counts by, given a key; `lag` is by how many seconds its count is behind;
+    `said` is the limit that its headers tell. Round trips take between the two `seconds`, and
+    arrive somewhere within.
     """
 
     def __init__(
@@ -187,7 +199,13 @@ class WindowServer:
 
     def worst_window(self) -> int:
         times = sorted(when for when, _ in self.served)
-        return max((place + 1 - bisect_right(times, when - self.period) for place, when in enumerate(times)), default=0)
+        return max(
+            (
+                place + 1 - bisect_right(times, when - self.period)
+                for place, when in enumerate(times)
+            ),
+            default=0,
+        )
 
     async def close(self) -> None:
         pass
@@ -200,4 +218,6 @@ def fake_client(server: FakeServer | WindowServer, **options: Any) -> CreditsCli
 
 
 def keys(count: int, prefix: str = "k") -> list[ApiKey]:
-    return [ApiKey(f"secret-{prefix}-{number}", name=f"{prefix}{number}") for number in range(count)]
+    return [
+        ApiKey(f"secret-{prefix}-{number}", name=f"{prefix}{number}") for number in range(count)
+    ]

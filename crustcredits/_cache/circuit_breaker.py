@@ -16,7 +16,8 @@ _log = logging.getLogger("crustcredits")
 
 # Answers of a gateway in a row after which it opens.
 _THRESHOLD = 8
-# Seconds until the first probe after it has opened; twice as many after each probe that a gateway answers, up to the longest.
+# Seconds until the first probe after it has opened; twice as many after each probe that a gateway
+# answers, up to the longest.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 # Keys that the API has answered are remembered, so many.
@@ -35,15 +36,18 @@ class Sent:
 
 
 class CircuitBreaker:
-    """Closed, every request may be sent. After eight answers of a gateway in a row it opens: then one probe at a time may.
+    """Closed, every request may be sent.
 
-    Only requests that were sent after the row had begun make it longer, so that those on the wire together count once. An answer
-    of the API's own below 500 closes it. A probe that ends without an answer of either kind closes it too, but one more
-    answer of a gateway opens it again.
+    After eight answers of a gateway in a row it opens: then one probe at a time may.
 
-    A gateway may refuse some keys alone, which must hold up no others. So a key that the API has answered last may be a probe at
-    once, until a gateway has answered three such probes in a row. A key whose probe a gateway has answered lets other keys go
-    first, and another such answer puts off nobody else, while less than two other keys stand back.
+    Only requests that were sent after the row had begun make it longer, so that those on the wire
+    together count once. An answer of the API's own below 500 closes it. A probe that ends without
+    an answer of either kind closes it too, but one more answer of a gateway opens it again.
+
+    A gateway may refuse some keys alone, which must hold up no others. So a key that the API has
+    answered last may be a probe at once, until a gateway has answered three such probes in a row. A
+    key whose probe a gateway has answered lets other keys go first, and another such answer puts
+    off nobody else, while less than two other keys stand back.
 
     Args:
         path: The path of the endpoint, for the log.
@@ -76,7 +80,9 @@ class CircuitBreaker:
         self.is_open = False
         self._status = 0  # of the last answer of a gateway
         self._next_probe = 0.0
-        self._refused: dict[Hashable, float] = {}  # whose probes a gateway has answered, and until when they stand back
+        self._refused: dict[
+            Hashable, float
+        ] = {}  # whose probes a gateway has answered, and until when they stand back
         self.failed_probes = 0
         self._probe: Sent | None = None  # on the wire, and without an answer yet
 
@@ -89,9 +95,19 @@ class CircuitBreaker:
         """Why no request for this key may be sent now, or None."""
         if not self.is_open or (now >= self.next_probe(whose) and not self.is_probing):
             return None
-        soon = "while a probe is on the wire" if self.is_probing else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
-        said = f"not asked {soon}, because a gateway answered {_THRESHOLD} requests in a row in the API's place"
-        return GatewayError(f"{said}; look for a proxy or firewall between here and the API, or try again", status=self._status)
+        soon = (
+            "while a probe is on the wire"
+            if self.is_probing
+            else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
+        )
+        said = (
+            f"not asked {soon}, because a gateway answered {_THRESHOLD} requests in a row in "
+            "the API's place"
+        )
+        return GatewayError(
+            f"{said}; look for a proxy or firewall between here and the API, or try again",
+            status=self._status,
+        )
 
     def next_probe(self, whose: Hashable) -> float:
         """When a request for this key may be a probe, unless one is on the wire then."""
@@ -153,7 +169,8 @@ class CircuitBreaker:
             return
         elif not self.failed_probes:
             _log.warning(
-                "%s: a gateway answered %d requests in a row in the API's place; no key is asked until the API answers a probe; "
+                "%s: a gateway answered %d requests in a row in the API's place; no key is "
+                "asked until the API answers a probe; "
                 "look for a proxy or firewall between here and the API",
                 self._path,
                 self._in_a_row,
@@ -162,7 +179,10 @@ class CircuitBreaker:
         self._next_probe = now + self._pause()
 
     def _forget_answer(self, whose: Hashable, *, is_probe: bool) -> None:
-        """The API's answer for this key is not the last. After three probes of such keys nobody's is worth anything."""
+        """The API's answer for this key is not the last.
+
+        After three probes of such keys nobody's is worth anything.
+        """
         if whose in self._answered:
             del self._answered[whose]
             self._disappointed += is_probe

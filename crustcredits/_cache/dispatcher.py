@@ -1,8 +1,9 @@
 """`Dispatcher`: sends what the schedulers grant, tries again what may pass, and asks them again when something has changed.
 
-A call that waits has no task, token or timer of its own. One function starts everything: it runs when a call comes, when a request
-ends, and from one timer. Errors are values here: a pool has as many as it has bad keys, and what is never raised needs
-no traceback. It must not know who waits, for how long, or what is kept.
+A call that waits has no task, token or timer of its own. One function starts everything: it runs
+when a call comes, when a request ends, and from one timer. Errors are values here: a pool has as
+many as it has bad keys, and what is never raised needs no traceback. It must not know who waits,
+for how long, or what is kept.
 """
 
 from __future__ import annotations
@@ -20,8 +21,21 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
-from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError, GatewayError, renamed
-from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS, Response, is_apis_own, is_json_object, read_response
+from crustcredits._errors import (
+    BucketsUnavailableError,
+    ConfigurationError,
+    CrustCreditsError,
+    GatewayError,
+    renamed,
+)
+from crustcredits._http.protocol import (
+    ACCOUNT_CREDITS,
+    USER_CREDITS,
+    Response,
+    is_apis_own,
+    is_json_object,
+    read_response,
+)
 from crustcredits._http.retry import Retry, asked_wait, retry_delay
 from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys.api_key import ApiKey
@@ -30,7 +44,13 @@ from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms, local_bucket
+from crustcredits._ratelimit.scheduler import (
+    Attempt,
+    AttemptResult,
+    Scheduler,
+    SchedulerTerms,
+    local_bucket,
+)
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
 
 if TYPE_CHECKING:
@@ -41,7 +61,8 @@ _log = logging.getLogger("crustcredits")
 
 # Calls that are not sent which one turn of the loop deals with.
 _SLICE = 1_000
-# Seconds for which a call waits where a gateway has answered for long; so a source without end is not read in vain at full speed.
+# Seconds for which a call waits where a gateway has answered for long; so a source without end is
+# not read in vain at full speed.
 _REFUSED_AFTER = 1.0
 
 
@@ -51,7 +72,8 @@ class ApiCall(Call, ABC):
     Attributes:
         path: The endpoint.
         api_key: The key that is asked about.
-        wanted: Whether somebody awaits the answer. Otherwise it only refreshes what is known, and is not tried again.
+        wanted: Whether somebody awaits the answer. Otherwise it only refreshes what is known, and
+            is not tried again.
         attempts: Requests put on the wire for it, the one under way included.
         last: Why the attempt before failed, or None.
         failing_since: When its first attempt failed, or None.
@@ -59,7 +81,8 @@ class ApiCall(Call, ABC):
         request: What the scheduler knows of it.
         probe: What the circuit breaker knows of it, if it is a probe.
         entered: When it began.
-        resumes: When it is put into the queue again, while it waits for a retry or for a probe; None otherwise.
+        resumes: When it is put into the queue again, while it waits for a retry or for a probe;
+            None otherwise.
     """
 
     __slots__ = (
@@ -83,7 +106,14 @@ class ApiCall(Call, ABC):
     request: Attempt
     probe: Sent | None
 
-    def __init__(self, place: tuple[str, bytes], key: ApiKey, account: Hashable, flow: Flow, context: contextvars.Context) -> None:
+    def __init__(
+        self,
+        place: tuple[str, bytes],
+        key: ApiKey,
+        account: Hashable,
+        flow: Flow,
+        context: contextvars.Context,
+    ) -> None:
         self.path, digest = place
         super().__init__(digest, account, flow)
         self.api_key = key
@@ -127,7 +157,8 @@ class ApiCall(Call, ABC):
 class _AttemptTask(asyncio.Task[None]):
     """The task of one request.
 
-    One that is cancelled before its first step runs nothing of its coroutine, so the task itself tells that it was cancelled.
+    One that is cancelled before its first step runs nothing of its coroutine, so the task itself
+    tells that it was cancelled.
     """
 
     on_cancelled: Callable[[asyncio.Task[None]], object]
@@ -140,7 +171,8 @@ class _AttemptTask(asyncio.Task[None]):
 class Dispatcher:
     """Asks the API about keys, within one rate limit, over both endpoints.
 
-    It is long because whatever lets a call go on, a turn, a retry, a probe or a token, ends in the one function that starts.
+    It is long because whatever lets a call go on, a turn, a retry, a probe or a token, ends in the
+    one function that starts.
 
     Attributes:
         transport: What sends requests.
@@ -179,18 +211,25 @@ class Dispatcher:
         if store is not None:
             store.open(period=terms.period, late=request_timeout, pace=rate_limit.pace)
         self._breakers = {path: CircuitBreaker(path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
-        pace, slots = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period), ConnectionSlots[Attempt](concurrency)
+        pace, slots = (
+            Pace(rate_limit.pace, rate_limit.requests / rate_limit.period),
+            ConnectionSlots[Attempt](concurrency),
+        )
         self._schedulers = {
             path: Scheduler(
                 terms,
                 pace=pace,
                 slots=slots,
-                make_bucket=local_bucket if store is None else partial(self._make_bucket, path, store),
+                make_bucket=local_bucket
+                if store is None
+                else partial(self._make_bucket, path, store),
                 is_barred=partial(self._is_barred, path),
             )
             for path in self._breakers
         }
-        self._barred: dict[str, dict[ApiCall, None]] = {path: {} for path in self._breakers}  # they wait for a probe to end
+        self._barred: dict[str, dict[ApiCall, None]] = {
+            path: {} for path in self._breakers
+        }  # they wait for a probe to end
         self._later: list[tuple[float, int, ApiCall]] = []  # when they are put into the queue again
         self._tickets = itertools.count(1)
         self._timer: asyncio.Handle | None = None
@@ -253,7 +292,9 @@ class Dispatcher:
         """Certainly no request for this call starts before then."""
         if call.task is not None:
             return now
-        if call in self._barred[call.path]:  # an answer that is on its way may close the circuit breaker
+        if (
+            call in self._barred[call.path]
+        ):  # an answer that is on its way may close the circuit breaker
             return now
         if call.resumes is not None:
             return max(now, call.resumes)
@@ -274,7 +315,10 @@ class Dispatcher:
             ConfigurationError: Each key or account has a bucket of its own and no key was named.
         """
         if key is None and self._scope in {"account", "key"}:
-            raise ConfigurationError(f"with scope {self._scope!r} each has a quota of its own; name the key: quota(key=…)")
+            raise ConfigurationError(
+                f"with scope {self._scope!r} each has a quota of its own; name the key: "
+                "quota(key=…)"
+            )
         account = None if key is None or self._scope == "client" else self.account_of(key)
         return self._schedulers[path].quota(account, _now())
 
@@ -304,10 +348,15 @@ class Dispatcher:
     def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
         """Let a call wait while the circuit breaker is open; or end it, with its own last error if it has one.
 
-        A probe on the wire is waited for, and in the first seconds so is the next one: as many of them as a call has attempts.
+        A probe on the wire is waited for, and in the first seconds so is the next one: as many of
+        them as a call has attempts.
         """
         breaker = self._breakers[call.path]
-        error = call.last if call.last is not None and call.attempts else renamed(refusal, call.api_key.label)
+        error = (
+            call.last
+            if call.last is not None and call.attempts
+            else renamed(refusal, call.api_key.label)
+        )
         if not call.wanted or call.can_fall_back():
             call.on_end(error)
             return
@@ -384,7 +433,11 @@ class Dispatcher:
             self._admitting = False
 
     def _start_all(self, now: float) -> tuple[float, bool]:
-        """Start all that may. Returns the next moment of any, and whether calls have gone elsewhere that may have to be resumed."""
+        """Start all that may.
+
+        Returns the next moment of any, and whether calls have gone elsewhere that may have to be
+        resumed.
+        """
         moment, is_more, not_sent = math.inf, False, 0
         busy = [*self._schedulers.values()]
         while busy and not_sent < _SLICE:
@@ -432,7 +485,9 @@ class Dispatcher:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: its turn came after %.3f s", call.api_key.label, now - call.entered)
         # Not by the loop's task factory, which might run its first step at once.
-        call.task = _AttemptTask(self._attempt(call), loop=asyncio.get_running_loop(), context=call.context)
+        call.task = _AttemptTask(
+            self._attempt(call), loop=asyncio.get_running_loop(), context=call.context
+        )
         call.task.on_cancelled = partial(self._on_cancelled, call)
 
     async def _attempt(self, call: ApiCall) -> None:
@@ -477,13 +532,21 @@ class Dispatcher:
             if probe is not None or (self._barred[path] and not scheduler.is_barring):
                 self._on_probed(path, now)
 
-    def _read(self, call: ApiCall, got: Response | Failure, now: float) -> tuple[Balance | CrustCreditsError, AttemptResult]:
-        """What a request has brought, for those who wait and for the scheduler. The circuit breaker hears of it."""
+    def _read(
+        self, call: ApiCall, got: Response | Failure, now: float
+    ) -> tuple[Balance | CrustCreditsError, AttemptResult]:
+        """What a request has brought, for those who wait and for the scheduler.
+
+        The circuit breaker hears of it.
+        """
         if isinstance(got, Failure):
-            # Where only the headers have come, the server has counted it, and has neither served nor refused it.
+            # Where only the headers have come, the server has counted it, and has neither served
+            # nor refused it.
             status = 500 if got.fate is Fate.ANSWERED else None
             return got.error, AttemptResult(status=status, unsent=got.fate is Fate.UNSENT)
-        result = read_response(call.path, call.api_key, got, now=datetime.now(UTC), period=self._period)
+        result = read_response(
+            call.path, call.api_key, got, now=datetime.now(UTC), period=self._period
+        )
         breaker, said = self._breakers[call.path], result.rate_limit
         limit, remaining = (None, None) if said is None else (said.limit, said.remaining)
         if isinstance(result, Balance):
@@ -498,7 +561,9 @@ class Dispatcher:
             breaker.api_answered(call.key)
         is_html = not own and not is_json_object(got)
         wait = asked_wait(result)
-        return result, AttemptResult(status=got.status, is_html=is_html, limit=limit, remaining=remaining, wait=wait)
+        return result, AttemptResult(
+            status=got.status, is_html=is_html, limit=limit, remaining=remaining, wait=wait
+        )
 
     def _go_on(self, call: ApiCall, result: CrustCreditsError, now: float) -> None:
         """End a call, or try it again later. What nobody wants any more is not tried again."""
@@ -508,7 +573,14 @@ class Dispatcher:
         if call.failing_since is None:
             call.failing_since = now
         elapsed, patience = now - call.failing_since, call.patience(now)
-        delay = retry_delay(self._retry, result, call.attempts, spared=call.spared, elapsed=elapsed, patience=patience)
+        delay = retry_delay(
+            self._retry,
+            result,
+            call.attempts,
+            spared=call.spared,
+            elapsed=elapsed,
+            patience=patience,
+        )
         if delay is None:
             call.on_end(result)
             return
@@ -523,7 +595,12 @@ class Dispatcher:
     # --- tokens
 
     def _make_bucket(
-        self, path: str, store: TokenStore, whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]
+        self,
+        path: str,
+        store: TokenStore,
+        whose: Hashable | None,
+        limit: int,
+        wake: Callable[[Hashable | None], None],
     ) -> Bucket:
         if whose is not None and self._scope == "client":
             return TokenBucket(limit)
@@ -537,7 +614,9 @@ class Dispatcher:
 
     def _on_outage(self, path: str, whose: Hashable | None) -> None:
         """No token of this bucket can be had: calls that wait for one are told."""
-        said = "the count that the processes share is out of reach, as the log says; nothing was sent"
+        said = (
+            "the count that the processes share is out of reach, as the log says; nothing was sent"
+        )
         for call in self._schedulers[path].give_up(whose, _now()):
             call = cast("ApiCall", call)
             call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))

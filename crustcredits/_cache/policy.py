@@ -12,10 +12,13 @@ class CacheOptions(TypedDict, total=False):
 
     Attributes:
         max_age: As old as this an answer is given again instead of asking.
-        stale_while_revalidate: Older than `max_age` by less than this it is given too, and refreshed behind.
-        stale_if_error: Older than `max_age` by less than this it stands in while the API gives none.
-        max_error_age: A failure as old as this is given again instead of asking. Where a call gives `max_age` and not this, it is
-            as old as `max_age`, and at least 1 s while any cache is on.
+        stale_while_revalidate: Older than `max_age` by less than this it is given too, and
+            refreshed behind.
+        stale_if_error: Older than `max_age` by less than this it stands in while the API gives
+            none.
+        max_error_age: A failure as old as this is given again instead of asking. Where a call gives
+            `max_age` and not this, it is as old as `max_age`, and at least 1 s while any cache is
+            on.
     """
 
     max_age: Seconds | None
@@ -31,8 +34,10 @@ class CachePolicy(NamedTuple):
         max_age: As old as this it is as good as a new one.
         revalidate: So much older it is good while it is refreshed.
         if_error: So much older than `max_age` it is good while the API gives none.
-        error: As old as this a failure is given again; None where nobody has said, so that `max_age` tells.
-        own_limit: Whether an old answer also stands in where this client's own rate limit leaves no room.
+        error: As old as this a failure is given again; None where nobody has said, so that
+            `max_age` tells.
+        own_limit: Whether an old answer also stands in where this client's own rate limit leaves no
+            room.
     """
 
     max_age: float = 0.0
@@ -64,7 +69,9 @@ class CachePolicy(NamedTuple):
         error = self.error if max_age is None else None
         return CachePolicy(
             self.max_age if max_age is None else seconds("max_age", max_age),
-            self.revalidate if stale_while_revalidate is None else seconds("stale_while_revalidate", stale_while_revalidate),
+            self.revalidate
+            if stale_while_revalidate is None
+            else seconds("stale_while_revalidate", stale_while_revalidate),
             self.if_error if stale_if_error is None else seconds("stale_if_error", stale_if_error),
             error if max_error_age is None else seconds("max_error_age", max_error_age),
             self.own_limit,

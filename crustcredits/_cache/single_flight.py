@@ -1,7 +1,8 @@
 """`SingleFlight`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
 
-A call belongs to nobody who asks. Whoever does has a waiter, with a deadline of his own, and may leave; when the last one has
-left, a call that waits is dropped, and one on the wire goes on and is kept. How the API is asked is `_cache.dispatcher`'s.
+A call belongs to nobody who asks. Whoever does has a waiter, with a deadline of his own, and may
+leave; when the last one has left, a call that waits is dropped, and one on the wire goes on and is
+kept. How the API is asked is `_cache.dispatcher`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import attrs
 from crustcredits._cache.dispatcher import ApiCall, Dispatcher
 from crustcredits._cache.policy import NEW, CachePolicy
 from crustcredits._cache.store import BalanceCache, CacheKey
-from crustcredits._errors import APITimeoutError, ClientClosedError, CrustCreditsError, RateLimitWaitError
+from crustcredits._errors import (
+    APITimeoutError,
+    ClientClosedError,
+    CrustCreditsError,
+    RateLimitWaitError,
+)
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Balance, Known, Outcome, Source, Unknown, outcome_for
 from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
@@ -33,7 +39,8 @@ _log = logging.getLogger("crustcredits")
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 
 
-# Deadlines that one turn of the loop looks at, and entries below which the ended ones are not cleared away.
+# Deadlines that one turn of the loop looks at, and entries below which the ended ones are not
+# cleared away.
 _FEW = 1_000
 
 
@@ -47,7 +54,10 @@ class Waiter(Protocol):
 
 
 class WaitTerms(NamedTuple):
-    """Since when one has waited, and until when, in the loop's time; and whether an older answer may stand in for him."""
+    """Since when one has waited, and until when, in the loop's time.
+
+    And whether an older answer may stand in for him.
+    """
 
     began: float
     deadline: float
@@ -60,14 +70,23 @@ class SharedCall(ApiCall):
     __slots__ = ("calls", "early", "first", "place", "waiters")
 
     def __init__(
-        self, calls: SingleFlight, place: CacheKey, key: ApiKey, *, account: Hashable, flow: Flow, context: contextvars.Context
+        self,
+        calls: SingleFlight,
+        place: CacheKey,
+        key: ApiKey,
+        *,
+        account: Hashable,
+        flow: Flow,
+        context: contextvars.Context,
     ) -> None:
         super().__init__(place, key, account, flow, context)
         self.calls = calls
         self.place = place
         self.first: Waiter | None = None  # of whoever began it
         self.waiters: dict[Waiter, WaitTerms] = {}
-        self.early: tuple[Pool, int] | None = None  # the pool in which it waits for its turn, and its number there
+        self.early: tuple[Pool, int] | None = (
+            None  # the pool in which it waits for its turn, and its number there
+        )
 
     @property
     def is_refresh(self) -> bool:
@@ -84,7 +103,9 @@ class SharedCall(ApiCall):
         return all(patience.falls_back for patience in self.waiters.values())
 
     def patience(self, now: float) -> float:
-        return max((patience.deadline for patience in self.waiters.values()), default=math.inf) - now
+        return (
+            max((patience.deadline for patience in self.waiters.values()), default=math.inf) - now
+        )
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self.calls.end(self, result)
@@ -105,7 +126,9 @@ class FanOutWaiter:
 
     __slots__ = ("_calls", "_land", "began", "call", "freshness", "key")
 
-    def __init__(self, calls: SingleFlight, key: ApiKey, freshness: CachePolicy, began: float, land: Land) -> None:
+    def __init__(
+        self, calls: SingleFlight, key: ApiKey, freshness: CachePolicy, began: float, land: Land
+    ) -> None:
         self.key = key
         self.freshness = freshness
         self.began = began
@@ -123,7 +146,8 @@ class FanOutWaiter:
         elif isinstance(result.error, ClientClosedError):
             self.hand_on(copy.copy(result.error))
         elif isinstance(result, Unknown) and self.freshness.if_error and self._land is not None:
-            # In the next turn, as a future would: an answer that comes in this very turn is kept by then.
+            # In the next turn, as a future would: an answer that comes in this very turn is kept by
+            # then.
             asyncio.get_running_loop().call_soon(self._stand_in, result, self._land)
             self._land = None
         else:
@@ -207,7 +231,10 @@ class _Deadlines:
         self._set_timer()
 
     def _purge(self) -> None:
-        """Forget those whose wait is over; so that long deadlines keep no more than twice as many as wait."""
+        """Forget those whose wait is over.
+
+        So that long deadlines keep no more than twice as many as wait.
+        """
         self._heap = [entry for entry in self._heap if not entry[3].done()]
         heapq.heapify(self._heap)
         self._room = max(_FEW, 2 * len(self._heap))
@@ -222,7 +249,9 @@ class _Deadlines:
 
     def _on_timer(self) -> None:
         now = _now()
-        for _ in range(_FEW):  # the rest in the next turn of the loop, so that other tasks run meanwhile
+        for _ in range(
+            _FEW
+        ):  # the rest in the next turn of the loop, so that other tasks run meanwhile
             if not self._heap or not (self._heap[0][0] <= now or self._heap[0][3].done()):
                 break
             _, _, call, waiter = heapq.heappop(self._heap)
@@ -238,12 +267,16 @@ class SingleFlight:
         self._dispatcher = dispatcher
         self._answers = answers
         self._under_way: dict[CacheKey, SharedCall] = {}
-        self._outdated: set[SharedCall] = set()  # on the wire when their answers were declared invalid; joined by nobody
+        self._outdated: set[SharedCall] = (
+            set()
+        )  # on the wire when their answers were declared invalid; joined by nobody
         self._dropped: set[asyncio.Task[Any]] = set()
         self._pools: list[Pool] = []
         self._deadlines = _Deadlines(self._time_out)
 
-    def known(self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy) -> Outcome[Any] | None:
+    def known(
+        self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy
+    ) -> Outcome[Any] | None:
         """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
         if freshness is NEW or isinstance(key, UnusableKey):
             return None
@@ -255,11 +288,15 @@ class SingleFlight:
         outcome = kept.answer(freshness, now)
         if outcome is None:
             return None
-        is_asked = place in self._under_way or (self._pools and self._waiting_in(path, key.digest) is not None)
+        is_asked = place in self._under_way or (
+            self._pools and self._waiting_in(path, key.digest) is not None
+        )
         if outcome.stale and not is_asked and kept.claim_refresh(place, now):
             # It is no request's own, so it keeps none's context alive.
             account, flow = self._dispatcher.account_of(key), self._dispatcher.refreshes
-            call = self._under_way[place] = SharedCall(self, place, key, account=account, flow=flow, context=contextvars.Context())
+            call = self._under_way[place] = SharedCall(
+                self, place, key, account=account, flow=flow, context=contextvars.Context()
+            )
             self._dispatcher.enter(call)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
@@ -269,15 +306,22 @@ class SingleFlight:
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
 
-    async def ask(self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy, deadline: float | None) -> Outcome[Any]:
-        """The outcome of one call for `key`: of one under way, else of a new one. Without an answer in time its error says why."""
+    async def ask(
+        self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy, deadline: float | None
+    ) -> Outcome[Any]:
+        """The outcome of one call for `key`: of one under way, else of a new one.
+
+        Without an answer in time its error says why.
+        """
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
         loop = asyncio.get_running_loop()
         began = loop.time()
         waiter: asyncio.Future[Outcome[Any]] = loop.create_future()
         place = path, key.digest
-        patience = self._patience(place, freshness, began, math.inf if deadline is None else deadline)
+        patience = self._patience(
+            place, freshness, began, math.inf if deadline is None else deadline
+        )
         call = self._join(place, key, waiter, patience, self._dispatcher.singles)
         try:
             outcome = await waiter
@@ -291,14 +335,23 @@ class SingleFlight:
     def begin(self, path: str, landing: FanOutWaiter, deadline: float, flow: Flow) -> None:
         """The same for a key of a fan-out, without a task: the outcome lands, at once or later.
 
-        A new call waits for its turn in `flow`. What lands is an exception where the client was closed.
+        A new call waits for its turn in `flow`. What lands is an exception where the client was
+        closed.
         """
-        outcome = None if landing.freshness is NEW else self.known(path, landing.key, landing.freshness)
+        outcome = (
+            None if landing.freshness is NEW else self.known(path, landing.key, landing.freshness)
+        )
         if outcome is not None:
             landing.hand_on(outcome)
             return
         place = path, landing.key.digest
-        self._join(place, landing.key, landing, self._patience(place, landing.freshness, landing.began, deadline), flow)
+        self._join(
+            place,
+            landing.key,
+            landing,
+            self._patience(place, landing.freshness, landing.began, deadline),
+            flow,
+        )
 
     # --- pools
 
@@ -314,7 +367,9 @@ class SingleFlight:
 
     def is_asked(self, path: str, key: ApiKey) -> bool:
         """Whether a call for this key is under way, or waits for its turn as a number."""
-        return (path, key.digest) in self._under_way or self._waiting_in(path, key.digest) is not None
+        return (path, key.digest) in self._under_way or self._waiting_in(
+            path, key.digest
+        ) is not None
 
     def enter_pool(self, pool: Pool) -> None:
         """The keys of a check wait for their turn from now on."""
@@ -322,7 +377,10 @@ class SingleFlight:
         self._dispatcher.enter_pool(pool.path, pool)
 
     def leave_pool(self, pool: Pool, landings: Iterable[FanOutWaiter] = ()) -> None:
-        """Give up the keys whose turn has not come, and these of its calls. SingleFlight that others await go on."""
+        """Give up the keys whose turn has not come, and these of its calls.
+
+        SingleFlight that others await go on.
+        """
         if pool not in self._pools:  # the client was closed
             return
         self._pools.remove(pool)
@@ -335,9 +393,17 @@ class SingleFlight:
             self._dispatcher.enter(call)
 
     def take_turn(
-        self, path: str, landing: FanOutWaiter, patience: WaitTerms, flow: Flow, context: contextvars.Context
+        self,
+        path: str,
+        landing: FanOutWaiter,
+        patience: WaitTerms,
+        flow: Flow,
+        context: contextvars.Context,
     ) -> SharedCall:
-        """The call of a key of a pool; nobody has asked for it yet, or the number of the key would have been found."""
+        """The call of a key of a pool.
+
+        Nobody has asked for it yet, or the number of the key would have been found.
+        """
         key = landing.key
         place = path, key.digest
         if landing.freshness.if_error:
@@ -355,10 +421,14 @@ class SingleFlight:
         """Those of these keys, by number, for which certainly no request starts before the deadline."""
         return self._dispatcher.hopeless(path, keys, deadline, _now())
 
-    def too_late(self, path: str, key: ApiKey, freshness: CachePolicy, began: float) -> Outcome[Any]:
+    def too_late(
+        self, path: str, key: ApiKey, freshness: CachePolicy, began: float
+    ) -> Outcome[Any]:
         """The outcome of a key whose turn did not come before its deadline."""
         now = _now()
-        outcome = _failure(key, _late_turn(key, self._dispatcher.earliest_of(path, key, now) - began))
+        outcome = _failure(
+            key, _late_turn(key, self._dispatcher.earliest_of(path, key, now) - began)
+        )
         kept = self._answers.find((path, key.digest)) if freshness.if_error else None
         instead = None if kept is None else kept.instead_of(outcome, freshness, began, now)
         return outcome if instead is None else outcome_for(key, instead)
@@ -372,7 +442,10 @@ class SingleFlight:
         return None
 
     def _begin_early(self, place: CacheKey) -> SharedCall | None:
-        """The call for a key that waits in a pool, now that somebody else asks too. It waits there."""
+        """The call for a key that waits in a pool, now that somebody else asks too.
+
+        It waits there.
+        """
         found = self._waiting_in(*place)
         if found is None:
             return None
@@ -389,7 +462,14 @@ class SingleFlight:
             del pool.early[number]
             pool.take_out(number)
 
-    def given(self, call: SharedCall, key: ApiKey, outcome: Outcome[Any], freshness: CachePolicy, began: float) -> Outcome[Any]:
+    def given(
+        self,
+        call: SharedCall,
+        key: ApiKey,
+        outcome: Outcome[Any],
+        freshness: CachePolicy,
+        began: float,
+    ) -> Outcome[Any]:
         """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
         if isinstance(outcome, Unknown) and freshness.if_error:
             kept = self._answers.find(call.place)
@@ -411,7 +491,10 @@ class SingleFlight:
         await asyncio.gather(*self._dropped, return_exceptions=True)
 
     def invalidate(self, key: ApiKey | None) -> None:
-        """Drop what is kept of `key`, or of all keys. A request on the wire still answers those who wait, and nobody else."""
+        """Drop what is kept of `key`, or of all keys.
+
+        A request on the wire still answers those who wait, and nobody else.
+        """
         digest = None if key is None else key.digest
         self._answers.forget(digest)
         for place, call in list(self._under_way.items()):
@@ -421,7 +504,11 @@ class SingleFlight:
 
     def refuse_hopeless(self, call: SharedCall) -> None:
         """Send away those whose deadline is before the next attempt of `call` can start."""
-        patient = [(waiter, patience.deadline) for waiter, patience in call.waiters.items() if patience.deadline < math.inf]
+        patient = [
+            (waiter, patience.deadline)
+            for waiter, patience in call.waiters.items()
+            if patience.deadline < math.inf
+        ]
         if not patient:
             return
         earliest = self._dispatcher.earliest(call, _now())
@@ -436,16 +523,27 @@ class SingleFlight:
 
     # --- waiters
 
-    def _patience(self, place: CacheKey, freshness: CachePolicy, began: float, deadline: float) -> WaitTerms:
+    def _patience(
+        self, place: CacheKey, freshness: CachePolicy, began: float, deadline: float
+    ) -> WaitTerms:
         kept = self._answers.find(place) if freshness.if_error else None
         return WaitTerms(began, deadline, kept is not None and kept.may_stand_in(freshness, began))
 
     def _open(
-        self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, *, flow: Flow, context: contextvars.Context
+        self,
+        place: CacheKey,
+        key: ApiKey,
+        waiter: Waiter,
+        patience: WaitTerms,
+        *,
+        flow: Flow,
+        context: contextvars.Context,
     ) -> SharedCall:
         """A new call, with its first waiter."""
         account = self._dispatcher.account_of(key)
-        call = self._under_way[place] = SharedCall(self, place, key, account=account, flow=flow, context=context)
+        call = self._under_way[place] = SharedCall(
+            self, place, key, account=account, flow=flow, context=context
+        )
         call.first = waiter
         call.waiters[waiter] = patience
         if patience.deadline < math.inf:
@@ -453,12 +551,16 @@ class SingleFlight:
             self._deadlines.add(patience.deadline, call, waiter)
         return call
 
-    def _join(self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, flow: Flow) -> SharedCall:
+    def _join(
+        self, place: CacheKey, key: ApiKey, waiter: Waiter, patience: WaitTerms, flow: Flow
+    ) -> SharedCall:
         call = self._under_way.get(place)
         if call is None and self._pools:
             call = self._begin_early(place)
         if call is None:
-            call = self._open(place, key, waiter, patience, flow=flow, context=contextvars.copy_context())
+            call = self._open(
+                place, key, waiter, patience, flow=flow, context=contextvars.copy_context()
+            )
             if isinstance(waiter, FanOutWaiter):
                 waiter.call = call
             self._dispatcher.enter(call)
@@ -475,8 +577,11 @@ class SingleFlight:
                 self._dispatcher.enter(call)
             elif flow.kind < call.flow.kind or not call.wanted:
                 self._dispatcher.move(call, flow)
-        if patience.deadline < math.inf and not patience.began < patience.deadline >= self._dispatcher.earliest(
-            call, patience.began
+        if (
+            patience.deadline < math.inf
+            and not patience.began
+            < patience.deadline
+            >= self._dispatcher.earliest(call, patience.began)
         ):
             self._time_out(call, waiter)
         return call
@@ -485,7 +590,11 @@ class SingleFlight:
         patience = call.waiters.get(waiter)
         if patience is None or waiter.done():
             return
-        waiter.set_result(_failure(call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))))
+        waiter.set_result(
+            _failure(
+                call.api_key, _why_late(call, patience, self._dispatcher.earliest(call, _now()))
+            )
+        )
         self.leave(call, waiter)
 
     def leave(self, call: SharedCall, waiter: Waiter) -> None:
@@ -526,7 +635,10 @@ class SingleFlight:
     # --- one call
 
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None:
-        """A call has ended: keep what came of it, and tell those who wait. Nothing, if it was given up meanwhile."""
+        """A call has ended: keep what came of it, and tell those who wait.
+
+        Nothing, if it was given up meanwhile.
+        """
         is_joined = self._under_way.get(call.place) is call
         if not is_joined and call not in self._outdated:
             return
@@ -546,7 +658,8 @@ class SingleFlight:
             return self._answers.succeeded(call.place, outcome.balance, _now())
         kept = self._answers.keeps(call.place)
         evicted = self._answers.failed(call.place, outcome, _now())
-        # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for all keys.
+        # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for
+        # all keys.
         if call.is_refresh and call.attempts and kept and self._answers.has_just_failed(call.place):
             _log.warning("%s; its kept answer could not be refreshed", outcome.error)
         return evicted
@@ -589,20 +702,29 @@ def closed_error() -> ClientClosedError:
 
 
 def _shared(outcome: Outcome[Any]) -> Outcome[Any]:
-    """The same outcome, for those who did not begin the call. `"none"` stays: no request was sent for anybody."""
+    """The same outcome, for those who did not begin the call.
+
+    `"none"` stays: no request was sent for anybody.
+    """
     return outcome if outcome.source == "none" else attrs.evolve(outcome, source="shared")
 
 
 def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
     source: Source = "fetched" if error.attempts else "none"
-    return Unknown(key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source)
+    return Unknown(
+        key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source
+    )
 
 
 def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCreditsError:
     """The error of one whose time is over: what kept him waiting."""
     if call.task is not None:
         seconds = patience.deadline - patience.began
-        return APITimeoutError(f"no whole answer within {seconds:.3g} s", key_name=call.api_key.label, attempts=call.attempts)
+        return APITimeoutError(
+            f"no whole answer within {seconds:.3g} s",
+            key_name=call.api_key.label,
+            attempts=call.attempts,
+        )
     if call.last is not None:
         last = copy.copy(call.last)
         last.attempts = call.attempts
@@ -612,7 +734,8 @@ def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCr
 
 def _late_turn(key: ApiKey, wait: float) -> RateLimitWaitError:
     return RateLimitWaitError(
-        "deadline too short: the rate limit, or requests without an answer, hold this request back for at least "
+        "deadline too short: the rate limit, or requests without an answer, hold this "
+        "request back for at least "
         f"{wait:.1f} s; raise timeout= or check fewer keys at once",
         key_name=key.label,
         wait=wait,

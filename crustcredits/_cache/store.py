@@ -1,7 +1,7 @@
 """The answers that are kept: the last good one for each key and endpoint, and why there is no newer one.
 
-Bounded: the least recently used go first. It neither asks nor waits, and is told the time, in the running loop's seconds.
-A secret is no part of what answers are found by.
+Bounded: the least recently used go first. It neither asks nor waits, and is told the time, in the
+running loop's seconds. A secret is no part of what answers are found by.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _log = logging.getLogger("crustcredits")
 #: The path of an endpoint and the digest of a key.
 CacheKey: TypeAlias = tuple[str, bytes]
 
-# What the API says of the key itself: then what it said before holds no longer. Any other error tells only that there was no
-# answer to be had.
+# What the API says of the key itself: then what it said before holds no longer. Any other error
+# tells only that there was no answer to be had.
 _OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
 # These of them hold on both endpoints: no such key, no credits. What a key may ask differs.
 _OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
-# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and has its own pause; answers of a
-# gateway have a circuit breaker, which ends calls at once.
+# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and
+# has its own pause; answers of a gateway have a circuit breaker, which ends calls at once.
 _OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
 
-# Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for which it then is. After
-# that nobody knows, and whoever asks has to wait and see.
+# Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for
+# which it then is. After that nobody knows, and whoever asks has to wait and see.
 _FAILURES = 3
 _DOWN = 60.0
 
@@ -66,7 +66,10 @@ class Moment(NamedTuple):
 
 
 def _grant_after(account: Account) -> float:
-    """When the account's next grant comes, which changes its balance; on the wall clock, infinite when nobody knows."""
+    """When the account's next grant comes, which changes its balance.
+
+    On the wall clock, infinite when nobody knows.
+    """
     date = account.recurring_credits_refresh_date
     return math.inf if date is None or date <= account.checked_at else date.timestamp()
 
@@ -79,7 +82,9 @@ class _EndpointFailures:
     def __init__(self, blocked: Callable[[], CrustCreditsError | None]) -> None:
         self._blocked = blocked
         self._keys: set[bytes] = set()  # whose they were: one key's trouble is not the endpoint's
-        self.claimed_by: CacheKey | None = None  # whose refresh is to find out whether it answers again
+        self.claimed_by: CacheKey | None = (
+            None  # whose refresh is to find out whether it answers again
+        )
         self.failures = 0  # of different keys, and then of any
         self.error: CrustCreditsError | None = None
         self.last = 0.0
@@ -94,7 +99,15 @@ class _EndpointFailures:
         self.claimed_by = None
         self.refresh_at = 0.0
 
-    def failed(self, digest: bytes, error: CrustCreditsError, retry: Retry, now: float, *, keeps: Callable[[], bool]) -> None:
+    def failed(
+        self,
+        digest: bytes,
+        error: CrustCreditsError,
+        retry: Retry,
+        now: float,
+        *,
+        keeps: Callable[[], bool],
+    ) -> None:
         """It gave no answer for this key."""
         before = self.failures
         if before < _FAILURES:
@@ -104,13 +117,19 @@ class _EndpointFailures:
         self.error, self.last = error, now
         if before < self.failures == _FAILURES:
             kept = "; kept answers are not renewed" if keeps() else ""
-            _log.warning("no answer from the API, for %d keys in a row%s: %s", _FAILURES, kept, error)
+            _log.warning(
+                "no answer from the API, for %d keys in a row%s: %s", _FAILURES, kept, error
+            )
         if self.failures >= _FAILURES:
             self.refresh_at = now + refresh_delay(retry, error, self.failures - _FAILURES + 1)
 
     def reason(self, now: float) -> CrustCreditsError | None:
         """Why the endpoint is down, if it is."""
-        return self.error if self.failures >= _FAILURES and now - self.last < _DOWN else self._blocked()
+        return (
+            self.error
+            if self.failures >= _FAILURES and now - self.last < _DOWN
+            else self._blocked()
+        )
 
     @property
     def may_refresh(self) -> bool:
@@ -125,7 +144,8 @@ class CacheEntry:
         tried: When something was last heard of it, good or bad; the order of refreshing goes by it.
         refresh_at: When it may be refreshed again, as far as its own failures go.
 
-    Moments are of both clocks: the running loop's, and the wall's, which goes on while a laptop sleeps.
+    Moments are of both clocks: the running loop's, and the wall's, which goes on while a laptop
+    sleeps.
     """
 
     __slots__ = (
@@ -167,7 +187,10 @@ class CacheEntry:
         self._fresh = self._stale = None
 
     def failed(self, failure: Unknown, retry: Retry, now: float) -> None:
-        """None came. Where that is the API's word on the key, the balance from before holds no longer."""
+        """None came.
+
+        Where that is the API's word on the key, the balance from before holds no longer.
+        """
         self._failure = attrs.evolve(failure, attempts=0, source="cached")
         self._failures += 1
         self.tried = now
@@ -189,15 +212,25 @@ class CacheEntry:
         return self._failures
 
     def claim_refresh(self, place: CacheKey, now: float) -> bool:
-        """Whether to refresh it now: its pause after a failure is over; and while the endpoint is down, one at a time is enough."""
-        if now < self.refresh_at or now < self._endpoint.refresh_at or not self._endpoint.may_refresh:
+        """Whether to refresh it now: its pause after a failure is over.
+
+        And while the endpoint is down, one at a time is enough.
+        """
+        if (
+            now < self.refresh_at
+            or now < self._endpoint.refresh_at
+            or not self._endpoint.may_refresh
+        ):
             return False
         if self._endpoint.reason(now) is not None:
             self._endpoint.claimed_by, self._endpoint.refresh_at = place, now + _DOWN
         return True
 
     def answer(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
-        """What is young enough to be given without asking: the balance, else the failure. A stale balance is to be refreshed."""
+        """What is young enough to be given without asking: the balance, else the failure.
+
+        A stale balance is to be refreshed.
+        """
         balance = self._balance
         if balance is not None:
             age = self._age(freshness, now)
@@ -213,12 +246,18 @@ class CacheEntry:
 
     def may_stand_in(self, freshness: CachePolicy, now: float) -> bool:
         """Whether the balance may stand in for a newer one while the API gives none."""
-        return self._balance is not None and self._age(freshness, now) < freshness.max_age + freshness.if_error
+        return (
+            self._balance is not None
+            and self._age(freshness, now) < freshness.max_age + freshness.if_error
+        )
 
-    def instead_of(self, failure: Unknown, freshness: CachePolicy, began: float, now: float) -> Known[Any] | None:
+    def instead_of(
+        self, failure: Unknown, freshness: CachePolicy, began: float, now: float
+    ) -> Known[Any] | None:
         """The balance with this failure beside it, where it may stand in for a newer one.
 
-        For one who asks since `began`: an answer that came meanwhile, in the moment of the failure, is what was asked for.
+        For one who asks since `began`: an answer that came meanwhile, in the moment of the failure,
+        is what was asked for.
         """
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
@@ -229,13 +268,19 @@ class CacheEntry:
             return None
         if isinstance(failure.error, RateLimitWaitError) and not freshness.own_limit:
             return None
-        return attrs.evolve(self._stale or self._make_stale(self._balance), error=failure.error, attempts=failure.attempts)
+        return attrs.evolve(
+            self._stale or self._make_stale(self._balance),
+            error=failure.error,
+            attempts=failure.attempts,
+        )
 
     def heard_since(self, began: float) -> Known[Any] | None:
         """The balance, if it came since then: as if its call had been shared."""
         if self._balance is None or self._received < began:
             return None
-        return attrs.evolve(self._fresh or self._make_fresh(self._balance), attempts=1, source="shared")
+        return attrs.evolve(
+            self._fresh or self._make_fresh(self._balance), attempts=1, source="shared"
+        )
 
     def last(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
         """What was heard last, however long ago: the balance, with the failure since then beside it, or the failure."""
@@ -248,10 +293,17 @@ class CacheEntry:
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
 
     def _age(self, freshness: CachePolicy, now: float) -> float:
-        """Seconds since the balance came. One of an account that has had its next grant since then is older than `max_age`."""
+        """Seconds since the balance came.
+
+        One of an account that has had its next grant since then is older than `max_age`.
+        """
         wall = time.time()
         age = max(now - self._received, wall - self._received_wall)
-        return age if wall < self._refreshes_at else max(age, freshness.max_age + wall - self._refreshes_at)
+        return (
+            age
+            if wall < self._refreshes_at
+            else max(age, freshness.max_age + wall - self._refreshes_at)
+        )
 
     def _is_down(self, now: float) -> bool:
         own = self._failure is not None and now - self.tried < _DOWN
@@ -261,7 +313,11 @@ class CacheEntry:
         """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
         stale = self._stale or self._make_stale(balance)
         reason = self._endpoint.reason(now) if stale.error is None else None
-        return stale if reason is None else attrs.evolve(stale, error=renamed(reason, balance.key.label))
+        return (
+            stale
+            if reason is None
+            else attrs.evolve(stale, error=renamed(reason, balance.key.label))
+        )
 
     def _make_fresh(self, balance: Balance) -> Known[Any]:
         self._fresh = Known(balance=balance, attempts=0, source="cached")
@@ -269,7 +325,9 @@ class CacheEntry:
 
     def _make_stale(self, balance: Balance) -> Known[Any]:
         error = None if self._failure is None else self._failure.error
-        self._stale = Known(balance=attrs.evolve(balance, stale=True), error=error, attempts=0, source="cached")
+        self._stale = Known(
+            balance=attrs.evolve(balance, stale=True), error=error, attempts=0, source="cached"
+        )
         return self._stale
 
 
@@ -279,11 +337,16 @@ class BalanceCache:
     `blocked` says why no request can be sent on an endpoint at the moment, or None.
     """
 
-    def __init__(self, room: int, retry: Retry, blocked: Callable[[str], CrustCreditsError | None]) -> None:
+    def __init__(
+        self, room: int, retry: Retry, blocked: Callable[[str], CrustCreditsError | None]
+    ) -> None:
         self._room = room
         self._retry = retry
         self._kept: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
-        self._endpoints = {path: _EndpointFailures(partial(blocked, path)) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
+        self._endpoints = {
+            path: _EndpointFailures(partial(blocked, path))
+            for path in (USER_CREDITS, ACCOUNT_CREDITS)
+        }
 
     def find(self, place: CacheKey) -> CacheEntry | None:
         """What is known there; looking is using."""
@@ -337,7 +400,11 @@ class BalanceCache:
     def has_just_failed(self, place: CacheKey) -> bool:
         """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
         kept = self._kept.get(place)
-        return kept is not None and kept.failures == 1 and self._endpoints[place[0]].failures < _FAILURES
+        return (
+            kept is not None
+            and kept.failures == 1
+            and self._endpoints[place[0]].failures < _FAILURES
+        )
 
     def forget(self, digest: bytes | None) -> None:
         """Drop what is kept of one key, or of all."""

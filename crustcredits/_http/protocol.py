@@ -1,6 +1,7 @@
 """The API without I/O: a request out of a key; a model or an error out of (status, headers, body, now).
 
-It must not know aiohttp, asyncio or a clock. Every fact of the API that the library relies on stands here, with its source.
+It must not know aiohttp, asyncio or a clock. Every fact of the API that the library relies on
+stands here, with its source.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ BASE_URL_VARIABLE: Final = "CRUSTDATA_API_URL"
 USER_CREDITS: Final = "/user/credits"
 ACCOUNT_CREDITS: Final = "/account/credits"
 
-# API introduction: a missing version "can default to the latest"; API reference: /account/credits answers 400 without one.
+# API introduction: a missing version "can default to the latest"; API reference: /account/credits
+# answers 400 without one.
 API_VERSION: Final = "2025-11-01"
 
 # A balance is a few hundred bytes. Anything near this is not one.
 MAX_BODY: Final = 64 * 1024
 
-# `1E+999999999` and 5,000-digit integers are JSON, and would stall or break arithmetic. No balance comes near these bounds.
+# `1E+999999999` and 5,000-digit integers are JSON, and would stall or break arithmetic. No balance
+# comes near these bounds.
 MAX_NUMBER_TEXT: Final = 64
 MAX_EXPONENT: Final = 64
 
@@ -66,7 +69,8 @@ _USER_AGENT = f"crustcredits/{__version__}"
 class Response:
     """One answer; `body` is None when it was larger than `MAX_BODY`.
 
-    `framed` is whether its headers told where the body ends; otherwise the end of the connection does, be it too early.
+    `framed` is whether its headers told where the body ends; otherwise the end of the connection
+    does, be it too early.
     """
 
     status: int
@@ -84,18 +88,26 @@ def request_headers(key: ApiKey) -> dict[str, str]:
     }
 
 
-def parse_base_url(base_url: str | None, environ: Mapping[str, str] | None = None) -> str | ConfigurationError:
+def parse_base_url(
+    base_url: str | None, environ: Mapping[str, str] | None = None
+) -> str | ConfigurationError:
     """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
 
-    The error, not raised because its text may hold credentials, when it is no `https://host[:port]`; plain `http` is taken
-    for loopback only.
+    The error, not raised because its text may hold credentials, when it is no
+    `https://host[:port]`; plain `http` is taken for loopback only.
     """
     source = "base_url"
     if base_url is None:
-        base_url = (os.environ if environ is None else environ).get(BASE_URL_VARIABLE, "").strip() or DEFAULT_BASE_URL
+        base_url = (os.environ if environ is None else environ).get(
+            BASE_URL_VARIABLE, ""
+        ).strip() or DEFAULT_BASE_URL
         source = BASE_URL_VARIABLE
     origin, problem = _origin_or_problem(base_url)
-    return origin if problem is None else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
+    return (
+        origin
+        if problem is None
+        else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
+    )
 
 
 def proxy_from_env(origin: str) -> str | None:
@@ -117,11 +129,20 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
         return None
     try:
         parts = urlsplit(proxy) if isinstance(proxy, str) else None
-        usable = parts is not None and parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        usable = (
+            parts is not None
+            and parts.scheme in {"http", "https"}
+            and bool(parts.hostname)
+            and parts.port != 0
+        )
     except ValueError:  # a port that is none, too
         usable = False
     remedy = "" if source == "proxy" else ", or exclude the API with NO_PROXY=api.crustdata.com"
-    return None if usable else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port{remedy}")
+    return (
+        None
+        if usable
+        else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port{remedy}")
+    )
 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
@@ -149,7 +170,10 @@ def _url_problem(parts: SplitResult) -> str | None:
     if parts.path not in {"", "/"} or parts.query or parts.fragment:
         return "has a path, query or fragment; the client adds the paths of the API itself"
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
-        return "is plain http, which would show every key to the network; use https (http is for loopback only)"
+        return (
+            "is plain http, which would show every key to the network; use https (http is for "
+            "loopback only)"
+        )
     return None
 
 
@@ -160,7 +184,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, period: float) -> Balance | CrustCreditsError:
+def read_response(
+    path: str, key: ApiKey, response: Response, *, now: datetime, period: float
+) -> Balance | CrustCreditsError:
     """What an answer says: a `Balance`, an `Account` when `path` is `ACCOUNT_CREDITS`, or the error, not raised.
 
     `now` is when it came; `period`, in seconds, bounds the wait that a refusal may ask for.
@@ -172,19 +198,38 @@ def read_response(path: str, key: ApiKey, response: Response, *, now: datetime, 
         said = "the connection failed while the answer came (the body is cut short)"
         return APIConnectionError(said, key_name=key.label, **read_details(response.headers, key))
     if problem is None:
-        document, problem = _user_of(document) if path == USER_CREDITS else _account_of(document, key)
+        document, problem = (
+            _user_of(document) if path == USER_CREDITS else _account_of(document, key)
+        )
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         said = f"the API answered with {problem or 'no number of credits'}"
-        return UnexpectedResponseError(said, key_name=key.label, status=200, **read_details(response.headers, key))
-    request_id, rate_limit = _clean(response.headers.get("x-request-id"), key), read_rate_limit(response.headers)
-    model, more = (Account, _account_fields(document, key)) if path == ACCOUNT_CREDITS else (Balance, {})
-    return model(key=key, credits=credits, checked_at=now, request_id=request_id, rate_limit=rate_limit, **more)
+        return UnexpectedResponseError(
+            said, key_name=key.label, status=200, **read_details(response.headers, key)
+        )
+    request_id, rate_limit = (
+        _clean(response.headers.get("x-request-id"), key),
+        read_rate_limit(response.headers),
+    )
+    model, more = (
+        (Account, _account_fields(document, key)) if path == ACCOUNT_CREDITS else (Balance, {})
+    )
+    return model(
+        key=key,
+        credits=credits,
+        checked_at=now,
+        request_id=request_id,
+        rate_limit=rate_limit,
+        **more,
+    )
 
 
 def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
     """What every answer's headers tell, as the fields of a model or an error."""
-    return {"request_id": _clean(headers.get("x-request-id"), key), "rate_limit": read_rate_limit(headers)}
+    return {
+        "request_id": _clean(headers.get("x-request-id"), key),
+        "rate_limit": read_rate_limit(headers),
+    }
 
 
 # --- numbers and documents
@@ -227,7 +272,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # White space as JSON has it, and a byte-order mark.
 _AROUND_JSON = " \t\r\n\ufeff"
-_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=_no_constant, object_pairs_hook=_once)
+_DECODER = json.JSONDecoder(
+    parse_float=_number, parse_int=_number, parse_constant=_no_constant, object_pairs_hook=_once
+)
 # `raw_decode` without its one more call.
 _scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 
@@ -263,7 +310,11 @@ def _is_cut_short(response: Response) -> bool:
 
 def _user_of(document: Any) -> tuple[Any, str | None]:
     """What holds the credits: the document, or the account in it (either shape has been seen at either address)."""
-    if isinstance(document, dict) and "credits" not in document and isinstance(document.get("account"), dict):
+    if (
+        isinstance(document, dict)
+        and "credits" not in document
+        and isinstance(document.get("account"), dict)
+    ):
         return document["account"], None
     return document, None
 
@@ -287,7 +338,13 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else []
+    )
 
 
 # Half of a character, as JSON can spell it and no encoding can write it.
@@ -299,22 +356,34 @@ def _without_secret(value: Any, key: ApiKey) -> Any:
     if isinstance(value, str):
         return _hide(_SURROGATE.sub("\ufffd", value), key)
     if isinstance(value, dict):
-        return {_without_secret(name, key): _without_secret(part, key) for name, part in value.items()}
+        return {
+            _without_secret(name, key): _without_secret(part, key) for name, part in value.items()
+        }
     return [_without_secret(part, key) for part in value] if isinstance(value, list) else value
 
 
 def _account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
-    fields = {name: account[name] for name, kind in _ACCOUNT_FIELDS.items() if isinstance(account.get(name), kind)}
+    fields = {
+        name: account[name]
+        for name, kind in _ACCOUNT_FIELDS.items()
+        if isinstance(account.get(name), kind)
+    }
     kept = {"credits", *fields, *(name for name in _ACCOUNT_FIELDS if account.get(name) is None)}
-    # The balance must not be lost for what only informs: a field of another kind than documented is kept as it came.
+    # The balance must not be lost for what only informs: a field of another kind than documented is
+    # kept as it came.
     extra = {name: value for name, value in account.items() if name not in kept}
     for name in extra.keys() & _ACCOUNT_FIELDS.keys():
-        _log.warning("%s: the account's %s is not of the documented kind; it is kept in extra", key.label, name)
+        _log.warning(
+            "%s: the account's %s is not of the documented kind; it is kept in extra",
+            key.label,
+            name,
+        )
     _read_refresh_date(fields, extra, key)
     return fields | {"extra": extra}
 
 
-# API reference, the fields of /account/credits. Sub-fields of wallets and top-ups are not documented.
+# API reference, the fields of /account/credits. Sub-fields of wallets and top-ups are not
+# documented.
 _ACCOUNT_FIELDS: Final[dict[str, type]] = {
     "recurring_credits": Decimal,
     "recurring_credits_frequency": str,
@@ -332,11 +401,14 @@ def _read_refresh_date(fields: dict[str, Any], extra: dict[str, Any], key: ApiKe
     text = fields.pop(name)
     try:
         date = datetime.fromisoformat(text.strip())
-        # API reference: an ISO timestamp such as 2026-09-01T00:00:00Z. One without an offset is taken for UTC.
+        # API reference: an ISO timestamp such as 2026-09-01T00:00:00Z. One without an offset is
+        # taken for UTC.
         fields[name] = date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
     except (ValueError, OverflowError):
         extra[name] = text
-        _log.warning("%s: the date of the account's next grant is no date; it is kept in extra", key.label)
+        _log.warning(
+            "%s: the date of the account's next grant is no date; it is kept in extra", key.label
+        )
 
 
 # --- headers
@@ -360,8 +432,9 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
 def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
     """Seconds that a refusal (429) asks to wait; None when it does not say.
 
-    The longer of `x-ratelimit-reset`, "wait that many seconds" (best-practices page), and `Retry-After`. No slot of a window
-    can take longer than the window, so a reset is at most `period`, also where it is an epoch.
+    The longer of `x-ratelimit-reset`, "wait that many seconds" (best-practices page), and
+    `Retry-After`. No slot of a window can take longer than the window, so a reset is at most
+    `period`, also where it is an epoch.
     """
     reset = _seconds(headers.get("x-ratelimit-reset"))
     slot = None if reset is None else min(max(reset, 0.0), period)
@@ -372,7 +445,8 @@ def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float
 def read_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
     """Seconds that `Retry-After` asks to wait, as seconds or as a date; None when it does not.
 
-    That the API sends it is unverified; gateways do. It speaks of no window, so it may be of any length.
+    That the API sends it is unverified; gateways do. It speaks of no window, so it may be of any
+    length.
     """
     wait = _seconds(headers.get("Retry-After"))
     if wait is None:
@@ -421,10 +495,12 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 }
 
 
-# What these say of a key, only a JSON object says for the API: pages come from gateways, firewalls and captive portals.
+# What these say of a key, only a JSON object says for the API: pages come from gateways, firewalls
+# and captive portals.
 _OF_THE_KEY = (401, 402, 403)
 _NOT_THE_API = (
-    "a gateway answered in the API's place: the answer is no JSON object, so nothing is known of the key; "
+    "a gateway answered in the API's place: the answer is no JSON object, so nothing is "
+    "known of the key; "
     "look for a proxy or firewall between here and the API"
 )
 
@@ -448,7 +524,9 @@ def _parse_leniently(body: bytes | None) -> Any:
         return None
 
 
-def _read_failure(key: ApiKey, response: Response, now: datetime, period: float) -> CrustCreditsError:
+def _read_failure(
+    key: ApiKey, response: Response, now: datetime, period: float
+) -> CrustCreditsError:
     status = response.status
     details: dict[str, Any] = {"key_name": key.label, **read_details(response.headers, key)}
     if not 400 <= status <= 599:
@@ -457,11 +535,15 @@ def _read_failure(key: ApiKey, response: Response, now: datetime, period: float)
             if 300 <= status <= 399
             else "an undocumented status"
         )
-        return UnexpectedResponseError(f"the API answered with {what} (HTTP {status})", status=status, **details)
+        return UnexpectedResponseError(
+            f"the API answered with {what} (HTTP {status})", status=status, **details
+        )
     document = _parse_leniently(response.body)
     if status in _OF_THE_KEY and not isinstance(document, dict):
         # Its headers may say a limit too, which is not the API's.
-        return GatewayError(_NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"])
+        return GatewayError(
+            _NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"]
+        )
     said = _clean(_message(document), key)
     if status >= 500:
         wait = read_wait(response.headers, now=now) if status == 503 else None
@@ -493,7 +575,14 @@ def _message(document: Any) -> str | None:
     errors = document.get("non_field_errors")
     listed = errors[0] if isinstance(errors, list) and errors else None
     named = (document.get(name) for name in ("detail", "description", "reason"))
-    candidates = (document.get("message"), nested.get("message"), nested.get("reason"), *named, error, listed)
+    candidates = (
+        document.get("message"),
+        nested.get("message"),
+        nested.get("reason"),
+        *named,
+        error,
+        listed,
+    )
     return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
 
 
@@ -505,7 +594,9 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
     """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
     if text is None:
         return None
-    if len(text) <= _MAX_MESSAGE and text.isascii() and text.isprintable() and "%" not in text:  # such as the id of a request
+    if (
+        len(text) <= _MAX_MESSAGE and text.isascii() and text.isprintable() and "%" not in text
+    ):  # such as the id of a request
         secret = key.get_secret_value()
         if secret.isascii() and secret.lower() not in text.lower():
             return text.strip() or None
@@ -521,7 +612,9 @@ def _hide(text: str, key: ApiKey) -> str:
     if len(text) < len(secret):
         return text
     forms = {secret} if _UNRESERVED.fullmatch(secret) else {secret, quote(secret, safe="")}
-    if text.isascii() and secret.isascii():  # elsewhere letters of other cases can be longer, or not be letters of ASCII
+    if (
+        text.isascii() and secret.isascii()
+    ):  # elsewhere letters of other cases can be longer, or not be letters of ASCII
         lower = text.lower()
         forms = {form for form in forms if form.lower() in lower}
     for form in forms:

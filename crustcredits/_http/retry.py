@@ -22,12 +22,14 @@ from crustcredits._validation import Number, Whole, init_hides_arguments
 # Nothing was sent for these. They may recover, and are not for an attempt to mend.
 _UNSENT = (BucketsUnavailableError, RateLimitWaitError)
 
-# After lost connections and answers of a gateway the fourth attempt comes no sooner than so many seconds after the first failure.
-# Jitter from 0 alone could spend all attempts within the first second of an outage of the network or of name resolution.
+# After lost connections and answers of a gateway the fourth attempt comes no sooner than so many
+# seconds after the first failure. Jitter from 0 alone could spend all attempts within the first
+# second of an outage of the network or of name resolution.
 _LATE_ATTEMPT = 4
 _OUTAGE = 4.0
 
-# Seconds; a refresh is tried again after as long at the most, whatever the server asked: the trouble may be over sooner.
+# Seconds; a refresh is tried again after as long at the most, whatever the server asked: the
+# trouble may be over sooner.
 _LONGEST_PAUSE = 60.0
 
 
@@ -37,14 +39,17 @@ class Retry:
     """How failures that may pass are tried again: lost connections, timeouts, gateways, 408, 425, 429 and 5xx. Others never are.
 
     Attributes:
-        attempts: Requests for one call at the most; 1 means never to try again. With more than 1, a refusal that comes while
-            several accounts are refused does not count, four times at most: it says nothing of the key.
-        backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound doubles each time. After lost
-            connections and answers of a gateway the fourth attempt comes no sooner than 4 s after the first failure, where the
-            call has the time and `backoff` is above 0, so that a short outage of the network, of name resolution or of a
+        attempts: Requests for one call at the most; 1 means never to try again. With more than 1, a
+            refusal that comes while several accounts are refused does not count, four times at
+            most: it says nothing of the key.
+        backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound
+            doubles each time. After lost connections and answers of a gateway the fourth attempt
+            comes no sooner than 4 s after the first failure, where the call has the time and
+            `backoff` is above 0, so that a short outage of the network, of name resolution or of a
             gateway is survived.
         backoff_max: Seconds; where the doubling stops.
-        wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is raised at once.
+        wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is
+            raised at once.
 
     Raises:
         ConfigurationError: A value is not a number of that range.
@@ -68,10 +73,10 @@ def retry_delay(
 ) -> float | None:
     """Seconds to wait before the next attempt, or None when there is to be none.
 
-    `attempts` counts those made, `spared` the ones among them that do not count, because they tried out
-    the rate limit. `elapsed` is the time in seconds since the first of them failed, `patience` the time
-    that is left. A refusal waits as long as the server asked and a jitter more, so that keys refused
-    together do not come back together.
+    `attempts` counts those made, `spared` the ones among them that do not count, because they tried
+    out the rate limit. `elapsed` is the time in seconds since the first of them failed, `patience`
+    the time that is left. A refusal waits as long as the server asked and a jitter more, so that
+    keys refused together do not come back together.
     """
     if attempts - (spared if retry.attempts > 1 else 0) >= retry.attempts or not error.may_recover:
         return None

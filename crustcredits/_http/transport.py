@@ -1,7 +1,8 @@
 """One attempt over aiohttp, bounded in time and size. The core's only importer of aiohttp.
 
-It knows neither the rate limit nor retries. Nothing of aiohttp's leaves it: its exceptions and its frames carry the
-`Authorization` header, so ours are made inside and raised, if at all, where no `except` block links them.
+It knows neither the rate limit nor retries. Nothing of aiohttp's leaves it: its exceptions and its
+frames carry the `Authorization` header, so ours are made inside and raised, if at all, where no
+`except` block links them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from crustcredits._errors import (
     ConfigurationError,
     CrustCreditsError,
 )
-from crustcredits._http.protocol import ACCOUNT_CREDITS, MAX_BODY, USER_CREDITS, Response, read_details, request_headers
+from crustcredits._http.protocol import (
+    ACCOUNT_CREDITS,
+    MAX_BODY,
+    USER_CREDITS,
+    Response,
+    read_details,
+    request_headers,
+)
 
 if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType
@@ -39,7 +47,8 @@ ClientSession: TypeAlias = aiohttp.ClientSession
 _NEVER_ROUNDED = math.inf
 # aiohttp takes a timeout of nought or less for none at all.
 _SHORTEST = 0.001
-# A share of the timeout: connecting has to end before the whole, so that the exception tells which of the two it was.
+# A share of the timeout: connecting has to end before the whole, so that the exception tells which
+# of the two it was.
 _CONNECTING = 0.9
 
 
@@ -67,7 +76,12 @@ class Transport:
     """Sends requests over one aiohttp session: its own, opened when first needed, or a caller's, never closed."""
 
     def __init__(
-        self, base_url: str, *, session: aiohttp.ClientSession | None, proxy: str | None, tls: ssl.SSLContext | None = None
+        self,
+        base_url: str,
+        *,
+        session: aiohttp.ClientSession | None,
+        proxy: str | None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._session = session
@@ -85,7 +99,8 @@ class Transport:
     async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
         """Send one request and read its whole answer within `timeout` seconds.
 
-        An answer of whatever status is a `Response`. Cancellation passes through, without aiohttp's frames.
+        An answer of whatever status is a `Response`. Cancellation passes through, without aiohttp's
+        frames.
         """
         answers: list[aiohttp.ClientResponse] = []
         try:
@@ -99,7 +114,8 @@ class Transport:
             finally:
                 response.release()
             headers = response.headers
-            # The end of the body is told by a length or by chunks, or else by the end of the connection.
+            # The end of the body is told by a length or by chunks, or else by the end of the
+            # connection.
             framed = hdrs.CONTENT_LENGTH in headers or hdrs.TRANSFER_ENCODING in headers
             return Response(response.status, headers, body, framed=framed)
         except asyncio.CancelledError as error:
@@ -119,34 +135,63 @@ class Transport:
         if self._owned and self._session is not None:
             await self._session.close()
 
-    def _options(self, session: aiohttp.ClientSession, key: ApiKey, timeout: float) -> dict[str, Any]:
+    def _options(
+        self, session: aiohttp.ClientSession, key: ApiKey, timeout: float
+    ) -> dict[str, Any]:
         """Everything is said for each request, so that a caller's session cannot surprise."""
         headers = request_headers(key)
         guard = _once if self._owned else _guard(headers[hdrs.AUTHORIZATION])
         if not self._owned and (session.trust_env or session.auth is not None):
-            # aiohttp refuses this header beside a session's own credentials; the guard sets it after them.
+            # aiohttp refuses this header beside a session's own credentials; the guard sets it
+            # after them.
             del headers[hdrs.AUTHORIZATION]
-        return {**self._fixed, "headers": headers, "timeout": _client_timeout(timeout), "middlewares": (guard,)}
+        return {
+            **self._fixed,
+            "headers": headers,
+            "timeout": _client_timeout(timeout),
+            "middlewares": (guard,),
+        }
 
     def _open(self) -> aiohttp.ClientSession:
-        # Slots bound the connections, not the connector: a wait there would count as time on the wire.
+        # Slots bound the connections, not the connector: a wait there would count as time on the
+        # wire.
         connector = aiohttp.TCPConnector(limit=0)
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+        return aiohttp.ClientSession(
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+        )
 
     def _peer(self) -> str:
         return "" if self._proxy is None else " to the API or its proxy"
 
-    def _failure(self, error: BaseException, key: ApiKey, timeout: float, answers: list[aiohttp.ClientResponse]) -> Failure:
-        details: dict[str, Any] = {"key_name": key.label} | (read_details(answers[0].headers, key) if answers else {})
+    def _failure(
+        self,
+        error: BaseException,
+        key: ApiKey,
+        timeout: float,
+        answers: list[aiohttp.ClientResponse],
+    ) -> Failure:
+        details: dict[str, Any] = {"key_name": key.label} | (
+            read_details(answers[0].headers, key) if answers else {}
+        )
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return Failure(APITimeoutError(f"no connection within {_CONNECTING * timeout:.3g} s", **details), Fate.UNSENT)
+            return Failure(
+                APITimeoutError(f"no connection within {_CONNECTING * timeout:.3g} s", **details),
+                Fate.UNSENT,
+            )
         if isinstance(error, TimeoutError):
-            return Failure(APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up)
+            return Failure(
+                APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up
+            )
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
-            return Failure(ClientClosedError("the aiohttp session that was given is closed", **details), Fate.UNSENT)
+            return Failure(
+                ClientClosedError("the aiohttp session that was given is closed", **details),
+                Fate.UNSENT,
+            )
         if isinstance(error, aiohttp.ClientHttpProxyError):
-            remedy = "; give its user and password in the proxy's URL" if error.status == 407 else ""
+            remedy = (
+                "; give its user and password in the proxy's URL" if error.status == 407 else ""
+            )
             said = f"the proxy refused to connect (HTTP {error.status}){remedy}"
             return Failure(APIConnectionError(said, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ServerFingerprintMismatch):
@@ -154,26 +199,50 @@ class Transport:
             return Failure(APIConnectionError(said, retryable=False, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
-            peer = " to the proxy" if isinstance(error, aiohttp.ClientProxyConnectionError) else self._peer()
+            peer = (
+                " to the proxy"
+                if isinstance(error, aiohttp.ClientProxyConnectionError)
+                else self._peer()
+            )
             said = f"could not connect{peer} ({_reason(error)})"
             return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # No network's doing: the caller's session, its connector or its traces.
-            return Failure(ConfigurationError(f"the request failed in the session ({type(error).__name__})", **details), given_up)
+            return Failure(
+                ConfigurationError(
+                    f"the request failed in the session ({type(error).__name__})", **details
+                ),
+                given_up,
+            )
         when = "while the answer came" if answers else "before an answer"
-        return Failure(APIConnectionError(f"the connection{self._peer()} failed {when} ({_reason(error)})", **details), given_up)
+        return Failure(
+            APIConnectionError(
+                f"the connection{self._peer()} failed {when} ({_reason(error)})", **details
+            ),
+            given_up,
+        )
 
 
 def tls_problem(context: object) -> ConfigurationError | None:
-    """Why a caller's `ssl` cannot be used; not raised, because other arguments may hold credentials."""
+    """Why a caller's `ssl` cannot be used.
+
+    Not raised, because other arguments may hold credentials.
+    """
     if context is None:
         return None
     if isinstance(context, ssl.SSLContext):
         remedy = "make it with ssl.create_default_context(cafile=…)"
         return (
-            None if _verifies(context) else ConfigurationError(f"ssl does not verify the server's certificate and name; {remedy}")
+            None
+            if _verifies(context)
+            else ConfigurationError(
+                f"ssl does not verify the server's certificate and name; {remedy}"
+            )
         )
-    remedy = "certificates are always verified: give a context that trusts yours, or name their file in SSL_CERT_FILE"
+    remedy = (
+        "certificates are always verified: give a context that trusts yours, or name their "
+        "file in SSL_CERT_FILE"
+    )
     return ConfigurationError(f"ssl is an ssl.SSLContext, not {type(context).__name__}; {remedy}")
 
 
@@ -182,7 +251,10 @@ def _verifies(context: ssl.SSLContext) -> bool:
 
 
 def session_problem(session: object) -> ConfigurationError | None:
-    """Why requests cannot be sent over what a caller gave; not raised, because other arguments may hold credentials."""
+    """Why requests cannot be sent over what a caller gave.
+
+    Not raised, because other arguments may hold credentials.
+    """
     if session is None or isinstance(session, aiohttp.ClientSession):
         return None
     return ConfigurationError(f"session is an aiohttp.ClientSession, not {type(session).__name__}")
@@ -203,7 +275,9 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
 @functools.lru_cache(maxsize=8)
 def _client_timeout(seconds: float) -> aiohttp.ClientTimeout:
     total = max(seconds, _SHORTEST)
-    return aiohttp.ClientTimeout(total=total, connect=_CONNECTING * total, ceil_threshold=_NEVER_ROUNDED)
+    return aiohttp.ClientTimeout(
+        total=total, connect=_CONNECTING * total, ceil_threshold=_NEVER_ROUNDED
+    )
 
 
 def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResponse) -> None:
@@ -211,12 +285,20 @@ def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResp
     if response.cookies:
         host = response.url.host or ""
         session.cookie_jar.clear(
-            lambda kept: kept.key in response.cookies and f".{host}".endswith(f".{kept['domain'].lstrip('.')}")
+            lambda kept: (
+                kept.key in response.cookies
+                and f".{host}".endswith(f".{kept['domain'].lstrip('.')}")
+            )
         )
 
 
-async def _once(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
-    """An aiohttp middleware: the request goes out once. aiohttp itself would send it again over a connection found closed."""
+async def _once(
+    request: aiohttp.ClientRequest, handler: ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """An aiohttp middleware: the request goes out once.
+
+    aiohttp itself would send it again over a connection found closed.
+    """
     try:
         return await handler(request)
     except aiohttp.ClientConnectorError:
@@ -228,7 +310,9 @@ async def _once(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> a
 def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
     """The same for a caller's session: with this key, the host of the URL and no cookie, whatever the session would add."""
 
-    async def guard(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
+    async def guard(
+        request: aiohttp.ClientRequest, handler: ClientHandlerType
+    ) -> aiohttp.ClientResponse:
         request.headers[hdrs.AUTHORIZATION] = authorization
         request.headers[hdrs.HOST] = request.url.host_port_subcomponent or ""
         request.headers.pop(hdrs.COOKIE, None)
@@ -242,10 +326,21 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, _NotResentError) and error.__cause__ is not None:
         error = error.__cause__
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    # After the handshake aiohttp makes an error of its own of OpenSSL's, whose number is not the system's.
-    tls = next((each for each in (cause, cause.__cause__, cause.__context__) if isinstance(each, ssl.SSLError)), None)
+    # After the handshake aiohttp makes an error of its own of OpenSSL's, whose number is not the
+    # system's.
+    tls = next(
+        (
+            each
+            for each in (cause, cause.__cause__, cause.__context__)
+            if isinstance(each, ssl.SSLError)
+        ),
+        None,
+    )
     if isinstance(tls, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {getattr(tls, 'verify_message', None) or 'OpenSSL gives no reason'}"
+        return (
+            "certificate verify failed: "
+            f"{getattr(tls, 'verify_message', None) or 'OpenSSL gives no reason'}"
+        )
     if tls is not None:
         return f"TLS: {(getattr(tls, 'reason', None) or 'the handshake or a record failed').replace('_', ' ').lower()}"
     if isinstance(cause, OSError) and (cause.strerror or "").startswith("[SSL"):
@@ -254,5 +349,6 @@ def _reason(error: BaseException) -> str:
         return "the connection was closed"
     if not isinstance(cause, OSError) or cause.errno is None:
         return type(error).__name__
-    # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text of the others.
+    # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text
+    # of the others.
     return os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or type(error).__name__

@@ -1,26 +1,53 @@
 """API keys: `ApiKey`, a secret that cannot print; `UnusableKey`, which stands for one in a pool; and pools of both.
 
-It knows nothing of files, requests or balances. A problem is returned as a value, and raised only when no frame holds a
-secret any more, because many tools print tracebacks with their local variables.
+It knows nothing of files, requests or balances. A problem is returned as a value, and raised only
+when no frame holds a secret any more, because many tools print tracebacks with their local
+variables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from collections.abc import Set as AbstractSet
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._keys.checks import is_likely_key, label_problem, looks_secret, secret_problem, slash_problem, trimmed
+from crustcredits._keys.checks import (
+    is_likely_key,
+    label_problem,
+    looks_secret,
+    secret_problem,
+    slash_problem,
+    trimmed,
+)
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
 # Names that tell an environment from a pool.
-_ENVIRONMENT = frozenset({KEY_VARIABLE, KEYS_VARIABLE, f"{KEY_VARIABLE}_FILE", f"{KEYS_VARIABLE}_FILE", "PATH", "HOME", "PWD"})
+_ENVIRONMENT = frozenset(
+    {
+        KEY_VARIABLE,
+        KEYS_VARIABLE,
+        f"{KEY_VARIABLE}_FILE",
+        f"{KEYS_VARIABLE}_FILE",
+        "PATH",
+        "HOME",
+        "PWD",
+    }
+)
 
 
 @runtime_checkable
@@ -43,19 +70,21 @@ class ApiKey:
     """One Crustdata API key: a secret with a name, and the account whose balance it draws from.
 
     Args:
-        secret: The key itself, a `str` or a `SecretStr`. Outer white space and a byte-order mark are dropped.
-        name: A name for people, unique within an account. By default a short fingerprint of the secret, which gives nothing of it
-            away.
-        account: Keys that name the same account share one balance: a report counts it once. The API does not tell
-            which keys share an account, so only you can.
+        secret: The key itself, a `str` or a `SecretStr`. Outer white space and a byte-order mark
+            are dropped.
+        name: A name for people, unique within an account. By default a short fingerprint of the
+            secret, which gives nothing of it away.
+        account: Keys that name the same account share one balance: a report counts it once. The API
+            does not tell which keys share an account, so only you can.
 
     Raises:
-        ConfigurationError: The secret cannot be one: it is empty, a placeholder or a URL, or holds white space, commas, quotation
-            marks, brackets or characters outside ASCII; or the name or the account is empty, unprintable, holds a `/` that
-            would make the label ambiguous, or gives a secret away.
+        ConfigurationError: The secret cannot be one: it is empty, a placeholder or a URL, or holds
+            white space, commas, quotation marks, brackets or characters outside ASCII; or the name
+            or the account is empty, unprintable, holds a `/` that would make the label ambiguous,
+            or gives a secret away.
 
-    `get_secret_value()` is the one way to the secret: no attribute holds it in the clear, and the key neither prints nor
-    pickles it. Keys are equal when secret, name and account are.
+    `get_secret_value()` is the one way to the secret: no attribute holds it in the clear, and the
+    key neither prints nor pickles it. Keys are equal when secret, name and account are.
     """
 
     __slots__ = ("__weakref__", "_account", "_digest", "_name", "_reveal")
@@ -65,8 +94,13 @@ class ApiKey:
     _name: str
     _reveal: Callable[[], str]  # a closure, because tools that print an object print its attributes
 
-    def __init__(self, secret: str | SecretValue, *, name: str | None = None, account: str | None = None) -> None:
-        self._name, self._account = "unfinished", None  # a traceback with local variables prints this half-made key
+    def __init__(
+        self, secret: str | SecretValue, *, name: str | None = None, account: str | None = None
+    ) -> None:
+        self._name, self._account = (
+            "unfinished",
+            None,
+        )  # a traceback with local variables prints this half-made key
         clear = clear_text(secret)
         problem = _problem(clear, name, account)
         if problem is not None:
@@ -102,7 +136,10 @@ class ApiKey:
 
     @property
     def label(self) -> str:
-        """`account/name` where an account is declared, else the name. Errors, logs, tables, JSON and routers show it."""
+        """`account/name` where an account is declared, else the name.
+
+        Errors, logs, tables, JSON and routers show it.
+        """
         return self._name if self._account is None else label_of(self._name, self._account)
 
     @property
@@ -117,7 +154,11 @@ class ApiKey:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ApiKey):
             return NotImplemented
-        return (self._digest, self._name, self._account) == (other._digest, other._name, other._account)
+        return (self._digest, self._name, self._account) == (
+            other._digest,
+            other._name,
+            other._account,
+        )
 
     def __hash__(self) -> int:
         return hash((self._digest, self._name, self._account))
@@ -137,10 +178,13 @@ class ApiKey:
 
 @attrs.frozen(kw_only=True)
 class UnusableKey:
-    """A key of a pool that cannot be used, so that the others can be checked all the same. It holds no secret.
+    """A key of a pool that cannot be used, so that the others can be checked all the same.
+
+    It holds no secret.
 
     Attributes:
-        name: The name that was given; where it cannot be shown, or there is none, the key's place: `keys[3]`.
+        name: The name that was given; where it cannot be shown, or there is none, the key's place:
+            `keys[3]`.
         account: The account that it declares, or None.
         error: Why it cannot be used, and the remedy.
     """
@@ -157,7 +201,9 @@ class UnusableKey:
     @property
     def digest(self) -> bytes:
         """16 bytes that tell it from other keys."""
-        return hashlib.blake2b(f"{self.label}\n{self.error}".encode(), digest_size=16, person=b"unusable").digest()
+        return hashlib.blake2b(
+            f"{self.label}\n{self.error}".encode(), digest_size=16, person=b"unusable"
+        ).digest()
 
 
 #: One key.
@@ -184,7 +230,11 @@ def split_label(label: str) -> tuple[str | None, str]:
 
 def unusable(problem: str, name: str, account: str | None = None) -> UnusableKey:
     """Stands for a key with this problem."""
-    return UnusableKey(name=name, account=account, error=ConfigurationError(problem, key_name=label_of(name, account)))
+    return UnusableKey(
+        name=name,
+        account=account,
+        error=ConfigurationError(problem, key_name=label_of(name, account)),
+    )
 
 
 def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiKey | UnusableKey:
@@ -197,7 +247,9 @@ def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiK
     account, name = split_label(label) if isinstance(label, str) else (None, label)
     if isinstance(key, ApiKey) and key.account is not None:
         if account not in {None, key.account}:
-            return unusable("its label and the key itself declare two accounts; keep the right one", place)
+            return unusable(
+                "its label and the key itself declare two accounts; keep the right one", place
+            )
         account = key.account
     return make_key(clear_text(key), name, account, place=place)
 
@@ -215,11 +267,15 @@ def make_key(secret: object, name: object, account: object, *, place: str) -> Ap
 
 
 def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError:
-    """The keys of a pool, lazily; the error, not raised, when this is no pool at all, such as a lone `str`."""
+    """The keys of a pool, lazily.
+
+    The error, not raised, when this is no pool at all, such as a lone `str`.
+    """
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
-    # A `map` does not print its source, whose own iterator may. A source that can be changed meanwhile is copied.
+    # A `map` does not print its source, whose own iterator may. A source that can be changed
+    # meanwhile is copied.
     if isinstance(keys, Mapping):
         return _each_labelled(iter(tuple(keys.items())))
     assert isinstance(keys, Iterable)
@@ -259,7 +315,10 @@ def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | Unusabl
 async def as_keys_async(
     advance: Callable[[], AsyncIterator[Any]], close: Callable[[], Awaitable[None]]
 ) -> AsyncGenerator[ApiKey | UnusableKey, None]:
-    """The keys of an asynchronous source, as they come. However it ends, the source is closed, if it can be."""
+    """The keys of an asynchronous source, as they come.
+
+    However it ends, the source is closed, if it can be.
+    """
     number = 0
     try:
         async for key in advance():
@@ -270,7 +329,9 @@ async def as_keys_async(
         await close()
 
 
-def methods_of(keys: AsyncIterable[Any]) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
+def methods_of(
+    keys: AsyncIterable[Any],
+) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
     """A source's iterator, and what closes it if it can be closed, as functions: they do not print it."""
     source = aiter(keys)
 
@@ -293,11 +354,17 @@ class Uniqueness:
         label, declared = key.label, key.account
         namesake = self._by_label.get(label, key)
         if namesake is not key and namesake.digest != key.digest:
-            return "two different keys have this name; rename one, because names are unique within an account"
+            return (
+                "two different keys have this name; rename one, because names are unique "
+                "within an account"
+            )
         if declared is not None:
             account = self._accounts.setdefault(key.digest, declared)
             if account != declared:
-                return f"its secret stands under two accounts, {account!r} and {declared!r}; remove the wrong entry"
+                return (
+                    f"its secret stands under two accounts, {account!r} and {declared!r}; "
+                    "remove the wrong entry"
+                )
         self._by_label[label] = key
         return None
 
@@ -313,7 +380,10 @@ def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | 
 
 
 def clear_text(secret: object) -> object:
-    """The secret of an object such as a `SecretStr`, or the name of the exception that it raised; anything else as it is."""
+    """The secret of an object such as a `SecretStr`, or the name of the exception that it raised.
+
+    Anything else as it is.
+    """
     if type(secret) is str:  # most are, and the check of a protocol takes its time
         return secret
     if isinstance(secret, type) or not isinstance(secret, SecretValue):
@@ -337,7 +407,11 @@ def _problem(secret: object, name: object, account: object) -> str | None:
 
 def printable_label(secret: object, name: object, account: object) -> str | None:
     """The label of a key that cannot be used, or None where it has none or it gives something away."""
-    usable = label_problem("name", name, secret) or label_problem("account", account, secret) or slash_problem(name, account)
+    usable = (
+        label_problem("name", name, secret)
+        or label_problem("account", account, secret)
+        or slash_problem(name, account)
+    )
     if (
         usable is not None
         or not isinstance(name, str)
@@ -349,17 +423,37 @@ def printable_label(secret: object, name: object, account: object) -> str | None
 
 def _pool_problem(keys: object) -> str | None:
     if isinstance(keys, (str, bytes, bytearray, SecretValue, UnusableKey)):
-        return f"many keys are expected here and this is one ({type(keys).__name__}); put it in a list: [key]"
-    if isinstance(keys, type(os.environ)) or (isinstance(keys, Mapping) and not _ENVIRONMENT.isdisjoint(keys)):
-        return "this is an environment, whose other values are no API keys; read it with keys_from_env()"
+        return (
+            f"many keys are expected here and this is one ({type(keys).__name__}); put it in a "
+            "list: [key]"
+        )
+    if isinstance(keys, type(os.environ)) or (
+        isinstance(keys, Mapping) and not _ENVIRONMENT.isdisjoint(keys)
+    ):
+        return (
+            "this is an environment, whose other values are no API keys; read it with "
+            "keys_from_env()"
+        )
     if isinstance(keys, Mapping) and "secret" in keys and not {"name", "account"}.isdisjoint(keys):
-        return "this is one row, and not a mapping of label to secret; read it with keys_from_records([row])"
+        return (
+            "this is one row, and not a mapping of label to secret; read it with "
+            "keys_from_records([row])"
+        )
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
-        return "an asynchronous source of keys goes to stream(); this takes an iterable or a mapping of label to secret"
+        return (
+            "an asynchronous source of keys goes to stream(); this takes an iterable or a "
+            "mapping of label to secret"
+        )
     if not isinstance(keys, (Iterable, Mapping)):
-        return f"keys are an iterable of str or ApiKey, or a mapping of label to secret, not {type(keys).__name__}"
+        return (
+            "keys are an iterable of str or ApiKey, or a mapping of label to secret, not "
+            f"{type(keys).__name__}"
+        )
     return None
 
 
 def _not_pickled() -> TypeError:
-    return TypeError("an ApiKey is not pickled, so that its secret is never written out; pass its label and read the secret there")
+    return TypeError(
+        "an ApiKey is not pickled, so that its secret is never written out; pass its label "
+        "and read the secret there"
+    )

@@ -1,7 +1,7 @@
 """Checks of API keys and of their labels: whether a text can be one, and which other kind it seems to be.
 
-Pure: a problem is returned as a sentence and never raised, and no sentence repeats a secret. It must not know
-key objects or sources.
+Pure: a problem is returned as a sentence and never raised, and no sentence repeats a secret. It
+must not know key objects or sources.
 """
 
 from __future__ import annotations
@@ -22,10 +22,23 @@ _PLACEHOLDER = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# Of these a placeholder has one, unless it has a mark that stands in no key; looking for them is quick.
-_HINTS = ("your", "here", "replace", "change", "insert", "enter", "paste", "placeholder", "xxx", "...")
+# Of these a placeholder has one, unless it has a mark that stands in no key; looking for them is
+# quick.
+_HINTS = (
+    "your",
+    "here",
+    "replace",
+    "change",
+    "insert",
+    "enter",
+    "paste",
+    "placeholder",
+    "xxx",
+    "...",
+)
 _NO_VALUES = frozenset({"todo", "tbd", "fixme", "redacted", "null", "none", "nil", "undefined"})
-# Nothing but letters, digits and the marks of keys. Almost every key is such, and needs no further look at its characters.
+# Nothing but letters, digits and the marks of keys. Almost every key is such, and needs no further
+# look at its characters.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9+/_.~-]+=*")
 _VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+|(?i:(crustdata[-_])?api[-_]?keys?)")
 _OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
@@ -46,19 +59,61 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
     (re.compile("@"), "an '@': it seems to be an e-mail address, or a part of a connection string"),
     (re.compile("-----"), "'-----': it seems to be a line of a PEM file"),
-    (re.compile("['\"`]"), "a quotation mark: it seems to be a line of JSON, TOML or a shell script; give the key bare"),
-    (re.compile(","), "a comma: it seems to be a list of keys, or a line of a CSV file; a list goes into CRUSTDATA_API_KEYS"),
-    (re.compile(";"), "a semicolon: it seems to be a list, or a line of a CSV or ini file; divide keys by commas or lines"),
-    (re.compile(r"[\[\]]"), "a square bracket: it seems to be a section of an ini file, or a JSON list; give the key bare"),
+    (
+        re.compile("['\"`]"),
+        (
+            "a quotation mark: it seems to be a line of JSON, TOML or a shell script; give the "
+            "key bare"
+        ),
+    ),
+    (
+        re.compile(","),
+        (
+            "a comma: it seems to be a list of keys, or a line of a CSV file; a list goes into "
+            "CRUSTDATA_API_KEYS"
+        ),
+    ),
+    (
+        re.compile(";"),
+        (
+            "a semicolon: it seems to be a list, or a line of a CSV or ini file; divide keys by "
+            "commas or lines"
+        ),
+    ),
+    (
+        re.compile(r"[\[\]]"),
+        (
+            "a square bracket: it seems to be a section of an ini file, or a JSON list; give the "
+            "key bare"
+        ),
+    ),
     (re.compile(r"[{}]"), "a brace: it seems to be JSON or a template; give the key bare"),
-    (re.compile(r"[<>]"), "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare"),
+    (
+        re.compile(r"[<>]"),
+        "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare",
+    ),
     (re.compile(r"[()]"), "a bracket: it seems to be a line of a program; give the key bare"),
-    (re.compile(":"), "a colon: it seems to be a line of YAML, a user with a password, or a path; in text write NAME=SECRET"),
+    (
+        re.compile(":"),
+        (
+            "a colon: it seems to be a line of YAML, a user with a password, or a path; in text "
+            "write NAME=SECRET"
+        ),
+    ),
     (
         re.compile("[|&!?^*]"),
-        "a mark that stands in no key: it seems to be a list, or a part of a URL; give the key bare",
+        (
+            "a mark that stands in no key: it seems to be a list, or a part of a URL; give the "
+            "key bare"
+        ),
     ),
-    (re.compile(r"\\"), "a backslash: it seems to be a path, or a line that goes on in the next; give the key bare, on one line"),
+    (
+        re.compile(r"\\"),
+        (
+            "a backslash: it seems to be a path, or a line that goes on in the next; give the "
+            "key bare, on one line"
+        ),
+    ),
 )
 
 
@@ -75,9 +130,15 @@ def secret_problem(secret: object) -> str | None:
     if not secret:
         return "the API key is empty; put the key there, or leave the entry out"
     if _SCHEME.match(secret):
-        return "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is added when it is sent"
+        return (
+            "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is "
+            "added when it is sent"
+        )
     if _is_placeholder(secret):
-        return "the API key is a placeholder, or a reference that was not replaced; put the key itself there"
+        return (
+            "the API key is a placeholder, or a reference that was not replaced; put the key "
+            "itself there"
+        )
     if _VARIABLE.fullmatch(secret):
         return "the API key is the name of a variable; put the key itself there"
     if secret[0] == "-" and _OPTION.fullmatch(secret):
@@ -85,7 +146,10 @@ def secret_problem(secret: object) -> str | None:
     if _OTHER_SERVICE.match(secret):
         return "the API key is a key of another service; put the key of Crustdata there"
     if ("/" in secret or "." in secret) and _PATH.fullmatch(secret):
-        return "the API key is the path of a file; files are read by keys_from_file(), and named by CRUSTDATA_API_KEYS_FILE"
+        return (
+            "the API key is the path of a file; files are read by keys_from_file(), and named "
+            "by CRUSTDATA_API_KEYS_FILE"
+        )
     return _character_problem(secret)
 
 
@@ -120,9 +184,15 @@ def _character_problem(secret: str) -> str | None:
     if not secret.isascii():
         return "the API key holds characters outside ASCII; copy it again from where it was issued"
     if not secret.isprintable() or " " in secret:
-        return "the API key holds white space or control characters inside; is it one key, copied whole?"
+        return (
+            "the API key holds white space or control characters inside; is it one key, copied "
+            "whole?"
+        )
     if "=" in secret.rstrip("="):  # at the end it is base64's padding
-        return "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give the secret alone"
+        return (
+            "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give "
+            "the secret alone"
+        )
     return None if any(map(str.isalnum, secret)) else _NO_LETTER
 
 
@@ -141,12 +211,18 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
     if not label.isprintable():
         return f"the {part} of the API key holds unprintable characters"
     if label[0] in "'\"" or label[-1] in "'\"":
-        return f"the {part} of the API key begins or ends with a quotation mark; are there quotes around all of it?"
+        return (
+            f"the {part} of the API key begins or ends with a quotation mark; are there quotes "
+            "around all of it?"
+        )
     if _gives_away(label, secret):
         return f"the {part} of the API key holds its secret; give it another, because it is printed"
-    if (looks_secret(label) or is_likely_key(label)) and (secret_problem(secret) is not None or not may_be_key(secret)):
+    if (looks_secret(label) or is_likely_key(label)) and (
+        secret_problem(secret) is not None or not may_be_key(secret)
+    ):
         return (
-            f"the {part} of the API key looks more like a secret than its value does: are the two swapped? "
+            f"the {part} of the API key looks more like a secret than its value does: are "
+            "the two swapped? "
             "Write NAME=SECRET, or {name: secret}; the name is not shown, because it may be the key"
         )
     return None
@@ -155,9 +231,15 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
 def slash_problem(name: object, account: object) -> str | None:
     """Why a label of these two could be taken for another's, or None."""
     if isinstance(account, str) and "/" in account:
-        return "the account of the API key holds a '/', which divides account and name; give it another"
+        return (
+            "the account of the API key holds a '/', which divides account and name; give it "
+            "another"
+        )
     if account is None and isinstance(name, str) and "/" in name:
-        return "the name of the API key holds a '/', which divides account and name; give the two apart: account= and name="
+        return (
+            "the name of the API key holds a '/', which divides account and name; give the two "
+            "apart: account= and name="
+        )
     return None
 
 
@@ -201,15 +283,42 @@ def is_likely_key(text: object) -> bool:
     return sum(before != after for before, after in itertools.pairwise(kinds)) >= _MIXED
 
 
-# Words in the names of settings that hold other secrets or addresses: `DB_PASSWORD`, `spring.datasource.url`, `clientSecret`.
+# Words in the names of settings that hold other secrets or addresses: `DB_PASSWORD`,
+# `spring.datasource.url`, `clientSecret`.
 _PASSWORDS = frozenset({"password", "passwd", "passphrase", "pwd"})
-_SECRETS = ("pass", "pw", "secret", "token", "salt", "cookie", "dsn", "url", "uri", "credential", "credentials")
+_SECRETS = (
+    "pass",
+    "pw",
+    "secret",
+    "token",
+    "salt",
+    "cookie",
+    "dsn",
+    "url",
+    "uri",
+    "credential",
+    "credentials",
+)
 _ENDS = ("password", "passwd", "secret", "token", "apikey", "secretkey", "accesskey", "privatekey")
 _KINDS_OF_KEYS = frozenset({"api", "access", "private", "secret", "public", "encryption", "ssh"})
 # Words that settings have and keys may have too: then the value decides.
 _PLAIN = frozenset(
     {
-        *("user", "username", "login", "email", "host", "hostname", "port", "path", "home", "name", "version", "id", "type"),
+        *(
+            "user",
+            "username",
+            "login",
+            "email",
+            "host",
+            "hostname",
+            "port",
+            "path",
+            "home",
+            "name",
+            "version",
+            "id",
+            "type",
+        ),
         *("level", "region", "env", "debug", "db", "database", "auth"),
     }
 )
@@ -222,7 +331,9 @@ def is_setting(name: str, secret: object) -> bool:
     last = words[-1] if words else ""
     if not _PASSWORDS.isdisjoint(words) or last in _SECRETS or last.endswith(_ENDS):
         return True
-    if any(kind in _KINDS_OF_KEYS and key in {"key", "keys"} for kind, key in itertools.pairwise(words)):
+    if any(
+        kind in _KINDS_OF_KEYS and key in {"key", "keys"} for kind, key in itertools.pairwise(words)
+    ):
         return True
     upper = "_" in name and name.isupper() and last in {"key", "keys", "pat", "pin"}
     return upper or (last in _PLAIN and not may_be_key(secret))

@@ -1,7 +1,8 @@
 """Where keys come from: text, files, the environment, and records such as a database's rows.
 
-Nothing but an API key may become one, so a file is plain text, an env file, JSON or CSV, and any other is refused as a whole. A
-reader returns its problem as a value; each public function raises it once its own frame holds no secret.
+Nothing but an API key may become one, so a file is plain text, an env file, JSON or CSV, and any
+other is refused as a whole. A reader returns its problem as a value; each public function raises it
+once its own frame holds no secret.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from crustcredits._keys.api_key import (
     split_label,
     unusable,
 )
-from crustcredits._keys.checks import is_likely_key, is_setting, looks_secret, may_be_key, secret_problem
+from crustcredits._keys.checks import (
+    is_likely_key,
+    is_setting,
+    looks_secret,
+    may_be_key,
+    secret_problem,
+)
 from crustcredits._validation import hides_arguments
 
 _Pool: TypeAlias = list[ApiKey] | ConfigurationError
@@ -49,7 +56,20 @@ _ENV: Final = frozenset({".env"})
 _SUFFIXES: Final = _PLAIN | _JSON | _CSV | _ENV
 
 # Columns of CSV files that are not meant for this library, or do not name the secret.
-_OTHER_COLUMNS: Final = frozenset({"name", "account", "key", "api_key", "apikey", "token", "password", "email", "user", "username"})
+_OTHER_COLUMNS: Final = frozenset(
+    {
+        "name",
+        "account",
+        "key",
+        "api_key",
+        "apikey",
+        "token",
+        "password",
+        "email",
+        "user",
+        "username",
+    }
+)
 
 _OURS = re.compile(rf"^[ \t]*(?:(?:export|declare -x)[ \t]+)?{KEY_VARIABLE}S?[ \t]*=", re.MULTILINE)
 _EXPORT = re.compile(r"^[ \t]*(?:export|declare -x)[ \t]+\w+=", re.MULTILINE)
@@ -62,8 +82,10 @@ _ASSIGNMENT = re.compile(
 )
 
 _A_SETTING = (
-    "its name is that of a setting: this seems to be the configuration of a program, and not a list of keys; "
-    f"in an env file set {KEYS_VARIABLE}, in a list give each key another name, or write acme/prod with the account before it"
+    "its name is that of a setting: this seems to be the configuration of a program, and not "
+    "a list of keys; "
+    f"in an env file set {KEYS_VARIABLE}, in a list give each key another name, or write "
+    "acme/prod with the account before it"
 )
 
 
@@ -78,12 +100,13 @@ _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
 def keys_from_text(text: str) -> list[ApiKey]:
     """Read keys from text: one a line or divided by commas, each `secret`, `name=secret` or `account/name=secret`.
 
-    A `#` at the start of a line or after white space begins a comment. An env file, JSON, and CSV with a header row are read as
-    `keys_from_file` says.
+    A `#` at the start of a line or after white space begins a comment. An env file, JSON, and CSV
+    with a header row are read as `keys_from_file` says.
 
     Raises:
-        ConfigurationError: A line cannot be used (the error names it by its number); two keys of one account have one name; one
-            secret stands under two accounts; or the text is of another kind, such as the settings of a program.
+        ConfigurationError: A line cannot be used (the error names it by its number); two keys of
+            one account have one name; one secret stands under two accounts; or the text is of
+            another kind, such as the settings of a program.
     """
     pool = _read_any(text)
     del text
@@ -94,18 +117,21 @@ def keys_from_text(text: str) -> list[ApiKey]:
 def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
     """Read keys from a UTF-8 file: plain text, an env file, JSON or CSV, by its suffix and its content.
 
-    - Plain text has no suffix, or `.txt`, `.text`, `.keys` or `.list`, and is read as `keys_from_text` says.
-    - An env file has a line `CRUSTDATA_API_KEY=…` or `CRUSTDATA_API_KEYS=…`, with or without `export`. Only these two
-      variables are read, as `keys_from_env` reads them, and all others are ignored.
-    - JSON is an object of labels and secrets, `{"acme/prod": "…"}`, or a list of objects with `secret`, `name` and `account`.
-    - CSV (`.csv` or `.tsv`) has a header row with a column `secret`, and `name` and `account` where they are known; other
-      columns are ignored.
+    - Plain text has no suffix, or `.txt`, `.text`, `.keys` or `.list`, and is read as
+      `keys_from_text` says.
+    - An env file has a line `CRUSTDATA_API_KEY=…` or `CRUSTDATA_API_KEYS=…`, with or without
+      `export`. Only these two variables are read, as `keys_from_env` reads them, and all others are
+      ignored.
+    - JSON is an object of labels and secrets, `{"acme/prod": "…"}`, or a list of objects with
+      `secret`, `name` and `account`.
+    - CSV (`.csv` or `.tsv`) has a header row with a column `secret`, and `name` and `account` where
+      they are known; other columns are ignored.
 
     Any other file is refused as a whole, so that no other secret of a service is sent as a key.
 
     Raises:
-        ConfigurationError: The file cannot be read or is of another kind; or as `keys_from_text`. A path that may be a key in the
-            wrong place is not repeated.
+        ConfigurationError: The file cannot be read or is of another kind; or as `keys_from_text`. A
+            path that may be a key in the wrong place is not repeated.
     """
     pool = _read_file(path, "the keys file")
     del path
@@ -116,10 +142,11 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
 def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
     """Read keys from the environment.
 
-    `CRUSTDATA_API_KEY` is one secret. `CRUSTDATA_API_KEYS` holds many, as `keys_from_text` reads them. `CRUSTDATA_API_KEY_FILE` and
-    `CRUSTDATA_API_KEYS_FILE` name files in their place, as Docker's and Kubernetes' secrets are; the second may be any file that
-    `keys_from_file` reads. A secret that stands in both is kept once, under the name it has among the many. Returns an
-    empty list when no variable is set.
+    `CRUSTDATA_API_KEY` is one secret. `CRUSTDATA_API_KEYS` holds many, as `keys_from_text` reads
+    them. `CRUSTDATA_API_KEY_FILE` and `CRUSTDATA_API_KEYS_FILE` name files in their place, as
+    Docker's and Kubernetes' secrets are; the second may be any file that `keys_from_file` reads. A
+    secret that stands in both is kept once, under the name it has among the many. Returns an empty
+    list when no variable is set.
 
     Raises:
         ConfigurationError: A variable or its file cannot be used, or both are set.
@@ -133,8 +160,9 @@ def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
 def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | UnusableKey]:
     """Read keys from mappings with `secret`, and `name` and `account` where they are known, such as a database's rows.
 
-    Other columns are ignored; a name or an account may be None or empty. A row that cannot be used becomes an `UnusableKey`,
-    and so does a row with the label of an earlier one, or with its secret under another account. In a check it fails alone.
+    Other columns are ignored; a name or an account may be None or empty. A row that cannot be used
+    becomes an `UnusableKey`, and so does a row with the label of an earlier one, or with its secret
+    under another account. In a check it fails alone.
 
     Raises:
         ConfigurationError: `rows` is not an iterable of rows.
@@ -159,7 +187,9 @@ def _or_raise(pool: _Pool) -> list[ApiKey]:
 
 def _read_environ(environ: object) -> _Pool:
     if not isinstance(environ, Mapping):
-        return ConfigurationError(f"an environment is a mapping of names to text, not {type(environ).__name__}")
+        return ConfigurationError(
+            f"an environment is a mapping of names to text, not {type(environ).__name__}"
+        )
     try:
         values = {name: environ.get(name) or "" for name in _VARIABLES}
     except Exception as error:  # noqa: BLE001  # of a vault behind it, whose frames may hold anything
@@ -190,7 +220,11 @@ def _read_variables(values: Mapping[str, Any], file: str) -> _Pool:
     single, many = values.get(KEY_VARIABLE, ""), values.get(KEYS_VARIABLE, "")
     if not (isinstance(single, str) and isinstance(many, str)):
         return _refused(file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} hold text")
-    return _joined(single, _read(many, place=_at(file, f"{KEYS_VARIABLE}, line")), place=_at(file, KEY_VARIABLE))
+    return _joined(
+        single,
+        _read(many, place=_at(file, f"{KEYS_VARIABLE}, line")),
+        place=_at(file, KEY_VARIABLE),
+    )
 
 
 def _joined(single: str, many: _Pool, *, place: str, required: bool = False) -> _Pool:
@@ -203,7 +237,10 @@ def _joined(single: str, many: _Pool, *, place: str, required: bool = False) -> 
 
 
 def _assignments(text: str) -> dict[str, str]:
-    """The variables of an env file. A value in quotes may go over several lines, which are no variables then."""
+    """The variables of an env file.
+
+    A value in quotes may go over several lines, which are no variables then.
+    """
     values: dict[str, str] = {}
     for found in _ASSIGNMENT.finditer(text):
         single, double, rest = found.group("single", "double", "bare")
@@ -241,7 +278,8 @@ def _text_of(path: Any, file: str) -> str | ConfigurationError:
     if _may_be_shown(path):
         return ConfigurationError(f"{file} {str(path)!r} cannot be read: {problem}")
     hint = (
-        f"its path is not repeated, because it may be a key; give the path of a file, and put keys themselves into {KEYS_VARIABLE}"
+        "its path is not repeated, because it may be a key; give the path of a file, and put "
+        f"keys themselves into {KEYS_VARIABLE}"
     )
     return ConfigurationError(f"{file} cannot be read: {problem}; {hint}")
 
@@ -255,7 +293,12 @@ def _may_be_shown(path: Any) -> bool:
         return (
             path.exists()
             or bool(_WORDS.fullmatch(text))
-            or (named and text.isprintable() and not looks_secret(text) and not is_likely_key(path.stem))
+            or (
+                named
+                and text.isprintable()
+                and not looks_secret(text)
+                and not is_likely_key(path.stem)
+            )
         )
     except (TypeError, ValueError, OSError):
         return False
@@ -263,12 +306,17 @@ def _may_be_shown(path: Any) -> bool:
 
 def _read_any(text: object) -> _Pool:
     if not isinstance(text, str):
-        return ConfigurationError(f"keys are read from a str, not {type(text).__name__}; decode it first")
+        return ConfigurationError(
+            f"keys are read from a str, not {type(text).__name__}; decode it first"
+        )
     return _read(text, place="line")
 
 
 def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
-    """The keys of a text of any kind; suffix and content tell which. The number of a line is put behind `place`."""
+    """The keys of a text of any kind; suffix and content tell which.
+
+    The number of a line is put behind `place`.
+    """
     text = text.removeprefix(_BYTE_ORDER_MARK)
     file = _file_of(place)
     if suffix in _JSON or (suffix in _PLAIN and text.lstrip()[:1] in {"{", "["}):
@@ -277,8 +325,12 @@ def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
         except _TwiceError:
             return _refused(file, "a name stands twice in one object; rename one of the two")
         except (ValueError, RecursionError):
-            if suffix in _JSON or not text.lstrip().startswith("["):  # which may be a section of an ini file
-                return _refused(file, "this is not valid JSON; correct it, or give the keys as text")
+            if suffix in _JSON or not text.lstrip().startswith(
+                "["
+            ):  # which may be a section of an ini file
+                return _refused(
+                    file, "this is not valid JSON; correct it, or give the keys as text"
+                )
     delimiter = _delimiter_of(text) if suffix in _PLAIN | _CSV else None
     if delimiter is not None:
         return _checked(_rows_of_csv(text, delimiter, place))
@@ -295,12 +347,24 @@ def _read_lines(text: str, place: str, suffix: str) -> _Pool:
     if not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(variables):
         return _read_variables(variables, file)
     if variables:
-        return _refused(file, f"{KEY_VARIABLE} or {KEYS_VARIABLE} stands inside the quotes of another value; is one not closed?")
+        return _refused(
+            file,
+            f"{KEY_VARIABLE} or {KEYS_VARIABLE} stands inside the quotes of another value; "
+            "is one not closed?",
+        )
     if suffix in _ENV or _EXPORT.search(text):
-        return _refused(file, f"this env file sets neither {KEY_VARIABLE}=… nor {KEYS_VARIABLE}=…; no other variable is read")
+        return _refused(
+            file,
+            f"this env file sets neither {KEY_VARIABLE}=… nor {KEYS_VARIABLE}=…; no other "
+            "variable is read",
+        )
     if suffix not in _PLAIN:
         kinds = "plain text (.txt or no suffix), an env file, JSON or CSV"
-        return _refused(file, f"files of this kind are not read, because they may hold other secrets; keys may stand in {kinds}")
+        return _refused(
+            file,
+            "files of this kind are not read, because they may hold other secrets; keys may "
+            f"stand in {kinds}",
+        )
     return _checked(_keys_of_entries(list(_entries_of(text, place))))
 
 
@@ -335,25 +399,42 @@ def _entries_of(text: str, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_comment(line: str) -> str:
-    """The line without its comment; but all of it where the comment seems to be half of a name, as in `customer #42=…`."""
+    """The line without its comment.
+
+    But all of it where the comment seems to be half of a name, as in `customer #42=…`.
+    """
     entry = _COMMENT.sub("", line)
     rest = line[len(entry) :].partition("=")[2].strip()
-    return line if entry.strip() and "=" not in entry and not may_be_key(entry.strip()) and may_be_key(rest) else entry
+    return (
+        line
+        if entry.strip() and "=" not in entry and not may_be_key(entry.strip()) and may_be_key(rest)
+        else entry
+    )
 
 
 def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | UnusableKey]:
-    # Where other entries look like keys, a bare entry that certainly is none is a cell beside them, or half of a name.
-    mixed = any(may_be_key(entry if _is_bare(entry) else entry.partition("=")[2].strip()) for entry, _ in entries)
+    # Where other entries look like keys, a bare entry that certainly is none is a cell beside them,
+    # or half of a name.
+    mixed = any(
+        may_be_key(entry if _is_bare(entry) else entry.partition("=")[2].strip())
+        for entry, _ in entries
+    )
     for entry, place in entries:
         if mixed and "=" not in entry and not may_be_key(entry) and secret_problem(entry) is None:
-            yield unusable("this does not look like a key, as other entries do; if it is one, write NAME=SECRET", place)
+            yield unusable(
+                "this does not look like a key, as other entries do; if it is one, write "
+                "NAME=SECRET",
+                place,
+            )
         else:
             yield _key_of_entry(entry, place)
 
 
 def _is_bare(entry: str) -> bool:
     """Whether it has no name: it has no `=`, or base64's padding at its end."""
-    return "=" not in entry.rstrip("=") and (not entry.endswith("=") or may_be_key(entry.rstrip("=")))
+    return "=" not in entry.rstrip("=") and (
+        not entry.endswith("=") or may_be_key(entry.rstrip("="))
+    )
 
 
 def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
@@ -361,9 +442,14 @@ def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
         return make_key(entry, None, None, place=place)
     label, _, secret = entry.partition("=")
     if "#" in label and label.count(" #"):
-        return unusable("a name holds no ' #', which begins a comment; give such names in JSON or CSV", place)
+        return unusable(
+            "a name holds no ' #', which begins a comment; give such names in JSON or CSV", place
+        )
     if secret.strip() and not secret.strip("= "):
-        return unusable("nothing but '=' stands behind a name; a key that ends in '=' needs a name before it", place)
+        return unusable(
+            "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it",
+            place,
+        )
     return _labelled(label, secret, place)
 
 
@@ -397,10 +483,16 @@ def _read_json(document: Any, file: str) -> _Pool:
     if isinstance(document, dict) and not {KEY_VARIABLE, KEYS_VARIABLE}.isdisjoint(document):
         return _read_variables(document, file)
     if isinstance(document, dict) and "secret" not in document:
-        return _checked(_labelled(label, secret, _at(file, f"entry {n}")) for n, (label, secret) in enumerate(document.items(), 1))
+        return _checked(
+            _labelled(label, secret, _at(file, f"entry {n}"))
+            for n, (label, secret) in enumerate(document.items(), 1)
+        )
     if isinstance(document, list) and all(isinstance(row, dict) for row in document):
         places = (_at(file, f"entry {number}") for number in itertools.count(1))
-        return _checked(_at_place(_key_of_row(row, place), place) for row, place in zip(document, places, strict=False))
+        return _checked(
+            _at_place(_key_of_row(row, place), place)
+            for row, place in zip(document, places, strict=False)
+        )
     shapes = "{\"name\": \"secret\"}, or a list of objects with 'secret', 'name' and 'account'"
     return _refused(file, f"this JSON does not hold keys; it has to be {shapes}")
 
@@ -409,7 +501,10 @@ def _read_json(document: Any, file: str) -> _Pool:
 
 
 def _delimiter_of(text: str) -> str | None:
-    """The delimiter of a header row with a column `secret`; None when the first line is no such row."""
+    """The delimiter of a header row with a column `secret`.
+
+    None when the first line is no such row.
+    """
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((mark for mark in ",;\t" if "secret" in _columns(first.split(mark))), None)
 
@@ -417,7 +512,11 @@ def _delimiter_of(text: str) -> str | None:
 def _is_header(text: str) -> bool:
     """Whether the first line names columns, none of which is `secret`."""
     first = _columns(next((line for line in text.splitlines() if line.strip()), "").split(","))
-    return len(first) > 1 and all(map(str.isidentifier, first)) and not _OTHER_COLUMNS.isdisjoint(first)
+    return (
+        len(first) > 1
+        and all(map(str.isidentifier, first))
+        and not _OTHER_COLUMNS.isdisjoint(first)
+    )
 
 
 def _columns(cells: Iterable[str]) -> list[str]:
@@ -425,7 +524,9 @@ def _columns(cells: Iterable[str]) -> list[str]:
 
 
 def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | UnusableKey]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
     columns: list[str] = []
     try:
         for cells in reader:
@@ -435,13 +536,17 @@ def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | Unu
             if not columns:
                 columns = _columns(cells)
                 if any(columns.count(column) > 1 for column in _COLUMNS):
-                    yield unusable("a column stands twice in the header row; rename one of the two", where)
+                    yield unusable(
+                        "a column stands twice in the header row; rename one of the two", where
+                    )
             elif len(cells) != len(columns):
                 yield unusable("the row has a different number of cells from the header row", where)
             else:
                 yield _at_place(_key_of_row(dict(zip(columns, cells, strict=True)), where), where)
     except csv.Error:
-        yield unusable("the row is not CSV; is a quotation mark missing?", f"{place} {reader.line_num}")
+        yield unusable(
+            "the row is not CSV; is a quotation mark missing?", f"{place} {reader.line_num}"
+        )
 
 
 # --- records
@@ -450,7 +555,10 @@ def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | Unu
 def _rows_problem(rows: object) -> str | None:
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         kind = type(rows).__name__
-        return f"rows are an iterable of mappings with 'secret', 'name' and 'account', not {kind}; put one row in a list: [row]"
+        return (
+            "rows are an iterable of mappings with 'secret', 'name' and 'account', not "
+            f"{kind}; put one row in a list: [row]"
+        )
     return None
 
 
@@ -461,7 +569,9 @@ def _read_rows(rows: Iterator[Any]) -> list[ApiKey | UnusableKey]:
         row = _key_of_row(row, f"rows[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         problem = None if isinstance(row, UnusableKey) else taken.take(row)
         # By its place, because its label is that of an earlier row.
-        pool.append(row if problem is None else unusable(f"{row.label}: {problem}", f"rows[{number}]"))
+        pool.append(
+            row if problem is None else unusable(f"{row.label}: {problem}", f"rows[{number}]")
+        )
     return pool
 
 
@@ -471,14 +581,28 @@ def _key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
         names = set(row.keys())
         secret, name, account = (row[column] if column in names else None for column in _COLUMNS)
     except Exception as error:  # noqa: BLE001  # of a driver, a vault or a cipher: one row's trouble, and no other's
-        problem = f"a row is a mapping with 'secret', 'name' and 'account', and this {type(row).__name__} cannot be read as one"
+        problem = (
+            "a row is a mapping with 'secret', 'name' and 'account', and this "
+            f"{type(row).__name__} cannot be read as one"
+        )
         return unusable(f"{problem} ({type(error).__name__})", place)
     key = make_key(clear_text(secret), _text(name), _text(account), place=place)
     if "secret" not in names and isinstance(key, UnusableKey):
-        return unusable("the row has no column 'secret'; give this name to the column of the keys", key.name, key.account)
+        return unusable(
+            "the row has no column 'secret'; give this name to the column of the keys",
+            key.name,
+            key.account,
+        )
     return key
 
 
 def _text(name: object) -> object:
-    """The name of a column: numbers and UUIDs, which databases have for names, as text; an empty one is none."""
-    return str(name) if isinstance(name, (int, uuid.UUID)) and not isinstance(name, bool) else name or None
+    """The name of a column: numbers and UUIDs, which databases have for names, as text.
+
+    An empty one is none.
+    """
+    return (
+        str(name)
+        if isinstance(name, (int, uuid.UUID)) and not isinstance(name, bool)
+        else name or None
+    )

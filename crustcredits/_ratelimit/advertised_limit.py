@@ -11,15 +11,16 @@ _MOST = 1_000_000
 class AdvertisedLimit:
     """The limit of a bucket: the configured one, until answers say another.
 
-    An answer speaks of the bucket when it has counted at least the requests there that had ended when its own began. One that has
-    counted fewer speaks of something else, and says as much as that the configured limit holds. A higher limit than the
-    configured one is followed only where that is asked for.
+    An answer speaks of the bucket when it has counted at least the requests there that had ended
+    when its own began. One that has counted fewer speaks of something else, and says as much as
+    that the configured limit holds. A higher limit than the configured one is followed only where
+    that is asked for.
 
     Args:
         configured: The configured limit.
         follows_higher: Whether a higher one is followed.
-        voices: How many accounts have to say so, the last ones that were heard: one key of a smaller plan is no reason to hold
-            back all the others.
+        voices: How many accounts have to say so, the last ones that were heard: one key of a
+            smaller plan is no reason to hold back all the others.
     """
 
     __slots__ = ("_configured", "_most", "_said", "_voices")
@@ -35,7 +36,10 @@ class AdvertisedLimit:
         return limit != self._configured or bool(self._said)
 
     def hear(self, account: Hashable, limit: int, used: int, seen: int) -> int:
-        """An answer for an account told of this limit and of `used` requests; `seen` had ended. Returns the limit to keep."""
+        """An answer for an account told of this limit and of `used` requests; `seen` had ended.
+
+        Returns the limit to keep.
+        """
         if used < seen or limit < 1:
             limit = self._configured
         limit = min(limit, self._most)

@@ -31,18 +31,22 @@ class RateLimit:
     """The limit to keep: `requests` in any `period` seconds, for each endpoint.
 
     Attributes:
-        requests: Requests that the server allows in any one period. 300 by Crustdata's credits page.
+        requests: Requests that the server allows in any one period. 300 by Crustdata's credits
+            page.
         period: Seconds that each request counts for after its arrival.
-        margin: A share of the period that is added to it, against clocks that run at different rates and clocks that are coarse:
-            uvloop's ticks in milliseconds.
-        scope: What the server is taken to count by, which is not documented: `"client"`, all keys together, the cautious
-            reading; `"account"`, the keys that declare one account together and each other key for itself; `"key"`, each key
-            for itself. `"auto"` begins as `"client"`, and goes on as `"account"` with each request whose answer proves
-            that the server counts it so.
-        pace: Calls a second to start at the most, over all scopes and both endpoints, spread evenly: "spreading traffic evenly
-            is safer than bursting" (Crustdata's best-practices page). None for no such bound.
-        reserve: A share of the limit that only single calls (`balance`, `account`) may take. With 0 a `check` is as fast as can
-            be, and a single call beside it may wait for the next request to age out; a service that mixes both sets 0.1.
+        margin: A share of the period that is added to it, against clocks that run at different
+            rates and clocks that are coarse: uvloop's ticks in milliseconds.
+        scope: What the server is taken to count by, which is not documented: `"client"`, all keys
+            together, the cautious reading; `"account"`, the keys that declare one account together
+            and each other key for itself; `"key"`, each key for itself. `"auto"` begins as
+            `"client"`, and goes on as `"account"` with each request whose answer proves that the
+            server counts it so.
+        pace: Calls a second to start at the most, over all scopes and both endpoints, spread
+            evenly: "spreading traffic evenly is safer than bursting" (Crustdata's best-practices
+            page). None for no such bound.
+        reserve: A share of the limit that only single calls (`balance`, `account`) may take. With 0
+            a `check` is as fast as can be, and a single call beside it may wait for the next
+            request to age out; a service that mixes both sets 0.1.
         adopt_server_limit: Which limit to follow when the API states another one than `requests`
             (`x-ratelimit-limit`): `"lower"`, a lower one where the count beside it agrees with the
             requests of this client; `"any"`, a higher one too, although it may speak of another

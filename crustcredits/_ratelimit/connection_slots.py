@@ -1,7 +1,8 @@
 """`ConnectionSlots`: how many requests are on the wire at once, and what becomes of those that hang there.
 
-A request that has been without an answer for so long that it must be called hanging stops counting, so that hanging keys hold up no
-others; how many may hang beside the others is bounded too. A value: it is told the time.
+A request that has been without an answer for so long that it must be called hanging stops counting,
+so that hanging keys hold up no others; how many may hang beside the others is bounded too. A value:
+it is told the time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Generic, TypeVar
 
 _RequestT = TypeVar("_RequestT", bound=Hashable)
 
-# Seconds without an answer that a healthy API does not need for one number, and, where it is slow for all, how many times
-# its usual answer.
+# Seconds without an answer that a healthy API does not need for one number, and, where it is slow
+# for all, how many times its usual answer.
 _PATIENCE = 0.4
 _PATIENCE_TIMES = 4.0
 # How many requests may hang and not count, as a multiple of those that count.
@@ -37,7 +38,9 @@ class ConnectionSlots(Generic[_RequestT]):
         self.usual: float | None = None
         self._patience = _PATIENCE  # seconds after which a request without an answer hangs
         self._prompt: dict[_RequestT, float] = {}  # when each began; the oldest first
-        self._late: dict[_RequestT, float] = {}  # they hang, and count, because too many others hang
+        self._late: dict[
+            _RequestT, float
+        ] = {}  # they hang, and count, because too many others hang
         self._hanging: dict[_RequestT, float] = {}
 
     def __len__(self) -> int:
@@ -60,7 +63,11 @@ class ConnectionSlots(Generic[_RequestT]):
             self.free += 1
         if answered:
             took = now - began
-            self.usual = took if self.usual is None else (1 - _NEWEST_SHARE) * self.usual + _NEWEST_SHARE * took
+            self.usual = (
+                took
+                if self.usual is None
+                else (1 - _NEWEST_SHARE) * self.usual + _NEWEST_SHARE * took
+            )
             self._patience = max(_PATIENCE, _PATIENCE_TIMES * self.usual)
         if self._late:
             self._let_hang()
@@ -79,7 +86,10 @@ class ConnectionSlots(Generic[_RequestT]):
         return found
 
     def next_overdue(self) -> float | None:
-        """When the next request begins to hang, if no answer comes before; None when there is none."""
+        """When the next request begins to hang, if no answer comes before.
+
+        None when there is none.
+        """
         return next(iter(self._prompt.values())) + self._patience if self._prompt else None
 
     def _let_hang(self) -> None:

@@ -1,4 +1,7 @@
-"""`EndpointCooldown`: the trial after a refusal, and the holds that a run of refused probes makes. A value: it is told the time."""
+"""`EndpointCooldown`: the trial after a refusal, and the holds that a run of refused probes makes.
+
+A value: it is told the time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ _TOGETHER = 2
 _AFTER_A_HOLD = 3
 _UNKNOWN = 8
 _ALONE = 24
-# A trial doubles its width with each served answer, and is over beyond this; it is never wider than the most.
+# A trial doubles its width with each served answer, and is over beyond this; it is never wider than
+# the most.
 _OVER = 16
 _WIDEST = 64
 # Periods for which a hold is remembered.
@@ -20,9 +24,11 @@ _MEMORY = 2
 # Seconds of a hold of unknown length; doubled with each refused probe, up to the longest.
 _FIRST_HOLD = 0.25
 _LONGEST_UNKNOWN = 8.0
-# After a hold a refused probe holds again for so long, unless the counts are known to be of all accounts together.
+# After a hold a refused probe holds again for so long, unless the counts are known to be of all
+# accounts together.
 _WEAK_HOLD = 1.0
-# Refused probes after a hold before it doubles, in case the server counts refused requests too; and seconds of the longest.
+# Refused probes after a hold before it doubles, in case the server counts refused requests too; and
+# seconds of the longest.
 _PATIENT = 8
 _LONGEST_HOLD = 32.0
 _MOST_DOUBLINGS = 10
@@ -65,7 +71,8 @@ class Evidence:
 
     Attributes:
         has_counts: Whether it told counts.
-        is_foreign: Whether served answers tell counts and it does not: something in front of the API refused.
+        is_foreign: Whether served answers tell counts and it does not: something in front of the
+            API refused.
         is_sure: Whether all accounts are known to be counted together.
         is_alone: Whether an answer of the last period seemed to be counted apart.
     """
@@ -90,8 +97,18 @@ class EndpointCooldown:
         self._held_at = -math.inf
         self.trial: Trial | None = None
 
-    def refused(self, account: Hashable, probe: Trial | None, wait: float | None, evidence: Evidence, now: float) -> bool:
-        """A request was refused; `probe` is the trial in which it was sent. Returns whether the endpoint is now held (again)."""
+    def refused(
+        self,
+        account: Hashable,
+        probe: Trial | None,
+        wait: float | None,
+        evidence: Evidence,
+        now: float,
+    ) -> bool:
+        """A request was refused; `probe` is the trial in which it was sent.
+
+        Returns whether the endpoint is now held (again).
+        """
         trial = self.trial = self.trial or Trial(now, account)
         trial.is_of_several = trial.concerns_others_than(account)
         if probe is trial:
@@ -101,7 +118,12 @@ class EndpointCooldown:
             return False
         if not trial.is_held and trial.refused < self._needed(evidence, now) - 1:
             return False
-        again, trial.is_held, trial.with_counts, trial.width = trial.is_held, True, evidence.has_counts, 1
+        again, trial.is_held, trial.with_counts, trial.width = (
+            trial.is_held,
+            True,
+            evidence.has_counts,
+            1,
+        )
         trial.holds += 1
         self._held_at = now
         span = self._span(trial.holds, wait, again=again, sure=evidence.is_sure)
@@ -130,7 +152,11 @@ class EndpointCooldown:
     @staticmethod
     def _span(holds: int, wait: float | None, *, again: bool, sure: bool) -> float:
         """Seconds of the next hold."""
-        span = min(_LONGEST_UNKNOWN, _FIRST_HOLD * 2.0 ** min(_MOST_DOUBLINGS, holds - 1)) if wait is None else wait
+        span = (
+            min(_LONGEST_UNKNOWN, _FIRST_HOLD * 2.0 ** min(_MOST_DOUBLINGS, holds - 1))
+            if wait is None
+            else wait
+        )
         more = 2.0 ** min(_MOST_DOUBLINGS, max(0, holds - 1 - _PATIENT))
         if again and not sure:
             return min(max(_LONGEST_HOLD, span), min(span, _WEAK_HOLD) * more)

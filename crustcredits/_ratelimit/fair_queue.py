@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 # Of so many draws beside calls that were asked before, one goes by turn.
 _DRAWS = 4
-# Calls that have left out of turn are cleared away when they are so many more than those that are there.
+# Calls that have left out of turn are cleared away when they are so many more than those that are
+# there.
 _FEW = 64
 # Where a number stands that has left its pool's array.
 _GONE = 2**32 - 1
@@ -31,12 +32,15 @@ class Flow:
 
     Attributes:
         kind: Who asks.
-        on_parked: Called with 1 when one of its calls begins to wait for its own account, and with -1 when that is over.
+        on_parked: Called with 1 when one of its calls begins to wait for its own account, and with
+            -1 when that is over.
     """
 
     __slots__ = ("kind", "on_parked")
 
-    def __init__(self, kind: Kind = Kind.MANY, on_parked: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, kind: Kind = Kind.MANY, on_parked: Callable[[int], None] | None = None
+    ) -> None:
         self.kind = kind
         self.on_parked = on_parked
 
@@ -50,11 +54,23 @@ class Call:
         was_asked: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
-        called: Whether it was let out of its account's queue (1), or of the common bucket's (2), and has not started since.
+        called: Whether it was let out of its account's queue (1), or of the common bucket's (2),
+            and has not started since.
         deadline: When the last of its waiters leaves.
     """
 
-    __slots__ = ("_index", "_pool", "account", "called", "deadline", "flow", "key", "queue", "spared", "was_asked")
+    __slots__ = (
+        "_index",
+        "_pool",
+        "account",
+        "called",
+        "deadline",
+        "flow",
+        "key",
+        "queue",
+        "spared",
+        "was_asked",
+    )
 
     _pool: list[Call]  # in which it stands while it waits
     _index: int
@@ -71,7 +87,9 @@ class Call:
 
 
 class PoolFlow(Flow, ABC):
-    """The flow of a collection of known size. Its calls are numbers, without an object each, until their turn comes.
+    """The flow of a collection of known size.
+
+    Its calls are numbers, without an object each, until their turn comes.
 
     Accounts take turns here too: a number without a declared account is one of its own.
 
@@ -83,7 +101,18 @@ class PoolFlow(Flow, ABC):
         waiting: How many wait.
     """
 
-    __slots__ = ("_accounts", "_base", "_counts", "_fresh", "_groups", "_head", "_turns", "_where", "queue", "waiting")
+    __slots__ = (
+        "_accounts",
+        "_base",
+        "_counts",
+        "_fresh",
+        "_groups",
+        "_head",
+        "_turns",
+        "_where",
+        "queue",
+        "waiting",
+    )
 
     def __init__(self, accounts: Sequence[Hashable | None]) -> None:
         super().__init__(Kind.MANY)
@@ -94,14 +123,18 @@ class PoolFlow(Flow, ABC):
         self._where = array("I", self._fresh)  # where each stands there
         self._base = 0  # the ticket of number 0
         self._head = 0  # the first of those without a declared account that may wait
-        self._turns: deque[tuple[int, Hashable]] = deque()  # declared accounts, and the ticket of each one's turn
+        self._turns: deque[tuple[int, Hashable]] = (
+            deque()
+        )  # declared accounts, and the ticket of each one's turn
         self._groups: defaultdict[Hashable, deque[int]] = defaultdict(deque)
         for number, account in enumerate(accounts):
             if account is not None:
                 if account not in self._groups:
                     self._turns.append((number, account))
                 self._groups[account].append(number)
-        self._counts = {account: len(numbers) for account, numbers in self._groups.items()}  # that wait
+        self._counts = {
+            account: len(numbers) for account, numbers in self._groups.items()
+        }  # that wait
 
     @abstractmethod
     def begin(self, number: int) -> Call:
@@ -189,9 +222,13 @@ class _FlowQueue:
     __slots__ = ("accounts", "asked", "fresh", "left", "pool", "tickets", "turns")
 
     def __init__(self) -> None:
-        self.left = 0  # calls that have left out of turn, and may still stand in their account's deque
+        self.left = (
+            0  # calls that have left out of turn, and may still stand in their account's deque
+        )
         self.accounts: dict[Hashable, Call | deque[Call]] = {}
-        self.turns: deque[tuple[int, Hashable]] = deque()  # accounts, and the ticket of each one's turn
+        self.turns: deque[tuple[int, Hashable]] = (
+            deque()
+        )  # accounts, and the ticket of each one's turn
         self.tickets = 0
         self.fresh: list[Call] = []
         self.asked: list[Call] = []
@@ -220,7 +257,10 @@ class _FlowQueue:
             self.accounts[call.account] = deque((calls, call))
 
     def leave_out_of_turn(self, queue: FairQueue) -> None:
-        """A call has left that was not next. Deques that hold more of these than of others are cleared of them."""
+        """A call has left that was not next.
+
+        Deques that hold more of these than of others are cleared of them.
+        """
         self.left += 1
         there = len(self.fresh) + len(self.asked)
         if there and self.left <= there + _FEW:
@@ -235,9 +275,16 @@ class _FlowQueue:
         self.turns = deque(turn for turn in self.turns if turn[1] in self.accounts)
 
     def next(self, queue: FairQueue) -> Call | int:
-        """The first call of the account whose turn it is. Calls that have left meanwhile are passed over."""
+        """The first call of the account whose turn it is.
+
+        Calls that have left meanwhile are passed over.
+        """
         while True:
-            if self.pool is not None and self.pool.waiting and (not self.turns or self.pool.next_ticket() < self.turns[0][0]):
+            if (
+                self.pool is not None
+                and self.pool.waiting
+                and (not self.turns or self.pool.next_ticket() < self.turns[0][0])
+            ):
                 self.tickets += 1
                 return self.pool.next(self.tickets)
             _, account = self.turns.popleft()
@@ -268,7 +315,9 @@ class _FlowQueue:
 
 
 class FairQueue:
-    """Foreground flows take turns, then background flows. In a flow accounts take turns; of an account the first call comes first.
+    """Foreground flows take turns, then background flows.
+
+    In a flow accounts take turns; of an account the first call comes first.
 
     Each operation takes constant time, amortised.
 
@@ -296,7 +345,11 @@ class FairQueue:
 
     def of_account(self, account: Hashable, *, background: bool) -> int:
         """How many calls of an account it has, that somebody awaits or, with `background`, that nobody does."""
-        lines = [line for flow, line in self._lines.items() if (flow.kind is Kind.BACKGROUND) is background]
+        lines = [
+            line
+            for flow, line in self._lines.items()
+            if (flow.kind is Kind.BACKGROUND) is background
+        ]
         return sum(line.of_account(self, account) for line in lines)
 
     def lengths(self) -> dict[Flow, int]:
@@ -316,7 +369,10 @@ class FairQueue:
             self._in_background += 1
 
     def push_pool(self, pool: PoolFlow) -> None:
-        """Add the numbers of a pool that wait, at the end; from the queue in which they have stood, if any."""
+        """Add the numbers of a pool that wait, at the end.
+
+        From the queue in which they have stood, if any.
+        """
         if pool.queue is not None:
             pool.queue.remove_pool(pool)
         if pool.waiting:
@@ -343,8 +399,9 @@ class FairQueue:
     def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
         """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
 
-        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of several draws one is the call
-        whose turn it is, and those that were asked before come to their turn too. The queue must not be empty.
+        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of
+        several draws one is the call whose turn it is, and those that were asked before come to
+        their turn too. The queue must not be empty.
         """
         while True:
             ring = self._foreground or self._background
@@ -354,9 +411,17 @@ class FairQueue:
                 break
             del self._lines[flow]
         ring.append(flow)
-        never_asked = line.never_asked if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE) else 0
+        never_asked = (
+            line.never_asked
+            if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE)
+            else 0
+        )
         self._draws += bool(draw_singles and line.asked)
-        if draw is not None and never_asked and (not draw_singles or not line.asked or self._draws % _DRAWS):
+        if (
+            draw is not None
+            and never_asked
+            and (not draw_singles or not line.asked or self._draws % _DRAWS)
+        ):
             place = draw.randrange(never_asked)
             if place >= len(line.fresh):
                 assert line.pool is not None
@@ -378,7 +443,10 @@ class FairQueue:
         return pool.begin(number)
 
     def _forget_if_empty(self, flow: Flow, line: _FlowQueue) -> None:
-        """Forget the flow of a check or a stream of which nothing waits; it may have ended, and holds much."""
+        """Forget the flow of a check or a stream of which nothing waits.
+
+        It may have ended, and holds much.
+        """
         if flow.kind is Kind.MANY and not line.length:
             del self._lines[flow]
             self._foreground.remove(flow)

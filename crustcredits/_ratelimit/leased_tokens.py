@@ -1,4 +1,7 @@
-"""`LeasedTokens`: the tokens of one scope where the count is in Redis. A `Bucket` whose tokens have to be sent for."""
+"""`LeasedTokens`: the tokens of one scope where the count is in Redis.
+
+A `Bucket` whose tokens have to be sent for.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,16 @@ class SharedTokens(Protocol):
 
 
 class TokenStore(Protocol):
-    """Where several processes count their tokens together. A client asks it for each bucket anew, and forgets idle ones."""
+    """Where several processes count their tokens together.
+
+    A client asks it for each bucket anew, and forgets idle ones.
+    """
 
     def open(self, *, period: float, late: float, pace: float | None) -> None:
         """A client begins to use it.
 
-        Its tokens return `period` seconds after their request's end, no request takes longer than `late`, and `pace` of them
-        begin in a second.
+        Its tokens return `period` seconds after their request's end, no request takes longer than
+        `late`, and `pace` of them begin in a second.
 
         Raises:
             ConfigurationError: It cannot serve this client.
@@ -65,7 +71,11 @@ def check_store(store: object) -> TokenStore | None:
     """It, if it is one, or None. Raises `ConfigurationError` otherwise."""
     methods = (getattr(store, name, None) for name in ("open", "tokens", "close"))
     if store is not None and (isinstance(store, type) or not all(map(callable, methods))):
-        kind = f"the class {store.__name__}" if isinstance(store, type) else f"a {type(store).__name__}"
+        kind = (
+            f"the class {store.__name__}"
+            if isinstance(store, type)
+            else f"a {type(store).__name__}"
+        )
         raise ConfigurationError(f"buckets is RedisBuckets(url), not {kind}")
     return cast("TokenStore | None", store)
 
@@ -73,8 +83,8 @@ def check_store(store: object) -> TokenStore | None:
 class LeasedTokens:
     """A `Bucket` of tokens that other processes take too.
 
-    It has a stock of tokens in hand, no larger than what the pace can use in a moment, and sends for more when somebody waits.
-    Those that are not used go back after a second.
+    It has a stock of tokens in hand, no larger than what the pace can use in a moment, and sends
+    for more when somebody waits. Those that are not used go back after a second.
 
     Args:
         tokens: What this process knows of them.
@@ -86,10 +96,14 @@ class LeasedTokens:
 
     is_shared = True
 
-    def __init__(self, tokens: SharedTokens, wake: Callable[[], None], fail: Callable[[], None]) -> None:
+    def __init__(
+        self, tokens: SharedTokens, wake: Callable[[], None], fail: Callable[[], None]
+    ) -> None:
         self._tokens = tokens
         self.next_refresh = 0.0
-        self._ends: list[float] = []  # when the tokens of ended requests return, as far as this process knows; ascending
+        self._ends: list[
+            float
+        ] = []  # when the tokens of ended requests return, as far as this process knows; ascending
         tokens.bind(wake, fail)
 
     @property
@@ -122,7 +136,10 @@ class LeasedTokens:
         return self._tokens.is_idle()
 
     def room(self, now: float, kept: int) -> int:
-        """Tokens in hand: what is kept is left with Redis. Alone, those of this process's share but for its part of `kept`."""
+        """Tokens in hand: what is kept is left with Redis.
+
+        Alone, those of this process's share but for its part of `kept`.
+        """
         self._tokens.collect(now)
         if self._ends and self._ends[0] <= now:
             del self._ends[: bisect_right(self._ends, now)]
@@ -136,7 +153,10 @@ class LeasedTokens:
         return self._tokens.next_home(max(1, 1 - self.room(now, kept)))
 
     def want(self, count: int, kept: int) -> None:
-        """So many calls wait, and leave `kept` alone: tokens are sent for. With 0 nobody waits any more."""
+        """So many calls wait, and leave `kept` alone: tokens are sent for.
+
+        With 0 nobody waits any more.
+        """
         self._tokens.need(count, kept)
 
     def take(self, now: float) -> int:

@@ -1,4 +1,7 @@
-"""`Pace`: how many requests start per second. aiolimiter keeps it, with the scheduler as its only waiter."""
+"""`Pace`: how many requests start per second.
+
+aiolimiter keeps it, with the scheduler as its only waiter.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from contextlib import suppress
 
 from aiolimiter import AsyncLimiter
 
-# Starts that may come together, and of these how many are waited for together: lone wake-ups cost the most processor time, and
-# large groups are refused together where several clients share a limit.
+# Starts that may come together, and of these how many are waited for together: lone wake-ups cost
+# the most processor time, and large groups are refused together where several clients share a
+# limit.
 _BURST = 5
 _GROUP = 3
 # A hold halves the rate; it comes back by a share of the configured one per second.
@@ -75,7 +79,9 @@ class Pace:
 
     def _recover(self, now: float) -> None:
         if self._ceiling is not None and self._rate is not None and self._rate < self._ceiling:
-            self._rate = min(self._ceiling, self._rate + (now - self._changed) * _RECOVERY * self._ceiling)
+            self._rate = min(
+                self._ceiling, self._rate + (now - self._changed) * _RECOVERY * self._ceiling
+            )
             if self._rate == self._ceiling:
                 self._limiter = _limiter(self._ceiling)
         self._changed = now

@@ -1,4 +1,7 @@
-"""`Quota`: what a bucket can still give, as a value, and the arithmetic of when its tokens return. It knows no clock."""
+"""`Quota`: what a bucket can still give, as a value, and the arithmetic of when its tokens return.
+
+It knows no clock.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ def _all_taken_now(quota: Quota) -> tuple[float, ...]:
 
 @attrs.frozen(kw_only=True)
 class Quota:
-    """What one bucket can still give, as it stood when asked. In tests `Quota(limit=300, free=20)` makes one by hand.
+    """What one bucket can still give, as it stood when asked.
+
+    In tests `Quota(limit=300, free=20)` makes one by hand.
 
     Attributes:
         limit: Tokens it has in all: requests in any one period.
@@ -26,10 +31,11 @@ class Quota:
         in_flight: Tokens of requests on the wire.
         waiting: Calls that wait for their turn, and that somebody awaits.
         refreshing: Calls that only refresh an answer that is kept, waiting or under way.
-        cooldown: Seconds until a cooldown ends, in which no call has its turn because accounts in a row were refused; 0 while a
-            probe is to show that it is over, None without a cooldown.
+        cooldown: Seconds until a cooldown ends, in which no call has its turn because accounts in a
+            row were refused; 0 while a probe is to show that it is over, None without a cooldown.
         probing: Whether a request is under way that is to show whether the server refuses all.
-        degraded: Whether the count that several processes share is out of reach, so that this one counts by itself.
+        degraded: Whether the count that several processes share is out of reach, so that this one
+            counts by itself.
     """
 
     limit: int
@@ -41,14 +47,21 @@ class Quota:
     probing: bool = False
     degraded: bool = False
     _period: float = attrs.field(alias="period", default=60.0, repr=False)
-    # Seconds until each token can be had. One made by hand is as if those that are not free had all been taken just now.
-    _returns: tuple[float, ...] = attrs.field(alias="returns", default=attrs.Factory(_all_taken_now, takes_self=True), repr=False)
+    # Seconds until each token can be had. One made by hand is as if those that are not free had all
+    # been taken just now.
+    _returns: tuple[float, ...] = attrs.field(
+        alias="returns", default=attrs.Factory(_all_taken_now, takes_self=True), repr=False
+    )
     _pace: float | None = attrs.field(alias="pace", default=None, repr=False)
     _slots: int = attrs.field(alias="slots", default=32, repr=False)
     _answer_seconds: float = attrs.field(alias="answer_seconds", default=0.0, repr=False)
-    _others: int = attrs.field(alias="others", default=0, repr=False)  # what others seem to have of the limit
+    _others: int = attrs.field(
+        alias="others", default=0, repr=False
+    )  # what others seem to have of the limit
     _singles: int = attrs.field(alias="singles", default=0, repr=False)  # single calls that wait
-    _lengths: tuple[int, ...] = attrs.field(alias="lengths", default=(), repr=False)  # of the other flows that wait
+    _lengths: tuple[int, ...] = attrs.field(
+        alias="lengths", default=(), repr=False
+    )  # of the other flows that wait
 
     @hides_arguments
     def seconds_for(self, requests: int) -> float:
@@ -56,13 +69,20 @@ class Quota:
 
         They come after the single calls that wait, and in turns with checks and streams.
 
-        It takes the requests under way to end now, and others to go on as the server's count told last.
+        It takes the requests under way to end now, and others to go on as the server's count told
+        last.
 
         Raises:
             ConfigurationError: `requests` is not a whole number of at least 0.
         """
         check_whole("requests", requests, minimum=0)
-        return self.start_of(requests + self._singles + sum(min(requests, length) for length in self._lengths)) if requests else 0.0
+        return (
+            self.start_of(
+                requests + self._singles + sum(min(requests, length) for length in self._lengths)
+            )
+            if requests
+            else 0.0
+        )
 
     def start_of(self, count: int) -> float:
         """An estimate: seconds until the last of the next `count` calls starts, whoever asks."""
@@ -71,7 +91,9 @@ class Quota:
         times = [_nth(self._returns, count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
             times.append(max(0.0, count - min(_BURST, max(1.0, self._pace))) / self._pace)
-        times.append(max(0, count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots)
+        times.append(
+            max(0, count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots
+        )
         missing = count - self.free
         if self._others and missing > 0:
             times.append(missing * self._period / max(1, self.limit - self._others))

@@ -1,9 +1,10 @@
 """`Scheduler`: the admission queue of an endpoint, which decides what starts next.
 
-A call starts when, at one moment, no hold is on, the trial has room, a connection slot is free, the pace allows it, its account has
-a token and is not cooling down, and the common bucket has a token for it. All is taken then. Every decision is a
-function of values and of the time it is told; timers and tasks are its caller's, who asks again at the moment that `grant` names.
-The pace and the slots are those of the client, over both endpoints.
+A call starts when, at one moment, no hold is on, the trial has room, a connection slot is free, the
+pace allows it, its account has a token and is not cooling down, and the common bucket has a token
+for it. All is taken then. Every decision is a function of values and of the time it is told; timers
+and tasks are its caller's, who asks again at the moment that `grant` names. The pace and the slots
+are those of the client, over both endpoints.
 """
 
 from __future__ import annotations
@@ -30,28 +31,35 @@ from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, refresh_ga
 
 _log = logging.getLogger("crustcredits")
 
-# Of the common bucket this share is not given before ten requests can witness; in smaller buckets nothing is kept so.
+# Of the common bucket this share is not given before ten requests can witness; in smaller buckets
+# nothing is kept so.
 _TENTH = 0.1
 _SMALLEST_WITH_A_TENTH = 11
-# Refusals that cost a call no attempt: of probes while other accounts are refused too, and of something in front of the API.
+# Refusals that cost a call no attempt: of probes while other accounts are refused too, and of
+# something in front of the API.
 _SPARED = 4
-# Of so many last probes of calls that were never asked, the share that something in front refused and that halves the pace.
+# Of so many last probes of calls that were never asked, the share that something in front refused
+# and that halves the pace.
 _LATELY = 16
 _FOREIGN_SHARE = 0.4
-# Seconds after which it is looked again at tokens of which something is still to be told to other processes.
+# Seconds after which it is looked again at tokens of which something is still to be told to other
+# processes.
 _SETTLES = 2.0
 # Which queue has let a call out.
 _BY_ACCOUNT, _BY_COMMON = 1, 2
-# A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of the slots, their share.
+# A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of
+# the slots, their share.
 _REFRESHES_KEEP = 0.1
 _REFRESHES_ON_WIRE = 4
 # Calls that one look for a start passes over at the most.
 _LOOKS = 1_000
-# A call is not sent with less time left than this many times a usual answer, and at the most these seconds: in an overload the
-# next call is always the one that expires next, and each token would be spent in vain.
+# A call is not sent with less time left than this many times a usual answer, and at the most these
+# seconds: in an overload the next call is always the one that expires next, and each token would be
+# spent in vain.
 _ANSWERS = 2.0
 _SHORT = 0.4
-# Accounts that have to agree before the limit that they are told holds back all, where accounts may be counted apart.
+# Accounts that have to agree before the limit that they are told holds back all, where accounts may
+# be counted apart.
 _VOICES = 3
 
 
@@ -63,7 +71,8 @@ class SchedulerTerms:
         requests: Requests that the server allows in any one period, within one scope.
         period: Seconds after its end for which a request counts, the margin included.
         window: Seconds for which the server counts a request, without it.
-        late: Seconds that a request takes at the most, and that one that was given up on may still arrive after.
+        late: Seconds that a request takes at the most, and that one that was given up on may still
+            arrive after.
         scope: What the server counts by; with `"auto"` all together, but for what a proof says.
         reserve: The share of a bucket's tokens that only single calls may take.
         adopts: Which other limit is followed when the server says one: a lower one, any, or none.
@@ -101,7 +110,12 @@ class AttemptResult:
     @property
     def is_served(self) -> bool:
         """Whether the API itself answered, and did not refuse or fail."""
-        return self.status is not None and not self.is_html and self.status < 500 and self.status not in {408, 429}
+        return (
+            self.status is not None
+            and not self.is_html
+            and self.status < 500
+            and self.status not in {408, 429}
+        )
 
     @property
     def is_refused(self) -> bool:
@@ -143,9 +157,22 @@ class Attempt:
 
 
 class _Account:
-    """The tokens of one account, and the calls that wait for them. Forgotten when all is back and nobody waits."""
+    """The tokens of one account, and the calls that wait for them.
 
-    __slots__ = ("bucket", "called", "cools_until", "idles_at", "key", "refreshing", "shared", "timer", "waiting")
+    Forgotten when all is back and nobody waits.
+    """
+
+    __slots__ = (
+        "bucket",
+        "called",
+        "cools_until",
+        "idles_at",
+        "key",
+        "refreshing",
+        "shared",
+        "timer",
+        "waiting",
+    )
 
     def __init__(self, bucket: Bucket, key: Hashable) -> None:
         self.bucket = bucket
@@ -169,28 +196,35 @@ class _Account:
 
     def waits_before(self, kind: Kind) -> bool:
         """Whether a call of a better kind waits for its tokens."""
-        return self.waiting is not None and any(self.waiting[better].length for better in range(kind))
+        return self.waiting is not None and any(
+            self.waiting[better].length for better in range(kind)
+        )
 
 
 MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
 
 
-def local_bucket(whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]) -> Bucket:
+def local_bucket(
+    whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]
+) -> Bucket:
     """Tokens that are counted in this process."""
     return TokenBucket(limit)
 
 
 class Scheduler:
-    """The admission queue of one endpoint. It is long because all that a start needs is decided in one moment.
+    """The admission queue of one endpoint.
+
+    It is long because all that a start needs is decided in one moment.
 
     Args:
         terms: What it keeps to.
         pace: How many requests start per second.
         slots: How many are on the wire at once.
         seed: Of the draws among calls of a trial; random by default.
-        make_bucket: Makes the tokens of an account, or of all together (None). It is given the limit, and what to call, with the
-            account, when tokens have come that were not there.
-        is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets it.
+        make_bucket: Makes the tokens of an account, or of all together (None). It is given the
+            limit, and what to call, with the account, when tokens have come that were not there.
+        is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets
+            it.
 
     Attributes:
         is_barring: Whether `is_barred` is to be asked.
@@ -222,17 +256,25 @@ class Scheduler:
         self._adopts = terms.adopts != "never"
         self._own_limit = AdvertisedLimit(terms.requests, follows_higher=terms.adopts == "any")
         voices = _VOICES if terms.scope == "auto" else 1
-        self._common_limit = AdvertisedLimit(terms.requests, follows_higher=terms.adopts == "any", voices=voices)
+        self._common_limit = AdvertisedLimit(
+            terms.requests, follows_higher=terms.adopts == "any", voices=voices
+        )
         self._scope = ScopeDetection(terms.window, terms.late, proves=terms.scope == "auto")
         self._cooldown = EndpointCooldown(terms.window)
         self._pace = pace
         self._slots = slots
         self._lately: deque[bool] = deque(maxlen=_LATELY)
-        self._moments: list[tuple[float, int, _Account | None]] = []  # of tokens that return to buckets with waiters
-        self._idle: deque[tuple[Hashable, _Account]] = deque()  # accounts that may be forgotten, nearly in the order of that
+        self._moments: list[
+            tuple[float, int, _Account | None]
+        ] = []  # of tokens that return to buckets with waiters
+        self._idle: deque[tuple[Hashable, _Account]] = (
+            deque()
+        )  # accounts that may be forgotten, nearly in the order of that
         self._ids = itertools.count()
         self._refreshing = 0  # on the wire
-        self._called = 0  # calls that were let out of the common bucket's queue and have not started
+        self._called = (
+            0  # calls that were let out of the common bucket's queue and have not started
+        )
         self._called_in_background = 0  # refreshes among them
         self._last_let_out = Kind.MANY
         self._others = 0  # requests of the last count that were not this client's
@@ -253,7 +295,10 @@ class Scheduler:
             pool.queue.remove_pool(pool)
 
     def remove(self, call: Call, now: float) -> bool:
-        """A call that waits is given up. Nothing, if it does not wait. Returns whether that may let another start."""
+        """A call that waits is given up.
+
+        Nothing, if it does not wait. Returns whether that may let another start.
+        """
         if call.queue is None:
             return False
         account = self._accounts.get(call.account)
@@ -297,8 +342,9 @@ class Scheduler:
     def grant(self, now: float) -> Attempt | Call | float | None:
         """The next request that starts now, or a call that is not to be sent; else when to ask again, if nothing happens before.
 
-        None without such a moment. Ask until there is no request, after everything that is told to the scheduler. It looks at a
-        thousand calls at the most, so that other tasks have their turn.
+        None without such a moment. Ask until there is no request, after everything that is told to
+        the scheduler. It looks at a thousand calls at the most, so that other tasks have their
+        turn.
         """
         if self._moments and self._moments[0][0] <= now:
             self._release_due(now)
@@ -320,8 +366,15 @@ class Scheduler:
         return until
 
     def _take(self, trial: Trial | None, now: float) -> Attempt | Call | None:
-        """Start the call whose turn it is, or hand it out where it is not to be sent. None where it waits elsewhere now."""
-        call = self._ready.pop() if trial is None else self._ready.pop(self._random, draw_singles=trial.is_held)
+        """Start the call whose turn it is, or hand it out where it is not to be sent.
+
+        None where it waits elsewhere now.
+        """
+        call = (
+            self._ready.pop()
+            if trial is None
+            else self._ready.pop(self._random, draw_singles=trial.is_held)
+        )
         if self._is_refused(call, now):
             self._forget(call, now)
             return call
@@ -334,7 +387,10 @@ class Scheduler:
         return None
 
     def _is_held(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
-        """Whether no call of this endpoint may start, whichever it is, and until when; None until something else happens."""
+        """Whether no call of this endpoint may start, whichever it is, and until when.
+
+        None until something else happens.
+        """
         if trial is not None or self._slots.free <= 0:
             for request in self._slots.overdue(now):
                 request.leave_trial()
@@ -350,7 +406,10 @@ class Scheduler:
         return not self._ready.has_foreground, None
 
     def ended(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
-        """A request has ended. Returns whether this attempt is not to be counted against its call."""
+        """A request has ended.
+
+        Returns whether this attempt is not to be counted against its call.
+        """
         self._slots.release(request, now, answered=answer.status is not None)
         if request.in_trial:
             request.leave_trial()
@@ -374,9 +433,14 @@ class Scheduler:
     # --- what can be told
 
     def earliest(self, name: Hashable, now: float) -> float:
-        """Certainly no request of this account starts before then, whatever happens. For a call that waits."""
+        """Certainly no request of this account starts before then, whatever happens.
+
+        For a call that waits.
+        """
         account = self._accounts.get(name)
-        moment = now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
+        moment = (
+            now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
+        )
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
 
     def _is_refused(self, call: Call, now: float) -> bool:
@@ -404,7 +468,11 @@ class Scheduler:
         return [
             number
             for number, name in enumerate(names)
-            if is_late or (name in known and max(known[name].cools_until, _sure(known[name].bucket, now)) > deadline)
+            if is_late
+            or (
+                name in known
+                and max(known[name].cools_until, _sure(known[name].bucket, now)) > deadline
+            )
         ]
 
     def quota(self, account: Hashable | None, now: float) -> Quota:
@@ -420,7 +488,11 @@ class Scheduler:
             until = -math.inf
         else:
             bucket = TokenBucket(self._terms.requests) if known is None else known.bucket
-            queues = (self._ready, *self._common_waiting, *(() if known is None else known.waiting or ()))
+            queues = (
+                self._ready,
+                *self._common_waiting,
+                *(() if known is None else known.waiting or ()),
+            )
             waiting = sum(queue.of_account(account, background=False) for queue in queues)
             refreshing = sum(queue.of_account(account, background=True) for queue in queues)
             refreshing += 0 if known is None else known.refreshing
@@ -435,7 +507,9 @@ class Scheduler:
             in_flight=bucket.on_wire,
             waiting=waiting,
             refreshing=refreshing,
-            cooldown=max(0.0, until - now) if until > now or (trial is not None and trial.is_held) else None,
+            cooldown=max(0.0, until - now)
+            if until > now or (trial is not None and trial.is_held)
+            else None,
             probing=trial is not None and trial.on_wire > 0,
             degraded=bucket.is_degraded,
             returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),
@@ -476,7 +550,10 @@ class Scheduler:
         return queued
 
     def _forget(self, call: Call, now: float) -> None:
-        """A call that was ready is not to be sent now. A common token that has called it goes to the next."""
+        """A call that was ready is not to be sent now.
+
+        A common token that has called it goes to the next.
+        """
         self._left(call, now)
         if self._uncall(call) == _BY_COMMON:
             self._call_next(now)
@@ -488,7 +565,10 @@ class Scheduler:
             self._idles(account, call.account, max(now, account.cools_until))
 
     def _uncall(self, call: Call) -> int:
-        """A call that was let out of a queue is no more on its way to a start. Returns which queue that was."""
+        """A call that was let out of a queue is no more on its way to a start.
+
+        Returns which queue that was.
+        """
         called, call.called = call.called, 0
         if called == _BY_COMMON:
             self._called -= 1
@@ -508,7 +588,10 @@ class Scheduler:
             self._idle.append((name, account))
 
     def _forget_idle(self, now: float) -> None:
-        """Forget accounts whose tokens are all back. One that takes longer goes to the end, so that it keeps no other."""
+        """Forget accounts whose tokens are all back.
+
+        One that takes longer goes to the end, so that it keeps no other.
+        """
         for _ in range(len(self._idle)):
             name, account = self._idle[0]
             assert account.idles_at is not None, "it is among them"
@@ -531,11 +614,16 @@ class Scheduler:
                 self._idles(account, name, account.bucket.returns(now, 0.0)[-1])
 
     def _admissible(self, call: Call, now: float) -> _Account | None:
-        """Its account, if its buckets have a token for it. Else it waits at the one that stops it, and blocks nobody behind it."""
+        """Its account, if its buckets have a token for it.
+
+        Else it waits at the one that stops it, and blocks nobody behind it.
+        """
         account, kind = self._account(call), call.flow.kind
         if account.key != call.key:
             account.shared = True
-        if now < account.cools_until or not self._has_room(account.bucket, kind, now, shared=account.shared):
+        if now < account.cools_until or not self._has_room(
+            account.bucket, kind, now, shared=account.shared
+        ):
             called = self._uncall(call)
             if called == _BY_COMMON:
                 self._call_next(now)
@@ -548,7 +636,9 @@ class Scheduler:
             return None
         if self._counts_common:
             waiting = self._common_waiting[kind]
-            is_behind = call.called != _BY_COMMON and (waiting.length > 0 or (self._called > 0 and self._are_spoken_for(kind, now)))
+            is_behind = call.called != _BY_COMMON and (
+                waiting.length > 0 or (self._called > 0 and self._are_spoken_for(kind, now))
+            )
             if is_behind or not self._has_common_room(kind, now):
                 called = self._uncall(call)
                 self._waits_for_common = True
@@ -598,7 +688,10 @@ class Scheduler:
         return min(bucket.limit - 1, math.ceil(self._terms.reserve * bucket.limit))
 
     def _kept_from(self, kind: Kind, bucket: Bucket, *, shared: bool = True) -> int:
-        """Tokens of a bucket that calls of this kind leave alone; of one that no others `shared`, a check may take all."""
+        """Tokens of a bucket that calls of this kind leave alone.
+
+        Of one that no others `shared`, a check may take all.
+        """
         if kind is Kind.SINGLE:
             return 0
         kept = self._kept(bucket) if shared and self._terms.reserve else 0
@@ -609,15 +702,22 @@ class Scheduler:
     def _tenth(self, now: float) -> int:
         """Tokens of the common bucket that nobody takes before ten requests can witness, so that a proof is always possible.
 
-        Not where other processes take them too: they would leave none to one that cannot prove anything yet.
+        Not where other processes take them too: they would leave none to one that cannot prove
+        anything yet.
         """
         most = self._common.limit - self._kept(self._common)
-        if self._terms.scope != "auto" or self._common.is_shared or most <= _SMALLEST_WITH_A_TENTH or self._scope.can_witness(now):
+        if (
+            self._terms.scope != "auto"
+            or self._common.is_shared
+            or most <= _SMALLEST_WITH_A_TENTH
+            or self._scope.can_witness(now)
+        ):
             return 0
         return math.ceil(most * _TENTH)
 
     def _has_common_room(self, kind: Kind, now: float) -> bool:
-        # Mostly there is so much that what is kept for witnesses does not matter, which costs more to find out.
+        # Mostly there is so much that what is kept for witnesses does not matter, which costs more
+        # to find out.
         common = self._common
         if kind is Kind.BACKGROUND:
             return self._common_room(kind, now) > 0
@@ -633,13 +733,23 @@ class Scheduler:
     def _has_room(self, bucket: Bucket, kind: Kind, now: float, *, shared: bool) -> bool:
         """Whether an account's bucket has a token for a call of this kind."""
         if kind is Kind.BACKGROUND or self._terms.reserve:
-            return _spaced(bucket.room(now, self._kept_from(kind, bucket, shared=shared)), kind, bucket, now) > 0
+            return (
+                _spaced(
+                    bucket.room(now, self._kept_from(kind, bucket, shared=shared)),
+                    kind,
+                    bucket,
+                    now,
+                )
+                > 0
+            )
         return bucket.room(now, 0) > 0
 
     def _account_room(self, account: _Account, kind: Kind, now: float) -> int:
         if now < account.cools_until:
             return 0
-        free = account.bucket.room(now, self._kept_from(kind, account.bucket, shared=account.shared))
+        free = account.bucket.room(
+            now, self._kept_from(kind, account.bucket, shared=account.shared)
+        )
         return _spaced(free, kind, account.bucket, now)
 
     # --- waking those who wait
@@ -681,16 +791,24 @@ class Scheduler:
             return
         heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
 
-    def _next_kind(self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int) -> Kind | None:
+    def _next_kind(
+        self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int
+    ) -> Kind | None:
         """Of which kind the next call is let out of a bucket's queue: single calls and others in turn, refreshes last."""
-        single, many = (waiting[kind].length > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY))
+        single, many = (
+            waiting[kind].length > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY)
+        )
         if single and not (many and self._last_let_out is Kind.SINGLE):
             self._last_let_out = Kind.SINGLE
             return Kind.SINGLE
         if many:
             self._last_let_out = Kind.MANY
             return Kind.MANY
-        return Kind.BACKGROUND if waiting[Kind.BACKGROUND].length and rooms[Kind.BACKGROUND] > called else None
+        return (
+            Kind.BACKGROUND
+            if waiting[Kind.BACKGROUND].length and rooms[Kind.BACKGROUND] > called
+            else None
+        )
 
     def _release_of(self, call: Call, now: float) -> None:
         account = self._accounts.get(call.account)
@@ -751,7 +869,9 @@ class Scheduler:
 
     # --- what an ended request teaches
 
-    def _served(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> None:
+    def _served(
+        self, request: Attempt, account: _Account, answer: AttemptResult, now: float
+    ) -> None:
         proved, alone = self._learn(request, account, answer, now)
         self._return_tokens(request, account, now + self._terms.period, proved=proved)
         if self._cooldown.trial is not None:
@@ -759,7 +879,9 @@ class Scheduler:
         if request.trial is not None:
             self._on_probe(request, foreign=False)
 
-    def _not_served(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> bool:
+    def _not_served(
+        self, request: Attempt, account: _Account, answer: AttemptResult, now: float
+    ) -> bool:
         """Returns whether this attempt is not to be counted."""
         self._take_back(request, account, answer, now)
         is_refused = answer.is_refused
@@ -768,14 +890,20 @@ class Scheduler:
             self._on_probe(request, foreign=foreign)
         return is_refused and self._refused(request, account, answer, foreign, now)
 
-    def _learn(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> tuple[bool, bool]:
+    def _learn(
+        self, request: Attempt, account: _Account, answer: AttemptResult, now: float
+    ) -> tuple[bool, bool]:
         """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
         used, limit, started = answer.used, answer.limit, request.started
         proved = alone = False
         if used is None or limit is None:
             self._scope.served(started, now)
         else:
-            if self._adopts and (limit != account.bucket.limit or limit != self._common.limit or self._common_limit.is_news(limit)):
+            if self._adopts and (
+                limit != account.bucket.limit
+                or limit != self._common.limit
+                or self._common_limit.is_news(limit)
+            ):
                 self._hear(request, account, limit, used, now)
             own = account.bucket.own(request.own)
             proved, alone = self._scope.told(used, own, started, now)
@@ -788,17 +916,26 @@ class Scheduler:
     def _hear(self, request: Attempt, account: _Account, limit: int, used: int, now: float) -> None:
         """An answer tells of another limit than the usual one, or answers before it did."""
         name, period, window = request.call.account, self._terms.period, self._terms.window
-        # Tokens return a period after the end. A request that ended so long ago may not be in the server's window any more.
+        # Tokens return a period after the end. A request that ended so long ago may not be in the
+        # server's window any more.
         aged = now + period - window + min(self._terms.late, window / 2)
         seen_of_account = account.bucket.returning(aged, request.started + period)
         account.bucket.limit = self._own_limit.hear(name, limit, used, seen_of_account)
         # A proof has fewer used than seen.
-        followed = self._common_limit.hear(name, limit, used, self._scope.ended_before(request.started, now))
+        followed = self._common_limit.hear(
+            name, limit, used, self._scope.ended_before(request.started, now)
+        )
         if followed != self._common.limit:
-            _log.info("the API says that its limit is %d requests, not %d; it is followed", followed, self._common.limit)
+            _log.info(
+                "the API says that its limit is %d requests, not %d; it is followed",
+                followed,
+                self._common.limit,
+            )
             self._common.limit = followed
 
-    def _take_back(self, request: Attempt, account: _Account, answer: AttemptResult, now: float) -> None:
+    def _take_back(
+        self, request: Attempt, account: _Account, answer: AttemptResult, now: float
+    ) -> None:
         """Its tokens return: at once where the server does not count it, later where nobody knows when it does."""
         if answer.status == 429 or answer.unsent:
             account.bucket.put_back()
@@ -809,7 +946,9 @@ class Scheduler:
             when = now + self._terms.period + (self._terms.late if answer.may_come_late else 0.0)
             self._return_tokens(request, account, when)
 
-    def _return_tokens(self, request: Attempt, account: _Account, when: float, *, proved: bool = False) -> None:
+    def _return_tokens(
+        self, request: Attempt, account: _Account, when: float, *, proved: bool = False
+    ) -> None:
         account.bucket.return_at(when)
         if account.idles_at is None:
             self._idles(account, request.call.account, max(when, account.cools_until))
@@ -825,27 +964,39 @@ class Scheduler:
         if request.trial is not None and request.first:
             self._lately.append(foreign)
 
-    def _refused(self, request: Attempt, account: _Account, answer: AttemptResult, foreign: bool, now: float) -> bool:
+    def _refused(
+        self, request: Attempt, account: _Account, answer: AttemptResult, foreign: bool, now: float
+    ) -> bool:
         """Returns whether the refusal costs its call no attempt."""
         if answer.wait is not None:
             account.cools_until = max(account.cools_until, now + answer.wait)
         trial = request.trial
-        expected = foreign or (trial is not None and trial.concerns_others_than(request.call.account))
+        expected = foreign or (
+            trial is not None and trial.concerns_others_than(request.call.account)
+        )
         spared = expected and request.call.spared < _SPARED
         request.call.spared += spared
-        if foreign and len(self._lately) == _LATELY and sum(self._lately) > _FOREIGN_SHARE * _LATELY:
+        if (
+            foreign
+            and len(self._lately) == _LATELY
+            and sum(self._lately) > _FOREIGN_SHARE * _LATELY
+        ):
             self._pace.cut(now)
             self._lately.clear()
         sure = not foreign and (self._scope.is_together or self._terms.scope == "client")
         alone = self._scope.is_alone(now)
-        evidence = Evidence(has_counts=answer.used is not None, is_foreign=foreign, is_sure=sure, is_alone=alone)
+        evidence = Evidence(
+            has_counts=answer.used is not None, is_foreign=foreign, is_sure=sure, is_alone=alone
+        )
         was_held = self._cooldown.trial is not None and self._cooldown.trial.is_held
         if self._cooldown.refused(request.call.account, trial, answer.wait, evidence, now):
             self._pace.cut(now)
             if not was_held and self._cooldown.trial is not None:
                 span = max(0.0, self._cooldown.trial.until - now)
                 _log.info(
-                    "the rate limit is spent by others too: all calls wait %.1f s, then one at a time until one is served", span
+                    "the rate limit is spent by others too: all calls wait %.1f s, then one "
+                    "at a time until one is served",
+                    span,
                 )
             if evidence.has_counts:
                 self._scope.contradicted(now)
@@ -853,7 +1004,10 @@ class Scheduler:
 
 
 def _sure(bucket: Bucket, now: float) -> float:
-    """Certainly no token can be had before then. A request on the wire may return one at any moment."""
+    """Certainly no token can be had before then.
+
+    A request on the wire may return one at any moment.
+    """
     return now if bucket.on_wire or bucket.room(now, 0) > 0 else bucket.room_at(now, 0) or now
 
 
@@ -868,7 +1022,9 @@ def _room_at(bucket: Bucket, kind: Kind, kept: int, now: float) -> float | None:
     """When calls of this kind have room; None where something else has to happen first."""
     if kind is not Kind.BACKGROUND:
         return bucket.room_at(now, kept)
-    if bucket.room(now, kept) > 0:  # another refresh has been let out, unless it is too early for that
+    if (
+        bucket.room(now, kept) > 0
+    ):  # another refresh has been let out, unless it is too early for that
         return bucket.next_refresh if bucket.next_refresh > now else None
     moment = bucket.room_at(now, kept)
     return None if moment is None else max(moment, bucket.next_refresh)

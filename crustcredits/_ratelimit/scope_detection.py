@@ -1,7 +1,7 @@
 """`ScopeDetection`: what the server counts by, as far as its answers prove it. Arithmetic only.
 
-The proof is that of `witnesses`: ten requests of other accounts are missing from a count in which they would stand if all
-accounts were counted together. Nothing is concluded for other requests.
+The proof is that of `witnesses`: ten requests of other accounts are missing from a count in which
+they would stand if all accounts were counted together. Nothing is concluded for other requests.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import math
 
 from crustcredits._ratelimit.witnesses import LAG, WITNESSES, Witnesses
 
-# Served answers in a row that tell of more than their own account's requests, which say that all accounts are counted together.
+# Served answers in a row that tell of more than their own account's requests, which say that all
+# accounts are counted together.
 _TOGETHER = 10
-# Periods in which nothing is proven after a hold against the proof; doubled each time, up to the most.
+# Periods in which nothing is proven after a hold against the proof; doubled each time, up to the
+# most.
 _DOUBT = 10
 _MOST_DOUBT = 160
 
@@ -80,7 +82,8 @@ class ScopeDetection:
     def told(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
         """A served answer told that `used` requests were counted, of which at most `own` are its account's.
 
-        Returns whether this proves that its account is counted apart, and the weaker sign that it is (`is_alone`).
+        Returns whether this proves that its account is counted apart, and the weaker sign that it
+        is (`is_alone`).
         """
         self.has_seen_counts = True
         if used > own:
@@ -91,7 +94,11 @@ class ScopeDetection:
         alone = own <= self.ended_before(started, now)
         if alone:
             self._alone_at = now
-        proved = self._proves and now >= self._no_proof_before and self._witnesses.prove(used, own, started, now)
+        proved = (
+            self._proves
+            and now >= self._no_proof_before
+            and self._witnesses.prove(used, own, started, now)
+        )
         self._witnesses.add(started, now)
         return proved, alone
 

@@ -1,23 +1,30 @@
-"""`TokenBucket`: the requests of one scope that the server may count. A value: it is told the time, and nobody waits in it."""
+"""`TokenBucket`: the requests of one scope that the server may count.
+
+A value: it is told the time, and nobody waits in it.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from typing import Protocol
 
-# Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each other.
+# Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each
+# other.
 _LOOKS = 100
 
 
 class Bucket(Protocol):
-    """What the scheduler needs of tokens, wherever they are counted. `TokenBucket` says what each member is.
+    """What the scheduler needs of tokens, wherever they are counted.
+
+    `TokenBucket` says what each member is.
 
     Attributes:
         limit: How many tokens there are.
         on_wire: Tokens of requests that have not ended.
         next_refresh: When the next refresh may take one.
         is_shared: Whether other processes take them too.
-        is_degraded: Whether this process counts by itself, because the count that several share is out of reach.
+        is_degraded: Whether this process counts by itself, because the count that several share is
+            out of reach.
         is_settling: Whether all tokens are there, and other processes are still to be told so.
     """
 
@@ -52,8 +59,9 @@ class Bucket(Protocol):
 class TokenBucket:
     """`limit` tokens, one for each request. A token returns one period after its request has ended.
 
-    The server counts a request when it arrives, somewhere between its start and its end. Counted from the end, two requests that
-    use one token arrive more than a period apart, whatever the delays.
+    The server counts a request when it arrives, somewhere between its start and its end. Counted
+    from the end, two requests that use one token arrive more than a period apart, whatever the
+    delays.
 
     Attributes:
         limit: How many tokens there are. It may be changed at any time.
@@ -73,19 +81,28 @@ class TokenBucket:
         self._counted = 0  # requests that have started and were not taken back
 
     def room(self, now: float, kept: int) -> int:
-        """Tokens that can be taken now, but for `kept` of them; below 0 where more are out, or the limit was lowered."""
+        """Tokens that can be taken now, but for `kept` of them.
+
+        Below 0 where more are out, or the limit was lowered.
+        """
         returns = self._returns
         if returns and returns[0] <= now:
             del returns[: bisect_right(returns, now)]
         return self.limit - kept - self.on_wire - len(returns)
 
     def room_at(self, now: float, kept: int) -> float | None:
-        """When there is room, or room for one more; None where that needs a request on the wire to end."""
+        """When there is room, or room for one more.
+
+        None where that needs a request on the wire to end.
+        """
         nth = max(1, 1 - self.room(now, kept))
         return self._returns[nth - 1] if nth <= len(self._returns) else None
 
     def want(self, count: int, kept: int) -> None:
-        """So many calls wait for tokens, and leave `kept` alone. Nothing: tokens return by themselves."""
+        """So many calls wait for tokens, and leave `kept` alone.
+
+        Nothing: tokens return by themselves.
+        """
 
     def take(self, now: float) -> int:
         """A request starts, for which there is `room` now. Returns a mark for `own`."""
@@ -134,7 +151,8 @@ class TokenBucket:
 def refresh_gap(bucket: Bucket, now: float, period: float, kept: int) -> float:
     """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and return for them.
 
-    Sooner, and after a burst of others they would use up what is left and then stop until the burst returns.
+    Sooner, and after a burst of others they would use up what is left and then stop until the burst
+    returns.
     """
     returns = [when - now for when in bucket.returns(now, period) if when > now]
     spare = max(0, bucket.available(now) - kept) + 1

@@ -1,8 +1,9 @@
 """The command line: `crustcredits demo` on a sandbox of its own, `crustcredits check` on your keys.
 
-It owns options, exit statuses and what people see: the bar, the tables, the words. It must not know how a key is asked or
-how calls are held back; both are the client's. Standard output carries the result, standard error everything else.
-Secrets come from the environment, a file or standard input, never from an argument, and nothing here prints one.
+It owns options, exit statuses and what people see: the bar, the tables, the words. It must not know
+how a key is asked or how calls are held back; both are the client's. Standard output carries the
+result, standard error everything else. Secrets come from the environment, a file or standard input,
+never from an argument, and nothing here prints one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from crustcredits.testing import SandboxServer
 from crustcredits.testing._demo import demo_pool
 
 _LOW, _USAGE, _FAILED = 1, 2, 3
-_UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = 74, 130, 141  # as sysexits.h has it, and 128 and the signal's number
+_UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = (
+    74,
+    130,
+    141,
+)  # as sysexits.h has it, and 128 and the signal's number
 
 
 # Typer does not export the base of its errors about usage.
@@ -55,7 +60,9 @@ def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
         option: Any = error.param
         problem = f"Invalid value for '{option.opts[0]}': it takes {option.metavar}. {option.help}"
     except _UsageError as error:
-        if getattr(error, "option_name", None) in {name for param in context.command.params for name in param.opts}:
+        if getattr(error, "option_name", None) in {
+            name for param in context.command.params for name in param.opts
+        }:
             raise
         near = getattr(error, "possibilities", None)
         problem = "No such option; it is not repeated here, because it may be a key."
@@ -103,7 +110,11 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    *, version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """How many credits each of your Crustdata API keys has left."""
 
@@ -112,17 +123,33 @@ def _options(
 def demo(
     context: typer.Context,
     *,
-    keys: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="How many keys.")] = 120,
-    window: Annotated[float, typer.Option(callback=_positive, metavar="SECONDS", help="In which 300 requests are allowed.")] = 60,
+    keys: Annotated[
+        int, typer.Option(min=1, max=100_000, metavar="N", help="How many keys.")
+    ] = 120,
+    window: Annotated[
+        float,
+        typer.Option(
+            callback=_positive, metavar="SECONDS", help="In which 300 requests are allowed."
+        ),
+    ] = 60,
 ) -> None:
-    """Check a made-up pool, broken here and there, on a stand-in for the API. Needs no key and no network; exits with 0."""
+    """Check a made-up pool, broken here and there, on a stand-in for the API.
+
+    Needs no key and no network; exits with 0.
+    """
     with _exit_statuses(context):
         sandbox = SandboxServer(period=window, delay=(0.01, 0.12))
         run = Run(demo_pool(sandbox, keys), detail=True)
         began = time.monotonic()
         run.finish(rehearse(sandbox, run, RateLimit(period=window)))
-        sent = f"Requests: {sandbox.requests} in {time.monotonic() - began:.1f} s, at most {sandbox.worst_window()} of 300 allowed"
-        print_parts(*tables_of(run.report(), None), Text(f"{sent} in any {window:g} s; 429s: {sandbox.refused}"))
+        sent = (
+            f"Requests: {sandbox.requests} in {time.monotonic() - began:.1f} s, at most "
+            f"{sandbox.worst_window()} of 300 allowed"
+        )
+        print_parts(
+            *tables_of(run.report(), None),
+            Text(f"{sent} in any {window:g} s; 429s: {sandbox.refused}"),
+        )
         _leave(run, 0)
 
 
@@ -130,19 +157,31 @@ def demo(
 def check(
     context: typer.Context,
     *,
-    keys_file: Annotated[str | None, typer.Option(metavar="PATH", help="Read keys from a file, or with - from stdin.")] = None,
-    detail: Annotated[bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")] = False,
+    keys_file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Read keys from a file, or with - from stdin."),
+    ] = None,
+    detail: Annotated[
+        bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")] = False,
-    min_credits: Annotated[str | None, typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer.")] = None,
-    timeout: Annotated[float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for them all.")] = None,
+    as_jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Print a line of JSON for each key as its answer lands.")
+    ] = False,
+    min_credits: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for them all.")
+    ] = None,
 ) -> None:
     """Check your keys, from CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS or from a file.
 
-    CRUSTDATA_API_KEYS and the file hold keys, one a line or divided by commas, each SECRET, NAME=SECRET or
-    ACCOUNT/NAME=SECRET. The file may also be an env file with these variables, JSON or CSV, and CRUSTDATA_API_KEY_FILE and
-    CRUSTDATA_API_KEYS_FILE name files in the variables' place. Keys of one account share its balance, which the total
-    counts once.
+    CRUSTDATA_API_KEYS and the file hold keys, one a line or divided by commas, each SECRET,
+    NAME=SECRET or ACCOUNT/NAME=SECRET. The file may also be an env file with these variables, JSON
+    or CSV, and CRUSTDATA_API_KEY_FILE and CRUSTDATA_API_KEYS_FILE name files in the variables'
+    place. Keys of one account share its balance, which the total counts once.
 
     \b
     Exit status:
@@ -164,14 +203,20 @@ def check(
             echo(json.dumps(report.to_dict(), indent=2) + "\n")
         elif not as_jsonl:
             print_parts(*tables_of(report, floor))
-        _leave(run, _FAILED if not report.ok else _LOW if floor is not None and report.low(floor) else 0)
+        _leave(
+            run,
+            _FAILED if not report.ok else _LOW if floor is not None and report.low(floor) else 0,
+        )
 
 
 @contextlib.contextmanager
 def _exit_statuses(context: typer.Context) -> Iterator[None]:
     """What every command does with arguments, and with what may end it early."""
     if context.args:
-        context.fail("Keys are not taken as arguments, which others can read; use CRUSTDATA_API_KEYS or --keys-file.")
+        context.fail(
+            "Keys are not taken as arguments, which others can read; use CRUSTDATA_API_KEYS "
+            "or --keys-file."
+        )
     try:
         yield
     except ConfigurationError as error:
@@ -191,7 +236,10 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
 
 def _leave(run: Run, status: int) -> None:
     if run.interrupted:
-        say(f"interrupted; {sum(key not in run.landed for key in run.pool)} of {len(run.pool)} keys were not checked")
+        say(
+            f"interrupted; {sum(key not in run.landed for key in run.pool)} of "
+            f"{len(run.pool)} keys were not checked"
+        )
     raise typer.Exit(_INTERRUPTED if run.interrupted else status)
 
 
@@ -204,9 +252,18 @@ def _floor(text: str | None) -> Decimal | None:
 
 
 def _read_keys(path: str | None) -> list[ApiKey]:
-    pool = keys_from_env() if path is None else keys_from_text(_read_stdin()) if path == "-" else keys_from_file(path)
+    pool = (
+        keys_from_env()
+        if path is None
+        else keys_from_text(_read_stdin())
+        if path == "-"
+        else keys_from_file(path)
+    )
     if not pool:
-        raise ConfigurationError("no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with --keys-file")
+        raise ConfigurationError(
+            "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
+            "--keys-file"
+        )
     return pool
 
 

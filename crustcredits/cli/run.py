@@ -27,7 +27,9 @@ from crustcredits.testing import SandboxServer
 class Run:
     """One check of a pool, and what has landed of it so far, however it ends."""
 
-    def __init__(self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False) -> None:
+    def __init__(
+        self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False
+    ) -> None:
         self.pool = pool
         self.landed: dict[ApiKey | UnusableKey, Outcome[Balance]] = {}
         self.interrupted = False
@@ -43,7 +45,9 @@ class Run:
             if console.is_interactive and not (self._lines and sys.stdout.isatty()):
                 self._bar = Bar(client, self, console)
             with self._bar or contextlib.nullcontext():
-                await client.check(self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land)
+                await client.check(
+                    self.pool, detail=self.detail, timeout=self._timeout, on_outcome=self._land
+                )
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work`, which checks, come to its end or to Ctrl-C."""
@@ -55,7 +59,10 @@ class Run:
     def report(self) -> Report:
         """What has landed, in the order of the pool; of the rest, that it was not checked."""
         now = datetime.now(UTC)
-        return Report(self.landed.get(key) or Unknown(key=key, error=NOT_CHECKED, checked_at=now) for key in self.pool)
+        return Report(
+            self.landed.get(key) or Unknown(key=key, error=NOT_CHECKED, checked_at=now)
+            for key in self.pool
+        )
 
     def _land(self, outcome: Outcome[Balance]) -> None:
         self.landed[outcome.key] = outcome
@@ -75,7 +82,14 @@ class Bar(Progress):
 
     def __init__(self, client: CreditsClient, run: Run, console: Console) -> None:
         # Standard output may go elsewhere, so it is not led past the bar.
-        super().__init__(BarColumn(24), MofNCompleteColumn(), TimeLeft(), console=console, transient=True, redirect_stdout=False)
+        super().__init__(
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeLeft(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+        )
         self._client, self._run = client, run
         self.total_line = len(set(run.pool))
         self._task = self.add_task("", total=self.total_line)

@@ -33,10 +33,18 @@ def tables_of(report: Report, floor: Decimal | None) -> Iterator[RenderableType]
     if failures:
         yield Group(Text("Could not be checked", style="bold"), _failures_table(failures))
     # What is 0 adds nothing, however often it is counted.
-    alike = [outcome.key.label for group in report.lookalikes if group[0].credits for outcome in group]
+    alike = [
+        outcome.key.label for group in report.lookalikes if group[0].credits for outcome in group
+    ]
     if alike:
-        share = "if they share an account, declare it (ACCOUNT/NAME=SECRET), or the total counts it more than once"
-        yield Text(f"{len(alike)} keys answer just like another one, such as {alike[0]} and {alike[1]}: {share}")
+        share = (
+            "if they share an account, declare it (ACCOUNT/NAME=SECRET), or the total counts "
+            "it more than once"
+        )
+        yield Text(
+            f"{len(alike)} keys answer just like another one, such as {alike[0]} and "
+            f"{alike[1]}: {share}"
+        )
     yield Text(total_line(report), style="bold")
 
 
@@ -54,7 +62,9 @@ def _keys_table(report: Report, floor: Decimal | None) -> Table:
     table = plain_table("key", "credits", *("grant", "next grant") * detail, "state")
     for outcome in report:
         about = [_cell(outcome.key.label), _number(outcome.credits)]
-        table.add_row(*about, *(_grant(outcome.balance) if detail else ()), _state(report, outcome, floor))
+        table.add_row(
+            *about, *(_grant(outcome.balance) if detail else ()), _state(report, outcome, floor)
+        )
     return table
 
 
@@ -68,7 +78,11 @@ def _grant(balance: Balance | None) -> tuple[Text, Text]:
 
 def _state(report: Report, outcome: Outcome[Balance], floor: Decimal | None) -> Text:
     if isinstance(outcome, Unknown):
-        return Text("not checked", style="yellow") if outcome.error is NOT_CHECKED else Text("failed", style="red")
+        return (
+            Text("not checked", style="yellow")
+            if outcome.error is NOT_CHECKED
+            else Text("failed", style="red")
+        )
     credits = report.credits_of(outcome)
     if credits <= 0 or credits < (floor or 0):
         return Text("empty" if credits <= 0 else "low", style="yellow")
@@ -85,7 +99,9 @@ def _accounts_table(report: Report) -> Table:
 
 def total_line(report: Report) -> str:
     credits = report.total_credits
-    unknown = sum(report.accounts.get(outcome.key.account or "") is None for outcome in report.failed)
+    unknown = sum(
+        report.accounts.get(outcome.key.account or "") is None for outcome in report.failed
+    )
     known = "unknown" if credits is None else f"{credits:,f} credits"
     return f"Total: {known}" + f"; keys of which nothing is known: {unknown}" * bool(unknown)
 
@@ -93,8 +109,13 @@ def total_line(report: Report) -> str:
 def plain_table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
-        names = header in {"key", "account"}  # the only ones to be narrowed, because they may be long
-        table.add_column(header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names)
+        names = header in {
+            "key",
+            "account",
+        }  # the only ones to be narrowed, because they may be long
+        table.add_column(
+            header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names
+        )
     return table
 
 

@@ -5,7 +5,12 @@ It owns routes, schemas and problem documents; it must not know how a key is ask
 """
 
 from crustcredits.fastapi.exception_handlers import install_exception_handlers
-from crustcredits.fastapi.lifespan import CreditsDep, credits_client_of, credits_lifespan, get_credits_client
+from crustcredits.fastapi.lifespan import (
+    CreditsDep,
+    credits_client_of,
+    credits_lifespan,
+    get_credits_client,
+)
 from crustcredits.fastapi.router import credits_router
 from crustcredits.fastapi.schemas import (
     AccountResponse,

@@ -25,29 +25,39 @@ _STATE = "crustcredits_client"
 
 @hides_arguments
 def credits_lifespan(
-    make_client: Callable[[], CreditsClient] = CreditsClient, *, lifespan: Lifespan[FastAPI] | None = None
+    make_client: Callable[[], CreditsClient] = CreditsClient,
+    *,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> Lifespan[FastAPI]:
     """A lifespan for `FastAPI(lifespan=…)` that opens a client with the app and closes it with the app.
 
     Args:
-        make_client: Makes the client, each time the app starts: `CreditsClient`, or a `functools.partial` or `lambda` of it
-            with arguments.
-        lifespan: Your own. It runs inside: the client is there before it starts and until it has ended. To nest the
-            other way, enter this one in yours: `async with credits_lifespan()(app): yield`.
+        make_client: Makes the client, each time the app starts: `CreditsClient`, or a
+            `functools.partial` or `lambda` of it with arguments.
+        lifespan: Your own. It runs inside: the client is there before it starts and until it has
+            ended. To nest the other way, enter this one in yours: `async with
+            credits_lifespan()(app): yield`.
 
     Raises:
         ConfigurationError: `make_client` is a client and no function that makes one.
     """
     if isinstance(make_client, Starlette):
-        raise ConfigurationError("credits_lifespan was given the app; call it: FastAPI(lifespan=credits_lifespan())")
+        raise ConfigurationError(
+            "credits_lifespan was given the app; call it: FastAPI(lifespan=credits_lifespan())"
+        )
     if not (lifespan is None or callable(lifespan)):
-        raise ConfigurationError(f"lifespan is what FastAPI takes for one, not {type(lifespan).__name__}")
+        raise ConfigurationError(
+            f"lifespan is what FastAPI takes for one, not {type(lifespan).__name__}"
+        )
     if not callable(make_client):
         raise ConfigurationError(
-            "make_client is a function that makes a client, because each start of the app needs a new one; "
+            "make_client is a function that makes a client, because each start of the app "
+            "needs a new one; "
             "give CreditsClient itself, or functools.partial(CreditsClient, …)"
         )
-    make = _unprinted(make_client)  # a partial prints its arguments, and this function's frame lives as long as the app
+    make = _unprinted(
+        make_client
+    )  # a partial prints its arguments, and this function's frame lives as long as the app
     inner = lifespan or _no_lifespan
     if inspect.isasyncgenfunction(inner):
         inner = asynccontextmanager(inner)
@@ -59,7 +69,8 @@ def credits_lifespan(
             setattr(app.state, _STATE, client)
             try:
                 async with inner(app) as state:
-                    # In the lifespan's state too, which reaches the apps that are mounted below this one.
+                    # In the lifespan's state too, which reaches the apps that are mounted below
+                    # this one.
                     yield {**(state or {}), _STATE: client}
             finally:
                 setattr(app.state, _STATE, outer)
@@ -72,7 +83,9 @@ def _unprinted(make_client: Callable[[], CreditsClient]) -> Callable[[], Credits
     def make() -> CreditsClient:
         made: object = make_client()
         if not isinstance(made, CreditsClient):
-            raise ConfigurationError(f"make_client is to make a CreditsClient, and made a {type(made).__name__}")
+            raise ConfigurationError(
+                f"make_client is to make a CreditsClient, and made a {type(made).__name__}"
+            )
         return made
 
     return make
@@ -102,13 +115,16 @@ CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 def credits_client_of(app: Any) -> CreditsClient:
     """The client of a running app, or of the app in a `TestClient`: for your own lifespan, and for tasks beside the requests.
 
-    It belongs to the app's loop, which under `TestClient` is another than the test's. An override of `get_credits_client`
-    reaches the routes and not this: where your lifespan uses the client, let `make_client` make another in tests.
+    It belongs to the app's loop, which under `TestClient` is another than the test's. An override
+    of `get_credits_client` reaches the routes and not this: where your lifespan uses the client,
+    let `make_client` make another in tests.
 
     Raises:
         ConfigurationError: The lifespan did not run, or has ended.
     """
-    while not hasattr(app, "state") and hasattr(app, "app"):  # a TestClient, and middlewares around the app
+    while not hasattr(app, "state") and hasattr(
+        app, "app"
+    ):  # a TestClient, and middlewares around the app
         app = app.app
     return _client_or_error(getattr(getattr(app, "state", None), _STATE, None))
 
@@ -116,7 +132,8 @@ def credits_client_of(app: Any) -> CreditsClient:
 def _client_or_error(client: CreditsClient | None) -> CreditsClient:
     if client is None:
         raise ConfigurationError(
-            "the app has no credits client, because its lifespan did not run: make it with FastAPI(lifespan=credits_lifespan()), "
+            "the app has no credits client, because its lifespan did not run: make it with "
+            "FastAPI(lifespan=credits_lifespan()), "
             "and in tests use `with TestClient(app)` or override get_credits_client"
         )
     return client

@@ -1,4 +1,7 @@
-"""`Pool`: the keys that a router shows, and what is answered of them. It knows the client, and nothing of HTTP."""
+"""`Pool`: the keys that a router shows, and what is answered of them.
+
+It knows the client, and nothing of HTTP.
+"""
 
 from __future__ import annotations
 
@@ -30,29 +33,43 @@ class Pool:
             raise problem
         if not self._keys:
             _log.warning(
-                "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set, if it comes from there?"
+                "the pool of this router is empty; are CRUSTDATA_API_KEYS or "
+                "CRUSTDATA_API_KEY set, if it comes from there?"
             )
         # Of two with one label, the one that can be used.
-        self._by_label = {key.label: key for key in sorted(self._keys, key=lambda key: isinstance(key, ApiKey))}
+        self._by_label = {
+            key.label: key for key in sorted(self._keys, key=lambda key: isinstance(key, ApiKey))
+        }
         self._freshness = freshness
         self._timeout = timeout
         self._ailing: set[_Key] = set()
 
     async def report(
-        self, client: CreditsClient, state: State | None, account: str | None, sort: Sort, max_age: float
+        self,
+        client: CreditsClient,
+        state: State | None,
+        account: str | None,
+        sort: Sort,
+        max_age: float,
     ) -> Report[Any]:
         """Of the keys that declare `account`, those in `state`; None for all.
 
         Raises:
             ClientClosedError: The client was closed.
         """
-        keys = self._keys if account is None else [key for key in self._keys if key.account == account]
+        keys = (
+            self._keys if account is None else [key for key in self._keys if key.account == account]
+        )
         report = await self._check(client, keys, max_age)
         if state is None and sort == "given":
             return report
-        return Report(_sorted((outcome for outcome in report if state in {None, outcome.state}), sort))
+        return Report(
+            _sorted((outcome for outcome in report if state in {None, outcome.state}), sort)
+        )
 
-    async def outcome(self, client: CreditsClient, label: str, max_age: float) -> Outcome[Any] | None:
+    async def outcome(
+        self, client: CreditsClient, label: str, max_age: float
+    ) -> Outcome[Any] | None:
         """What came of the key of this label; None when there is none.
 
         Raises:
@@ -88,16 +105,25 @@ class Pool:
 
     def health(self, client: CreditsClient) -> HealthResponse:
         """What is known without asking."""
-        recent = min(self._freshness.max_age + self._freshness.revalidate, 1e300)  # what the client takes for an age
-        outcomes = [(key, None if isinstance(key, UnusableKey) else client.peek(key, max_age=recent)) for key in self._keys]
+        recent = min(
+            self._freshness.max_age + self._freshness.revalidate, 1e300
+        )  # what the client takes for an age
+        outcomes = [
+            (key, None if isinstance(key, UnusableKey) else client.peek(key, max_age=recent))
+            for key in self._keys
+        ]
         known = sum(outcome is not None and outcome.ok for _, outcome in outcomes)
-        never = sum(outcome is None and not isinstance(key, UnusableKey) for key, outcome in outcomes)
+        never = sum(
+            outcome is None and not isinstance(key, UnusableKey) for key, outcome in outcomes
+        )
         reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
         reasons += [f"{never} of {len(outcomes)} keys have not been answered for yet"] * bool(never)
         reasons = reasons or ["the pool is empty"] * (not outcomes)
         if len(reasons) > _REASONS:
             reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
-        status: Literal["ok", "degraded", "unknown"] = "unknown" if not known else "degraded" if reasons else "ok"
+        status: Literal["ok", "degraded", "unknown"] = (
+            "unknown" if not known else "degraded" if reasons else "ok"
+        )
         return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
 
 

@@ -1,7 +1,7 @@
 """What a service answers when a check failed, without I/O: an HTTP status, and words that are ours alone.
 
-What the API said stays in the log: neither its text nor its status is the business of the service's own callers. It must
-not know FastAPI.
+What the API said stays in the log: neither its text nor its status is the business of the service's
+own callers. It must not know FastAPI.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._models import credits_text
-from crustcredits._report import CreditsRequirementError, CreditsUnknownError, InsufficientCreditsError
+from crustcredits._report import (
+    CreditsRequirementError,
+    CreditsUnknownError,
+    InsufficientCreditsError,
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -55,18 +59,28 @@ class Problem:
 
     def document(self) -> dict[str, Any]:
         """For JSON; what is None is left out."""
-        members = {"type": self.type, "title": self.title, "status": self.status, "key": self.key, "retry_after": self.retry_after}
+        members = {
+            "type": self.type,
+            "title": self.title,
+            "status": self.status,
+            "key": self.key,
+            "retry_after": self.retry_after,
+        }
         return {name: value for name, value in members.items() if value is not None} | self.more
 
 
-# The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its own callers have done nothing
-# wrong, so for them it is a bad gateway.
+# The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its
+# own callers have done nothing wrong, so for them it is a bad gateway.
 _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
     (InsufficientCreditsError, 409, "Not enough credits are there"),
     (CreditsUnknownError, 503, "Not enough credits are known to be there, and some are unknown"),
     (RateLimitError, 503, "The credits API refuses more requests for now"),
     (RateLimitWaitError, 503, "The rate limit of the credits API leaves no room in time"),
-    (BucketsUnavailableError, 503, "The count of the rate limit that processes share is out of reach"),
+    (
+        BucketsUnavailableError,
+        503,
+        "The count of the rate limit that processes share is out of reach",
+    ),
     (GatewayError, 503, "A gateway answers in the credits API's place"),
     (APITimeoutError, 504, "The credits API did not answer in time"),
     (APIConnectionError, 503, "The credits API cannot be reached"),
@@ -92,7 +106,9 @@ _LONGEST = 86_400.0
 
 def problem_of(error: CrustCreditsError) -> Problem:
     """What to answer for `error`."""
-    status, title = next((status, title) for kind, status, title in _ANSWERS if isinstance(error, kind))
+    status, title = next(
+        (status, title) for kind, status, title in _ANSWERS if isinstance(error, kind)
+    )
     more: dict[str, Any] = {}
     if isinstance(error, CreditsUnknownError) and not error.may_recover:
         status = 502  # the API, or the keys' own text, says no: asking again does not help
@@ -129,5 +145,8 @@ def _retry_after(error: CrustCreditsError) -> int | None:
         return _WINDOW if error.retry_after is None else _whole(error.retry_after)
     if isinstance(error, CreditsUnknownError):
         # One key that recovers may decide.
-        return min((_retry_after(each) or _asked(each) for each in error.deciding if each.may_recover), default=None)
+        return min(
+            (_retry_after(each) or _asked(each) for each in error.deciding if each.may_recover),
+            default=None,
+        )
     return None

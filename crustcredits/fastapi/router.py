@@ -48,16 +48,18 @@ def credits_router(
 ) -> APIRouter:
     """A router that shows a pool: `GET /keys`, `GET /keys/{label}` and `GET /healthz`, below `prefix`.
 
-    `/healthz` never does I/O: it tells from kept answers whether the pool is `ok`, `degraded` or `unknown`, with status 200.
-    A key that cannot be used is listed as failed.
+    `/healthz` never does I/O: it tells from kept answers whether the pool is `ok`, `degraded` or
+    `unknown`, with status 200. A key that cannot be used is listed as failed.
 
     Args:
         keys: The pool; keys are shown by their labels.
         public: Say `True` to let everybody see it.
-        dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody may not.
-        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers, not for newer ones, so that
-            they cannot use up the rate limit.
-        stale_while_revalidate: The same, as for `CreditsClient`. What the client itself goes by does not count here.
+        dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody
+            may not.
+        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers,
+            not for newer ones, so that they cannot use up the rate limit.
+        stale_while_revalidate: The same, as for `CreditsClient`. What the client itself goes by
+            does not count here.
         stale_if_error: The same, as for `CreditsClient`.
         max_error_age: The same, as for `CreditsClient`; by default `max_age`, and at least 1 s.
         timeout: Seconds, or a timedelta, that a caller waits at the most.
@@ -65,13 +67,16 @@ def credits_router(
         tags: As for `APIRouter`.
 
     Raises:
-        ConfigurationError: Neither or both of `public` and `dependencies` are given; this is no pool, or two different keys have
-            one name, or one secret two accounts; or another argument cannot be used.
+        ConfigurationError: Neither or both of `public` and `dependencies` are given; this is no
+            pool, or two different keys have one name, or one secret two accounts; or another
+            argument cannot be used.
     """
     pool = pool_of(keys)
     check_kind("prefix", prefix, str)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
-        raise ConfigurationError("prefix begins with '/' and does not end with one: prefix='/credits'")
+        raise ConfigurationError(
+            "prefix begins with '/' and does not end with one: prefix='/credits'"
+        )
     problem = _audience_problem(public, dependencies)
     if problem is not None:
         raise ConfigurationError(problem)
@@ -92,20 +97,33 @@ def _audience_problem(public: object, dependencies: Sequence[object]) -> str | N
     if not isinstance(public, bool):
         return f"say who may see the credits: public is True or False, not {type(public).__name__}"
     if public and dependencies:
-        return "say who may see the credits: everybody, with public=True, or whom the dependencies let through, but not both"
+        return (
+            "say who may see the credits: everybody, with public=True, or whom the "
+            "dependencies let through, but not both"
+        )
     if not public and not dependencies:
-        return "say who may see the credits: give dependencies=[Depends(…)], or public=True for everybody"
+        return (
+            "say who may see the credits: give dependencies=[Depends(…)], or public=True for "
+            "everybody"
+        )
     wrong = next((each for each in dependencies if not isinstance(each, DependsParam)), None)
-    return None if wrong is None else f"dependencies are Depends(…); wrap this {type(wrong).__name__} in it"
+    return (
+        None
+        if wrong is None
+        else f"dependencies are Depends(…); wrap this {type(wrong).__name__} in it"
+    )
 
 
 def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document."""
     content = {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}}
     documented: dict[int | str, dict[str, Any]] = {
-        status: {"description": description, "content": content} for status, description in answers.items()
+        status: {"description": description, "content": content}
+        for status, description in answers.items()
     }
-    documented[503]["headers"] = {"Retry-After": {"description": "Seconds, where known.", "schema": {"type": "integer"}}}
+    documented[503]["headers"] = {
+        "Retry-After": {"description": "Seconds, where known.", "schema": {"type": "integer"}}
+    }
     return documented
 
 
@@ -114,20 +132,36 @@ _UNKNOWN = {
     404: "No key of the pool has this label",
     500: "The key cannot be used",
     502: "The API says no to the service's key, or something that is no balance",
-    503: "The API cannot be reached, or the rate limit leaves no room, or the service is shutting down",
+    503: (
+        "The API cannot be reached, or the rate limit leaves no room, or the service is "
+        "shutting down"
+    ),
     504: "The API does not answer in time",
 }
 
 
 def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
-    bounds = Query(ge=floor, le=max(floor, 1e9), description="Seconds that a balance may be old without being stale.")
+    bounds = Query(
+        ge=floor,
+        le=max(floor, 1e9),
+        description="Seconds that a balance may be old without being stale.",
+    )
 
-    @router.get("/keys", response_model=PoolResponse, responses=_documented(_CLOSING), summary="The pool, by label")
+    @router.get(
+        "/keys",
+        response_model=PoolResponse,
+        responses=_documented(_CLOSING),
+        summary="The pool, by label",
+    )
     async def get_keys(
         client: CreditsDep,
         state: Annotated[State | None, Query(description="Only keys in this state.")] = None,
-        account: Annotated[str | None, Query(description="Only keys that declare this account.")] = None,
-        sort: Annotated[Sort, Query(description="`-` for the largest first; what is unknown comes last.")] = "given",
+        account: Annotated[
+            str | None, Query(description="Only keys that declare this account.")
+        ] = None,
+        sort: Annotated[
+            Sort, Query(description="`-` for the largest first; what is unknown comes last.")
+        ] = "given",
         max_age: Annotated[float, bounds] = floor,
     ) -> Any:
         try:
@@ -141,14 +175,22 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
         responses=_documented(_UNKNOWN),
         summary="One key, by label",
     )
-    async def get_key(label: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor) -> Any:
+    async def get_key(
+        label: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor
+    ) -> Any:
         try:
             outcome = await pool.outcome(client, label, max_age)
         except CrustCreditsError as error:
             return _problem_response(problem_of(error))
         # The label is not repeated: it may be a secret in the wrong place.
-        return outcome or _problem_response(Problem(status=404, type="about:blank", title="Not Found"))
+        return outcome or _problem_response(
+            Problem(status=404, type="about:blank", title="Not Found")
+        )
 
-    @router.get("/healthz", response_model=HealthResponse, summary="What is known of the pool without asking")
+    @router.get(
+        "/healthz",
+        response_model=HealthResponse,
+        summary="What is known of the pool without asking",
+    )
     async def get_health(client: CreditsDep) -> Any:
         return pool.health(client)

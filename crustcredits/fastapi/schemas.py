@@ -1,4 +1,7 @@
-"""The pydantic models of what a service answers, made from ours by their attributes. They know keys by their labels only."""
+"""The pydantic models of what a service answers, made from ours by their attributes.
+
+They know keys by their labels only.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +39,28 @@ def _problem_of(error: object) -> object:
     return problem_of(error) if isinstance(error, CrustCreditsError) else error
 
 
-_CREDITS_SCHEMA = {"type": "string", "pattern": r"^-?\d+(\.\d+)?$", "description": "Credits, exact to the last digit."}
+_CREDITS_SCHEMA = {
+    "type": "string",
+    "pattern": r"^-?\d+(\.\d+)?$",
+    "description": "Credits, exact to the last digit.",
+}
 
 KeyName: TypeAlias = Annotated[str, BeforeValidator(_label_of)]
-Credits: TypeAlias = Annotated[Decimal, PlainSerializer(credits_text, return_type=str), WithJsonSchema(_CREDITS_SCHEMA)]
+Credits: TypeAlias = Annotated[
+    Decimal, PlainSerializer(credits_text, return_type=str), WithJsonSchema(_CREDITS_SCHEMA)
+]
 Utc: TypeAlias = Annotated[AwareDatetime, AfterValidator(lambda time: time.astimezone(UTC))]
 CheckedAt: TypeAlias = Annotated[Utc, Field(description="When this became known, in UTC.")]
-AccountName: TypeAlias = Annotated[str | None, Field(validation_alias=AliasChoices(AliasPath("key", "account"), "account"))]
+AccountName: TypeAlias = Annotated[
+    str | None, Field(validation_alias=AliasChoices(AliasPath("key", "account"), "account"))
+]
 Plain: TypeAlias = Annotated[Any, BeforeValidator(plain)]
 
 
 class _Response(BaseModel):
-    model_config: ClassVar[ConfigDict] = ConfigDict(from_attributes=True, validate_by_name=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        from_attributes=True, validate_by_name=True, frozen=True
+    )
 
 
 class _Dated(_Response):
@@ -110,7 +123,14 @@ class KeyResponse(_Dated):
 
     key: KeyName
     account: AccountName = None
-    state: Annotated[State, Field(description="`stale`: older than was asked for. `failed`: the credits are unknown, not zero.")]
+    state: Annotated[
+        State,
+        Field(
+            description=(
+                "`stale`: older than was asked for. `failed`: the credits are unknown, not zero."
+            )
+        ),
+    ]
     credits: Credits | None
     checked_at: CheckedAt
     source: Source
@@ -142,10 +162,15 @@ class PoolResponse(_Response):
     failed: int
     stale: int
     total_credits: Annotated[
-        Credits | None, Field(description="Of the keys listed, each declared account once; null where none is known.")
+        Credits | None,
+        Field(
+            description="Of the keys listed, each declared account once; null where none is known."
+        ),
     ]
     accounts: dict[str, Credits | None]
-    lookalikes: Annotated[list[list[str]], Field(description="Undeclared keys whose answers are the same.")]
+    lookalikes: Annotated[
+        list[list[str]], Field(description="Undeclared keys whose answers are the same.")
+    ]
     keys: list[KeyResponse]
 
     @model_validator(mode="before")
@@ -170,7 +195,12 @@ class HealthResponse(_Response):
 
     status: Annotated[
         Literal["ok", "degraded", "unknown"],
-        Field(description="`ok`: every balance is known and recent. `degraded`: not all are. `unknown`: none is."),
+        Field(
+            description=(
+                "`ok`: every balance is known and recent. `degraded`: not all are. `unknown`: "
+                "none is."
+            )
+        ),
     ]
     keys: Annotated[int, Field(description="Keys in the pool.")]
     known: Annotated[int, Field(description="Keys with a balance, however old.")]
@@ -178,7 +208,14 @@ class HealthResponse(_Response):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
-            "examples": [{"status": "degraded", "keys": 2, "known": 1, "reasons": ["dev: the credits API does not know the key"]}]
+            "examples": [
+                {
+                    "status": "degraded",
+                    "keys": 2,
+                    "known": 1,
+                    "reasons": ["dev: the credits API does not know the key"],
+                }
+            ]
         }
     )
 
@@ -195,7 +232,11 @@ class ProblemResponse(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"type": "urn:crustcredits:APITimeoutError", "title": "The credits API did not answer in time", "status": 504}
+                {
+                    "type": "urn:crustcredits:APITimeoutError",
+                    "title": "The credits API did not answer in time",
+                    "status": 504,
+                }
             ]
         }
     )

@@ -10,6 +10,8 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "redis":
         raise
-    raise ImportError("crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'") from error
+    raise ImportError(
+        "crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'"
+    ) from error
 
 __all__ = ["RedisBuckets"]

@@ -28,13 +28,14 @@ SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # Seconds that Redis may take to answer.
 _PATIENCE = 1.0
-# Seconds without an answer after which it counts as gone. Until then all wait: what a process spends by itself while the others
-# are still served comes on top of what they spend.
+# Seconds without an answer after which it counts as gone. Until then all wait: what a process
+# spends by itself while the others are still served comes on top of what they spend.
 _GRACE = 2.0
-# Seconds that what has ended may wait for other things to be said; the lease covers for it until then.
+# Seconds that what has ended may wait for other things to be said; the lease covers for it until
+# then.
 _REPORT = 0.1
-# Seconds after a loss of the count, or without an answer, in which no tokens are given, so that every process can say what it
-# holds: each sends a message every half a second.
+# Seconds after a loss of the count, or without an answer, in which no tokens are given, so that
+# every process can say what it holds: each sends a message every half a second.
 PAUSE = 2.5 * BEAT
 # Buckets of one message at the most.
 _BUCKETS = 64
@@ -43,7 +44,10 @@ _LIFE = 86_400.0
 
 
 class Coordinator:
-    """What carries the messages: one at a time, and none while there is nothing to say. See `Link`."""
+    """What carries the messages: one at a time, and none while there is nothing to say.
+
+    See `Link`.
+    """
 
     terms: Terms
 
@@ -57,16 +61,23 @@ class Coordinator:
         self.closed = False
         self._all: WeakSet[SharedTokens] = WeakSet()
         self._in_hand: set[SharedTokens] = set()  # of which some wait for their use
-        self._due: dict[SharedTokens, float] = {}  # who has something to say, and when at the latest
+        self._due: dict[
+            SharedTokens, float
+        ] = {}  # who has something to say, and when at the latest
         self._soonest = math.inf  # of these times
         self._process = ""  # made when first needed, since a process may fork before
         self._epoch = 0
-        self._untold: WeakSet[SharedTokens] = WeakSet()  # who has to say in this epoch what it holds
-        self._clock: tuple[int, float] | None = None  # what Redis's said last, in microseconds, and when it was asked
+        self._untold: WeakSet[SharedTokens] = (
+            WeakSet()
+        )  # who has to say in this epoch what it holds
+        self._clock: tuple[int, float] | None = (
+            None  # what Redis's said last, in microseconds, and when it was asked
+        )
         self._number = 0
         self._failing: float | None = None  # since when nothing was answered
         self._gone = False  # and that for too long
-        self._hold = False  # none may be given for a while: nothing was answered for so long that others may be alone
+        # None may be given for a while: nothing was answered for so long that others may be alone.
+        self._hold = False
         self._last = 0.0
         self._timer: asyncio.Handle | None = None
         self._due_at: float | None = None  # when it runs; uvloop's handles do not tell
@@ -129,7 +140,9 @@ class Coordinator:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
+        self._timer = (
+            None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
+        )
         self._due_at = when
 
     def _next_message(self) -> float | None:
@@ -169,7 +182,12 @@ class Coordinator:
             async with asyncio.timeout(_PATIENCE):
                 answers = _read(await self._call(self._keys(batch), said), len(batch))
         except Exception as error:  # noqa: BLE001  # a client of another loop, a script that is not ours: nobody may hang for it
-            self._lost(batch, f"{type(error).__name__}: {error}" if isinstance(error, RedisError) else type(error).__name__)
+            self._lost(
+                batch,
+                f"{type(error).__name__}: {error}"
+                if isinstance(error, RedisError)
+                else type(error).__name__,
+            )
         else:
             self._heard(batch, answers)
 
@@ -177,12 +195,20 @@ class Coordinator:
         """What a message says of its process."""
         told, asked = self._clock or (0, now)
         terms = self.terms
-        said: list[str | int] = [self._process, self._epoch, int(self._hold or registers), secrets.randbits(52) + 1]
+        said: list[str | int] = [
+            self._process,
+            self._epoch,
+            int(self._hold or registers),
+            secrets.randbits(52) + 1,
+        ]
         said += [told, micro(now - asked), micro(2 * _PATIENCE), micro(PAUSE), micro(terms.lease)]
         return [*said, micro(2 * terms.late + _PATIENCE), int(_LIFE * 1e3)]
 
     def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
-        return [self._marker, *(name for tokens in batch for name in (tokens.name, tokens.name + ":line"))]
+        return [
+            self._marker,
+            *(name for tokens in batch for name in (tokens.name, tokens.name + ":line")),
+        ]
 
     async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
         try:
@@ -197,7 +223,10 @@ class Coordinator:
         self._hold = self._failing is not None and now - self._failing >= PAUSE
         self._come_back()
         if not known:
-            _log.warning("the count of the rate limit in Redis was lost, or its clock was set; this process says what it holds")
+            _log.warning(
+                "the count of the rate limit in Redis was lost, or its clock was set; this "
+                "process says what it holds"
+            )
         if epoch != self._epoch:
             self._epoch = epoch
             self._register(now)
@@ -232,7 +261,10 @@ class Coordinator:
             return
         if not self._gone:
             self._gone = True
-            later = f"for {self.terms.lease:.0f} s with tokens of its own, then with {self.terms.share:.3g} of the limit"
+            later = (
+                f"for {self.terms.lease:.0f} s with tokens of its own, then with "
+                f"{self.terms.share:.3g} of the limit"
+            )
             goes_on = "calls fail" if self._raises else f"this process goes on by itself, {later},"
             _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
         if self._raises:
@@ -243,7 +275,8 @@ class Coordinator:
 
     def _go_alone(self, since: float) -> None:
         self.degraded = True
-        # A request for which another process had its token then may still come, and counts for a period.
+        # A request for which another process had its token then may still come, and counts for a
+        # period.
         self.settles_at = since + self.terms.lease
         self._due.clear()
         for tokens in list(self._all):

@@ -1,4 +1,7 @@
-"""`LocalTokens`: what a process counts by itself of tokens that it shares with others. Times are the running loop's."""
+"""`LocalTokens`: what a process counts by itself of tokens that it shares with others.
+
+Times are the running loop's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ FRESH = 1.0
 
 
 class LocalTokens:
-    """Tokens that are counted in this process. All alike: it does not matter which one a call has."""
+    """Tokens that are counted in this process.
+
+    All alike: it does not matter which one a call has.
+    """
 
     __slots__ = ("_capacity", "_counted", "_home", "free", "in_flight")
 
@@ -19,7 +25,9 @@ class LocalTokens:
         self.in_flight = 0
         self._capacity = limit
         self._counted = 0
-        self._home: list[float] = []  # when the tokens that are out, and not in flight, come home; ascending
+        self._home: list[
+            float
+        ] = []  # when the tokens that are out, and not in flight, come home; ascending
 
     @property
     def available(self) -> int:

@@ -1,7 +1,8 @@
 """`SharedTokens`: what one process knows and has to say of tokens that several processes share.
 
-Whoever counts for all of them is asked in messages, made and read here as values. How a message travels, and when, is the
-link's. Tokens are alike, so whichever of this process's was granted first is the next to go, whoever goes.
+Whoever counts for all of them is asked in messages, made and read here as values. How a message
+travels, and when, is the link's. Tokens are alike, so whichever of this process's was granted first
+is the next to go, whoever goes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from crustcredits.redis.local_tokens import FRESH, LocalTokens
 MOST = 32
 # Of what is to go in a second at the pace, the share that is asked for ahead.
 _AHEAD = 0.15
-# Seconds between two messages for tokens that were not there, so that one brings those that come home in between.
+# Seconds between two messages for tokens that were not there, so that one brings those that come
+# home in between.
 GAP = 0.05
-# Seconds between two messages at the most, while somebody waits or tokens are out: so late may a loss of the count be noticed.
+# Seconds between two messages at the most, while somebody waits or tokens are out: so late may a
+# loss of the count be noticed.
 BEAT = 0.5
 # Instead of the age of a request, of which to tell how many were counted: none is asked about.
 _COUNTS_NOTHING = -1
@@ -39,7 +42,8 @@ class Terms:
     @property
     def lease(self) -> float:
         """Seconds after its grant that a token of which nothing is heard comes home: whoever has it cannot use it any more."""
-        # It begins at the latest when it is stale, lasts as long as it may, and arrives as late as it may.
+        # It begins at the latest when it is stale, lasts as long as it may, and arrives as late as
+        # it may.
         return FRESH + self.late + self.late + self.period
 
     @property
@@ -54,7 +58,8 @@ class Link(Protocol):
     Attributes:
         terms: What holds for all tokens.
         degraded: Whether it is broken, so that each process goes on by itself.
-        settled: Whether it has been so for long enough that no other process has more than its share out.
+        settled: Whether it has been so for long enough that no other process has more than its
+            share out.
         settles_at: When that is to be.
     """
 
@@ -102,14 +107,17 @@ class _Sent:
 class SharedTokens:
     """The tokens of one bucket, as this process knows them.
 
-    While the link works, those in hand are free. When it does not, this process counts by itself, for its share: for a period
-    only as many as it had out itself when the link was lost, because the others may have had the rest.
+    While the link works, those in hand are free. When it does not, this process counts by itself,
+    for its share: for a period only as many as it had out itself when the link was lost, because
+    the others may have had the rest.
     """
 
     def __init__(self, link: Link, name: str, limit: int) -> None:
         self.name = name
         self.epoch: int = 0  # the last one in which all of this was told
-        self.not_before: float = -math.inf  # when it makes sense to ask again for what was not there
+        self.not_before: float = (
+            -math.inf
+        )  # when it makes sense to ask again for what was not there
         self._link = link
         self.limit: int = limit
         self._own = LocalTokens(limit)  # of this process alone
@@ -122,7 +130,10 @@ class SharedTokens:
         self._wanted = 0
         self._kept = 0  # of these, those that whoever waits leaves alone
         self._sent: _Sent | None = None
-        self._others, self._others_until = 0, 0.0  # what other processes had out when last heard, and when that has come home
+        self._others, self._others_until = (
+            0,
+            0.0,
+        )  # what other processes had out when last heard, and when that has come home
         self._coming: list[float] = []  # when the next ones come home
         if link.degraded:
             self._own.resize(self._share())
@@ -213,7 +224,10 @@ class SharedTokens:
         return self._own.own(mark)
 
     def need(self, count: int, kept: int) -> None:
-        """So many calls wait, and leave `kept` of the tokens alone: they are sent for. With 0 nobody waits any more."""
+        """So many calls wait, and leave `kept` of the tokens alone: they are sent for.
+
+        With 0 nobody waits any more.
+        """
         self._wanted, self._kept = count, kept
         if not self._link.degraded and self.wants:
             self._link.say(self, at_once=True)
@@ -226,10 +240,14 @@ class SharedTokens:
         """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
         if self._link.degraded:
             times = self._own.returns(now, period)
-            return sorted([*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))])
+            return sorted(
+                [*times, *[max(now, self._link.settles_at)] * (self._whole_share() - len(times))]
+            )
         capacity, free = self.limit, self.available
         others = [self._others_until] * self._others_out(now)
-        times = sorted([*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others])
+        times = sorted(
+            [*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others]
+        )
         # More may be out than may. Of all, the next ones were told when they were wanted in vain.
         times = times[max(0, len(times) - capacity) :]
         for place, told in enumerate(self._coming[: len(times)]):
@@ -254,26 +272,44 @@ class SharedTokens:
         return bool(self._hand or self._on_wire or self._ended or self._returned)
 
     def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
-        """What it has to say, and with `asks` to ask for; all that it holds, if it has not told that in this epoch."""
+        """What it has to say, and with `asks` to ask for.
+
+        All that it holds, if it has not told that in this epoch.
+        """
         self.collect(now)
         terms = self._link.terms
         self._returned = [token for token in self._returned if now < token.at + terms.lease]
         homes = self._unreported if epoch == self.epoch else self._all_homes(now)
         wanted = self._asked_for() if asks else 0
-        self._sent = _Sent(now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned))
-        said = [wanted, self.limit - self._kept, self._sent.first, _COUNTS_NOTHING, len(homes), len(self._returned)]
+        self._sent = _Sent(
+            now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned)
+        )
+        said = [
+            wanted,
+            self.limit - self._kept,
+            self._sent.first,
+            _COUNTS_NOTHING,
+            len(homes),
+            len(self._returned),
+        ]
         for number, home in homes:
             said += (number, micro(home - now))
         return said + [token.number for token in self._returned]
 
     def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
-        """The message was understood, and this is the answer; no tokens are given for `pause` seconds."""
+        """The message was understood, and this is the answer.
+
+        No tokens are given for `pause` seconds.
+        """
         sent, self._sent = self._sent, None
         assert sent is not None
         self.epoch = epoch
         del self._unreported[: sent.homes], self._returned[: sent.returned]
         given, out, _, *coming = answer
-        self._others, self._others_until = max(0, out - given - self._own_out() - len(self._hand)), now + self._link.terms.period
+        self._others, self._others_until = (
+            max(0, out - given - self._own_out() - len(self._hand)),
+            now + self._link.terms.period,
+        )
         self._coming = [now + micro / 1e6 for micro in coming]
         if given < sent.wanted:
             comes = self._coming[0] if self._coming else now + BEAT
@@ -285,7 +321,9 @@ class SharedTokens:
         """It is not known whether the message was heard: what it may have brought goes back."""
         sent, self._sent = self._sent, None
         assert sent is not None
-        self._returned += [Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)]
+        self._returned += [
+            Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)
+        ]
 
     def fail(self) -> None:
         """Nobody can be asked: whoever waits is told."""

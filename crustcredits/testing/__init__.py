@@ -1,7 +1,8 @@
 """Stand-ins for the API, for your tests and for ours: `SandboxServer` on a loopback socket, and `fake_client` without one.
 
-Both answer as the API's documents say, have balances that change with time, and fail in every way that `Fault` lists. The rest of
-the library never imports this package, and this package imports no pytest; `crustcredits.testing.fixtures` does.
+Both answer as the API's documents say, have balances that change with time, and fail in every way
+that `Fault` lists. The rest of the library never imports this package, and this package imports no
+pytest; `crustcredits.testing.fixtures` does.
 """
 
 from crustcredits.testing._api import Arrival, FakeAPI

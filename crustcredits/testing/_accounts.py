@@ -1,4 +1,7 @@
-"""`Account`: a balance that changes with time. It is told the time, and knows no keys and no requests."""
+"""`Account`: a balance that changes with time.
+
+It is told the time, and knows no keys and no requests.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ class _Grant:
 class Account:
     """One account's balance.
 
-    Spending takes the recurring credits first, and of the top-ups the one that expires soonest. `fields` are further fields of
-    the answer.
+    Spending takes the recurring credits first, and of the top-ups the one that expires soonest.
+    `fields` are further fields of the answer.
     """
 
     def __init__(self, credits: Decimal, fields: dict[str, Any]) -> None:
@@ -70,23 +73,36 @@ class Account:
         """Spend evenly from now on, down to 0."""
         self._stretch(now, self.credits_at(now), credits)
 
-    def grant(self, credits: Decimal, now: float, seconds: float, frequency: str, *, rollover: bool) -> None:
+    def grant(
+        self, credits: Decimal, now: float, seconds: float, frequency: str, *, rollover: bool
+    ) -> None:
         """Credits come after `seconds`, and then every 30 days."""
-        self._grant = _Grant(credits, now + seconds, datetime.now(UTC) + timedelta(seconds=seconds), rollover)
-        self._fields |= {"recurring_credits": credits, "recurring_credits_frequency": frequency, "credit_rollover": rollover}
+        self._grant = _Grant(
+            credits, now + seconds, datetime.now(UTC) + timedelta(seconds=seconds), rollover
+        )
+        self._fields |= {
+            "recurring_credits": credits,
+            "recurring_credits_frequency": frequency,
+            "credit_rollover": rollover,
+        }
 
     def top_up(self, credits: Decimal, now: float, seconds: float | None) -> None:
         """Add credits; what is left of them is lost after `seconds`."""
         self.set_credits(self.credits_at(now) + credits, now)
         ends = math.inf if seconds is None else now + seconds
         expires_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
-        self._top_ups = sorted([*self._top_ups, _TopUp(credits, credits, ends, expires_at)], key=lambda top_up: top_up.ends)
+        self._top_ups = sorted(
+            [*self._top_ups, _TopUp(credits, credits, ends, expires_at)],
+            key=lambda top_up: top_up.ends,
+        )
 
     def credits_at(self, now: float, lag: float = 0.0) -> Decimal:
         """The balance, or what it was `lag` seconds before."""
         self._advance(now)
         moment = now - lag
-        return next(stretch for stretch in reversed(self._stretches) if stretch.start <= moment).at(moment)
+        return next(stretch for stretch in reversed(self._stretches) if stretch.start <= moment).at(
+            moment
+        )
 
     def document(self, now: float, lag: float = 0.0) -> dict[str, Any]:
         """The account as `/account/credits` shows it."""

@@ -1,4 +1,7 @@
-"""`FakeAPI`: accounts, keys and faults, and what is answered to whom. It decides, and has no socket."""
+"""`FakeAPI`: accounts, keys and faults, and what is answered to whom.
+
+It decides, and has no socket.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,15 @@ from crustcredits._errors import ConfigurationError
 from crustcredits._http.protocol import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
 from crustcredits._keys.api_key import ApiKey, digest_of
 from crustcredits._models import credits_text
-from crustcredits._validation import Seconds, check_kind, check_number, check_whole, hides_arguments, seconds, shown
+from crustcredits._validation import (
+    Seconds,
+    check_kind,
+    check_number,
+    check_whole,
+    hides_arguments,
+    seconds,
+    shown,
+)
 from crustcredits.testing._accounts import Account
 from crustcredits.testing._faults import PLAIN, Fault
 
@@ -77,18 +88,26 @@ class _Order:
 class FakeAPI:
     """A world of accounts and keys that answers as the API's documents say, and fails as it is told to.
 
-    `SandboxServer` puts it on a socket, and `fake_client` into memory. Accounts are told apart by their names, and an account's
-    balance is changed through any of its keys. Time is the running loop's. Its methods are many because they are all that a test
-    can do to the world.
+    `SandboxServer` puts it on a socket, and `fake_client` into memory. Accounts are told apart by
+    their names, and an account's balance is changed through any of its keys. Time is the running
+    loop's. Its methods are many because they are all that a test can do to the world.
 
     Attributes:
         arrivals: Every request, in the order they came; empty without `record`.
         requests: How many came.
-        refused: How many were answered 429 because the window was full. Refusals that were ordered do not count.
+        refused: How many were answered 429 because the window was full. Refusals that were ordered
+            do not count.
     """
 
     @hides_arguments
-    def __init__(self, *, limit: int = 300, period: float = 60.0, scope: Scope = "client", record: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        limit: int = 300,
+        period: float = 60.0,
+        scope: Scope = "client",
+        record: bool = True,
+    ) -> None:
         if scope not in {"client", "account", "key"}:
             raise ConfigurationError("scope is 'client', 'account' or 'key'")
         check_whole("limit", limit, minimum=1)
@@ -113,7 +132,10 @@ class FakeAPI:
 
     @hides_arguments
     def add_account(self, name: str, *, credits: Decimal | int | str = 1000, **fields: Any) -> None:
-        """Open an account with these credits; `fields` are further ones of `/account/credits`, such as `recurring_credits`."""
+        """Open an account with these credits.
+
+        `fields` are further ones of `/account/credits`, such as `recurring_credits`.
+        """
         self._accounts[name] = Account(_credits(credits), _NO_GRANT | fields)
 
     @hides_arguments
@@ -128,14 +150,17 @@ class FakeAPI:
     ) -> ApiKey:
         """Issue a key and return it.
 
-        It belongs to `account`, which must be open, or without one to an account of its own with `credits`. With
-        `declared=False` the returned key does not say which account it belongs to. The secret is random unless given.
+        It belongs to `account`, which must be open, or without one to an account of its own with
+        `credits`. With `declared=False` the returned key does not say which account it belongs to.
+        The secret is random unless given.
 
         Raises:
             ConfigurationError: There is no such account, or the secret or the name cannot be used.
         """
         if account is not None and account not in self._accounts:
-            raise ConfigurationError("the sandbox has no account of this name; open it with add_account() first")
+            raise ConfigurationError(
+                "the sandbox has no account of this name; open it with add_account() first"
+            )
         secret = secret or f"sandbox-{secrets.token_hex(16)}"
         key = ApiKey(secret, name=name, account=account if declared else None)
         owner = account
@@ -180,19 +205,25 @@ class FakeAPI:
 
     @hides_arguments
     def spend(
-        self, key: ApiKey, credits: Decimal | int | str | None = None, *, per_second: Decimal | int | str | None = None
+        self,
+        key: ApiKey,
+        credits: Decimal | int | str | None = None,
+        *,
+        per_second: Decimal | int | str | None = None,
     ) -> None:
         """Spend from the account that `key` draws from: `credits` at once, or so many per second from now on, down to 0.
 
         `per_second=0` ends the latter.
 
         Raises:
-            ConfigurationError: The key was not issued here, neither or both amounts are given, or one is not exact; or no loop runs
-                whose time would pass.
+            ConfigurationError: The key was not issued here, neither or both amounts are given, or
+                one is not exact; or no loop runs whose time would pass.
         """
         account = self._account_of(key)
         if (credits is None) == (per_second is None):
-            raise ConfigurationError("spend credits at once, or with per_second= as time passes; give one of them")
+            raise ConfigurationError(
+                "spend credits at once, or with per_second= as time passes; give one of them"
+            )
         if credits is not None:
             account.spend(_amount(credits), _now())
         if per_second is not None:
@@ -200,29 +231,43 @@ class FakeAPI:
 
     @hides_arguments
     def grant(
-        self, key: ApiKey, credits: Decimal | int | str, *, after: Seconds, frequency: str = "monthly", rollover: bool = False
+        self,
+        key: ApiKey,
+        credits: Decimal | int | str,
+        *,
+        after: Seconds,
+        frequency: str = "monthly",
+        rollover: bool = False,
     ) -> None:
         """Give the account of `key` a recurring grant: `credits` come after so many seconds, and every 30 days from then on.
 
-        Without `rollover` all that is no top-up is lost when the grant comes, also what the account began with; top-ups stay.
+        Without `rollover` all that is no top-up is lost when the grant comes, also what the account
+        began with; top-ups stay.
 
         Raises:
-            ConfigurationError: The key was not issued here, an argument cannot be used, or no loop runs whose time would pass.
+            ConfigurationError: The key was not issued here, an argument cannot be used, or no loop
+                runs whose time would pass.
         """
         account, wait = self._account_of(key), seconds("after", after, above=0)
         account.grant(_amount(credits), _time("grant()"), wait, frequency, rollover=rollover)
 
     @hides_arguments
-    def top_up(self, key: ApiKey, credits: Decimal | int | str, *, expires: Seconds | None = None) -> None:
+    def top_up(
+        self, key: ApiKey, credits: Decimal | int | str, *, expires: Seconds | None = None
+    ) -> None:
         """Buy credits for the account of `key`; what is left of them is lost after `expires` seconds, or never.
 
-        They stand in `credit_topups` as long as any are left. How the API names its members is not documented; these are
-        `origin`, `original_credits`, `remaining_credits` and `expires_at`.
+        They stand in `credit_topups` as long as any are left. How the API names its members is not
+        documented; these are `origin`, `original_credits`, `remaining_credits` and `expires_at`.
 
         Raises:
-            ConfigurationError: The key was not issued here, an argument cannot be used, or no loop runs whose time would pass.
+            ConfigurationError: The key was not issued here, an argument cannot be used, or no loop
+                runs whose time would pass.
         """
-        account, wait = self._account_of(key), None if expires is None else seconds("expires", expires, above=0)
+        account, wait = (
+            self._account_of(key),
+            None if expires is None else seconds("expires", expires, above=0),
+        )
         account.top_up(_amount(credits), _time("top_up()"), wait)
 
     @hides_arguments
@@ -248,13 +293,19 @@ class FakeAPI:
 
     @hides_arguments
     def fail(
-        self, key: ApiKey, fault: Fault, *, times: int | None = None, retry_after: int | None = None, path: str | None = None
+        self,
+        key: ApiKey,
+        fault: Fault,
+        *,
+        times: int | None = None,
+        retry_after: int | None = None,
+        path: str | None = None,
     ) -> None:
         """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before.
 
-        `retry_after` is what a `REFUSED` one is told to wait, in whole seconds; by default each is told another time within
-        the period, as accounts hammered from elsewhere would be. With `path` (`"/user/credits"` or `"/account/credits"`)
-        only requests to that endpoint fail.
+        `retry_after` is what a `REFUSED` one is told to wait, in whole seconds; by default each is
+        told another time within the period, as accounts hammered from elsewhere would be. With
+        `path` (`"/user/credits"` or `"/account/credits"`) only requests to that endpoint fail.
 
         Raises:
             ConfigurationError: The key was not issued here, or another argument cannot be used.
@@ -287,8 +338,13 @@ class FakeAPI:
             ConfigurationError: With `record=False` it is not known.
         """
         if not self._record:
-            raise ConfigurationError("without record=True the arrivals are not kept, so the worst window is unknown")
-        return max((_worst_window(times, self._period) for times in self._times_by_path().values()), default=0)
+            raise ConfigurationError(
+                "without record=True the arrivals are not kept, so the worst window is unknown"
+            )
+        return max(
+            (_worst_window(times, self._period) for times in self._times_by_path().values()),
+            default=0,
+        )
 
     def _times_by_path(self) -> dict[str, list[float]]:
         times: defaultdict[str, list[float]] = defaultdict(list)
@@ -309,13 +365,20 @@ class FakeAPI:
         key = self._key_of(secret) if scheme == "Bearer" else None
         refused, told = self._count(path, headers, key)
         if refused:
-            return _json(429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, told)
+            return _json(
+                429, {"error": {"type": "rate_limit_error", "message": "Too many requests"}}, told
+            )
         request = _Request(method, path, headers, key, told)
         order = self._next_order(key, path) if self._down is None else _Order(self._down)
         return self._right(request) if order is None else self._faulty(order, request)
 
-    def _count(self, path: str, headers: Mapping[str, str], key: ApiKey | None) -> tuple[bool, dict[str, str]]:
-        """Count an arrival, unless the window is full. Returns whether it is, and the headers that every answer brings."""
+    def _count(
+        self, path: str, headers: Mapping[str, str], key: ApiKey | None
+    ) -> tuple[bool, dict[str, str]]:
+        """Count an arrival, unless the window is full.
+
+        Returns whether it is, and the headers that every answer brings.
+        """
         now = asyncio.get_running_loop().time()
         window = self._windows[path, self._scope_of(headers, key)]
         while window and window[0] <= now - self._period:
@@ -327,7 +390,9 @@ class FakeAPI:
         self.refused += refused
         if self._record:
             name = None if key is None else key.label
-            self.arrivals.append(Arrival(at=now, key=name, path=path, headers=headers, refused=refused))
+            self.arrivals.append(
+                Arrival(at=now, key=name, path=path, headers=headers, refused=refused)
+            )
         return refused, {
             "x-ratelimit-limit": str(self._limit),
             "x-ratelimit-remaining": str(self._limit - len(window)),
@@ -356,7 +421,9 @@ class FakeAPI:
         key, told = request.key, request.told
         if key is None or key.digest in self._revoked:
             missing = "Authorization" not in request.headers
-            return _json(401, {"message": f"{'Missing' if missing else 'Invalid'} API key in request"}, told)
+            return _json(
+                401, {"message": f"{'Missing' if missing else 'Invalid'} API key in request"}, told
+            )
         if request.method != "GET" or request.path not in _PATHS:
             return _json(404, {"message": "Not found"}, told)
         account = self._account_of(key).document(asyncio.get_running_loop().time(), self._lag)
@@ -365,7 +432,11 @@ class FakeAPI:
         if request.path == USER_CREDITS:
             return _json(200, {"credits": account["credits"]}, told)
         if request.headers.get("x-api-version") != API_VERSION:
-            error = {"type": "invalid_request", "message": "Missing or wrong x-api-version header", "metadata": {}}
+            error = {
+                "type": "invalid_request",
+                "message": "Missing or wrong x-api-version header",
+                "metadata": {},
+            }
             return _json(400, {"error": error}, told)
         return _json(200, {"account": account}, told)
 
@@ -375,10 +446,17 @@ class FakeAPI:
             status, kind, text = PLAIN[fault]
             return Answer(status=status, headers=request.told, body=text, kind=kind, fault=fault)
         if fault is Fault.REFUSED:
-            said = {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(order.retry_after or self._spread_reset())}
-            return attrs.evolve(_json(429, {"message": "Too many requests"}, {**request.told, **said}), fault=fault)
+            said = {
+                "x-ratelimit-remaining": "0",
+                "x-ratelimit-reset": str(order.retry_after or self._spread_reset()),
+            }
+            return attrs.evolve(
+                _json(429, {"message": "Too many requests"}, {**request.told, **said}), fault=fault
+            )
         answer = self._right(request, glitch=fault is Fault.GLITCH)
-        return attrs.evolve(answer, fault=fault, label=None if request.key is None else request.key.label)
+        return attrs.evolve(
+            answer, fault=fault, label=None if request.key is None else request.key.label
+        )
 
     def _spread_reset(self) -> int:
         """Seconds that the next ordered refusal asks for: a moment of its own, as each account's window would."""
@@ -388,7 +466,9 @@ class FakeAPI:
     def _account_of(self, key: ApiKey) -> Account:
         check_kind("key", key, ApiKey)
         if key.digest not in self._keys:
-            raise ConfigurationError("the sandbox did not issue this key; make it with add_key()", key_name=key.label)
+            raise ConfigurationError(
+                "the sandbox did not issue this key; make it with add_key()", key_name=key.label
+            )
         return self._accounts[self._keys[key.digest][1]]
 
 
@@ -404,7 +484,9 @@ def _credits(credits: Decimal | int | str) -> Decimal:
     with contextlib.suppress(InvalidOperation, TypeError, ValueError):
         if not isinstance(credits, (float, bool)) and Decimal(credits).is_finite():
             return Decimal(credits)
-    raise ConfigurationError(f"credits are exact: give a finite Decimal, an int or their text, not {shown(credits)}")
+    raise ConfigurationError(
+        f"credits are exact: give a finite Decimal, an int or their text, not {shown(credits)}"
+    )
 
 
 def _amount(credits: Decimal | int | str) -> Decimal:
@@ -446,7 +528,11 @@ def _json_text(value: Any) -> str:
     if isinstance(value, Decimal):
         return credits_text(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(name)}: {_json_text(part)}" for name, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(name)}: {_json_text(part)}" for name, part in value.items())
+            + "}"
+        )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_json_text, value)) + "]"
     return json.dumps(value)

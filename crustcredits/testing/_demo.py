@@ -1,4 +1,7 @@
-"""The made-up pool of `crustcredits demo`: good keys and broken ones. It knows the sandbox, and nothing of how they are shown."""
+"""The made-up pool of `crustcredits demo`: good keys and broken ones.
+
+It knows the sandbox, and nothing of how they are shown.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from crustcredits._keys.api_key import ApiKey
 from crustcredits.testing import Fault, SandboxServer
 
 _COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines
-    "acme adatum alpine boreal brooks cascade cedar contoso corvid delta dune ember everline fabrikam fjord globex "
-    "granite harbor hooli initech juniper keystone lumen maple meridian monarch nimbus norden orchard oscorp pinnacle "
+    "acme adatum alpine boreal brooks cascade cedar contoso corvid delta dune ember everline "
+    "fabrikam fjord globex "
+    "granite harbor hooli initech juniper keystone lumen maple meridian monarch nimbus "
+    "norden orchard oscorp pinnacle "
     "quarry redwood sable stark tailspin umbrella vandelay waystar zephyr"
 ).split()
 
@@ -21,13 +26,22 @@ def demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
     """The same pool every time, but for its secrets and for dates that stay ahead."""
     draw = random.Random(11)
     for place, company in enumerate(_COMPANIES):
-        credits = 0 if place % 13 == 5 else Decimal(draw.randint(1_000, 25_000_000)).scaleb(-2 * (place % 4 == 0))
+        credits = (
+            0
+            if place % 13 == 5
+            else Decimal(draw.randint(1_000, 25_000_000)).scaleb(-2 * (place % 4 == 0))
+        )
         sandbox.add_account(company, credits=credits, **(_grant(draw) if place % 3 else {}))
-    return sorted((_key(sandbox, place) for place in range(count)), key=lambda key: key.account or "")
+    return sorted(
+        (_key(sandbox, place) for place in range(count)), key=lambda key: key.account or ""
+    )
 
 
 def _grant(draw: random.Random) -> dict[str, Any]:
-    grant = {"recurring_credits": draw.choice((2_500, 10_000, 50_000)), "recurring_credits_frequency": "monthly"}
+    grant = {
+        "recurring_credits": draw.choice((2_500, 10_000, 50_000)),
+        "recurring_credits_frequency": "monthly",
+    }
     date = datetime.now(UTC) + timedelta(days=draw.randint(1, 30))
     return grant | {"recurring_credits_refresh_date": f"{date:%Y-%m-%d}T00:00:00Z"}
 
@@ -44,5 +58,7 @@ def _key(sandbox: SandboxServer, place: int) -> ApiKey:
     if account == "waystar":
         sandbox.fail(key, Fault.FORBIDDEN)
     elif place % 17 == 3:
-        sandbox.fail(key, (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)[place % 3], times=1 + place % 2)
+        sandbox.fail(
+            key, (Fault.BAD_GATEWAY, Fault.UNAVAILABLE, Fault.RESET)[place % 3], times=1 + place % 2
+        )
     return key

@@ -1,4 +1,7 @@
-"""`Fault`: what can go wrong with an answer, in one table; and the bodies of those that are a plain answer."""
+"""`Fault`: what can go wrong with an answer, in one table.
+
+And the bodies of those that are a plain answer.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,8 @@ class Fault(enum.Enum):
     | `STALE`           | the right answer; the kept connection is lost just when | none                      |
     |                   | the next request is on its way                          |                           |
 
-    Without a socket (`fake_client`) `COOKIE` and `STALE` are just the right answer, and a body that does not end or swells is
-    one that is too large.
+    Without a socket (`fake_client`) `COOKIE` and `STALE` are just the right answer, and a body that
+    does not end or swells is one that is too large.
     """
 
     REFUSED = "429, as when the account is hammered from elsewhere"
@@ -59,7 +62,9 @@ class Fault(enum.Enum):
     BOMB = "200 with a small compressed body that swells to 16 MiB"
     COOKIE = "the right answer, and a cookie with the key's name"
     GLITCH = "200 with 0 credits, whatever the account holds"
-    STALE = "the right answer, and the kept connection is lost just when the next request is on its way"
+    STALE = (
+        "the right answer, and the kept connection is lost just when the next request is on its way"
+    )
 
 
 JSON_TYPE = "application/json"
@@ -69,7 +74,11 @@ PLAIN: dict[Fault, tuple[int, str, str]] = {
         JSON_TYPE,
         '{"error": {"type": "internal_error", "message": "Something went wrong", "metadata": {}}}',
     ),
-    Fault.BAD_GATEWAY: (502, "text/html", "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"),
+    Fault.BAD_GATEWAY: (
+        502,
+        "text/html",
+        "<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>",
+    ),
     Fault.UNAVAILABLE: (503, "text/plain", ""),
     Fault.INVALID_KEY: (401, JSON_TYPE, '{"message": "Invalid API key in request"}'),
     Fault.PAYMENT_REQUIRED: (
@@ -77,8 +86,16 @@ PLAIN: dict[Fault, tuple[int, str, str]] = {
         JSON_TYPE,
         '{"error": {"type": "insufficient_credits", "message": "Out of credits", "metadata": {}}}',
     ),
-    Fault.FORBIDDEN: (403, JSON_TYPE, '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}'),
-    Fault.CHALLENGE: (403, "text/html", "<html><head><title>Just a moment...</title></head><body>gateway</body></html>"),
+    Fault.FORBIDDEN: (
+        403,
+        JSON_TYPE,
+        '{"error": {"type": "permission_error", "message": "Not in your plan", "metadata": {}}}',
+    ),
+    Fault.CHALLENGE: (
+        403,
+        "text/html",
+        "<html><head><title>Just a moment...</title></head><body>gateway</body></html>",
+    ),
     Fault.NOT_JSON: (200, JSON_TYPE, "credits: plenty"),
     Fault.WRONG_SHAPE: (200, JSON_TYPE, '{"credits": {"left": 9406}, "account": []}'),
     Fault.NAN: (200, JSON_TYPE, '{"credits": NaN, "account": {"credits": NaN}}'),

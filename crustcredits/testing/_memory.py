@@ -50,10 +50,15 @@ class _MemoryTransport(Transport):
             return Failure(error, _HANGING[fault])
         if fault in _LOST:
             when, fate = _LOST[fault]
-            return Failure(APIConnectionError(f"the connection failed {when} (in memory)", key_name=key.label), fate)
+            return Failure(
+                APIConnectionError(f"the connection failed {when} (in memory)", key_name=key.label),
+                fate,
+            )
         if fault is Fault.REDIRECT:
             return Response(302, {**answer.headers, "Location": f"{_ORIGIN}/elsewhere"}, b"")
-        return Response(answer.status, answer.headers, None if fault in _TOO_LARGE else answer.body.encode())
+        return Response(
+            answer.status, answer.headers, None if fault in _TOO_LARGE else answer.body.encode()
+        )
 
 
 class FakeClientOptions(TypedDict, total=False):
@@ -78,7 +83,9 @@ class FakeClient(CreditsClient):
         keys: The keys it was made with, in this order.
     """
 
-    def __init__(self, api: FakeAPI, keys: list[ApiKey], **options: Unpack[FakeClientOptions]) -> None:
+    def __init__(
+        self, api: FakeAPI, keys: list[ApiKey], **options: Unpack[FakeClientOptions]
+    ) -> None:
         options.setdefault("request_timeout", _TIMEOUT)
         options.setdefault("retry", _RETRY)
         options.setdefault("rate_limit", _RATE_LIMIT)
@@ -89,42 +96,55 @@ class FakeClient(CreditsClient):
 
 
 @hides_arguments
-def fake_client(credits: Mapping[str, Decimal | int | str] | None = None, **options: Unpack[FakeClientOptions]) -> FakeClient:
+def fake_client(
+    credits: Mapping[str, Decimal | int | str] | None = None, **options: Unpack[FakeClientOptions]
+) -> FakeClient:
     """A `CreditsClient` without a socket, whose API knows keys by these labels, with these credits: for your unit tests.
 
-    Everything but the network is real: limits, retries, the cache, reports and gates. Keys of one account share its balance.
-    Faults are those of the sandbox; `Fault` tells what each does without a socket.
+    Everything but the network is real: limits, retries, the cache, reports and gates. Keys of one
+    account share its balance. Faults are those of the sandbox; `Fault` tells what each does without
+    a socket.
 
         async with fake_client({"acme/prod": 50, "globex/prod": 0}) as client:
             client.api.fail(client.api.key("globex/prod"), Fault.INVALID_KEY)
             report = await client.check(client.keys)
 
-    So that tests hardly wait, a request times out after 0.05 s, retries have no backoff, a refusal is raised at once, and there is
-    no rate limit, unless `options` say otherwise. These are the options of `CreditsClient`; the API has the limit of
-    `rate_limit`. The circuit breaker waits as it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for one
-    that is asked again and again. An ordered refusal asks for a wait of up to a minute, which holds back the next call for the
-    key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
+    So that tests hardly wait, a request times out after 0.05 s, retries have no backoff, a refusal
+    is raised at once, and there is no rate limit, unless `options` say otherwise. These are the
+    options of `CreditsClient`; the API has the limit of `rate_limit`. The circuit breaker waits as
+    it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for one that is asked
+    again and again. An ordered refusal asks for a wait of up to a minute, which holds back the next
+    call for the key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
 
     Raises:
-        ConfigurationError: A label or an amount cannot be used, or keys of one account have different credits.
+        ConfigurationError: A label or an amount cannot be used, or keys of one account have
+            different credits.
     """
     limit = options.get("rate_limit", _RATE_LIMIT)
     check_kind("rate_limit", limit, RateLimit)
     if credits is not None:
         check_kind("credits", credits, Mapping)
-    api = FakeAPI(limit=limit.requests, period=limit.period, scope="client" if limit.scope == "auto" else limit.scope)
+    api = FakeAPI(
+        limit=limit.requests,
+        period=limit.period,
+        scope="client" if limit.scope == "auto" else limit.scope,
+    )
     keys: list[ApiKey] = []
     amounts: dict[str, Decimal | int | str] = {}
     for label, amount in (credits or {}).items():
         check_kind("a label", label, str)
         account, name = split_label(label)
         if printable_label("", name, account) is None:
-            raise ConfigurationError("a label may be a secret, or cannot be used; credits maps labels to amounts")
+            raise ConfigurationError(
+                "a label may be a secret, or cannot be used; credits maps labels to amounts"
+            )
         if account is None:
             keys.append(api.add_key(name, credits=amount))
             continue
         if amounts.setdefault(account, amount) != amount:
-            raise ConfigurationError("keys of one account share one balance: give them the same credits", key_name=label)
+            raise ConfigurationError(
+                "keys of one account share one balance: give them the same credits", key_name=label
+            )
         if not any(key.account == account for key in keys):
             api.add_account(account, credits=amount)
         keys.append(api.add_key(name, account=account))

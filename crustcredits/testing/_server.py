@@ -24,7 +24,8 @@ class SandboxServer(FakeAPI):
         limit: Requests that each endpoint takes in any one period.
         period: Seconds that a request counts for after its arrival; the window slides.
         scope: What it counts by: all requests together (`"client"`), each account or each key.
-        delay: Seconds that an answer takes, drawn evenly between the two, part of it before the request is counted.
+        delay: Seconds that an answer takes, drawn evenly between the two, part of it before the
+            request is counted.
         host: The host in `url`, `127.0.0.1` or `localhost`.
         port: The port to listen on; by default one that is free.
         record: Whether to keep every arrival; without, memory does not grow with the requests.
@@ -32,7 +33,8 @@ class SandboxServer(FakeAPI):
     Attributes:
         arrivals: Every request, in the order they came; empty without `record`.
         requests: How many came.
-        refused: How many were answered 429 because the window was full. Refusals that were ordered do not count.
+        refused: How many were answered 429 because the window was full. Refusals that were ordered
+            do not count.
         peak_connections: The most connections that were open when a request came.
 
     Raises:
@@ -78,7 +80,10 @@ class SandboxServer(FakeAPI):
 
     async def __aenter__(self) -> Self:
         # A client that goes away ends its handler, or silence would outlive it.
-        self._runner = web.ServerRunner(web.Server(self._handle, handler_cancellation=True, access_log=None), shutdown_timeout=0.1)
+        self._runner = web.ServerRunner(
+            web.Server(self._handle, handler_cancellation=True, access_log=None),
+            shutdown_timeout=0.1,
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
@@ -86,7 +91,10 @@ class SandboxServer(FakeAPI):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
@@ -106,10 +114,19 @@ class SandboxServer(FakeAPI):
             return await STREAMED[answer.fault](request, answer.headers)
         if answer.fault is Fault.REDIRECT:
             host = "localhost" if self._host == "127.0.0.1" else "127.0.0.1"
-            return web.Response(status=302, headers={**answer.headers, "Location": f"http://{host}:{self._port}/elsewhere"})
+            return web.Response(
+                status=302,
+                headers={**answer.headers, "Location": f"http://{host}:{self._port}/elsewhere"},
+            )
         if answer.fault is Fault.BOMB:
-            return web.Response(body=bomb(), headers={**answer.headers, "Content-Encoding": "gzip"}, content_type=answer.kind)
-        response = web.Response(status=answer.status, text=answer.body, content_type=answer.kind, headers=answer.headers)
+            return web.Response(
+                body=bomb(),
+                headers={**answer.headers, "Content-Encoding": "gzip"},
+                content_type=answer.kind,
+            )
+        response = web.Response(
+            status=answer.status, text=answer.body, content_type=answer.kind, headers=answer.headers
+        )
         if answer.fault is Fault.COOKIE and answer.label is not None:
             response.set_cookie("session", answer.label)
         if answer.fault is Fault.STALE:

@@ -1,4 +1,7 @@
-"""How the faults that need a socket are done to a real connection. It knows a request, and no keys and no counts."""
+"""How the faults that need a socket are done to a real connection.
+
+It knows a request, and no keys and no counts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from crustcredits.testing._faults import Fault
 
 def reset(request: web.BaseRequest) -> web.Response:
     # With a linger of nought the kernel sends a reset instead of a proper end.
-    transport_of(request).get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport_of(request).get_extra_info("socket").setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
     transport_of(request).abort()
     return web.Response()
 
@@ -27,7 +32,9 @@ def transport_of(request: web.BaseRequest) -> asyncio.Transport:
     return request.transport
 
 
-async def _begin(request: web.BaseRequest, headers: Mapping[str, str], *, length: int | None = None) -> web.StreamResponse:
+async def _begin(
+    request: web.BaseRequest, headers: Mapping[str, str], *, length: int | None = None
+) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     response.content_type = "application/json"
     if length is not None:
@@ -55,9 +62,12 @@ async def _endless(request: web.BaseRequest, headers: Mapping[str, str]) -> web.
     return await _pour(request, headers, b" " * 16_384, pause=0.0)
 
 
-async def _pour(request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float) -> web.StreamResponse:
+async def _pour(
+    request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float
+) -> web.StreamResponse:
     response = await _begin(request, headers)
-    # Until the client has had enough: then the handler is cancelled, or finds the connection gone first.
+    # Until the client has had enough: then the handler is cancelled, or finds the connection gone
+    # first.
     with contextlib.suppress(ConnectionError):
         while True:
             await response.write(chunk)
@@ -65,7 +75,9 @@ async def _pour(request: web.BaseRequest, headers: Mapping[str, str], chunk: byt
     return response  # pragma: no cover  # reached in the second case only, by chance
 
 
-async def _reset_in_body(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+async def _reset_in_body(
+    request: web.BaseRequest, headers: Mapping[str, str]
+) -> web.StreamResponse:
     response = await _begin(request, headers, length=1000)
     await response.write(b'{"credits": ')
     # What was written must have been read by the client's side before the reset discards it.
@@ -81,11 +93,15 @@ async def _cut_short(request: web.BaseRequest, headers: Mapping[str, str]) -> we
     return response
 
 
-async def _reset_at_once(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+async def _reset_at_once(
+    request: web.BaseRequest, headers: Mapping[str, str]
+) -> web.StreamResponse:
     return reset(request)
 
 
-STREAMED: dict[Fault, Callable[[web.BaseRequest, Mapping[str, str]], Awaitable[web.StreamResponse]]] = {
+STREAMED: dict[
+    Fault, Callable[[web.BaseRequest, Mapping[str, str]], Awaitable[web.StreamResponse]]
+] = {
     Fault.SILENCE: _silence,
     Fault.DRIP: _drip,
     Fault.ENDLESS: _endless,

@@ -1,9 +1,12 @@
-"""pytest fixtures around `SandboxServer`, to import into a `conftest.py`. Needs pytest and pytest-asyncio (extra `testing`).
+"""pytest fixtures around `SandboxServer`, to import into a `conftest.py`.
+
+Needs pytest and pytest-asyncio (extra `testing`).
 
 from crustcredits.testing.fixtures import credits_client, make_credits_client, make_sandbox, sandbox
 
-`sandbox` takes the options of `SandboxServer` by indirect parametrization, `@pytest.mark.parametrize("sandbox", [{"limit": 5}],
-indirect=True)`, and `credits_client` those of `CreditsClient` in the same way.
+`sandbox` takes the options of `SandboxServer` by indirect parametrization,
+`@pytest.mark.parametrize("sandbox", [{"limit": 5}], indirect=True)`, and `credits_client` those of
+`CreditsClient` in the same way.
 """
 
 from __future__ import annotations
@@ -25,13 +28,18 @@ __all__ = ["credits_client", "make_credits_client", "make_sandbox", "sandbox"]
 
 @pytest_asyncio.fixture
 async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[SandboxServer]:
-    """A stand-in for the API, running for the test; add accounts and keys to it, and order faults."""
+    """A stand-in for the API, running for the test.
+
+    Add accounts and keys to it, and order faults.
+    """
     async with SandboxServer(**_options(request, SandboxServer)) as server:
         yield server
 
 
 @pytest_asyncio.fixture
-async def credits_client(request: pytest.FixtureRequest, sandbox: SandboxServer) -> AsyncIterator[CreditsClient]:
+async def credits_client(
+    request: pytest.FixtureRequest, sandbox: SandboxServer
+) -> AsyncIterator[CreditsClient]:
     """A client that talks to `sandbox`."""
     options = _options(request, CreditsClient)
     options.setdefault("base_url", sandbox.url)
@@ -54,7 +62,9 @@ async def make_sandbox() -> AsyncIterator[Callable[..., Awaitable[SandboxServer]
 
 
 @pytest_asyncio.fixture
-async def make_credits_client(sandbox: SandboxServer) -> AsyncIterator[Callable[..., CreditsClient]]:
+async def make_credits_client(
+    sandbox: SandboxServer,
+) -> AsyncIterator[Callable[..., CreditsClient]]:
     """A function that makes a client of `sandbox` with options of `CreditsClient`, which closes with the test.
 
     client = make_credits_client(max_age=5)
@@ -76,6 +86,7 @@ def _options(request: pytest.FixtureRequest, kind: type) -> dict[str, Any]:
     known = inspect.signature(kind).parameters
     if not isinstance(given, dict) or not given.keys() <= known.keys():
         raise ConfigurationError(
-            f"the fixture {request.fixturename!r} takes a dict of the options of {kind.__name__}: {', '.join(known)}"
+            f"the fixture {request.fixturename!r} takes a dict of the options of "
+            f"{kind.__name__}: {', '.join(known)}"
         )
     return dict(given)

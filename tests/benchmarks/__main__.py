@@ -59,11 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure against peers, on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description="Measure against peers, on this machine."
+    )
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, benchmark in _BENCHMARKS.items():
         defaults = argparse.ArgumentDefaultsHelpFormatter
-        benchmark.add_options(names.add_parser(name, help=benchmark.about, description=benchmark.about, formatter_class=defaults))
+        benchmark.add_options(
+            names.add_parser(
+                name, help=benchmark.about, description=benchmark.about, formatter_class=defaults
+            )
+        )
     return parser
 
 

@@ -1,7 +1,7 @@
 """Who brings home the keys of a pool: the client, and what else one would reach for.
 
-Everybody has one session with as many connections. The others are a bare gather with a gate before each request; there a key that
-is refused (429) waits what the answer asks, and tries again.
+Everybody has one session with as many connections. The others are a bare gather with a gate before
+each request; there a key that is refused (429) waits what the answer asks, and tries again.
 """
 
 from __future__ import annotations

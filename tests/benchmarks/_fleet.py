@@ -1,4 +1,5 @@
-"""Processes that begin at the same moment: started beforehand, held at a barrier, and timed by whoever holds them."""
+"""Processes that begin at the same moment: started beforehand, held at a barrier, and timed by
+whoever holds them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,10 @@ class Bound:
         return self.measured <= self.at_most
 
     def __str__(self) -> str:
-        return f"- {'met' if self.met else 'MISSED'}: {self.what}: {self.measured:.4g}, at most {self.at_most:.4g}"
+        return (
+            f"- {'met' if self.met else 'MISSED'}: {self.what}: {self.measured:.4g}, at most "
+            f"{self.at_most:.4g}"
+        )
 
 
 @attrs.frozen
@@ -81,7 +84,8 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 
 def in_turns(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Run each contender once a round, one after the other, so that whatever slows the machine down meets all of them."""
+    """Run each contender once a round, one after the other, so that whatever slows the machine down
+    meets all of them."""
     results: dict[str, list[T]] = {name: [] for name in contenders}
     for done in range(rounds):
         for name, run in contenders.items():
@@ -107,7 +111,10 @@ def compare(costs: Mapping[str, Sequence[float]]) -> tuple[float, list[tuple[str
     ours, peers = costs.values()
     ratio = median_ratio(ours, peers)
     shares = (ratio, 1.0)
-    return ratio, [(name, statistics.median(of_one), share) for (name, of_one), share in zip(costs.items(), shares, strict=True)]
+    return ratio, [
+        (name, statistics.median(of_one), share)
+        for (name, of_one), share in zip(costs.items(), shares, strict=True)
+    ]
 
 
 # --- the server
@@ -121,11 +128,16 @@ class Figures:
     refused: int
     worst_window: int | None  # None where the arrivals were not kept
     connections: int
-    arrivals: list[float]  # when each request came, in seconds of the server's clock; empty where they were not kept
+    arrivals: list[
+        float
+    ]  # when each request came, in seconds of the server's clock; empty where they were not kept
 
 
 class Server:
-    """A process of its own for the sandbox, so that its processor time is not the client's. One sandbox at a time."""
+    """A process of its own for the sandbox, so that its processor time is not the client's.
+
+    One sandbox at a time.
+    """
 
     def __init__(self, control: Connection) -> None:
         self._control = control
@@ -133,8 +145,9 @@ class Server:
     def open(self, secrets: Sequence[str], **options: Any) -> str:
         """Start a fresh sandbox, with an empty window, that knows these keys. Returns its URL.
 
-        `options` are the sandbox's, and `tells_time`: with it the credits of every key are the wall time, so that an answer
-        shows when it was given; and `shared`: secrets of keys that belong to one account. Each other key has its own.
+        `options` are the sandbox's, and `tells_time`: with it the credits of every key are the wall
+        time, so that an answer shows when it was given; and `shared`: secrets of keys that belong
+        to one account. Each other key has its own.
         """
         self._control.send((list(secrets), options))
         url: str = self._control.recv()
@@ -177,7 +190,11 @@ async def _serve_each(control: Connection) -> None:
             server.add_account(_SHARED)
             # Different credits, or a pool's keys would all look like one account.
             keys = [
-                server.add_key(secret=secret, account=_SHARED if secret in shared else None, credits=1000 + place)
+                server.add_key(
+                    secret=secret,
+                    account=_SHARED if secret in shared else None,
+                    credits=1000 + place,
+                )
                 for place, secret in enumerate(secrets)
             ]
             telling = asyncio.create_task(_tell_time(server, keys)) if tells_time else None
@@ -187,7 +204,9 @@ async def _serve_each(control: Connection) -> None:
                 telling.cancel()
             worst_window = server.worst_window() if options.get("record", True) else None
             arrivals = [arrival.at for arrival in server.arrivals]
-            figures = Figures(server.requests, server.refused, worst_window, server.peak_connections, arrivals)
+            figures = Figures(
+                server.requests, server.refused, worst_window, server.peak_connections, arrivals
+            )
         control.send(figures)
 
 
@@ -209,7 +228,10 @@ def make_secrets(count: int) -> list[str]:
 def print_machine(*peers: str) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", *peers))
     python = f"{platform.python_implementation()} {platform.python_version()}"
-    print(f"Measured on {_processor()}, {os.cpu_count()} cores, {platform.system()}, {python}, {versions}.\n")
+    print(
+        f"Measured on {_processor()}, {os.cpu_count()} cores, {platform.system()}, {python}, "
+        f"{versions}.\n"
+    )
 
 
 def _processor() -> str:
@@ -222,7 +244,10 @@ def _processor() -> str:
 
 
 def print_table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A Markdown table below its caption; the first column to the left, the others, which hold figures, to the right."""
+    """A Markdown table below its caption.
+
+    The first column to the left, the others, which hold figures, to the right.
+    """
     print(f"{caption}\n")
     print(_line(heads))
     print(_line(["---", *["---:"] * (len(heads) - 1)]))
@@ -240,7 +265,14 @@ def rounds_text(rounds: int) -> str:
 
 
 def number(value: object) -> str:
-    """Whole numbers in full, others to three significant digits but never fewer than their whole part has."""
+    """Whole numbers in full, others to three significant digits but never fewer than their whole
+    part has."""
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+    )

@@ -18,7 +18,8 @@ from redis.exceptions import ConnectionError as NotThereError
 # Seconds that it may take to begin, and to end.
 _PATIENCE = 10.0
 
-# What both who count here send, but for the greeting of a new connection. What a script calls inside is no message.
+# What both who count here send, but for the greeting of a new connection. What a script calls
+# inside is no message.
 _MESSAGES = ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_script|load")
 
 
@@ -59,13 +60,26 @@ class RedisServer:
 
 @contextmanager
 def redis_process() -> Iterator[RedisServer]:
-    """A fresh Redis on a free port of this machine, that writes nothing down; it ends with the block."""
+    """A fresh Redis on a free port of this machine, that writes nothing down.
+
+    It ends with the block.
+    """
     binary = shutil.which("redis-server")
     if binary is None:
         sys.exit("This benchmark needs the program redis-server: apt-get install redis-server")
     port = _free_port()
     with tempfile.TemporaryDirectory() as directory:
-        command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory]
+        command = [
+            binary,
+            "--port",
+            str(port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            directory,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         server = RedisServer(port)
         try:

@@ -1,6 +1,8 @@
-"""What `service` and `outage` share: an app in a process of its own, a load that costs little, and reading its answers.
+"""What `service` and `outage` share: an app in a process of its own, a load that costs little, and
+reading its answers.
 
-The credits of the sandbox's keys are the wall time, so an answer shows when the API gave it, whatever age it states.
+The credits of the sandbox's keys are the wall time, so an answer shows when the API gave it,
+whatever age it states.
 """
 
 from __future__ import annotations
@@ -36,16 +38,25 @@ _PATIENCE = 60.0
 # --- the app
 
 
-def service_app(url: str, secrets: Sequence[str], *, max_age: float = MAX_AGE, prefix: str = "") -> FastAPI:
+def service_app(
+    url: str, secrets: Sequence[str], *, max_age: float = MAX_AGE, prefix: str = ""
+) -> FastAPI:
     """A service that shows these keys, as its users would make it."""
-    keys = [ApiKey(secret, name=name) for secret, name in zip(secrets, key_names(len(secrets)), strict=True)]
+    keys = [
+        ApiKey(secret, name=name)
+        for secret, name in zip(secrets, key_names(len(secrets)), strict=True)
+    ]
     app = FastAPI(lifespan=credits_lifespan(partial(CreditsClient, base_url=url)))
 
     @app.get("/tasks")
     async def get_tasks() -> int:
         return len(asyncio.all_tasks())
 
-    app.include_router(credits_router(keys, public=True, max_age=max_age, stale_while_revalidate=REVALIDATE, prefix=prefix))
+    app.include_router(
+        credits_router(
+            keys, public=True, max_age=max_age, stale_while_revalidate=REVALIDATE, prefix=prefix
+        )
+    )
     return app
 
 
@@ -63,7 +74,10 @@ class App:
 
 @contextmanager
 def app_process(make_app: Callable[[], FastAPI]) -> Iterator[App]:
-    """The app under uvicorn, one worker, in a process of its own that ends with the block. `make_app` is sent there."""
+    """The app under uvicorn, one worker, in a process of its own that ends with the block.
+
+    `make_app` is sent there.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make_app), daemon=True)
@@ -79,7 +93,9 @@ def app_process(make_app: Callable[[], FastAPI]) -> Iterator[App]:
 
 
 def _serve(control: Connection, make_app: Callable[[], FastAPI]) -> None:
-    config = uvicorn.Config(make_app(), host="127.0.0.1", port=0, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        make_app(), host="127.0.0.1", port=0, log_level="warning", access_log=False
+    )
     _Server(config, control).run()
 
 
@@ -127,7 +143,10 @@ def request_for(path: str) -> bytes:
 
 
 class _Client(asyncio.Protocol):
-    """One keep-alive connection. It reads as little as it may, because it shares the machine with what it measures."""
+    """One keep-alive connection.
+
+    It reads as little as it may, because it shares the machine with what it measures.
+    """
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -153,7 +172,9 @@ class _Client(asyncio.Protocol):
         if not blank or length is None or len(body) < int(length[1]):
             return
         self._received = b""
-        self._load.answered(self, Answered(self._sent, time.perf_counter(), time.time(), int(head[9:12]), body))
+        self._load.answered(
+            self, Answered(self._sent, time.perf_counter(), time.time(), int(head[9:12]), body)
+        )
 
 
 class Load:
@@ -168,11 +189,18 @@ class Load:
         self._ended: asyncio.Future[None] | None = None
 
     async def run(self, requests: Iterable[bytes], seconds: float = math.inf) -> list[Answered]:
-        """Send them, for so long or until there are no more. Returns the answers, in the order they came."""
+        """Send them, for so long or until there are no more.
+
+        Returns the answers, in the order they came.
+        """
         if any(client.transport.is_closing() for client in self._clients):
             raise _closed()
         self._ended = asyncio.get_running_loop().create_future()
-        self._requests, self._until, self._answers = iter(requests), time.perf_counter() + seconds, []
+        self._requests, self._until, self._answers = (
+            iter(requests),
+            time.perf_counter() + seconds,
+            [],
+        )
         self._busy = len(self._clients)
         for client in self._clients:
             self._go_on(client)
@@ -200,7 +228,9 @@ class Load:
     async def connect(self, port: int, connections: int) -> None:
         loop = asyncio.get_running_loop()
         for _ in range(connections):
-            self._clients.append((await loop.create_connection(lambda: _Client(self), "127.0.0.1", port))[1])
+            self._clients.append(
+                (await loop.create_connection(lambda: _Client(self), "127.0.0.1", port))[1]
+            )
 
     def close(self) -> None:
         for client in self._clients:
@@ -223,7 +253,8 @@ async def load_on(app: App, connections: int) -> AsyncIterator[Load]:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """The pauses of this process's garbage collector, which grow with the answers it holds, would count as the app's."""
+    """The pauses of this process's garbage collector, which grow with the answers it holds, would
+    count as the app's."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,5 @@
-"""A chart of a few curves as SVG text, to be read in a README: no script, no font of its own, light behind it everywhere.
+"""A chart of a few curves as SVG text, to be read in a README: no script, no font of its own, light
+behind it everywhere.
 
 It knows curves and a line that they should stay below, and nothing of what they mean.
 """
@@ -38,7 +39,10 @@ class Curve:
 
 @attrs.frozen(kw_only=True)
 class Chart:
-    """What is drawn. The later curves lie above the earlier ones; the legend names them in the order of `legend`."""
+    """What is drawn.
+
+    The later curves lie above the earlier ones; the legend names them in the order of `legend`.
+    """
 
     title: str
     subtitle: str
@@ -85,10 +89,16 @@ class _Scale:
 def _frame(chart: Chart, scale: _Scale) -> list[str]:
     look = f'role="img" aria-labelledby="title desc" font-family="{_FONT}" font-size="12"'
     return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" {look}>',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+            f'width="{_WIDTH}" height="{_HEIGHT}" {look}>'
+        ),
         f'<title id="title">{escape(chart.title)}</title>',
         f'<desc id="desc">{escape(chart.description)}</desc>',
-        f'<rect x="0.5" y="0.5" width="{_WIDTH - 1}" height="{_HEIGHT - 1}" rx="10" fill="#fff" stroke="{_FAINT}"/>',
+        (
+            f'<rect x="0.5" y="0.5" width="{_WIDTH - 1}" height="{_HEIGHT - 1}" rx="10" '
+            f'fill="#fff" stroke="{_FAINT}"/>'
+        ),
         _text(20, 28, chart.title, size=15, weight=600),
         _text(20, 47, chart.subtitle, colour=_SOFT),
         _block((_LEFT, _TOP), (_RIGHT, scale.y(chart.limit))),
@@ -100,7 +110,14 @@ def _limit(chart: Chart, scale: _Scale) -> list[str]:
     return [
         _line((_LEFT, y), (_RIGHT, y), _ALARM, ' stroke-dasharray="5 5"'),
         # In the middle and below, where the lines that keep to it leave room.
-        _text((_LEFT + _RIGHT) / 2, y + 20, chart.limit_name, colour=_ALARM, anchor="middle", weight=600),
+        _text(
+            (_LEFT + _RIGHT) / 2,
+            y + 20,
+            chart.limit_name,
+            colour=_ALARM,
+            anchor="middle",
+            weight=600,
+        ),
     ]
 
 
@@ -114,7 +131,10 @@ def _axes(chart: Chart, scale: _Scale) -> list[str]:
         parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", colour=colour, anchor="end"))
     for value in _ticks(chart.tick, scale.most_x):
         x = scale.x(value)
-        parts += [_line((x, _BOTTOM), (x, _BOTTOM + 5), _SOFT), _text(x, _BOTTOM + 19, f"{value:g}", colour=_SOFT, anchor="middle")]
+        parts += [
+            _line((x, _BOTTOM), (x, _BOTTOM + 5), _SOFT),
+            _text(x, _BOTTOM + 19, f"{value:g}", colour=_SOFT, anchor="middle"),
+        ]
     return [*parts, _text(_RIGHT, _BOTTOM + 34, chart.across, colour=_SOFT, anchor="end")]
 
 
@@ -127,10 +147,16 @@ def _curve(curve: Curve, scale: _Scale) -> list[str]:
     points = thinned([(scale.x(x), scale.y(y)) for x, y in curve.points], _TOLERANCE)
     path = "M" + "L".join(f"{_short(x)} {_short(y)}" for x, y in points)
     x, y = points[-1]
-    look = f'stroke="{curve.colour}" stroke-width="{curve.width:g}" stroke-linejoin="round" stroke-linecap="round"'
+    look = (
+        f'stroke="{curve.colour}" stroke-width="{curve.width:g}" stroke-linejoin="round" '
+        'stroke-linecap="round"'
+    )
     return [
         f'<path d="{path}" fill="none" {look}/>',
-        f'<circle cx="{_short(x)}" cy="{_short(y)}" r="{curve.width / 2 + 2:g}" fill="{curve.colour}"/>',
+        (
+            f'<circle cx="{_short(x)}" cy="{_short(y)}" r="{curve.width / 2 + 2:g}" '
+            f'fill="{curve.colour}"/>'
+        ),
     ]
 
 
@@ -140,9 +166,17 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
     for place, curve in enumerate(curves):
         y = _TOP + 18 + 20 * place
         # One behind the other, so that they cannot meet, however wide the font is.
-        named = f'<tspan font-weight="600">{escape(curve.name)}</tspan><tspan dx="8" fill="{_SOFT}">{escape(curve.note)}</tspan>'
+        named = (
+            f'<tspan font-weight="600">{escape(curve.name)}</tspan><tspan dx="8" '
+            f'fill="{_SOFT}">{escape(curve.note)}</tspan>'
+        )
         parts += [
-            _line((left, y - 4), (left + 22, y - 4), curve.colour, f' stroke-width="{curve.width:g}" stroke-linecap="round"'),
+            _line(
+                (left, y - 4),
+                (left + 22, y - 4),
+                curve.colour,
+                f' stroke-width="{curve.width:g}" stroke-linecap="round"',
+            ),
             f'<text x="{_short(left + 30)}" y="{_short(y)}" fill="{_INK}">{named}</text>',
         ]
     return parts
@@ -154,12 +188,22 @@ def _block(start: Point, end: Point) -> str:
 
 
 def _line(start: Point, end: Point, colour: str, look: str = "") -> str:
-    ends = f'x1="{_short(start[0])}" y1="{_short(start[1])}" x2="{_short(end[0])}" y2="{_short(end[1])}"'
+    ends = (
+        f'x1="{_short(start[0])}" y1="{_short(start[1])}" x2="{_short(end[0])}" '
+        f'y2="{_short(end[1])}"'
+    )
     return f'<line {ends} stroke="{colour}"{look}/>'
 
 
 def _text(
-    x: float, y: float, text: str, *, colour: str = _INK, anchor: str = "start", size: float | None = None, weight: int = 400
+    x: float,
+    y: float,
+    text: str,
+    *,
+    colour: str = _INK,
+    anchor: str = "start",
+    size: float | None = None,
+    weight: int = 400,
 ) -> str:
     look = f' font-weight="{weight}"' if weight != 400 else ""
     look += f' font-size="{size:g}"' if size is not None else ""
@@ -185,11 +229,18 @@ def steps(levels: Iterable[Point]) -> list[Point]:
 
 
 def thinned(line: Sequence[Point], tolerance: float) -> list[Point]:
-    """As few of the points as make a line that is nowhere off by more (Douglas and Peucker); both ends stay."""
+    """As few of the points as make a line that is nowhere off by more (Douglas and Peucker).
+
+    Both ends stay.
+    """
     keep, spans = {0, len(line) - 1}, [(0, len(line) - 1)]
     while spans:
         first, last = spans.pop()
-        worst = max(range(first + 1, last), key=lambda place: _distance(line[place], line[first], line[last]), default=first)
+        worst = max(
+            range(first + 1, last),
+            key=lambda place: _distance(line[place], line[first], line[last]),
+            default=first,
+        )
         if _distance(line[worst], line[first], line[last]) > tolerance:
             keep.add(worst)
             spans += [(first, worst), (worst, last)]
@@ -200,6 +251,8 @@ def _distance(point: Point, start: Point, end: Point) -> float:
     """From a point to the straight line between two others."""
     across, down = end[0] - start[0], end[1] - start[1]
     length = across * across + down * down
-    share = ((point[0] - start[0]) * across + (point[1] - start[1]) * down) / length if length else 0.0
+    share = (
+        ((point[0] - start[0]) * across + (point[1] - start[1]) * down) / length if length else 0.0
+    )
     share = min(1.0, max(0.0, share))
     return math.dist(point, (start[0] + share * across, start[1] + share * down))

@@ -1,9 +1,11 @@
-"""Accounts that are counted apart, over Redis: many small ones from one process, and a large one that four processes share.
+"""Accounts that are counted apart, over Redis: many small ones from one process, and a large one
+that four processes share.
 
-The server keeps a strict sliding window for each account and answers after a random delay. The client says `scope="account"`, so
-each account has a bucket of its own in Redis. Many accounts: one key each, 300 requests in any minute for each, so nothing but the
-pace holds anybody up. A first start on an empty Redis takes 1.25 s more, in which no tokens are given; so it has a row of
-its own. One account: its keys are declared, and divided among the processes, which wait at a barrier.
+The server keeps a strict sliding window for each account and answers after a random delay. The
+client says `scope="account"`, so each account has a bucket of its own in Redis. Many accounts: one
+key each, 300 requests in any minute for each, so nothing but the pace holds anybody up. A first
+start on an empty Redis takes 1.25 s more, in which no tokens are given; so it has a row of its own.
+One account: its keys are declared, and divided among the processes, which wait at a barrier.
 """
 
 from __future__ import annotations
@@ -105,19 +107,29 @@ def _alone(stage: Stage, secrets: Sequence[str], period: int, *, greets: bool) -
 
     before = stage.redis.messages()
     answered = asyncio.run(_check(task, barrier))
-    return Run(time.perf_counter() - began, answered, stage.redis.messages() - before, stage.server.close())
+    return Run(
+        time.perf_counter() - began, answered, stage.redis.messages() - before, stage.server.close()
+    )
 
 
 def _together(stage: Stage, secrets: Sequence[str], period: int, account: str | None = None) -> Run:
     shared = secrets if account is not None else ()
-    url = stage.server.open(secrets, limit=LIMIT, period=period, delay=DELAY, scope="account", shared=shared)
+    url = stage.server.open(
+        secrets, limit=LIMIT, period=period, delay=DELAY, scope="account", shared=shared
+    )
     prefix = uuid.uuid4().hex
-    tasks = [Task(url, stage.redis.url, prefix, period, secrets[place::PROCESSES], account) for place in range(PROCESSES)]
+    tasks = [
+        Task(url, stage.redis.url, prefix, period, secrets[place::PROCESSES], account)
+        for place in range(PROCESSES)
+    ]
     stage.fleet.prepare([partial(_check, task) for task in tasks])
     before = stage.redis.messages()
     ended = stage.fleet.release()
     return Run(
-        ended.seconds, sum(answered or 0 for answered in ended.answered), stage.redis.messages() - before, stage.server.close()
+        ended.seconds,
+        sum(answered or 0 for answered in ended.answered),
+        stage.redis.messages() - before,
+        stage.server.close(),
     )
 
 
@@ -134,8 +146,10 @@ def _many(stage: Stage, options: argparse.Namespace) -> list[Bound]:
     )
     pace = len(secrets) / (RateLimit().pace or math.inf)
     print_table(
-        f'{len(secrets):,} accounts of one key each, `scope="account"` over Redis {stage.redis.version}, {LIMIT} requests in any '
-        f"60 s for each account; the pace of one process takes {pace:g} s. {rounds_text(options.rounds).capitalize()}, but of "
+        f'{len(secrets):,} accounts of one key each, `scope="account"` over Redis '
+        f"{stage.redis.version}, {LIMIT} requests in any "
+        f"60 s for each account; the pace of one process takes {pace:g} s. "
+        f"{rounds_text(options.rounds).capitalize()}, but of "
         "refusals and round trips the worst.",
         ("", "time, s", "429s", "round trips to Redis a call", "keys answered", "target, s"),
         [(name, *_row(of_one), f"{_AT_MOST:g}") for name, of_one in runs.items()],
@@ -160,14 +174,29 @@ def _one(stage: Stage, options: argparse.Namespace) -> list[Bound]:
     floor = (math.ceil(options.keys / LIMIT) - 1) * period + spread
     window = max(run.figures.worst_window or 0 for run in runs)
     print_table(
-        f"One declared account of {options.keys:,} keys, divided among {PROCESSES} processes, {LIMIT} requests in any {period} s. "
-        f"The floor, {floor:.4g} s, is when the last window opens, and over how long {PROCESSES} paces spread its requests. "
-        f"{rounds_text(options.rounds).capitalize()}, but of refusals, window and round trips the worst.",
-        ("", "time, s", "429s", "round trips to Redis a call", "keys answered", "of the floor", "worst window"),
+        f"One declared account of {options.keys:,} keys, divided among {PROCESSES} "
+        f"processes, {LIMIT} requests in any {period} s. "
+        f"The floor, {floor:.4g} s, is when the last window opens, and over how long "
+        f"{PROCESSES} paces spread its requests. "
+        f"{rounds_text(options.rounds).capitalize()}, but of refusals, window and round "
+        "trips the worst.",
+        (
+            "",
+            "time, s",
+            "429s",
+            "round trips to Redis a call",
+            "keys answered",
+            "of the floor",
+            "worst window",
+        ),
         [("a declared account", *_row(runs), _seconds(runs) / floor, window)],
     )
     return [
-        Bound(f"a declared account: seconds ({_OF_FLOOR} of the floor)", _seconds(runs), _OF_FLOOR * floor),
+        Bound(
+            f"a declared account: seconds ({_OF_FLOOR} of the floor)",
+            _seconds(runs),
+            _OF_FLOOR * floor,
+        ),
         Bound(f"a declared account: requests in any {period} s", window, LIMIT),
         *_judge("a declared account", runs, options.keys),
     ]
@@ -175,7 +204,12 @@ def _one(stage: Stage, options: argparse.Namespace) -> list[Bound]:
 
 def _row(runs: Sequence[Run]) -> tuple[float, ...]:
     trips = max(run.messages / max(1, run.answered) for run in runs)
-    return _seconds(runs), max(run.figures.refused for run in runs), trips, min(run.answered for run in runs)
+    return (
+        _seconds(runs),
+        max(run.figures.refused for run in runs),
+        trips,
+        min(run.answered for run in runs),
+    )
 
 
 def _seconds(runs: Sequence[Run]) -> float:
@@ -197,10 +231,21 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--accounts", type=whole(PROCESSES), default=300, help="accounts of one key each")
-    parser.add_argument("--keys", type=whole(PROCESSES), default=1_000, help="keys of the declared account")
-    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds; each takes half a minute")
-    parser.add_argument("--period", type=whole(1), default=6, help="seconds that the window of the declared account is long")
+    parser.add_argument(
+        "--accounts", type=whole(PROCESSES), default=300, help="accounts of one key each"
+    )
+    parser.add_argument(
+        "--keys", type=whole(PROCESSES), default=1_000, help="keys of the declared account"
+    )
+    parser.add_argument(
+        "--rounds", type=whole(1), default=3, help="rounds; each takes half a minute"
+    )
+    parser.add_argument(
+        "--period",
+        type=whole(1),
+        default=6,
+        help="seconds that the window of the declared account is long",
+    )
 
 
 BENCHMARK = Benchmark("accounts that are counted apart, over Redis", run, _add_options)

@@ -1,7 +1,9 @@
-"""Shared and kept answers: what an asker costs who joins a call that is under way, and one whose answer is there.
+"""Shared and kept answers: what an asker costs who joins a call that is under way, and one whose
+answer is there.
 
-Sharing: so many ask at once for few keys, over real HTTP, and only the keys may reach the wire. Beside it the least that a
-task can do who waits for what others wait for too: to await one of as many futures.
+Sharing: so many ask at once for few keys, over real HTTP, and only the keys may reach the wire.
+Beside it the least that a task can do who waits for what others wait for too: to await one of as
+many futures.
 
 A kept answer: one that is young enough, beside aiocache's memory holding the same balance.
 """
@@ -39,7 +41,8 @@ KEYS = 20
 _NO_LIMIT = 1_000_000
 _SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
 
-# Seconds; about what the sandbox needs to answer. It counts for nothing, because waiting takes no processor time.
+# Seconds; about what the sandbox needs to answer. It counts for nothing, because waiting takes no
+# processor time.
 _DELAY = 0.02
 
 
@@ -68,7 +71,9 @@ def _share_ours(server: Server, numbers: Iterator[int], askers: int) -> Shared:
 async def _ask_client(url: str, keys: Sequence[ApiKey], askers: int) -> float:
     async with _client(url) as client:
         began = time.process_time()
-        balances = await asyncio.gather(*(client.balance(keys[place % KEYS], max_age=5) for place in range(askers)))
+        balances = await asyncio.gather(
+            *(client.balance(keys[place % KEYS], max_age=5) for place in range(askers))
+        )
         cost = (time.process_time() - began) / askers * 1e6
     assert [balance.key for balance in balances] == [keys[place % KEYS] for place in range(askers)]
     return cost
@@ -100,7 +105,8 @@ def _sharing(server: Server, askers: int, rounds: int) -> list[Bound]:
     ratio, rows = compare({name: [run.cost for run in of_one] for name, of_one in runs.items()})
     requests = {name: max(run.requests for run in of_one) for name, of_one in runs.items()}
     print_table(
-        f"{askers:,} askers at once for {KEYS} keys; {rounds_text(rounds)}, but of the requests the most.",
+        f"{askers:,} askers at once for {KEYS} keys; {rounds_text(rounds)}, but of the "
+        "requests the most.",
         ("", "processor time an asker, µs", "of the bare one's", "requests on the wire"),
         [(*row, requests[row[0]]) for row in rows],
     )
@@ -162,13 +168,19 @@ def _kept(server: Server, hits: int, rounds: int) -> list[Bound]:
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine("aiocache")
     with server_process() as server:
-        return _sharing(server, options.askers, options.rounds) + _kept(server, options.hits, options.rounds)
+        return _sharing(server, options.askers, options.rounds) + _kept(
+            server, options.hits, options.rounds
+        )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--askers", type=whole(KEYS), default=10_000, help="askers at once, of each round")
+    parser.add_argument(
+        "--askers", type=whole(KEYS), default=10_000, help="askers at once, of each round"
+    )
     parser.add_argument("--hits", type=whole(1), default=20_000, help="hits of each round")
     parser.add_argument("--rounds", type=whole(1), default=15, help="rounds")
 
 
-BENCHMARK = Benchmark("shared and kept answers, against a bare gather and aiocache", run, _add_options)
+BENCHMARK = Benchmark(
+    "shared and kept answers, against a bare gather and aiocache", run, _add_options
+)

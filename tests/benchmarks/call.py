@@ -1,4 +1,5 @@
-"""One call: what the client adds to the bare aiohttp session in processor time, with no limit in the way."""
+"""One call: what the client adds to the bare aiohttp session in processor time, with no limit in
+the way."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ _WARM_UP = 10 * CONNECTIONS
 # Starts in a group, and seconds between groups: what the default pace comes to.
 _GROUP, _GAP = 3, 0.03
 
-# Does the work for keys that were never seen before; returns the processor time in seconds, without that of the first ones.
+# Does the work for keys that were never seen before; returns the processor time in seconds, without
+# that of the first ones.
 Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, float]]
 
 
@@ -83,7 +85,9 @@ async def _ask(session: aiohttp.ClientSession, url: str, secret: str) -> object:
         return (await response.json())["credits"]
 
 
-async def _gather(ask: Callable[[str], Coroutine[Any, Any, object]], secrets: Sequence[str], *, gate: bool) -> float:
+async def _gather(
+    ask: Callable[[str], Coroutine[Any, Any, object]], secrets: Sequence[str], *, gate: bool
+) -> float:
     """All at once, or behind a semaphore."""
     slots = asyncio.Semaphore(CONNECTIONS)
 
@@ -102,18 +106,27 @@ async def _paced(url: str, secrets: Sequence[str]) -> float:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS)) as session:
         began, tasks = time.process_time(), []
         for first in range(_WARM_UP, len(secrets), _GROUP):
-            tasks += [asyncio.create_task(_ask(session, url, secret)) for secret in secrets[first : first + _GROUP]]
+            tasks += [
+                asyncio.create_task(_ask(session, url, secret))
+                for secret in secrets[first : first + _GROUP]
+            ]
             await asyncio.sleep(_GAP)
         await asyncio.gather(*tasks)
         return time.process_time() - began
 
 
-# By name: the contender, its peer, the target, and CI's bound: the value that was reached and a tenth.
+# By name: the contender, its peer, the target, and CI's bound: the value that was reached and a
+# tenth.
 _FREE: dict[str, tuple[Contender, str, float, float]] = {
     "`check`": (_check, "bare, gathered", 1.15, 1.6),
     "`stream`": (_stream, "bare, gathered", 1.15, 1.7),
     "`balance`, gathered": (partial(_balance, gate=False), "bare, gathered", 1.25, 1.75),
-    "`balance`, under a semaphore": (partial(_balance, gate=True), "bare, under a semaphore", 1.25, 1.95),
+    "`balance`, under a semaphore": (
+        partial(_balance, gate=True),
+        "bare, under a semaphore",
+        1.25,
+        1.95,
+    ),
 }
 _PEERS: dict[str, Contender] = {
     "bare, gathered": partial(_bare, gate=False),
@@ -148,30 +161,52 @@ def _measure(
     contenders = {name: contender for name, (contender, *_) in ours.items()} | peers
     with server_process() as server:
         costs = in_turns(
-            {name: partial(_round, server, contender, calls, runner) for name, contender in contenders.items()}, rounds
+            {
+                name: partial(_round, server, contender, calls, runner)
+                for name, contender in contenders.items()
+            },
+            rounds,
         )
-    ratios = {name: median_ratio(costs[name], costs[peer]) for name, (_, peer, _, _) in ours.items()}
+    ratios = {
+        name: median_ratio(costs[name], costs[peer]) for name, (_, peer, _, _) in ours.items()
+    }
     rows = [
-        (name, sorted(costs[name])[rounds // 2], ratios.get(name, 1.0), ours[name][2] if name in ours else "") for name in costs
+        (
+            name,
+            sorted(costs[name])[rounds // 2],
+            ratios.get(name, 1.0),
+            ours[name][2] if name in ours else "",
+        )
+        for name in costs
     ]
     print_table(
-        f"{calls:,} calls a round for keys never seen before, on {options.loop}; {rounds_text(rounds)}.",
+        f"{calls:,} calls a round for keys never seen before, on {options.loop}; "
+        f"{rounds_text(rounds)}.",
         ("", "processor time a call, µs", "of its peer's", "target"),
         rows,
     )
-    return [Bound(f"{name}, of {peer} (target: {target})", ratios[name], bound) for name, (_, peer, target, bound) in ours.items()]
+    return [
+        Bound(f"{name}, of {peer} (target: {target})", ratios[name], bound)
+        for name, (_, peer, target, bound) in ours.items()
+    ]
 
 
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine()
     bounds = _measure(options, _FREE, _PEERS, options.calls, options.rounds)
-    return bounds + _measure(options, _PACED, _PACED_PEERS, min(300, options.calls), min(5, options.rounds))
+    return bounds + _measure(
+        options, _PACED, _PACED_PEERS, min(300, options.calls), min(5, options.rounds)
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=whole(1), default=3000, help="calls of each round")
     parser.add_argument("--rounds", type=whole(1), default=15, help="rounds")
-    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="event loop")
+    parser.add_argument(
+        "--loop", choices=("asyncio", "uvloop"), default="asyncio", help="event loop"
+    )
 
 
-BENCHMARK = Benchmark("processor time of one call, against the bare aiohttp session", run, _add_options)
+BENCHMARK = Benchmark(
+    "processor time of one call, against the bare aiohttp session", run, _add_options
+)

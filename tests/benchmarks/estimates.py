@@ -1,4 +1,5 @@
-"""`quota().seconds_for(n)` beside the truth: when the last of `n` more calls started, in virtual time."""
+"""`quota().seconds_for(n)` beside the truth: when the last of `n` more calls started, in virtual
+time."""
 
 from __future__ import annotations
 
@@ -81,8 +82,12 @@ SITUATIONS = {
     "quiet, 250": Situation(_nothing, 250),
     "quiet, 600": Situation(_nothing, 600),
     "quiet, 1,000": Situation(_nothing, 1000),
-    "quiet, no pace, 700": Situation(_nothing, 700, {"rate_limit": RateLimit(pace=None, scope="client")}),
-    "a limit of 60, 200": Situation(_nothing, 200, {"rate_limit": RateLimit(requests=60)}, {"limit": 60}),
+    "quiet, no pace, 700": Situation(
+        _nothing, 700, {"rate_limit": RateLimit(pace=None, scope="client")}
+    ),
+    "a limit of 60, 200": Situation(
+        _nothing, 200, {"rate_limit": RateLimit(requests=60)}, {"limit": 60}
+    ),
     "after 300, 10": Situation(_checked(300), 10),
     "after 300, half a minute later, 100": Situation(_checked(300, 30.0), 100),
     "after 100, 400": Situation(_checked(100), 400),
@@ -122,7 +127,11 @@ def run_all(options: argparse.Namespace) -> list[Bound]:
         ("", "said", "true", "within a third"),
         [(name, said, took, "no" if name in wrong else "yes") for name, said, took in rows],
     )
-    return [Bound(f"of {len(rows)} estimates, those that are wrong by more than a third", len(wrong), 5)]
+    return [
+        Bound(f"of {len(rows)} estimates, those that are wrong by more than a third", len(wrong), 5)
+    ]
 
 
-BENCHMARK = Benchmark("estimates of when calls start, beside the truth, in virtual time", run_all, lambda parser: None)
+BENCHMARK = Benchmark(
+    "estimates of when calls start, beside the truth, in virtual time", run_all, lambda parser: None
+)

@@ -1,4 +1,5 @@
-"""The rows of the model behind the admission queue, beside this library's scheduler on the same worlds, in virtual time."""
+"""The rows of the model behind the admission queue, beside this library's scheduler on the same
+worlds, in virtual time."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def run(options: argparse.Namespace) -> list[Bound]:
         if options.only not in name:
             continue
         runs = [world.play(seed) for seed in range(1, options.seeds + 1)]
-        first, last, refusals, failed = (statistics.median(one[part] for one in runs) for part in range(4))
+        first, last, refusals, failed = (
+            statistics.median(one[part] for one in runs) for part in range(4)
+        )
         rows.append(
             (
                 name,
@@ -45,4 +48,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
 
 
-BENCHMARK = Benchmark("the model of the admission queue beside the real one, in virtual time", run, _add_options)
+BENCHMARK = Benchmark(
+    "the model of the admission queue beside the real one, in virtual time", run, _add_options
+)

@@ -1,7 +1,9 @@
-"""A FastAPI service while the API is out of reach: what it answers meanwhile, what that costs, and how it comes back.
+"""A FastAPI service while the API is out of reach: what it answers meanwhile, what that costs, and
+how it comes back.
 
-One key's balance is asked for all the time over keep-alive connections. The sandbox is closed, so that its port refuses
-connections, and later opened again on the same port. Every second the app's process is looked at from outside.
+One key's balance is asked for all the time over keep-alive connections. The sandbox is closed, so
+that its port refuses connections, and later opened again on the same port. Every second the app's
+process is looked at from outside.
 """
 
 from __future__ import annotations
@@ -54,13 +56,15 @@ T = TypeVar("T")
 # Seconds between two looks at the process.
 _STEP = 1.0
 
-# Seconds that an answer's age may be above `MAX_AGE` without being stale: it is stated a moment after that was decided.
+# Seconds that an answer's age may be above `MAX_AGE` without being stale: it is stated a moment
+# after that was decided.
 _MOMENT = 0.05
 
 # Seconds after the return within which all has to be as before.
 _RETURN = 60.0
 
-# Milliseconds that an answer may take while the API is away: a kept one waits for nothing but the app's turns and pauses.
+# Milliseconds that an answer may take while the API is away: a kept one waits for nothing but the
+# app's turns and pauses.
 _SLOWEST = 1000.0
 
 # Tasks of the server, the lifespan and the client.
@@ -100,13 +104,16 @@ Read: TypeAlias = tuple[Answered, Stated]
 # --- the course of it
 
 
-async def _course(server: Server, url: str, secrets: Sequence[str], app: App, options: argparse.Namespace) -> Course:
+async def _course(
+    server: Server, url: str, secrets: Sequence[str], app: App, options: argparse.Namespace
+) -> Course:
     seconds = options.before + options.outage + options.after
     requests = [request_for(f"/keys/{name}") for name in key_names(KEYS)]
     samples: list[Sample] = []
     async with load_on(app, options.connections) as load, load_on(app, 1) as beside:
         must_be_ok(await load.run(requests))
-        # Until there is a refresh for each name, because only then there are as many tasks as ever after.
+        # Until there is a refresh for each name, because only then there are as many tasks as ever
+        # after.
         must_be_ok(await load.run(itertools.cycle(requests), MAX_AGE + 1))
         async with asyncio.TaskGroup() as group:
             sampling = group.create_task(_sample(beside, app.process, samples))
@@ -117,8 +124,13 @@ async def _course(server: Server, url: str, secrets: Sequence[str], app: App, op
     return Course(answers, samples, left, returned, refused + server.close().refused)
 
 
-async def _outage(server: Server, url: str, secrets: Sequence[str], options: argparse.Namespace) -> tuple[float, float, int]:
-    """Close the sandbox in time, and open it again. Returns when that was, and how many requests were refused till then."""
+async def _outage(
+    server: Server, url: str, secrets: Sequence[str], options: argparse.Namespace
+) -> tuple[float, float, int]:
+    """Close the sandbox in time, and open it again.
+
+    Returns when that was, and how many requests were refused till then.
+    """
     await asyncio.sleep(options.before)
     figures = await asyncio.to_thread(server.close)
     left = time.perf_counter()
@@ -132,7 +144,9 @@ async def _sample(load: Load, process: int, samples: list[Sample]) -> None:
     while True:
         answers = await load.run([request_for("/tasks")])
         must_be_ok(answers)
-        samples.append(Sample(answers[0].came, int(answers[0].body), _descriptors(process), _memory(process)))
+        samples.append(
+            Sample(answers[0].came, int(answers[0].body), _descriptors(process), _memory(process))
+        )
         await asyncio.sleep(_STEP)
 
 
@@ -151,7 +165,16 @@ def _memory(process: int) -> float:
 def _print_answers(phases: Sequence[Sequence[Read]]) -> None:
     print_table(
         "What the answers for one key said.",
-        ("", "answers", "latency, ms", "99th percentile, ms", "slowest, ms", "stale", "with an error", "oldest, s"),
+        (
+            "",
+            "answers",
+            "latency, ms",
+            "99th percentile, ms",
+            "slowest, ms",
+            "stale",
+            "with an error",
+            "oldest, s",
+        ),
         [(name, *_answers_row(read)) for name, read in zip(_PHASES, phases, strict=True)],
     )
 
@@ -161,7 +184,15 @@ def _answers_row(read: Sequence[Read]) -> tuple[float, ...]:
     stale = sum(stated.stale for _, stated in read)
     errors = sum(stated.error for _, stated in read)
     oldest = max(stated.age for _, stated in read)
-    return len(read), statistics.median(latencies), quantile(latencies, 0.99), max(latencies), stale, errors, oldest
+    return (
+        len(read),
+        statistics.median(latencies),
+        quantile(latencies, 0.99),
+        max(latencies),
+        stale,
+        errors,
+        oldest,
+    )
 
 
 def _print_samples(phases: Sequence[Sequence[Sample]]) -> None:
@@ -173,7 +204,9 @@ def _print_samples(phases: Sequence[Sequence[Sample]]) -> None:
 
 
 def _samples_row(samples: Sequence[Sample]) -> list[float]:
-    columns = zip(*((sample.tasks, sample.descriptors, sample.memory) for sample in samples), strict=True)
+    columns = zip(
+        *((sample.tasks, sample.descriptors, sample.memory) for sample in samples), strict=True
+    )
     return [figure for column in columns for figure in (statistics.median(column), max(column))]
 
 
@@ -183,7 +216,8 @@ def _unmarked(read: Sequence[Read]) -> int:
 
 
 def _forgotten(read: Sequence[Read]) -> int:
-    """Stale answers without an error, though one before had it: nothing good can have come in between."""
+    """Stale answers without an error, though one before had it: nothing good can have come in
+    between."""
     failed: set[str] = set()
     forgotten = 0
     for _, stated in read:
@@ -206,9 +240,18 @@ def _recovery(read: Sequence[Read], returned: float) -> float:
 def _judge_return(read: Sequence[Read], returned: float, seconds: int) -> list[Bound]:
     recovery = _recovery(read, returned)
     if math.isinf(recovery) and seconds < _RETURN:
-        print(f"Errors still stood beside answers when it ended, {seconds} s after the return: too short to judge the return.\n")
+        print(
+            f"Errors still stood beside answers when it ended, {seconds} s after the return: "
+            "too short to judge the return.\n"
+        )
         return []
-    return [Bound(f"seconds from the return until all {KEYS} names were answered without an error", recovery, _RETURN)]
+    return [
+        Bound(
+            f"seconds from the return until all {KEYS} names were answered without an error",
+            recovery,
+            _RETURN,
+        )
+    ]
 
 
 def _judge_process(samples: Sequence[Sequence[Sample]], connections: int) -> list[Bound]:
@@ -217,18 +260,44 @@ def _judge_process(samples: Sequence[Sequence[Sample]], connections: int) -> lis
     middle, end = samples[0][len(samples[0]) // 2], samples[-1][-1]
     return [
         # All may be old at once; before, those are fresh that were refreshed within `MAX_AGE`.
-        Bound("tasks after, above those before", tasks[-1] - tasks[0], MAX_AGE * _REFRESHES + connections),
-        Bound("most tasks: a refresh of each name, a request of each connection, and a few", most, KEYS + connections + 1 + _FEW),
-        Bound("growth of the memory, in percent of the middle of before", (end.memory / middle.memory - 1) * 100, 10),
+        Bound(
+            "tasks after, above those before",
+            tasks[-1] - tasks[0],
+            MAX_AGE * _REFRESHES + connections,
+        ),
+        Bound(
+            "most tasks: a refresh of each name, a request of each connection, and a few",
+            most,
+            KEYS + connections + 1 + _FEW,
+        ),
+        Bound(
+            "growth of the memory, in percent of the middle of before",
+            (end.memory / middle.memory - 1) * 100,
+            10,
+        ),
     ]
 
 
-def _judge(course: Course, phases: Sequence[Sequence[Read]], options: argparse.Namespace) -> list[Bound]:
+def _judge(
+    course: Course, phases: Sequence[Sequence[Read]], options: argparse.Namespace
+) -> list[Bound]:
     _, away, after = phases
     return [
-        Bound("answers that were not status 200", sum(answer.status != 200 for answer in course.answers), 0),
-        Bound("milliseconds of the slowest answer while the API was away", max(answer.latency for answer, _ in away), _SLOWEST),
-        Bound(f"answers older than {MAX_AGE:g} s that were not marked stale", sum(map(_unmarked, phases)), 0),
+        Bound(
+            "answers that were not status 200",
+            sum(answer.status != 200 for answer in course.answers),
+            0,
+        ),
+        Bound(
+            "milliseconds of the slowest answer while the API was away",
+            max(answer.latency for answer, _ in away),
+            _SLOWEST,
+        ),
+        Bound(
+            f"answers older than {MAX_AGE:g} s that were not marked stale",
+            sum(map(_unmarked, phases)),
+            0,
+        ),
         Bound("stale answers without an error, where one before them had it", _forgotten(away), 0),
         Bound("requests refused (429)", course.refused, 0),
         *_judge_return(after, course.returned, options.after),
@@ -253,7 +322,10 @@ def _report(course: Course, options: argparse.Namespace) -> list[Bound]:
 
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine("fastapi", "uvicorn")
-    print(f"The API was there for {options.before} s, away for {options.outage} s and there again for {options.after} s.\n")
+    print(
+        f"The API was there for {options.before} s, away for {options.outage} s and there "
+        f"again for {options.after} s.\n"
+    )
     secrets = make_secrets(KEYS)
     with server_process() as server:
         url = server.open(secrets, tells_time=True)

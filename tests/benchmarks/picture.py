@@ -1,7 +1,8 @@
-"""The README's picture: how many requests the server has counted in the last period, at each moment of a real run.
+"""The README's picture: how many requests the server has counted in the last period, at each moment
+of a real run.
 
-A pool under the rate limit, as in `pool`, one run for each contender. The server tells when each request reached it, whether or
-not it was refused. A curve ends with the last request.
+A pool under the rate limit, as in `pool`, one run for each contender. The server tells when each
+request reached it, whether or not it was refused. A curve ends with the last request.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from itertools import accumulate
 from pathlib import Path
 
 from crustcredits import RateLimit
-from tests.benchmarks._contenders import AIOLIMITER, BARE, OURS, PYRATE, Contender, aiolimiter, bare, ours, pyrate
+from tests.benchmarks._contenders import (
+    AIOLIMITER,
+    BARE,
+    OURS,
+    PYRATE,
+    Contender,
+    aiolimiter,
+    bare,
+    ours,
+    pyrate,
+)
 from tests.benchmarks._measure import (
     Benchmark,
     Bound,
@@ -31,7 +42,8 @@ from tests.benchmarks.pool import DELAY, LIMIT, PERIOD, Run, one_round
 # In kB: it is shown with each look at the README.
 _MOST = 60
 
-# From below to above: their colour, also told apart by the colour-blind, their width, and what they are called.
+# From below to above: their colour, also told apart by the colour-blind, their width, and what they
+# are called.
 _LOOKS = {
     BARE: ("#8c959f", 1.8, "asyncio.gather"),
     AIOLIMITER: ("#d55e00", 1.8, "aiolimiter"),
@@ -50,13 +62,23 @@ def run(options: argparse.Namespace) -> list[Bound]:
     }
     secrets = make_secrets(options.keys)
     with server_process() as server:
-        rounds = in_turns({name: partial(one_round, server, contender, secrets) for name, contender in contenders.items()}, 1)
+        rounds = in_turns(
+            {
+                name: partial(one_round, server, contender, secrets)
+                for name, contender in contenders.items()
+            },
+            1,
+        )
     runs = {name: of_one[0] for name, of_one in rounds.items()}
     print_table(
-        f"{options.keys:,} keys, {LIMIT} requests in any {PERIOD:g} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay; "
+        f"{options.keys:,} keys, {LIMIT} requests in any {PERIOD:g} s, {DELAY[0] * 1000:g} "
+        f"to {DELAY[1] * 1000:g} ms of delay; "
         "1 round.",
         ("", "time, s", "429s", "worst window"),
-        [(name, run.seconds, run.figures.refused, run.figures.worst_window) for name, run in runs.items()],
+        [
+            (name, run.seconds, run.figures.refused, run.figures.worst_window)
+            for name, run in runs.items()
+        ],
     )
     size = _write(options.out, _chart(runs, options.keys).draw())
     return [
@@ -91,26 +113,42 @@ def _chart(runs: dict[str, Run], keys: int) -> Chart:
 def _curve(name: str, run: Run) -> Curve:
     colour, width, called = _LOOKS[name]
     note = f"{run.seconds:.1f} s, {_refused(run)} refused"
-    return Curve(name=called, note=note, colour=colour, width=width, points=steps(_counted(run.figures.arrivals)))
+    return Curve(
+        name=called,
+        note=note,
+        colour=colour,
+        width=width,
+        points=steps(_counted(run.figures.arrivals)),
+    )
 
 
 def _counted(arrivals: Sequence[float]) -> list[Point]:
-    """Each moment at which the count changes, in seconds since the first arrival, and the count from then on."""
+    """Each moment at which the count changes, in seconds since the first arrival, and the count
+    from then on."""
     first, last = arrivals[0], arrivals[-1]
     aged = [(at + PERIOD, -1) for at in arrivals if at + PERIOD <= last]
     changes = sorted([*((at, 1) for at in arrivals), *aged])
     counts = accumulate(change for _, change in changes)
-    return [(0.0, 0.0), *((at - first, float(count)) for (at, _), count in zip(changes, counts, strict=True))]
+    return [
+        (0.0, 0.0),
+        *((at - first, float(count)) for (at, _), count in zip(changes, counts, strict=True)),
+    ]
 
 
 def _described(runs: dict[str, Run]) -> str:
     """The same in words."""
     each = [
-        f"{_LOOKS[name][2]}: at most {number(run.figures.worst_window)} requests in one window, {_refused(run)} refused, done "
+        f"{_LOOKS[name][2]}: at most {number(run.figures.worst_window)} requests in one "
+        f"window, {_refused(run)} refused, done "
         f"after {run.seconds:.1f} s."
         for name, run in runs.items()
     ]
-    return " ".join([f"A line for each way to ask, against time. The limit of {LIMIT} is a horizontal line.", *each])
+    return " ".join(
+        [
+            f"A line for each way to ask, against time. The limit of {LIMIT} is a horizontal line.",
+            *each,
+        ]
+    )
 
 
 def _refused(run: Run) -> str:
@@ -118,8 +156,12 @@ def _refused(run: Run) -> str:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("window.svg"), help="the file to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("window.svg"), help="the file to write"
+    )
     parser.add_argument("--keys", type=whole(1), default=1000, help="keys of the pool")
 
 
-BENCHMARK = Benchmark("the README's picture of the server's window, from a real run", run, _add_options)
+BENCHMARK = Benchmark(
+    "the README's picture of the server's window, from a real run", run, _add_options
+)

@@ -1,8 +1,9 @@
-"""A whole pool under the rate limit: time, refusals and worst window, beside what else one would reach for.
+"""A whole pool under the rate limit: time, refusals and worst window, beside what else one would
+reach for.
 
-The server keeps a strict sliding window and answers after a random delay. Every contender has to bring home every key,
-over one session with 32 connections. With `--period 60 --alone` it is the client alone, at the API's own period: three minutes a
-round.
+The server keeps a strict sliding window and answers after a random delay. Every contender has to
+bring home every key, over one session with 32 connections. With `--period 60 --alone` it is the
+client alone, at the API's own period: three minutes a round.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from functools import partial
 import attrs
 
 from crustcredits import RateLimit
-from tests.benchmarks._contenders import AIOLIMITER, BARE, OURS, PYRATE, Contender, aiolimiter, bare, ours, pyrate
+from tests.benchmarks._contenders import (
+    AIOLIMITER,
+    BARE,
+    OURS,
+    PYRATE,
+    Contender,
+    aiolimiter,
+    bare,
+    ours,
+    pyrate,
+)
 from tests.benchmarks._measure import (
     CONNECTIONS,
     Benchmark,
@@ -57,7 +68,9 @@ class Run:
 # --- rounds
 
 
-def one_round(server: Server, contender: Contender, secrets: Sequence[str], period: float = PERIOD) -> Run:
+def one_round(
+    server: Server, contender: Contender, secrets: Sequence[str], period: float = PERIOD
+) -> Run:
     url = server.open(secrets, limit=LIMIT, period=period, delay=DELAY)
     began, processor = time.perf_counter(), time.process_time()
     answered = asyncio.run(contender(url, secrets))
@@ -77,12 +90,17 @@ def _whole_pool(server: Server, options: argparse.Namespace) -> list[Bound]:
             BARE: bare,
         }
     secrets = make_secrets(keys)
-    plays = {name: partial(one_round, server, contender, secrets, period) for name, contender in contenders.items()}
+    plays = {
+        name: partial(one_round, server, contender, secrets, period)
+        for name, contender in contenders.items()
+    }
     runs = in_turns(plays, options.rounds)
     floor = (math.ceil(keys / LIMIT) - 1) * period
     print_table(
-        f"{keys:,} keys, {LIMIT} requests in any {period:g} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay; no way of "
-        f"asking them can take less than {floor:g} s; {rounds_text(options.rounds)}, but of refusals, window and connections the "
+        f"{keys:,} keys, {LIMIT} requests in any {period:g} s, {DELAY[0] * 1000:g} to "
+        f"{DELAY[1] * 1000:g} ms of delay; no way of "
+        f"asking them can take less than {floor:g} s; {rounds_text(options.rounds)}, but of "
+        "refusals, window and connections the "
         "worst.",
         ("", "time, s", "of the floor", "429s", "worst window", "processor time, s", "connections"),
         [(name, *_row(of_one, floor)) for name, of_one in runs.items()],
@@ -100,20 +118,26 @@ def _row(runs: Sequence[Run], floor: float) -> tuple[float, ...]:
 def _worst(runs: Sequence[Run]) -> tuple[int, int, int]:
     figures = [run.figures for run in runs]
     refused = max(figure.refused for figure in figures)
-    return refused, max(figure.worst_window or 0 for figure in figures), max(figure.connections for figure in figures)
+    return (
+        refused,
+        max(figure.worst_window or 0 for figure in figures),
+        max(figure.connections for figure in figures),
+    )
 
 
 def _judge(runs: Sequence[Run], keys: int, floor: float, period: float) -> list[Bound]:
     refused, window, connections = _worst(runs)
-    # The floor is when the last window opens. What the pace costs is to start the keys of that window one by one, where
-    # without it they would start at once; in the windows before, it only spreads what had to wait anyway.
+    # The floor is when the last window opens. What the pace costs is to start the keys of that
+    # window one by one, where without it they would start at once; in the windows before, it only
+    # spreads what had to wait anyway.
     least = floor + (keys % LIMIT or LIMIT) / (RateLimit().pace or math.inf)
     share = _LONG if period >= _LONG_PERIOD else _SHORT
     return [
         Bound("requests refused (429)", refused, 0),
         Bound(f"requests in any {period:g} s", window, LIMIT),
         Bound(
-            f"seconds for {keys:,} keys ({share} of {least:g}: the floor, and over how long the pace spreads the last window's)",
+            f"seconds for {keys:,} keys ({share} of {least:g}: the floor, and over how long "
+            "the pace spreads the last window's)",
             statistics.median(run.seconds for run in runs),
             share * least,
         ),
@@ -130,7 +154,13 @@ def _one_window(server: Server, rounds: int) -> list[Bound]:
         auto: partial(ours, limit=RateLimit(period=PERIOD, pace=None)),
     }
     secrets = make_secrets(LIMIT)
-    runs = in_turns({name: partial(one_round, server, contender, secrets) for name, contender in contenders.items()}, rounds)
+    runs = in_turns(
+        {
+            name: partial(one_round, server, contender, secrets)
+            for name, contender in contenders.items()
+        },
+        rounds,
+    )
     times = {name: [run.seconds * 1000 for run in of_one] for name, of_one in runs.items()}
     waits = times.pop(auto)
     ratio, rows = compare(times)
@@ -142,7 +172,11 @@ def _one_window(server: Server, rounds: int) -> list[Bound]:
     )
     return [
         Bound(f"time for {LIMIT} keys without a pace, of the bare one's", ratio, 1.05),
-        Bound(f"seconds for {LIMIT} keys without a pace and with nothing known", statistics.median(waits) / 1000, 1.8),
+        Bound(
+            f"seconds for {LIMIT} keys without a pace and with nothing known",
+            statistics.median(waits) / 1000,
+            1.8,
+        ),
     ]
 
 
@@ -154,11 +188,31 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keys", type=whole(LIMIT + 1), default=1000, help="keys of the whole pool")
-    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds with the whole pool; each takes well over a minute")
-    parser.add_argument("--period", type=whole(1), default=int(PERIOD), help="seconds that the whole pool's window is long")
-    parser.add_argument("--alone", action="store_true", help="the client with default settings alone, and the whole pool alone")
-    parser.add_argument("--window-rounds", type=whole(1), default=25, help="rounds with the keys of one window")
+    parser.add_argument(
+        "--keys", type=whole(LIMIT + 1), default=1000, help="keys of the whole pool"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=whole(1),
+        default=3,
+        help="rounds with the whole pool; each takes well over a minute",
+    )
+    parser.add_argument(
+        "--period",
+        type=whole(1),
+        default=int(PERIOD),
+        help="seconds that the whole pool's window is long",
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="the client with default settings alone, and the whole pool alone",
+    )
+    parser.add_argument(
+        "--window-rounds", type=whole(1), default=25, help="rounds with the keys of one window"
+    )
 
 
-BENCHMARK = Benchmark("a pool of keys under the rate limit, against other limiters", run, _add_options)
+BENCHMARK = Benchmark(
+    "a pool of keys under the rate limit, against other limiters", run, _add_options
+)

@@ -1,22 +1,28 @@
-"""Four processes that spend one quota: time, refusals and worst window, beside what else one would reach for.
+"""Four processes that spend one quota: time, refusals and worst window, beside what else one would
+reach for.
 
-The server keeps one strict sliding window for all of them together, and answers after a random delay. Each process has keys of its
-own and has to bring home all of them. They are started beforehand, with imports done and loops running, wait at a barrier, and are
-timed from there to the end of the last one.
+The server keeps one strict sliding window for all of them together, and answers after a random
+delay. Each process has keys of its own and has to bring home all of them. They are started
+beforehand, with imports done and loops running, wait at a barrier, and are timed from there to the
+end of the last one.
 
-Who counts in Redis has greeted it before the barrier. For crustcredits that takes more than a second on a Redis that knows
-nothing of its prefix, because no tokens are given until every process has had the time to say what it holds; a service waits
-for that once, when it first starts or Redis has lost its memory, so it is not part of the time here. Each round has a fresh prefix.
+Who counts in Redis has greeted it before the barrier. For crustcredits that takes more than a
+second on a Redis that knows nothing of its prefix, because no tokens are given until every process
+has had the time to say what it holds; a service waits for that once, when it first starts or Redis
+has lost its memory, so it is not part of the time here. Each round has a fresh prefix.
 
-limits is used as its README does: try, and when there is no room, sleep until `get_window_stats().reset_time`. One task of
-a process tries at a time, or hundreds of them would do so in the same moment. What counts as a round trip is a script that
-Redis runs; both send nothing else.
+limits is used as its README does: try, and when there is no room, sleep until
+`get_window_stats().reset_time`. One task of a process tries at a time, or hundreds of them would do
+so in the same moment. What counts as a round trip is a script that Redis runs; both send nothing
+else.
 
-Without Redis, what starts within one round trip cannot be seen by the others; so that runs with longer ones too, all of one length.
+Without Redis, what starts within one round trip cannot be seen by the others; so that runs with
+longer ones too, all of one length.
 
-Then one of the processes, chosen at random, is killed by SIGKILL at a random moment. The others must bring home all their keys
-nevertheless. Of the tokens in the dead one's hands nobody hears again: they come home after a period and two request timeouts,
-which is 26 s with the usual 10 s for each request, longer than all the rest takes; so it is 2 s in that run.
+Then one of the processes, chosen at random, is killed by SIGKILL at a random moment. The others
+must bring home all their keys nevertheless. Of the tokens in the dead one's hands nobody hears
+again: they come home after a period and two request timeouts, which is 26 s with the usual 10 s for
+each request, longer than all the rest takes; so it is 2 s in that run.
 """
 
 from __future__ import annotations
@@ -66,7 +72,8 @@ DELAY = (0.0, 0.02)
 # Seconds that a request may take in the run with a kill.
 _SHORT = 2.0
 
-# A process is killed after a share of the floor between these: 1 to 12 s as long as nothing is told otherwise.
+# A process is killed after a share of the floor between these: 1 to 12 s as long as nothing is told
+# otherwise.
 _KILLED = (1 / 18.75, 12 / 18.75)
 
 # Without Redis, the share of the requests that may be refused, by how many seconds each takes.
@@ -104,7 +111,8 @@ class Stage:
 
     @property
     def floor(self) -> float:
-        """Seconds until the last window opens, and over which the pace of all spreads its requests."""
+        """Seconds until the last window opens, and over which the pace of all spreads its
+        requests."""
         every = PROCESSES * self.keys
         spread = (every % LIMIT or LIMIT) / (PROCESSES * (RateLimit().pace or math.inf))
         return (math.ceil(every / LIMIT) - 1) * self.period + spread
@@ -124,7 +132,8 @@ class Run:
 
     @property
     def refused_share(self) -> float:
-        """Of the requests; but for those of a process that was killed every one is either refused or answers a key."""
+        """Of the requests; but for those of a process that was killed every one is either refused
+        or answers a key."""
         return self.figures.refused / (self.answered + self.figures.refused)
 
 
@@ -175,32 +184,59 @@ async def _limits(task: Task, barrier: Barrier) -> int:
 
 def _storage(task: Task, redis: Redis) -> RedisStorage:
     options: dict[str, Any] = {"connection_pool": redis.connection_pool}
-    return RedisStorage(f"async+{task.redis}", implementation="redispy", key_prefix=task.prefix, **options)
+    return RedisStorage(
+        f"async+{task.redis}", implementation="redispy", key_prefix=task.prefix, **options
+    )
 
 
 # --- rounds
 
 
-def _round(stage: Stage, work: Work, kill: Kill | None = None, delay: tuple[float, float] = DELAY) -> Run:
+def _round(
+    stage: Stage, work: Work, kill: Kill | None = None, delay: tuple[float, float] = DELAY
+) -> Run:
     secrets = make_secrets(PROCESSES * stage.keys)
-    url, prefix = stage.server.open(secrets, limit=LIMIT, period=stage.period, delay=delay), uuid.uuid4().hex
+    url, prefix = (
+        stage.server.open(secrets, limit=LIMIT, period=stage.period, delay=delay),
+        uuid.uuid4().hex,
+    )
     shares = [secrets[place::PROCESSES] for place in range(PROCESSES)]
-    stage.fleet.prepare([partial(work, Task(url, share, stage.period, stage.redis.url, prefix)) for share in shares])
+    stage.fleet.prepare(
+        [partial(work, Task(url, share, stage.period, stage.redis.url, prefix)) for share in shares]
+    )
     before = stage.redis.messages()
     ended = stage.fleet.release(kill)
     return Run(ended, stage.redis.messages() - before, stage.server.close())
 
 
 def _together(stage: Stage, rounds: int) -> list[Bound]:
-    works: dict[str, Work] = {_HEADERS: _headers_only, _REDIS: _redis_buckets, _AIOLIMITER: _aiolimiter, _LIMITS: _limits}
+    works: dict[str, Work] = {
+        _HEADERS: _headers_only,
+        _REDIS: _redis_buckets,
+        _AIOLIMITER: _aiolimiter,
+        _LIMITS: _limits,
+    }
     runs = in_turns({name: partial(_round, stage, work) for name, work in works.items()}, rounds)
     print_table(
-        f"{PROCESSES} processes with {stage.keys} keys each, {LIMIT} requests in any {stage.period} s, counted for all of them "
-        f"together, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay. The floor, {stage.floor:.4g} s, is when the last "
-        f"window opens, and over how long {PROCESSES} paces spread its requests, where there is one. "
-        f"{rounds_text(rounds).capitalize()}, but of refusals, window and round trips the worst. Redis {stage.redis.version} had "
+        f"{PROCESSES} processes with {stage.keys} keys each, {LIMIT} requests in any "
+        f"{stage.period} s, counted for all of them "
+        f"together, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay. The floor, "
+        f"{stage.floor:.4g} s, is when the last "
+        f"window opens, and over how long {PROCESSES} paces spread its requests, where there "
+        "is one. "
+        f"{rounds_text(rounds).capitalize()}, but of refusals, window and round trips the "
+        f"worst. Redis {stage.redis.version} had "
         "been greeted before, and a first start's pause, which a service waits for once, was over.",
-        ("", "time, s", "of the floor", "429s", "of all requests", "worst window", "round trips to Redis a call", "keys answered"),
+        (
+            "",
+            "time, s",
+            "of the floor",
+            "429s",
+            "of all requests",
+            "worst window",
+            "round trips to Redis a call",
+            "keys answered",
+        ),
         [(name, *_row(of_one, stage)) for name, of_one in runs.items()],
     )
     return [*_judge_headers(runs[_HEADERS], stage), *_judge_redis(runs[_REDIS], stage)]
@@ -210,7 +246,15 @@ def _row(runs: Sequence[Run], stage: Stage) -> tuple[float | str, ...]:
     seconds = _seconds(runs)
     keys = PROCESSES * stage.keys
     answered = f"{number(min(run.answered for run in runs))} of {number(keys)}"
-    return seconds, seconds / stage.floor, _refused(runs), _refused_share(runs), _window(runs), _trips(runs), answered
+    return (
+        seconds,
+        seconds / stage.floor,
+        _refused(runs),
+        _refused_share(runs),
+        _window(runs),
+        _trips(runs),
+        answered,
+    )
 
 
 def _seconds(runs: Sequence[Run]) -> float:
@@ -235,15 +279,22 @@ def _trips(runs: Sequence[Run]) -> float:
 
 def _unanswered(runs: Sequence[Run], stage: Stage) -> int:
     """Keys that a process did not bring home, though it was there to the end."""
-    return max(sum(stage.keys - answered for answered in run.ended.answered if answered is not None) for run in runs)
+    return max(
+        sum(stage.keys - answered for answered in run.ended.answered if answered is not None)
+        for run in runs
+    )
 
 
 def _by_round_trip(stage: Stage, rounds: int) -> list[Bound]:
-    plays = {f"{trip * 1000:g} ms": partial(_round, stage, _headers_only, delay=(trip, trip)) for trip in _REFUSED_AT}
+    plays = {
+        f"{trip * 1000:g} ms": partial(_round, stage, _headers_only, delay=(trip, trip))
+        for trip in _REFUSED_AT
+    }
     runs = in_turns(plays, rounds)
     named = list(zip(_REFUSED_AT.values(), runs.items(), strict=True))
     print_table(
-        f"{_HEADERS}, by round trip. {rounds_text(rounds).capitalize()}, but of refusals and window the worst.",
+        f"{_HEADERS}, by round trip. {rounds_text(rounds).capitalize()}, but of refusals and "
+        "window the worst.",
         ("", "time, s", "of the floor", "429s", "of all requests", "target", "worst window"),
         [
             (
@@ -262,7 +313,11 @@ def _by_round_trip(stage: Stage, rounds: int) -> list[Bound]:
         bound
         for at_most, (name, of_one) in named
         for bound in (
-            Bound(f"headers only at {name}: share of the requests that is refused (429)", _refused_share(of_one), at_most),
+            Bound(
+                f"headers only at {name}: share of the requests that is refused (429)",
+                _refused_share(of_one),
+                at_most,
+            ),
             Bound(f"headers only at {name}: keys not answered", _unanswered(of_one, stage), 0),
         )
     ]
@@ -270,8 +325,16 @@ def _by_round_trip(stage: Stage, rounds: int) -> list[Bound]:
 
 def _judge_headers(runs: Sequence[Run], stage: Stage) -> list[Bound]:
     return [
-        Bound("headers only: share of the requests that is refused (429)", _refused_share(runs), _REFUSED_AT[0.02]),
-        Bound(f"headers only: seconds (1.15 of the floor, {stage.floor:.4g})", _seconds(runs), 1.15 * stage.floor),
+        Bound(
+            "headers only: share of the requests that is refused (429)",
+            _refused_share(runs),
+            _REFUSED_AT[0.02],
+        ),
+        Bound(
+            f"headers only: seconds (1.15 of the floor, {stage.floor:.4g})",
+            _seconds(runs),
+            1.15 * stage.floor,
+        ),
         Bound("headers only: keys not answered", _unanswered(runs, stage), 0),
     ]
 
@@ -280,7 +343,11 @@ def _judge_redis(runs: Sequence[Run], stage: Stage) -> list[Bound]:
     return [
         Bound("Redis: requests refused (429)", _refused(runs), 0),
         Bound(f"Redis: requests in any {stage.period} s", _window(runs), LIMIT),
-        Bound(f"Redis: seconds (1.06 of the floor, {stage.floor:.4g})", _seconds(runs), 1.06 * stage.floor),
+        Bound(
+            f"Redis: seconds (1.06 of the floor, {stage.floor:.4g})",
+            _seconds(runs),
+            1.06 * stage.floor,
+        ),
         Bound("Redis: round trips to it a call", _trips(runs), 0.6),
         Bound("Redis: keys not answered", _unanswered(runs, stage), 0),
     ]
@@ -295,13 +362,27 @@ def _with_a_death(stage: Stage, seed: int) -> list[Bound]:
     run = _round(stage, partial(_redis_buckets, request_timeout=_SHORT), kill)
     lost, living = _unanswered([run], stage), (PROCESSES - 1) * stage.keys
     print_table(
-        f"{_REDIS}, and process {kill.place + 1} of {PROCESSES} is killed {kill.after:.2f} s after the start (`--seed {seed}`). "
-        f"The dead one's tokens come home after a period and twice the request timeout, which is {_SHORT:g} s here.",
+        f"{_REDIS}, and process {kill.place + 1} of {PROCESSES} is killed {kill.after:.2f} s "
+        f"after the start (`--seed {seed}`). "
+        "The dead one's tokens come home after a period and twice the request timeout, "
+        f"which is {_SHORT:g} s here.",
         ("", "time, s", "429s", "worst window", "keys answered"),
-        [(f"the other {PROCESSES - 1}", run.ended.seconds, _refused([run]), _window([run]), f"{living - lost} of {living}")],
+        [
+            (
+                f"the other {PROCESSES - 1}",
+                run.ended.seconds,
+                _refused([run]),
+                _window([run]),
+                f"{living - lost} of {living}",
+            )
+        ],
     )
     return [
-        Bound("with a death: the killed one had ended before", run.ended.answered[kill.place] is not None, 0),
+        Bound(
+            "with a death: the killed one had ended before",
+            run.ended.answered[kill.place] is not None,
+            0,
+        ),
         Bound("with a death: keys of the others not answered", lost, 0),
         Bound("with a death: requests refused (429)", _refused([run]), 0),
         Bound(f"with a death: requests in any {stage.period} s", _window([run]), LIMIT),
@@ -321,9 +402,15 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(1), default=300, help="keys of each process")
-    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds; each takes well over a minute")
-    parser.add_argument("--period", type=whole(1), default=6, help="seconds that the server's window is long")
+    parser.add_argument(
+        "--rounds", type=whole(1), default=3, help="rounds; each takes well over a minute"
+    )
+    parser.add_argument(
+        "--period", type=whole(1), default=6, help="seconds that the server's window is long"
+    )
     parser.add_argument("--seed", type=whole(0), default=1, help="who is killed, and when")
 
 
-BENCHMARK = Benchmark("four processes that spend one quota, with and without Redis", run, _add_options)
+BENCHMARK = Benchmark(
+    "four processes that spend one quota, with and without Redis", run, _add_options
+)

@@ -1,8 +1,8 @@
 """The admission queue by itself: what a call costs it, by how many others wait.
 
-Each call is put, granted and ended, without a loop, a task or a socket; time is a number. `free`: there is a token for each.
-`flows`: the same, in a thousand flows. `scarce`: all accounts are counted together, at 300 a minute, so nearly all wait for a
-token.
+Each call is put, granted and ended, without a loop, a task or a socket; time is a number. `free`:
+there is a token for each. `flows`: the same, in a thousand flows. `scarce`: all accounts are
+counted together, at 300 a minute, so nearly all wait for a token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
-from tests.benchmarks._measure import Benchmark, Bound, in_turns, print_machine, print_table, rounds_text, whole
+from tests.benchmarks._measure import (
+    Benchmark,
+    Bound,
+    in_turns,
+    print_machine,
+    print_table,
+    rounds_text,
+    whole,
+)
 
 FEW, MANY = 1_000, 100_000
 _SERVED = AttemptResult(status=200)
@@ -29,7 +37,9 @@ _SLOTS = 32
 def _drain(waiting: int, *, flows: int = 1, scarce: bool = False) -> float:
     """Microseconds of processor time for each of so many calls that wait at once."""
     terms = SchedulerTerms(requests=300 if scarce else waiting, scope="client")
-    scheduler = Scheduler(terms, pace=Pace(None, 5.0), slots=ConnectionSlots[Attempt](_SLOTS), seed=1)
+    scheduler = Scheduler(
+        terms, pace=Pace(None, 5.0), slots=ConnectionSlots[Attempt](_SLOTS), seed=1
+    )
     members = [Flow() for _ in range(flows)]
     calls = [Call(number, number, members[number % flows]) for number in range(waiting)]
     on_wire: deque[Attempt] = deque()
@@ -53,16 +63,25 @@ def _drain(waiting: int, *, flows: int = 1, scarce: bool = False) -> float:
 
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine()
-    kinds = {"free": partial(_drain), "flows": partial(_drain, flows=1_000), "scarce": partial(_drain, scarce=True)}
+    kinds = {
+        "free": partial(_drain),
+        "flows": partial(_drain, flows=1_000),
+        "scarce": partial(_drain, scarce=True),
+    }
     few = in_turns({name: partial(drain, FEW) for name, drain in kinds.items()}, options.rounds)
-    many = in_turns({name: partial(drain, options.many) for name, drain in kinds.items()}, options.rounds)
+    many = in_turns(
+        {name: partial(drain, options.many) for name, drain in kinds.items()}, options.rounds
+    )
     rows = [(name, statistics.median(few[name]), statistics.median(many[name])) for name in kinds]
     print_table(
         f"The queue's processor time for each call; {rounds_text(options.rounds)}.",
         ("", f"{FEW:,} wait, µs", f"{options.many:,} wait, µs", "ratio"),
         [(name, one, other, other / one) for name, one, other in rows],
     )
-    return [Bound(f"{name}: a call of {options.many:,}, of one of {FEW:,}", other / one, 3.0) for name, one, other in rows]
+    return [
+        Bound(f"{name}: a call of {options.many:,}, of one of {FEW:,}", other / one, 3.0)
+        for name, one, other in rows
+    ]
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

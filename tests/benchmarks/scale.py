@@ -1,14 +1,17 @@
-"""Many keys in one process: how long the loop is blocked, what a known key takes of memory, and what kept answers cost.
+"""Many keys in one process: how long the loop is blocked, what a known key takes of memory, and
+what kept answers cost.
 
-No server and no socket: a double stands where the transport stands and answers after 10 ms, with a count of its own for each
-key. `balance(timeout=2)` for as many keys at once, and beside it the least that a task with a deadline can be: one that
-sleeps for those 10 ms under `asyncio.timeout`. A callback that comes back every millisecond tells how long the loop was away; the
-longest time is the block. Then a `check(timeout=2)` of so many, and a `check` of kept keys. And in virtual time, without targets,
-single calls with a timeout that keep coming faster than the limit allows.
+No server and no socket: a double stands where the transport stands and answers after 10 ms, with a
+count of its own for each key. `balance(timeout=2)` for as many keys at once, and beside it the
+least that a task with a deadline can be: one that sleeps for those 10 ms under `asyncio.timeout`. A
+callback that comes back every millisecond tells how long the loop was away; the longest time is the
+block. Then a `check(timeout=2)` of so many, and a `check` of kept keys. And in virtual time,
+without targets, single calls with a timeout that keep coming faster than the limit allows.
 
-Memory is measured in virtual time, at the default pace, by tracemalloc: after a check has answered all keys; after one more
-call, with which the queue forgets the check; and when no account has been asked for so long that the queue forgets it too. The
-keys are no more than the pace starts within one period, and are made before, so that they are not counted.
+Memory is measured in virtual time, at the default pace, by tracemalloc: after a check has answered
+all keys; after one more call, with which the queue forgets the check; and when no account has been
+asked for so long that the queue forgets it too. The keys are no more than the pace starts within
+one period, and are made before, so that they are not counted.
 """
 
 from __future__ import annotations
@@ -27,11 +30,27 @@ from typing import Any, cast
 
 import attrs
 
-from crustcredits import ApiKey, APITimeoutError, CreditsClient, CrustCreditsError, RateLimit, RateLimitWaitError
+from crustcredits import (
+    ApiKey,
+    APITimeoutError,
+    CreditsClient,
+    CrustCreditsError,
+    RateLimit,
+    RateLimitWaitError,
+)
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Failure, Transport
 from tests import virtual
-from tests.benchmarks._measure import Benchmark, Bound, in_turns, median_ratio, print_machine, print_table, rounds_text, whole
+from tests.benchmarks._measure import (
+    Benchmark,
+    Bound,
+    in_turns,
+    median_ratio,
+    print_machine,
+    print_table,
+    rounds_text,
+    whole,
+)
 
 # Seconds.
 _TRIP = 0.01
@@ -43,7 +62,8 @@ _LIMIT = 300
 # Keys that the default pace starts within one period.
 _IN_A_PERIOD = 5_000
 
-# More than the limit allows: seconds for which calls come, calls a second, their timeouts, and how long answers take.
+# More than the limit allows: seconds for which calls come, calls a second, their timeouts, and how
+# long answers take.
 _OVERLOAD = 300
 _RATES = (6, 20)
 _TIMEOUTS = (10, 30)
@@ -89,7 +109,9 @@ class _Double:
 
 def _client(asked: _Asked | None = None, **options: Any) -> CreditsClient:
     client = CreditsClient(**options)
-    client._dispatcher.transport = cast("Transport", _Double(asked or _Asked()))  # it has the same two methods
+    client._dispatcher.transport = cast(
+        "Transport", _Double(asked or _Asked())
+    )  # it has the same two methods
     return client
 
 
@@ -110,7 +132,8 @@ class Burst:
     seconds: float
     processor: float  # microseconds for each
     answered: int
-    allowed: int  # how many the pace lets start from the first request on, early enough for those who asked last
+    # How many the pace lets start from the first request on, early enough for those who asked last.
+    allowed: int
     on_wire: int  # whose time ended while their request was on the wire
     other: int  # failed in another way than these, and not for the limit's sake
 
@@ -127,7 +150,10 @@ class _Turns:
     def _turn(self) -> None:
         (then, busy_then), self._last = self._last, (time.perf_counter(), time.process_time())
         now, busy = self._last
-        self.longest, self.busiest = max(self.longest, now - then), max(self.busiest, busy - busy_then)
+        self.longest, self.busiest = (
+            max(self.longest, now - then),
+            max(self.busiest, busy - busy_then),
+        )
         # Without load it need not spin; a millisecond is little beside what is looked for.
         self._handle = self._loop.call_later(0.001, self._turn)
 
@@ -136,7 +162,9 @@ class _Turns:
         self._handle.cancel()
 
 
-async def _burst(do: Callable[[], Coroutine[Any, Any, Sequence[object]]], count: int, asked: _Asked) -> Burst:
+async def _burst(
+    do: Callable[[], Coroutine[Any, Any, Sequence[object]]], count: int, asked: _Asked
+) -> Burst:
     turns = _Turns()
     await asyncio.sleep(0)
     asked.last = began = time.perf_counter()
@@ -147,7 +175,10 @@ async def _burst(do: Callable[[], Coroutine[Any, Any, Sequence[object]]], count:
     first, allowed = 0.0, 0
     if asked.first is not None:
         first = asked.first - began
-        allowed = min(count, int(max(0.0, asked.last + _TIMEOUT - _TRIP - asked.first) * (RateLimit().pace or 0)))
+        allowed = min(
+            count,
+            int(max(0.0, asked.last + _TIMEOUT - _TRIP - asked.first) * (RateLimit().pace or 0)),
+        )
     answered, on_wire = results.pop(True, 0), results.pop(APITimeoutError, 0)
     del results[RateLimitWaitError]
     return Burst(
@@ -201,21 +232,39 @@ async def _check(keys: Sequence[ApiKey]) -> Burst:
     async with _client(asked, max_entries=len(keys)) as client:
 
         async def check() -> list[object]:
-            return [outcome.ok or type(outcome.error) for outcome in await client.check(keys, timeout=_TIMEOUT)]
+            return [
+                outcome.ok or type(outcome.error)
+                for outcome in await client.check(keys, timeout=_TIMEOUT)
+            ]
 
         return await _burst(check, len(keys), asked)
 
 
 def _at_once(count: int, many: int, rounds: int) -> list[Bound]:
     keys = _keys(many)
-    checks = {f"`check(timeout=2)` of {number:,}": partial(_check, keys[:number]) for number in (count, many)}
-    contenders = {_OURS: partial(_balances, keys[:count]), _BARE: partial(_bare, keys[:count]), **checks}
-    runs = in_turns({name: partial(_run, contender) for name, contender in contenders.items()}, rounds)
-    ratios = {name: median_ratio([run.busy for run in of_one], [run.busy for run in runs[_BARE]]) for name, of_one in runs.items()}
+    checks = {
+        f"`check(timeout=2)` of {number:,}": partial(_check, keys[:number])
+        for number in (count, many)
+    }
+    contenders = {
+        _OURS: partial(_balances, keys[:count]),
+        _BARE: partial(_bare, keys[:count]),
+        **checks,
+    }
+    runs = in_turns(
+        {name: partial(_run, contender) for name, contender in contenders.items()}, rounds
+    )
+    ratios = {
+        name: median_ratio([run.busy for run in of_one], [run.busy for run in runs[_BARE]])
+        for name, of_one in runs.items()
+    }
     print_table(
-        f"{count:,} calls at once for as many keys that are answered after {_TRIP * 1000:g} ms, and checks; default settings; "
-        f"{rounds_text(rounds)}, but of what was answered the least. The ratio is of the longest blocks in processor time, for "
-        "other work on the machine lengthens both. Allowed is what the pace lets start from the first request on, early enough for "
+        f"{count:,} calls at once for as many keys that are answered after {_TRIP * 1000:g} "
+        "ms, and checks; default settings; "
+        f"{rounds_text(rounds)}, but of what was answered the least. The ratio is of the "
+        "longest blocks in processor time, for "
+        "other work on the machine lengthens both. Allowed is what the pace lets start from "
+        "the first request on, early enough for "
         "those who asked last; sent in vain is what was on the wire when its time ended.",
         (
             "",
@@ -231,18 +280,26 @@ def _at_once(count: int, many: int, rounds: int) -> list[Bound]:
         ),
         [(name, *_row(of_one, ratios[name])) for name, of_one in runs.items()],
     )
-    bounds = [Bound(f"{count:,} {_OURS}: the longest block, of the bare tasks'", ratios[_OURS], 1.5)]
+    bounds = [
+        Bound(f"{count:,} {_OURS}: the longest block, of the bare tasks'", ratios[_OURS], 1.5)
+    ]
     for name in (_OURS, *checks):
         of_one = runs[name]
         bounds += [
-            Bound(f"{name}: allowed and not answered", max(run.allowed - run.answered for run in of_one), 0),
+            Bound(
+                f"{name}: allowed and not answered",
+                max(run.allowed - run.answered for run in of_one),
+                0,
+            ),
             Bound(f"{name}: failed in a way of its own", max(run.other for run in of_one), 0),
         ]
     return bounds
 
 
 def _row(runs: Sequence[Burst], ratio: float) -> tuple[float, ...]:
-    values = zip(*((run.block, run.busy, run.first, run.seconds, run.processor) for run in runs), strict=True)
+    values = zip(
+        *((run.block, run.busy, run.first, run.seconds, run.processor) for run in runs), strict=True
+    )
     block, busy, first, seconds, processor = map(statistics.median, values)
     least = min(runs, key=lambda run: run.answered - run.allowed)
     in_vain = max(run.on_wire for run in runs)
@@ -257,7 +314,8 @@ def _run(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 async def _overload(rate: int, timeout: float, trip: tuple[float, float]) -> Counter[object]:
-    """What comes of so many single calls a second, each for another key, all of which are counted together."""
+    """What comes of so many single calls a second, each for another key, all of which are counted
+    together."""
     server = virtual.WindowServer(limit=_LIMIT, seconds=trip)
     results: Counter[object] = Counter()
     async with virtual.fake_client(server) as client:
@@ -284,9 +342,15 @@ def _overloads() -> list[Bound]:
         name = f"{rate} a second, `timeout={timeout}`, {trip[0] * 1000:g} to {trip[1] * 1000:g} ms"
         rows.append((name, results[True], results[APITimeoutError], results[RateLimitWaitError]))
     print_table(
-        f"More single calls than the limit allows, for {_OVERLOAD} s of virtual time, {_LIMIT} requests in any 60 s; default "
+        f"More single calls than the limit allows, for {_OVERLOAD} s of virtual time, "
+        f"{_LIMIT} requests in any 60 s; default "
         "settings. Sent in vain is what was on the wire when its time ended.",
-        ("calls, their timeout and the delay of answers", "answered", "sent in vain", "refused for the limit"),
+        (
+            "calls, their timeout and the delay of answers",
+            "answered",
+            "sent in vain",
+            "refused for the limit",
+        ),
         rows,
     )
     return []
@@ -296,7 +360,8 @@ def _overloads() -> list[Bound]:
 
 
 async def _remember(keys: Sequence[ApiKey]) -> list[float]:
-    """Bytes for each key: once it has been answered, one call later, and three idle periods and another call later."""
+    """Bytes for each key: once it has been answered, one call later, and three idle periods and
+    another call later."""
     async with _client(max_entries=len(keys)) as client:
         await client.balance(_keys(1)[0])  # imports, and what is made once
         before = _traced()
@@ -330,7 +395,11 @@ def _memory(count: int) -> list[Bound]:
             ("three periods and another call later: the kept answer", idle, "1,000"),
         ],
     )
-    return [Bound(f"bytes for each of {count:,} known keys, with their accounts in the queue", known, 1000)]
+    return [
+        Bound(
+            f"bytes for each of {count:,} known keys, with their accounts in the queue", known, 1000
+        )
+    ]
 
 
 # --- kept answers
@@ -338,7 +407,9 @@ def _memory(count: int) -> list[Bound]:
 
 async def _kept(keys: Sequence[ApiKey], rounds: int) -> dict[str, list[float]]:
     """Microseconds of processor time for each key."""
-    async with _client(max_entries=len(keys), rate_limit=RateLimit(scope="key", pace=None), concurrency=1_000) as client:
+    async with _client(
+        max_entries=len(keys), rate_limit=RateLimit(scope="key", pace=None), concurrency=1_000
+    ) as client:
         report = await client.check(keys)
         balances = {key: report.by_label[key.label].balance for key in keys}
         by_name = {key.name: balance for key, balance in balances.items()}
@@ -379,7 +450,10 @@ def _kept_answers(count: int, rounds: int) -> list[Bound]:
     print_table(
         f"{count:,} kept answers; {rounds_text(rounds)}.",
         ("", "processor time a key, µs", "of `d.get` by `ApiKey`", "of `d.get` by name"),
-        [(name, statistics.median(cost), median_ratio(cost, by_key), median_ratio(cost, by_name)) for name, cost in costs.items()],
+        [
+            (name, statistics.median(cost), median_ratio(cost, by_key), median_ratio(cost, by_name))
+            for name, cost in costs.items()
+        ],
     )
     return []
 
@@ -397,8 +471,12 @@ def run(options: argparse.Namespace) -> list[Bound]:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(1), default=50_000, help="calls at once")
     parser.add_argument("--many", type=whole(1), default=80_000, help="keys of the larger check")
-    parser.add_argument("--known", type=whole(1), default=10_000, help="keys whose answers are kept")
+    parser.add_argument(
+        "--known", type=whole(1), default=10_000, help="keys whose answers are kept"
+    )
     parser.add_argument("--rounds", type=whole(1), default=5, help="rounds")
 
 
-BENCHMARK = Benchmark("tens of thousands of keys: the loop's block, memory, kept answers", run, _add_options)
+BENCHMARK = Benchmark(
+    "tens of thousands of keys: the loop's block, memory, kept answers", run, _add_options
+)

@@ -1,12 +1,14 @@
-"""How long a pool takes when the client has to find out by itself what the server counts by (`RateLimit(scope="auto")`).
+"""How long a pool takes when the client has to find out by itself what the server counts by
+(`RateLimit(scope="auto")`).
 
-The client is `CreditsClient(base_url=…)` and is told nothing of accounts. The server keeps strict sliding windows and answers
-after a random delay. It counts by account, where each key has an account of its own; or all requests together; or by account,
-where four keys in ten share one and the pool is shuffled. Beside the first stands aiolimiter, which cannot know and has
-to take all requests to be counted together.
+The client is `CreditsClient(base_url=…)` and is told nothing of accounts. The server keeps strict
+sliding windows and answers after a random delay. It counts by account, where each key has an
+account of its own; or all requests together; or by account, where four keys in ten share one and
+the pool is shuffled. Beside the first stands aiolimiter, which cannot know and has to take all
+requests to be counted together.
 
-All of this takes as long as it says. Only a server whose count lags behind its answers, which the sandbox cannot play, is met in
-virtual time: without a network, and where waiting takes none.
+All of this takes as long as it says. Only a server whose count lags behind its answers, which the
+sandbox cannot play, is met in virtual time: without a network, and where waiting takes none.
 """
 
 from __future__ import annotations
@@ -83,20 +85,29 @@ def _in_real_time(server: Server, keys: int, period: int) -> list[Bound]:
         {
             _APART: partial(by_account, client, secrets),
             _TOGETHER: partial(_real, server, client, secrets, period=period, scope="client"),
-            _MIXED: partial(by_account, client, random.Random(7).sample(secrets, keys), shared=secrets[: keys * _SHARED // 10]),
+            _MIXED: partial(
+                by_account,
+                client,
+                random.Random(7).sample(secrets, keys),
+                shared=secrets[: keys * _SHARED // 10],
+            ),
             _PEER: partial(by_account, partial(aiolimiter, limit=LIMIT, period=period), secrets),
         },
         1,
     )
     print_table(
-        f"{keys:,} keys, {LIMIT} requests in any {period} s, {DELAY[0] * 1000:g} to {DELAY[1] * 1000:g} ms of delay, and a client "
+        f"{keys:,} keys, {LIMIT} requests in any {period} s, {DELAY[0] * 1000:g} to "
+        f"{DELAY[1] * 1000:g} ms of delay, and a client "
         "that is told nothing; 1 round.",
         ("", "time, s", "429s"),
         [(name, *attrs.astuple(run)) for name, (run,) in runs.items()],
     )
     return [
         _in_time(_APART, runs[_APART][0], keys),
-        *(_not_refused(name, runs[name][0], at_most) for name, at_most in ((_APART, 0), (_TOGETHER, 0), (_MIXED, 2))),
+        *(
+            _not_refused(name, runs[name][0], at_most)
+            for name, at_most in ((_APART, 0), (_TOGETHER, 0), (_MIXED, 2))
+        ),
     ]
 
 
@@ -120,7 +131,8 @@ def _in_virtual_time(keys: int, period: int) -> list[Bound]:
         _TOGETHER: virtual.run(_check_lagging(keys, period, by_account=False)),
     }
     print_table(
-        f"The same in virtual time, with a server whose count is {_LAG:g} s behind what it has answered.",
+        f"The same in virtual time, with a server whose count is {_LAG:g} s behind what it "
+        "has answered.",
         ("", "time, s", "429s"),
         [(name, *attrs.astuple(run)) for name, run in runs.items()],
     )
@@ -132,7 +144,11 @@ def _in_virtual_time(keys: int, period: int) -> list[Bound]:
 
 def _in_time(what: str, run: Run, keys: int) -> Bound:
     pace = RateLimit().pace or math.inf
-    return Bound(f"{what}: seconds (at {pace:g} a second, and {_BESIDE:g})", run.seconds, keys / pace + _BESIDE)
+    return Bound(
+        f"{what}: seconds (at {pace:g} a second, and {_BESIDE:g})",
+        run.seconds,
+        keys / pace + _BESIDE,
+    )
 
 
 def _not_refused(what: str, run: Run, at_most: int) -> Bound:
@@ -148,7 +164,11 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(10), default=1000, help="keys of the pool")
-    parser.add_argument("--period", type=whole(1), default=60, help="seconds that the server's window is long")
+    parser.add_argument(
+        "--period", type=whole(1), default=60, help="seconds that the server's window is long"
+    )
 
 
-BENCHMARK = Benchmark("what the client finds out of how the server counts, in real time", run, _add_options)
+BENCHMARK = Benchmark(
+    "what the client finds out of how the server counts, in real time", run, _add_options
+)

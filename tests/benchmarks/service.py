@@ -1,8 +1,10 @@
-"""A FastAPI service under load: what its answers cost beside a constant one's, how old they are, and what it asks the API.
+"""A FastAPI service under load: what its answers cost beside a constant one's, how old they are,
+and what it asks the API.
 
-uvicorn with one worker, the sandbox and the load have a process each. The load is a closed loop over keep-alive
-connections, in turns on one key's balance and on a route of the same app that answers with a constant. What an answer
-says of its age is compared with the truth, which stands in its credits.
+uvicorn with one worker, the sandbox and the load have a process each. The load is a closed loop
+over keep-alive connections, in turns on one key's balance and on a route of the same app that
+answers with a constant. What an answer says of its age is compared with the truth, which stands in
+its credits.
 
 Then a pool at once, all of it kept, beside a route that builds as many models anew.
 """
@@ -61,7 +63,8 @@ POOL_KEYS = 200
 # Seconds of one turn.
 _OURS, _CONSTANT, _POOL = 5.0, 1.0, 2.0
 
-# Seconds that a balance of the pool is kept: longer than any run takes, so that nothing is asked again.
+# Seconds that a balance of the pool is kept: longer than any run takes, so that nothing is asked
+# again.
 _POOL_AGE = 600.0
 
 # 0.6 of the peer's throughput.
@@ -74,7 +77,14 @@ _CREDITS = Decimal(1000)
 
 
 def _model(name: str, checked_at: datetime) -> KeyResponse:
-    return KeyResponse(key=name, state="fresh", credits=_CREDITS, checked_at=checked_at, source="cached", error=None)
+    return KeyResponse(
+        key=name,
+        state="fresh",
+        credits=_CREDITS,
+        checked_at=checked_at,
+        source="cached",
+        error=None,
+    )
 
 
 def _keys_app(url: str, secrets: Sequence[str]) -> FastAPI:
@@ -136,7 +146,9 @@ class _Truth:
             self.off = max(self.off, abs(answer.wall - stated.given - stated.age))
 
 
-async def _slice(load: Load, paths: Sequence[str], seconds: float, truth: _Truth | None = None) -> Slice:
+async def _slice(
+    load: Load, paths: Sequence[str], seconds: float, truth: _Truth | None = None
+) -> Slice:
     requests = itertools.cycle([request_for(path) for path in paths])
     began = time.perf_counter()
     with no_collector():
@@ -154,13 +166,26 @@ def _table(caption: str, peer: str, slices: Mapping[str, Sequence[Slice]]) -> tu
     ours, peers = slices.values()
     ratio, rows = compare({name: [run.cost for run in of_one] for name, of_one in slices.items()})
     late = median_ratio([run.late for run in ours], [run.late for run in peers])
-    latencies = [[statistics.median(times) for times in zip(*_latencies(of_one), strict=True)] for of_one in slices.values()]
+    latencies = [
+        [statistics.median(times) for times in zip(*_latencies(of_one), strict=True)]
+        for of_one in slices.values()
+    ]
     print_table(
         caption,
-        ("", "requests a second", "time a request, µs", f"of {peer}", "latency, ms", "99th percentile, ms", f"of {peer}"),
+        (
+            "",
+            "requests a second",
+            "time a request, µs",
+            f"of {peer}",
+            "latency, ms",
+            "99th percentile, ms",
+            f"of {peer}",
+        ),
         [
             (name, 1e6 / cost, cost, share, *times, late_share)
-            for (name, cost, share), times, late_share in zip(rows, latencies, (late, 1.0), strict=True)
+            for (name, cost, share), times, late_share in zip(
+                rows, latencies, (late, 1.0), strict=True
+            )
         ],
     )
     return ratio, late
@@ -174,7 +199,9 @@ def _latencies(slices: Sequence[Slice]) -> list[tuple[float, float]]:
 
 
 @contextmanager
-def _loaded(make_app: Callable[[], FastAPI], connections: int) -> Iterator[tuple[asyncio.Runner, Load]]:
+def _loaded(
+    make_app: Callable[[], FastAPI], connections: int
+) -> Iterator[tuple[asyncio.Runner, Load]]:
     with app_process(make_app) as app, asyncio.Runner() as runner:
         load = Load()
         try:
@@ -199,13 +226,28 @@ def _one_key(server: Server, seconds: int, connections: int) -> list[Bound]:
     return _judge(slices, turns, connections, truth, server.close())
 
 
-def _judge(slices: Mapping[str, Sequence[Slice]], turns: int, connections: int, truth: _Truth, figures: Figures) -> list[Bound]:
+def _judge(
+    slices: Mapping[str, Sequence[Slice]],
+    turns: int,
+    connections: int,
+    truth: _Truth,
+    figures: Figures,
+) -> list[Bound]:
     caption = f"One of {KEYS} keys in rotation, {connections} connections; {rounds_text(turns)}."
     ratio, late = _table(caption, "the constant's", slices)
     oldest, window = max(truth.ages), figures.worst_window or 0
     print_table(
         "What the answers for one key said, and what the API saw.",
-        ("answers", "of them stale", "median age, s", "oldest, s", "off by at most, s", "requests", "in any minute", "429s"),
+        (
+            "answers",
+            "of them stale",
+            "median age, s",
+            "oldest, s",
+            "off by at most, s",
+            "requests",
+            "in any minute",
+            "429s",
+        ),
         [
             (
                 len(truth.ages),
@@ -220,7 +262,11 @@ def _judge(slices: Mapping[str, Sequence[Slice]], turns: int, connections: int, 
         ],
     )
     return [
-        Bound("time a request for one key, of the constant route's (0.6 of its throughput)", ratio, _TIME),
+        Bound(
+            "time a request for one key, of the constant route's (0.6 of its throughput)",
+            ratio,
+            _TIME,
+        ),
         Bound("99th percentile of latency, of the constant route's", late, 2.0),
         Bound("requests to the API in any minute", window, 300),
         Bound("requests refused (429)", figures.refused, 0),
@@ -245,9 +291,17 @@ def _whole_pool(server: Server, rounds: int, connections: int) -> list[Bound]:
         slices = in_turns(contenders, rounds)
     figures = server.close()
     assert figures.requests == POOL_KEYS, f"{figures.requests} requests for {POOL_KEYS} keys"
-    caption = f"The pool of {POOL_KEYS} keys at once, {connections} connections; {rounds_text(rounds)}."
+    caption = (
+        f"The pool of {POOL_KEYS} keys at once, {connections} connections; {rounds_text(rounds)}."
+    )
     ratio, _ = _table(caption, "the built one's", slices)
-    return [Bound(f"time a request for {POOL_KEYS} keys, of models built anew (0.6 of the throughput)", ratio, _TIME)]
+    return [
+        Bound(
+            f"time a request for {POOL_KEYS} keys, of models built anew (0.6 of the throughput)",
+            ratio,
+            _TIME,
+        )
+    ]
 
 
 def run(options: argparse.Namespace) -> list[Bound]:
@@ -258,9 +312,13 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=whole(1), default=180, help="seconds of load on one key's balance, in all")
+    parser.add_argument(
+        "--seconds", type=whole(1), default=180, help="seconds of load on one key's balance, in all"
+    )
     parser.add_argument("--connections", type=whole(1), default=16, help="keep-alive connections")
-    parser.add_argument("--pool-rounds", type=whole(1), default=5, help="rounds with the pool at once")
+    parser.add_argument(
+        "--pool-rounds", type=whole(1), default=5, help="rounds with the pool at once"
+    )
 
 
 BENCHMARK = Benchmark("a FastAPI service under load, against a constant route", run, _add_options)

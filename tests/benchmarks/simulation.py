@@ -1,8 +1,10 @@
-"""What does not fit on one machine, in virtual time: a million keys over 32 processes that share one limit in Redis.
+"""What does not fit on one machine, in virtual time: a million keys over 32 processes that share
+one limit in Redis.
 
-Nothing is measured here but what follows from the rules: each process is a `CreditsClient` with `RedisBuckets`, all on one virtual
-loop; the script is the real one, run by a Lua interpreter over a model of Redis's commands; the server is a strict sliding
-window. Round trips to the server and to Redis are drawn at random. Memory is that of all the processes and both servers together.
+Nothing is measured here but what follows from the rules: each process is a `CreditsClient` with
+`RedisBuckets`, all on one virtual loop; the script is the real one, run by a Lua interpreter over a
+model of Redis's commands; the server is a strict sliding window. Round trips to the server and to
+Redis are drawn at random. Memory is that of all the processes and both servers together.
 """
 
 from __future__ import annotations
@@ -37,13 +39,18 @@ class Simulated:
     refused: int
     worst_window: int
     ends: list[float]  # of each process
-    shares: list[float]  # of the answers that came in the first half of the time, each process's share times the processes
+    shares: list[
+        float
+        # Of the answers that came in the first half of the time, each process's share times the
+        # processes.
+    ]
     messages: int
     megabytes: float
 
 
 class _Counting(WindowServer):
-    """Keeps the times of arrivals and not whose they were, or its memory would be what is measured."""
+    """Keeps the times of arrivals and not whose they were, or its memory would be what is
+    measured."""
 
     def __init__(self) -> None:
         super().__init__(limit=LIMIT, period=PERIOD, seconds=TRAVEL)
@@ -61,7 +68,9 @@ def _keys(process: int, keys: int) -> Iterator[ApiKey]:
         yield ApiKey(f"simulated-{process}-{place}")
 
 
-async def _check(client: CreditsClient, process: int, keys: int, answered: list[list[float]]) -> float:
+async def _check(
+    client: CreditsClient, process: int, keys: int, answered: list[list[float]]
+) -> float:
     """Bring home its keys; notes when every hundredth came."""
     loop, places = asyncio.get_running_loop(), count(1)
     async for outcome in client.stream(_keys(process, keys)):
@@ -76,7 +85,10 @@ async def _simulate(processes: int, keys: int) -> Simulated:
     server, redis = _Counting(), FakeRedis(latency=between(*TO_REDIS))
     limit = RateLimit(requests=LIMIT, scope="client")
     clients = [
-        fake_client(server, rate_limit=limit, buckets=connected(redis, prefix="simulated"), max_entries=1) for _ in range(processes)
+        fake_client(
+            server, rate_limit=limit, buckets=connected(redis, prefix="simulated"), max_entries=1
+        )
+        for _ in range(processes)
     ]
     # What an empty Redis makes the first message wait for is over when the clock starts.
     await clients[0].account("simulated-first")
@@ -84,7 +96,9 @@ async def _simulate(processes: int, keys: int) -> Simulated:
     server.windows.clear()
     answered: list[list[float]] = [[] for _ in clients]
     before = _resident()
-    ends = await asyncio.gather(*(_check(client, place, keys, answered) for place, client in enumerate(clients)))
+    ends = await asyncio.gather(
+        *(_check(client, place, keys, answered) for place, client in enumerate(clients))
+    )
     seconds = max(ends) - began
     first_half = [sum(time - began < seconds / 2 for time in times) for times in answered]
     mean = statistics.mean(first_half)
@@ -112,8 +126,10 @@ def run(options: argparse.Namespace) -> list[Bound]:
     total = keys * options.processes
     floor = (math.ceil(total / LIMIT) - 1) * PERIOD
     print_table(
-        f"Simulated: {total:,} keys over {options.processes} processes, one limit of {LIMIT:,} requests in any {PERIOD:g} s, "
-        f"round trips of at most {TRAVEL[1] * 1000:g} ms, to Redis of at most {TO_REDIS[1] * 2000:g} ms.",
+        f"Simulated: {total:,} keys over {options.processes} processes, one limit of "
+        f"{LIMIT:,} requests in any {PERIOD:g} s, "
+        f"round trips of at most {TRAVEL[1] * 1000:g} ms, to Redis of at most "
+        f"{TO_REDIS[1] * 2000:g} ms.",
         ("", ""),
         [
             ("time, s", result.seconds),
@@ -135,8 +151,17 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keys", type=whole(LIMIT + 1), default=1_000_000, help="keys in all; a million take some minutes")
-    parser.add_argument("--processes", type=whole(1), default=32, help="processes among which they are divided")
+    parser.add_argument(
+        "--keys",
+        type=whole(LIMIT + 1),
+        default=1_000_000,
+        help="keys in all; a million take some minutes",
+    )
+    parser.add_argument(
+        "--processes", type=whole(1), default=32, help="processes among which they are divided"
+    )
 
 
-BENCHMARK = Benchmark("a million keys over 32 processes and one limit, simulated in virtual time", run, _add_options)
+BENCHMARK = Benchmark(
+    "a million keys over 32 processes and one limit, simulated in virtual time", run, _add_options
+)

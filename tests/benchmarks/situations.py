@@ -1,7 +1,8 @@
-"""What a pool meets beside the quiet case, over real sockets: refused and saturated accounts, plans, bursts, networks in front.
+"""What a pool meets beside the quiet case, over real sockets: refused and saturated accounts,
+plans, bursts, networks in front.
 
-A server in this process counts as the row says, and sends all documented headers; the client has its default settings but for
-what the row names. Time is real, so a row takes as long as it says.
+A server in this process counts as the row says, and sends all documented headers; the client has
+its default settings but for what the row names. Time is real, so a row takes as long as it says.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ _requests = itertools.count(10**30)
 
 @attrs.frozen(kw_only=True)
 class Situation:
-    """A pool and a server; `at_most` are seconds until the first and until the last good answer, and keys that fail."""
+    """A pool and a server; `at_most` are seconds until the first and until the last good answer,
+    and keys that fail."""
 
     pool: Callable[[], Sequence[ApiKey]]
     at_most: tuple[float, float, int]
     count: Callable[[Hashable], Counter] = lambda scope: Sliding(LIMIT)
     scope: Callable[[str, str], Hashable] = lambda name, account: account
-    special: Callable[[], Callable[[str, float], dict[str, str] | None]] = lambda: lambda name, at: None
+    special: Callable[[], Callable[[str, float], dict[str, str] | None]] = lambda: (
+        lambda name, at: None
+    )
     told: tuple[int, int] | None = None
     headers: bool = True
     good: Callable[[str], bool] = lambda name: True
@@ -72,7 +76,9 @@ class _Api:
         headers["x-request-id"] = f"{next(_requests):040x}"
         await asyncio.sleep(whole - travel)
         body = b'{"message": "rate limited"}' if status == 429 else b'{"credits": 7}'
-        return web.Response(status=status, headers=headers, body=body, content_type="application/json")
+        return web.Response(
+            status=status, headers=headers, body=body, content_type="application/json"
+        )
 
     def _count(self, key: ApiKey) -> tuple[int, dict[str, str]]:
         situation = self._situation
@@ -120,8 +126,12 @@ async def _play(situation: Situation) -> Run:
                 done.set()
 
     good, done = sum(situation.good(key.name) for key in pool), asyncio.Event()
-    async with CreditsClient(base_url=f"http://127.0.0.1:{port}", rate_limit=situation.limit) as client:
-        check = asyncio.create_task(client.check(pool, timeout=situation.timeout, on_outcome=landed))
+    async with CreditsClient(
+        base_url=f"http://127.0.0.1:{port}", rate_limit=situation.limit
+    ) as client:
+        check = asyncio.create_task(
+            client.check(pool, timeout=situation.timeout, on_outcome=landed)
+        )
         waiting = asyncio.create_task(done.wait())
         # What is refused for ever is not waited for.
         await asyncio.wait([check, waiting], return_when=asyncio.FIRST_COMPLETED, timeout=300)
@@ -129,11 +139,16 @@ async def _play(situation: Situation) -> Run:
             task.cancel()
         await asyncio.gather(check, waiting, return_exceptions=True)
     await runner.cleanup()
-    return Run(min(took, default=math.inf), max(took, default=math.inf), api.refused, good - len(took))
+    return Run(
+        min(took, default=math.inf), max(took, default=math.inf), api.refused, good - len(took)
+    )
 
 
 def _keys(count: int, name: str = "k", account: str | None = None) -> list[ApiKey]:
-    return [ApiKey(f"sk-{token_hex(20)}", name=f"{name}{place}", account=account) for place in range(count)]
+    return [
+        ApiKey(f"sk-{token_hex(20)}", name=f"{name}{place}", account=account)
+        for place in range(count)
+    ]
 
 
 def _edge() -> Callable[[str, float], dict[str, str] | None]:
@@ -153,7 +168,9 @@ def _saturated(share: float, at_most: tuple[float, float, int], *, shuffled: boo
     bad = int(500 * share)
     return Situation(
         pool=lambda: [*_keys(bad, "full"), *_keys(500 - bad, "ok")],
-        count=lambda scope: Saturated(LIMIT, str(scope)) if str(scope).startswith("full") else Sliding(LIMIT),
+        count=lambda scope: (
+            Saturated(LIMIT, str(scope)) if str(scope).startswith("full") else Sliding(LIMIT)
+        ),
         good=_is_ok,
         shuffled=shuffled,
         at_most=at_most,
@@ -162,31 +179,57 @@ def _saturated(share: float, at_most: tuple[float, float, int], *, shuffled: boo
 
 SITUATIONS: dict[str, Situation] = {
     "64 always refused in front of 436": Situation(
-        pool=lambda: [*_keys(64, "busy"), *_keys(436, "ok")], special=_busy, good=_is_ok, at_most=(0.5, 10.0, 0)
+        pool=lambda: [*_keys(64, "busy"), *_keys(436, "ok")],
+        special=_busy,
+        good=_is_ok,
+        at_most=(0.5, 10.0, 0),
     ),
     "10 % saturated in front": _saturated(0.1, (0.5, 7.0, 0), shuffled=False),
     "30 % saturated anywhere": _saturated(0.3, (math.inf, 8.0, 0), shuffled=True),
     "50 % saturated anywhere": _saturated(0.5, (math.inf, 12.0, 0), shuffled=True),
-    "1,000 accounts, timeout=20": Situation(pool=lambda: _keys(1000), timeout=20.0, at_most=(math.inf, 20.0, 0)),
+    "1,000 accounts, timeout=20": Situation(
+        pool=lambda: _keys(1000), timeout=20.0, at_most=(math.inf, 20.0, 0)
+    ),
     "1,000 accounts, limit 20": Situation(
-        pool=lambda: _keys(1000), count=lambda scope: Sliding(20), limit=RateLimit(requests=20), at_most=(math.inf, 15.0, 0)
+        pool=lambda: _keys(1000),
+        count=lambda scope: Sliding(20),
+        limit=RateLimit(requests=20),
+        at_most=(math.inf, 15.0, 0),
     ),
     "1,000 accounts, limit 60": Situation(
-        pool=lambda: _keys(1000), count=lambda scope: Sliding(60), limit=RateLimit(requests=60), at_most=(math.inf, 15.0, 0)
+        pool=lambda: _keys(1000),
+        count=lambda scope: Sliding(60),
+        limit=RateLimit(requests=60),
+        at_most=(math.inf, 15.0, 0),
     ),
-    "3,000 accounts, no pace": Situation(pool=lambda: _keys(3000), limit=RateLimit(pace=None), at_most=(math.inf, 6.0, 0)),
+    "3,000 accounts, no pace": Situation(
+        pool=lambda: _keys(3000), limit=RateLimit(pace=None), at_most=(math.inf, 6.0, 0)
+    ),
     "200 keys behind a declared account of 1,000": Situation(
-        pool=lambda: [*_keys(1000, "d", "D"), *_keys(200, "ok")], good=_is_ok, at_most=(0.1, math.inf, 0)
+        pool=lambda: [*_keys(1000, "d", "D"), *_keys(200, "ok")],
+        good=_is_ok,
+        at_most=(0.1, math.inf, 0),
     ),
-    "plans of 1,200": Situation(pool=lambda: _keys(600), count=lambda scope: Sliding(1200), at_most=(math.inf, 7.2, 0)),
-    "plans of 60": Situation(pool=lambda: _keys(600), count=lambda scope: Sliding(60), at_most=(math.inf, 7.2, 0)),
+    "plans of 1,200": Situation(
+        pool=lambda: _keys(600), count=lambda scope: Sliding(1200), at_most=(math.inf, 7.2, 0)
+    ),
+    "plans of 60": Situation(
+        pool=lambda: _keys(600), count=lambda scope: Sliding(60), at_most=(math.inf, 7.2, 0)
+    ),
     "mixed plans": Situation(
-        pool=lambda: _keys(600), count=lambda scope: Sliding(60 if int(str(scope)[1:]) % 2 else 1200), at_most=(math.inf, 7.2, 0)
+        pool=lambda: _keys(600),
+        count=lambda scope: Sliding(60 if int(str(scope)[1:]) % 2 else 1200),
+        at_most=(math.inf, 7.2, 0),
     ),
     "limit 30, remaining 29 for ever": Situation(
-        pool=lambda: _keys(600), scope=lambda name, account: None, told=(30, 29), at_most=(math.inf, 1.05 * 63.2, 0)
+        pool=lambda: _keys(600),
+        scope=lambda name, account: None,
+        told=(30, 29),
+        at_most=(math.inf, 1.05 * 63.2, 0),
     ),
-    "a network in front, 10 a second": Situation(pool=lambda: _keys(500), special=_edge, at_most=(math.inf, math.inf, 1)),
+    "a network in front, 10 a second": Situation(
+        pool=lambda: _keys(500), special=_edge, at_most=(math.inf, math.inf, 1)
+    ),
     "a burst of 20 without headers": Situation(
         pool=lambda: _keys(1000),
         scope=lambda name, account: None,
@@ -205,15 +248,21 @@ def run(options: argparse.Namespace) -> list[Bound]:
         if options.only not in name:
             continue
         runs = [asyncio.run(_play(situation)) for _ in range(options.rounds)]
-        first, last, refused, failed = (statistics.median(part) for part in zip(*map(attrs.astuple, runs), strict=True))
+        first, last, refused, failed = (
+            statistics.median(part) for part in zip(*map(attrs.astuple, runs), strict=True)
+        )
         rows.append((name, first, last, refused, failed))
         for what, measured, at_most in zip(
-            ("first good, s", "last good, s", "failed"), (first, last, failed), situation.at_most, strict=True
+            ("first good, s", "last good, s", "failed"),
+            (first, last, failed),
+            situation.at_most,
+            strict=True,
         ):
             if at_most < math.inf:
                 bounds.append(Bound(f"{name}: {what}", measured, at_most))
     print_table(
-        f"Default settings but for what is named, 0 to {DELAY[1] * 1000:g} ms of delay; medians of {options.rounds}.",
+        f"Default settings but for what is named, 0 to {DELAY[1] * 1000:g} ms of delay; "
+        f"medians of {options.rounds}.",
         ("", "first good, s", "last good, s", "429s", "failed"),
         rows,
     )
@@ -225,4 +274,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
 
 
-BENCHMARK = Benchmark("refused and saturated accounts, plans and bursts, over real sockets", run, _add_options)
+BENCHMARK = Benchmark(
+    "refused and saturated accounts, plans and bursts, over real sockets", run, _add_options
+)

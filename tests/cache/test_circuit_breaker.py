@@ -1,4 +1,7 @@
-"""Answers of a gateway in the API's place: retried, no word on the key, and a circuit breaker. In virtual time."""
+"""Answers of a gateway in the API's place: retried, no word on the key, and a circuit breaker.
+
+In virtual time.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import itertools
 import logging
 import random
 from contextlib import aclosing
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -53,7 +57,12 @@ async def test_it_is_tried_again() -> None:
 async def test_a_kept_balance_stands_in() -> None:
     """It says nothing of the key. The API's own 401 does, and ends it."""
     key = keys(1)[0]
-    replies = [Reply(), CHALLENGE, Reply(status=401, body='{"message": "Invalid API key in request"}'), CHALLENGE]
+    replies = [
+        Reply(),
+        CHALLENGE,
+        Reply(status=401, body='{"message": "Invalid API key in request"}'),
+        CHALLENGE,
+    ]
     server = FakeServer(lambda name, times: replies[times])
     async with fake_client(server, retry=ONCE) as client:
         await client.balance(key)
@@ -67,16 +76,25 @@ async def test_a_kept_balance_stands_in() -> None:
 
 @pytest.mark.virtual
 async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """The rest of a pool waits for the first probes, and then fails with the reason, a second for each room full of keys."""
+    """The rest of a pool waits for the first probes, and then fails with the reason, a second for
+    each room full of keys."""
     server = since(1e9)
     pool = keys(500)
     with caplog.at_level(logging.WARNING, logger="crustcredits"):
         async with fake_client(server, retry=FAST, concurrency=4) as client:
             report = await client.check(pool)
             times = [moment for moment, _ in server.arrivals]
-            opened = next(after for after, (before, later) in enumerate(pairwise(times), 1) if later - before > 0.9)
-            assert 8 <= opened <= 16  # four may be on the wire when it opens, and when the row began
-            assert [round(later - before) for before, later in pairwise(times[opened - 1 : opened + 3])] == [1, 2, 4]
+            opened = next(
+                after
+                for after, (before, later) in enumerate(pairwise(times), 1)
+                if later - before > 0.9
+            )
+            assert (
+                8 <= opened <= 16
+            )  # four may be on the wire when it opens, and when the row began
+            assert [
+                round(later - before) for before, later in pairwise(times[opened - 1 : opened + 3])
+            ] == [1, 2, 4]
             assert len(times) - opened <= 8
             assert now() < 1 + 2 + 4 + 8 + 500 / (4 * 9) + 2
             assert all(isinstance(outcome.error, GatewayError) for outcome in report)
@@ -87,12 +105,21 @@ async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFix
             with pytest.raises(GatewayError, match="k400: not asked for"):
                 await client.balance(pool[400])
             assert now() - began == pytest.approx(1, abs=0.01)
-    assert caplog.text.count("/user/credits: a gateway answered 8 requests in a row in the API's place; no key is asked") == 1
+    assert (
+        caplog.text.count(
+            "/user/credits: a gateway answered 8 requests in a row in the API's place; no "
+            "key is asked"
+        )
+        == 1
+    )
 
 
 @pytest.mark.virtual
 async def test_a_call_without_time_for_the_next_probe_fails_in_time() -> None:
-    """It is told why. Not at once, because an answer to an older request may close the circuit breaker."""
+    """It is told why.
+
+    Not at once, because an answer to an older request may close the circuit breaker.
+    """
     async with fake_client(since(1e9), retry=FAST) as client:
         await client.check(keys(20), timeout=0.5)
         began = now()
@@ -105,7 +132,9 @@ async def test_a_call_without_time_for_the_next_probe_fails_in_time() -> None:
 async def test_an_answer_to_an_older_request_lets_those_go_that_wait_for_a_probe() -> None:
     """The API has answered: there is nothing to wait for."""
     slow = Reply(seconds=0.3)
-    server = FakeServer(lambda name, times: slow if name == "slow0" else CHALLENGE if now() < 0.1 else Reply())
+    server = FakeServer(
+        lambda name, times: slow if name == "slow0" else CHALLENGE if now() < 0.1 else Reply()
+    )
     async with fake_client(server, retry=ONCE, rate_limit=RateLimit(pace=None)) as client:
         older = asyncio.create_task(client.balance(keys(1, "slow")[0]))
         for key in keys(8):
@@ -122,7 +151,9 @@ async def test_a_key_that_was_asked_keeps_its_own_failure() -> None:
     async with fake_client(since(1e9), retry=FAST) as client:
         report = await client.check(keys(5))
         assert {outcome.attempts > 0 for outcome in report} == {True}
-        assert all("a gateway answered in the API's place" in str(outcome.error) for outcome in report)
+        assert all(
+            "a gateway answered in the API's place" in str(outcome.error) for outcome in report
+        )
 
 
 @pytest.mark.virtual
@@ -138,7 +169,10 @@ async def test_a_gateway_that_answers_for_seconds_sinks_no_pool(count: int, seco
 
 @pytest.mark.virtual
 async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    """At first after a second, then after twice as long each time; each is one request. Then all keys are asked again."""
+    """At first after a second, then after twice as long each time; each is one request.
+
+    Then all keys are asked again.
+    """
     server = since(10.0)
     pool = keys(20)
     with caplog.at_level(logging.INFO, logger="crustcredits"):
@@ -147,7 +181,9 @@ async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureF
             before = len(server.arrivals)
             opened = now()
             while now() < 9:
-                await asyncio.gather(*(client.balance(key, timeout=5) for key in pool), return_exceptions=True)
+                await asyncio.gather(
+                    *(client.balance(key, timeout=5) for key in pool), return_exceptions=True
+                )
                 await asyncio.sleep(0.05)
             probes = [moment - opened for moment, _ in server.arrivals[before:]]
             # A key that is refused again puts off nobody else, so that one more may follow.
@@ -162,8 +198,12 @@ async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize("trouble", ["hangs", "gateway", "down"])
 async def test_one_key_in_trouble_keeps_no_other_from_being_asked(trouble: str) -> None:
     """It is the first of the pool each time, and so would be each probe."""
-    bad = {"hangs": Reply(seconds=99), "gateway": CHALLENGE, "down": Reply(status=500, body="")}[trouble]
-    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else bad if name == "k0" else Reply())
+    bad = {"hangs": Reply(seconds=99), "gateway": CHALLENGE, "down": Reply(status=500, body="")}[
+        trouble
+    ]
+    server = FakeServer(
+        lambda name, times: CHALLENGE if now() < 1 else bad if name == "k0" else Reply()
+    )
     pool = keys(20)
     async with fake_client(server, request_timeout=0.5) as client:
         for _ in range(3):
@@ -172,16 +212,22 @@ async def test_one_key_in_trouble_keeps_no_other_from_being_asked(trouble: str) 
         report = await client.check(pool, timeout=3)
         assert [outcome.key.name for outcome in report.failed] == ["k0"]
         began = now()
-        with pytest.raises((APIConnectionError, APITimeoutError, InternalServerError, GatewayError)):
+        with pytest.raises(
+            (APIConnectionError, APITimeoutError, InternalServerError, GatewayError)
+        ):
             await client.balance(pool[0], timeout=20)
         assert now() - began <= 20
 
 
 @pytest.mark.virtual
 @pytest.mark.parametrize("every", [125, 900])
-async def test_keys_that_a_gateway_refuses_keep_no_other_from_being_asked_however_seldom(every: int) -> None:
+async def test_keys_that_a_gateway_refuses_keep_no_other_from_being_asked_however_seldom(
+    every: int,
+) -> None:
     """Also two of them, in front of each pool."""
-    server = FakeServer(lambda name, times: CHALLENGE if now() < 3 or name in {"k0", "k1"} else Reply())
+    server = FakeServer(
+        lambda name, times: CHALLENGE if now() < 3 or name in {"k0", "k1"} else Reply()
+    )
     pool = keys(20)
     async with fake_client(server) as client:
         await client.check(pool, timeout=2)
@@ -242,7 +288,10 @@ async def test_a_stream_without_end_is_not_emptied_while_it_is_open() -> None:
     """Its keys wait like others."""
     count = 0
     source = (f"secret-{number}" for number in itertools.count())
-    async with fake_client(since(1e9), retry=FAST) as client, aclosing(client.stream(source)) as outcomes:
+    async with (
+        fake_client(since(1e9), retry=FAST) as client,
+        aclosing(client.stream(source)) as outcomes,
+    ):
         async for _ in outcomes:
             count += 1
             if now() > 20:
@@ -282,7 +331,9 @@ async def test_an_answer_of_the_apis_own_ends_the_row() -> None:
     """Be it a refusal of the key."""
     no = Reply(status=401, body='{"message": "Invalid API key in request"}')
     server = FakeServer(lambda name, times: no if name in {"k7", "k15"} else CHALLENGE)
-    async with fake_client(server, retry=ONCE, concurrency=1, rate_limit=RateLimit(pace=None)) as client:
+    async with fake_client(
+        server, retry=ONCE, concurrency=1, rate_limit=RateLimit(pace=None)
+    ) as client:
         report = await client.check(keys(22))
         assert [outcome.attempts for outcome in report] == [1] * 22
 
@@ -291,7 +342,9 @@ async def test_an_answer_of_the_apis_own_ends_the_row() -> None:
 async def test_a_probe_that_is_given_up_lets_another_go() -> None:
     """Others wait for its end, and not longer."""
     pool = keys(40)
-    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else Reply(seconds=5 if name == "k0" else 0.01))
+    server = FakeServer(
+        lambda name, times: CHALLENGE if now() < 1 else Reply(seconds=5 if name == "k0" else 0.01)
+    )
     async with fake_client(server, retry=ONCE) as client:
         await client.check(pool, timeout=0.5)
         await asyncio.sleep(2)
@@ -351,7 +404,10 @@ def test_a_probe_that_ends_after_the_breaker_has_closed_opens_nothing() -> None:
 
 
 def test_the_pause_grows_to_a_minute() -> None:
-    """However long it lasts. What was on the wire when it opened, or when the row began, does not count."""
+    """However long it lasts.
+
+    What was on the wire when it opened, or when the row began, does not count.
+    """
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
     early = [breaker.start(0.0, None) for _ in range(8)]
     for request in early:
@@ -380,7 +436,9 @@ def test_the_pause_grows_to_a_minute() -> None:
     breaker.end(breaker.start(moment, None), moment)
     assert breaker.refusal(moment) is None, "a probe without an answer proves nothing"
     breaker.gateway_answered(breaker.start(moment, None), error, moment)
-    assert breaker.refusal(moment + 59) is not None, "it is the same outage, and the pause as long as before"
+    assert breaker.refusal(moment + 59) is not None, (
+        "it is the same outage, and the pause as long as before"
+    )
     breaker.api_answered()
     assert breaker.refusal(moment) is None
 
@@ -414,7 +472,9 @@ async def test_any_answer_of_the_apis_own_closes_it(status: int) -> None:
     """With a JSON object. Seven of a gateway, one of the API and seven more open nothing."""
     own = Reply(status=status, body='{"message": "no"}')
     server = FakeServer(lambda name, times: own if name == "k7" else CHALLENGE)
-    async with fake_client(server, retry=ONCE, concurrency=1, rate_limit=RateLimit(pace=None)) as client:
+    async with fake_client(
+        server, retry=ONCE, concurrency=1, rate_limit=RateLimit(pace=None)
+    ) as client:
         report = await client.check(keys(15))
         assert [outcome.attempts for outcome in report] == [1] * 15
 
@@ -424,8 +484,12 @@ async def test_a_probe_is_one_request_and_no_call() -> None:
     """While its key waits for its next attempt others find that the API is back."""
     pool = keys(12)
     hangs = Reply(seconds=99)
-    server = FakeServer(lambda name, times: CHALLENGE if now() < 1 else hangs if name == "k0" else Reply())
-    async with fake_client(server, retry=Retry(attempts=4, backoff=0.4), request_timeout=1.0) as client:
+    server = FakeServer(
+        lambda name, times: CHALLENGE if now() < 1 else hangs if name == "k0" else Reply()
+    )
+    async with fake_client(
+        server, retry=Retry(attempts=4, backoff=0.4), request_timeout=1.0
+    ) as client:
         await client.check(pool, timeout=0.5)
         await asyncio.sleep(2)
         hanging = asyncio.create_task(client.balance(pool[0]))
@@ -448,21 +512,38 @@ async def test_it_opens_for_one_endpoint() -> None:
         assert len(server.arrivals) == before + 1
 
 
+def _challenge_until(end: float, name: str, times: int) -> Reply:
+    return CHALLENGE if times and now() < end else Reply()
+
+
 @pytest.mark.virtual
-async def test_many_refreshes_that_are_stopped_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
-    """With few places for answers, at random moments: no error of ours, and all are served when the API is back."""
+async def test_many_refreshes_that_are_stopped_leave_nothing_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With few places for answers, at random moments: no error of ours, and all are served when the
+    API is back."""
     for seed in range(20):
         random.seed(seed)
         end = now() + 3.0
-        server = FakeServer(lambda name, times, end=end: CHALLENGE if times and now() < end else Reply())  # type: ignore[misc]
-        async with fake_client(server, retry=FAST, max_entries=6, stale_while_revalidate=60, concurrency=4) as client:
+        server = FakeServer(partial(_challenge_until, end))
+        async with fake_client(
+            server, retry=FAST, max_entries=6, stale_while_revalidate=60, concurrency=4
+        ) as client:
             pool = keys(10)
             while now() < end + 3:
-                calls = [asyncio.create_task(client.balance(random.choice(pool), timeout=2)) for _ in range(6)]
+                calls = [
+                    asyncio.create_task(client.balance(random.choice(pool), timeout=2))
+                    for _ in range(6)
+                ]
                 await asyncio.sleep(random.uniform(0, 0.3))
                 random.choice(calls).cancel()
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                assert {type(each) for each in outcomes} <= {Balance, GatewayError, APITimeoutError, asyncio.CancelledError}
+                assert {type(each) for each in outcomes} <= {
+                    Balance,
+                    GatewayError,
+                    APITimeoutError,
+                    asyncio.CancelledError,
+                }
             assert (await client.check(pool, max_age=0, stale_while_revalidate=0)).ok
     assert "Traceback" not in caplog.text
     assert "never retrieved" not in caplog.text

@@ -58,7 +58,9 @@ async def settle() -> None:
 
 def counting(*replies: Reply) -> Callable[[str, int], Reply]:
     """Each key's answers in turn, the last one for ever; without any, one more credit each time."""
-    return lambda name, times: replies[min(times, len(replies) - 1)] if replies else Reply(credits=str(times + 1))
+    return lambda name, times: (
+        replies[min(times, len(replies) - 1)] if replies else Reply(credits=str(times + 1))
+    )
 
 
 async def outcome(client: CreditsClient, key: ApiKey = KEY, **options: Any) -> Outcome[Any]:
@@ -73,7 +75,9 @@ async def test_those_who_ask_at_the_same_time_share_one_call() -> None:
     """Also without `max_age`; each endpoint apart."""
     server = FakeServer()
     async with fake_client(server) as client:
-        balances = await asyncio.gather(*(client.balance(KEY) for _ in range(100)), client.account(KEY))
+        balances = await asyncio.gather(
+            *(client.balance(KEY) for _ in range(100)), client.account(KEY)
+        )
     assert len(server.arrivals) == 2
     assert len({id(balance) for balance in balances}) == 2
     assert type(balances[0]) is Balance
@@ -93,7 +97,11 @@ async def test_an_outcome_says_where_it_came_from() -> None:
     async with fake_client(server) as client:
         both = await asyncio.gather(outcome(client), outcome(client))
         kept = await outcome(client, max_age=5)
-    assert [(each.source, each.attempts) for each in (*both, kept)] == [("fetched", 1), ("shared", 1), ("cached", 0)]
+    assert [(each.source, each.attempts) for each in (*both, kept)] == [
+        ("fetched", 1),
+        ("shared", 1),
+        ("cached", 0),
+    ]
     assert kept.checked_at == both[0].checked_at
 
 
@@ -105,7 +113,12 @@ async def test_each_asker_has_its_answer_under_its_own_name() -> None:
         shared = await asyncio.gather(client.balance(KEY), client.balance(other))
         kept = await client.balance(other, max_age=9)
         again = await client.balance(KEY, max_age=9)
-    assert [balance.key.name for balance in (*shared, kept, again)] == ["prod", "other", "other", "prod"]
+    assert [balance.key.name for balance in (*shared, kept, again)] == [
+        "prod",
+        "other",
+        "other",
+        "prod",
+    ]
     assert len(server.arrivals) == 1
 
 
@@ -179,7 +192,9 @@ async def test_errors_are_shared_by_those_who_wait_and_not_kept_without_a_cache(
     server = FakeServer(counting(UNKNOWN_KEY, Reply()))
     other = ApiKey("secret-0", name="other")
     async with fake_client(server) as client:
-        results = await asyncio.gather(*(client.balance(key) for key in (KEY, other, KEY)), return_exceptions=True)
+        results = await asyncio.gather(
+            *(client.balance(key) for key in (KEY, other, KEY)), return_exceptions=True
+        )
         assert (await client.balance(KEY)).credits == 9406
     assert [str(error) for error in results] == [
         f"{name}: Invalid API key in request (HTTP 401)" for name in ("prod", "other", "prod")
@@ -191,7 +206,9 @@ async def test_errors_are_shared_by_those_who_wait_and_not_kept_without_a_cache(
 async def test_a_deadline_that_a_joined_call_cannot_meet_fails_at_once() -> None:
     """Whether it waits for a token or until it is tried again; the call goes on for the others."""
     server = FakeServer(counting(BROKEN, Reply()))
-    async with fake_client(server, rate_limit=RateLimit(requests=1), retry=Retry(backoff=0.0)) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(requests=1), retry=Retry(backoff=0.0)
+    ) as client:
         await asyncio.gather(client.balance("another"), return_exceptions=True)
         began = now()
         patient = asyncio.create_task(client.balance(KEY))
@@ -210,7 +227,9 @@ async def test_a_deadline_in_a_backoff_ends_with_the_failure_at_once() -> None:
     """For those whose time would be over before the next attempt, and for no others."""
     server = FakeServer(counting(refusal(30), Reply()))
     async with fake_client(server) as client:
-        askers = [asyncio.create_task(client.balance(KEY, timeout=timeout)) for timeout in (10, None, 40)]
+        askers = [
+            asyncio.create_task(client.balance(KEY, timeout=timeout)) for timeout in (10, None, 40)
+        ]
         await asyncio.sleep(1)
         assert [asker.done() for asker in askers] == [True, False, False]
         with pytest.raises(RateLimitError) as caught:
@@ -221,7 +240,8 @@ async def test_a_deadline_in_a_backoff_ends_with_the_failure_at_once() -> None:
 
 
 async def test_giving_up_in_the_moment_of_the_answer_or_of_the_deadline_is_giving_up() -> None:
-    """Whatever comes first in that moment, the asker is cancelled, and the others have the answer."""
+    """Whatever comes first in that moment, the asker is cancelled, and the others have the
+    answer."""
     for moment in (2.0, 2.0 - 1e-9, 1.5):
         server = FakeServer(lambda name, times: Reply(seconds=2))
         async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
@@ -252,7 +272,10 @@ async def test_giving_up_in_the_very_turn_of_the_answer_is_giving_up() -> None:
 
 
 async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> None:
-    """Its task may be cancelled by whoever cancels all tasks; and an error of a kind that never should be is told too."""
+    """Its task may be cancelled by whoever cancels all tasks.
+
+    And an error of a kind that never should be is told too.
+    """
     server = FakeServer(lambda name, times: Reply(seconds=5))
     async with fake_client(server) as client:
         asker = asyncio.create_task(client.balance(KEY))
@@ -267,7 +290,9 @@ async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> Non
             raise ZeroDivisionError
 
         server.attempt = broken  # type: ignore[assignment]  # the defect under test
-        results = await asyncio.gather(client.balance(KEY), client.balance(KEY), return_exceptions=True)
+        results = await asyncio.gather(
+            client.balance(KEY), client.balance(KEY), return_exceptions=True
+        )
         assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError]
 
 
@@ -298,7 +323,9 @@ async def test_a_loop_whose_tasks_begin_at_once_changes_nothing() -> None:
         await client.check(pool)
         began = now()
         await asyncio.sleep(1)
-        assert all(outcome.stale for outcome in await client.check(pool, stale_while_revalidate=600))
+        assert all(
+            outcome.stale for outcome in await client.check(pool, stale_while_revalidate=600)
+        )
         await asyncio.sleep(10)
         assert len(server.arrivals) == 18, "refreshes left nothing of the limit alone"
         await asyncio.sleep(60.3 - (now() - began))
@@ -308,7 +335,8 @@ async def test_a_loop_whose_tasks_begin_at_once_changes_nothing() -> None:
 
 
 async def test_a_call_that_is_refused_for_the_pace_is_not_sent() -> None:
-    """Nor is one sent that was refused: while the loop stood still, the pace has come to have room."""
+    """Nor is one sent that was refused: while the loop stood still, the pace has come to have
+    room."""
     server = FakeServer()
     async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
         others = [asyncio.create_task(client.balance(key)) for key in keys(3)]
@@ -356,20 +384,29 @@ async def test_a_pool_is_asked_only_for_what_is_not_known() -> None:
     pool = keys(6)
     async with fake_client(server) as client:
         await client.check(pool[::2])
-        report = await client.check([*pool, pool[0]], max_age=60, on_outcome=lambda each: seen.append(each.key.name))
+        report = await client.check(
+            [*pool, pool[0]], max_age=60, on_outcome=lambda each: seen.append(each.key.name)
+        )
     assert [each.source for each in report] == ["cached", "fetched"] * 3 + ["cached"]
     assert seen == ["k0", "k2", "k4", "k0", "k1", "k3", "k5"]
     assert len(server.arrivals) == 6
 
 
 @pytest.mark.parametrize("name", ["max_age", "stale_while_revalidate", "stale_if_error"])
-@pytest.mark.parametrize("mistake", [-1, float("nan"), float("inf"), "5", True, timedelta(seconds=-1)])
+@pytest.mark.parametrize(
+    "mistake", [-1, float("nan"), float("inf"), "5", True, timedelta(seconds=-1)]
+)
 async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistake: Any) -> None:
     """Anything else is refused before any request, by its name."""
     server = FakeServer()
     async with fake_client(server) as client:
-        for call in (client.balance(KEY, **{name: mistake}), client.check([KEY], **{name: mistake})):
-            with pytest.raises(ConfigurationError, match=f"{name} is a finite number of at least 0"):
+        for call in (
+            client.balance(KEY, **{name: mistake}),
+            client.check([KEY], **{name: mistake}),
+        ):
+            with pytest.raises(
+                ConfigurationError, match=f"{name} is a finite number of at least 0"
+            ):
                 await call
         with pytest.raises(ConfigurationError, match=name):
             client.stream([KEY], **{name: mistake})
@@ -382,7 +419,9 @@ async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistak
 
 async def test_at_most_so_many_answers_are_kept() -> None:
     """The least recently used go first; failures count too."""
-    server = FakeServer(lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY)
+    server = FakeServer(
+        lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY
+    )
     one, two, three = keys(3)
     async with fake_client(server, max_entries=2) as client:
         await client.check([one, two])
@@ -401,9 +440,15 @@ async def test_no_secret_is_what_an_answer_is_found_by() -> None:
     secret = f"a-secret-{id(counting)}"  # made here, so that this module's own dictionaries do not hold it
     async with fake_client(FakeServer()) as client:
         await client.balance(secret)
-        dictionaries: list[dict[Any, Any]] = [each for each in gc.get_objects() if isinstance(each, dict)]
+        dictionaries: list[dict[Any, Any]] = [
+            each for each in gc.get_objects() if isinstance(each, dict)
+        ]
         assert any(each is client._calls._answers._kept for each in dictionaries)
-        assert not [each for each in dictionaries if any(secret in str(key) for key in list(each) if isinstance(key, (str, tuple)))]
+        assert not [
+            each
+            for each in dictionaries
+            if any(secret in str(key) for key in list(each) if isinstance(key, (str, tuple)))
+        ]
 
 
 # --- stale_while_revalidate
@@ -419,7 +464,13 @@ async def test_a_stale_answer_is_given_at_once_and_refreshed_behind() -> None:
         assert {(str(balance.credits), balance.stale) for balance in balances} == {("1", True)}
         assert now() == pytest.approx(10, abs=0.1)
         again = await outcome(client)
-        assert (again.ok, again.stale, again.error, again.source, again.attempts) == (True, True, None, "cached", 0)
+        assert (again.ok, again.stale, again.error, again.source, again.attempts) == (
+            True,
+            True,
+            None,
+            "cached",
+            0,
+        )
         await asyncio.sleep(1)
         fresh = await client.balance(KEY)
         assert fresh.credits == 2
@@ -439,7 +490,9 @@ async def test_an_answer_older_than_that_is_waited_for() -> None:
 async def test_an_asker_who_needs_the_refresh_moves_it_up() -> None:
     """Behind those who waited before, and it is tried again like any other."""
     server = FakeServer(counting(Reply(), BROKEN, Reply(credits="7")))
-    async with fake_client(server, rate_limit=RateLimit(requests=10, pace=None), retry=Retry(backoff=0.0)) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(requests=10, pace=None), retry=Retry(backoff=0.0)
+    ) as client:
         await client.check([KEY, *keys(8, "other")])
         await asyncio.sleep(1)
         assert (await client.balance(KEY, stale_while_revalidate=60)).stale
@@ -450,13 +503,20 @@ async def test_an_asker_who_needs_the_refresh_moves_it_up() -> None:
         assert (fresh.source, fresh.attempts) == ("shared", 2)
 
 
-async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead_of_slower() -> None:
-    """50 keys asked for every second at 30 a minute: at once, always; no older than a round of refreshes."""
+async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead_of_slower() -> (
+    None
+):
+    """50 keys asked for every second at 30 a minute: at once, always.
+
+    No older than a round of refreshes.
+    """
     server = FakeServer()
     oldest: list[float] = []
     pool = keys(50)
     limit = RateLimit(requests=30, period=60.0)
-    async with fake_client(server, rate_limit=limit, max_age=1, stale_while_revalidate=600) as client:
+    async with fake_client(
+        server, rate_limit=limit, max_age=1, stale_while_revalidate=600
+    ) as client:
         await client.check(pool)
         began = now()
         for _ in range(600):
@@ -475,8 +535,12 @@ async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead
 
 async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_it() -> None:
     """It is tried once, and again by itself, after a while that grows, as long as somebody asks."""
-    server = FakeServer(lambda name, times: BROKEN if 1 <= times <= 5 else Reply(credits=str(times)))
-    async with fake_client(server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=1.0)) as client:
+    server = FakeServer(
+        lambda name, times: BROKEN if 1 <= times <= 5 else Reply(credits=str(times))
+    )
+    async with fake_client(
+        server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=1.0)
+    ) as client:
         await client.balance(KEY)
         seen: list[Outcome[Any]] = []
         for _ in range(120):
@@ -490,19 +554,28 @@ async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_
     assert seen[-1].result().credits >= 6
 
 
-async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Once: nobody else is told while the old answer is good enough."""
     server = FakeServer(lambda name, times: BROKEN if 1 <= times <= 3 else Reply())
-    async with fake_client(server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=0.1)) as client:
+    async with fake_client(
+        server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=0.1)
+    ) as client:
         await client.balance(KEY)
         for _ in range(20):
             await asyncio.sleep(1)
             await client.balance(KEY)
-    assert caplog.messages[0] == "prod: the API or a gateway before it failed (HTTP 503); its kept answer could not be refreshed"
+    assert caplog.messages[0] == (
+        "prod: the API or a gateway before it failed (HTTP 503); its kept answer could not "
+        "be refreshed"
+    )
     assert len(caplog.messages) == 1
 
 
-async def test_an_outage_is_told_to_the_log_once_for_all_keys(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_told_to_the_log_once_for_all_keys(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """When it is known for one, and when it is over."""
     caplog.set_level(logging.INFO, "crustcredits")
     server = FakeServer(lambda name, times: BROKEN if 10 < now() < 100 else Reply())
@@ -528,7 +601,10 @@ async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
 
 
 async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
-    """A key that is revoked has no balance, however recent its last one; a server that is down changes nothing."""
+    """A key that is revoked has no balance, however recent its last one.
+
+    A server that is down changes nothing.
+    """
     for reply, kind in ((UNKNOWN_KEY, InvalidKeyError), (BROKEN, None)):
         server = FakeServer(counting(Reply(), reply))
         async with fake_client(server, retry=ONCE) as client:
@@ -541,7 +617,8 @@ async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
 
 
 async def test_what_does_not_speak_of_the_key_leaves_its_balance() -> None:
-    """A gateway's 404 or 408, a request that the API rejects, or trouble in the session, is not the API's word on the key."""
+    """A gateway's 404 or 408, a request that the API rejects, or trouble in the session, is not the
+    API's word on the key."""
     for trouble in (400, 404, 408, 451):
         server = FakeServer(counting(Reply(credits="7"), Reply(status=trouble, body="{}")))
         async with fake_client(server) as client:
@@ -564,7 +641,9 @@ async def test_no_such_key_and_no_credits_hold_on_both_endpoints() -> None:
 async def test_an_answer_that_is_dropped_takes_its_refresh_along() -> None:
     """So that no more refreshes wait than answers are kept."""
     server = FakeServer()
-    async with fake_client(server, rate_limit=RateLimit(requests=40, pace=None), max_entries=5) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(requests=40, pace=None), max_entries=5
+    ) as client:
         for number in range(100):
             key = ApiKey(f"secret-new-{number}", name=f"n{number}")
             await client.balance(key)
@@ -575,7 +654,10 @@ async def test_an_answer_that_is_dropped_takes_its_refresh_along() -> None:
 
 
 async def test_a_refresh_runs_in_no_ones_context() -> None:
-    """It belongs to no request, and keeps none alive; a call that somebody waits for has that one's."""
+    """It belongs to no request, and keeps none alive.
+
+    A call that somebody waits for has that one's.
+    """
     request: ContextVar[str] = ContextVar("request", default="none")
     seen: list[str] = []
 
@@ -632,7 +714,13 @@ async def test_closing_ends_refreshes() -> None:
 
 @pytest.mark.parametrize(
     "trouble",
-    [BROKEN, refusal(100), Reply(seconds=1e6), lost(APIConnectionError("reset")), Reply(body="<html>maintenance</html>")],
+    [
+        BROKEN,
+        refusal(100),
+        Reply(seconds=1e6),
+        lost(APIConnectionError("reset")),
+        Reply(body="<html>maintenance</html>"),
+    ],
     ids=["5xx", "429", "timeout", "connection", "maintenance"],
 )
 async def test_while_the_api_is_down_the_last_good_answer_stands_in(trouble: Reply) -> None:
@@ -668,7 +756,9 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
 async def test_a_check_of_kept_balances_ends_when_the_client_is_closed() -> None:
     """And nothing is refreshed then."""
     server = FakeServer()
-    client = fake_client(server, rate_limit=RateLimit(requests=10_000, pace=None), stale_while_revalidate=600)
+    client = fake_client(
+        server, rate_limit=RateLimit(requests=10_000, pace=None), stale_while_revalidate=600
+    )
     pool = keys(2_500)
     await client.check(pool)
     await asyncio.sleep(1)
@@ -684,7 +774,10 @@ async def test_a_check_of_kept_balances_ends_when_the_client_is_closed() -> None
 
 
 async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
-    """No key is left out silently; and an outcome of another fan-out for the same key is not touched by one that was given up."""
+    """No key is left out silently.
+
+    And an outcome of another fan-out for the same key is not touched by one that was given up.
+    """
     server = FakeServer(lambda name, times: Reply(seconds=5))
     async with fake_client(server) as client:
         check = asyncio.create_task(client.check([KEY]))
@@ -705,7 +798,9 @@ async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
 
 async def test_an_error_that_never_should_be_is_told_to_who_waits() -> None:
     """Also one of what comes after the answer; nobody is left waiting, and no token is lost."""
-    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=2, scope="client")) as client:
+    async with fake_client(
+        FakeServer(), rate_limit=RateLimit(requests=2, scope="client")
+    ) as client:
         with (
             patch.object(client._calls._answers, "succeeded", side_effect=LookupError("a fault")),
             pytest.raises(LookupError, match="a fault"),
@@ -733,9 +828,16 @@ async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> No
 
 
 async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
-    """The first waits and sees; for a minute after a failure the others have the old answer at once, and it is refreshed."""
-    server = FakeServer(lambda name, times: Reply(seconds=1e6) if 10 < now() < 100 else Reply(credits=str(times)))
-    async with fake_client(server, retry=Retry(attempts=2, backoff=0.1), stale_if_error=600) as client:
+    """The first waits and sees.
+
+    For a minute after a failure the others have the old answer at once, and it is refreshed.
+    """
+    server = FakeServer(
+        lambda name, times: Reply(seconds=1e6) if 10 < now() < 100 else Reply(credits=str(times))
+    )
+    async with fake_client(
+        server, retry=Retry(attempts=2, backoff=0.1), stale_if_error=600
+    ) as client:
         await client.balance(KEY)
         await asyncio.sleep(20)
         began = now()
@@ -752,12 +854,19 @@ async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
 
 @pytest.mark.parametrize("trouble", ["hang", "refused"])
 async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(trouble: str) -> None:
-    """The endpoint is known to be down, also by those whose own last failure is long ago; and it is hardly asked meanwhile."""
+    """The endpoint is known to be down, also by those whose own last failure is long ago.
+
+    And it is hardly asked meanwhile.
+    """
 
     def script(name: str, times: int) -> Reply:
         if not 100 < now() < 700:
             return Reply()
-        return Reply(seconds=1e6) if trouble == "hang" else lost(APIConnectionError("refused"), Fate.UNSENT)
+        return (
+            Reply(seconds=1e6)
+            if trouble == "hang"
+            else lost(APIConnectionError("refused"), Fate.UNSENT)
+        )
 
     server = FakeServer(script)
     pool = keys(600)
@@ -784,12 +893,17 @@ async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(tro
         assert not [each for each in await client.check(pool) if each.error is not None]
 
 
-@pytest.mark.parametrize("trouble", [BROKEN, refusal(60), Reply(status=400, body="{}"), Reply(body="<html>")])
+@pytest.mark.parametrize(
+    "trouble", [BROKEN, refusal(60), Reply(status=400, body="{}"), Reply(body="<html>")]
+)
 async def test_one_keys_trouble_is_not_the_endpoints(trouble: Reply) -> None:
-    """However often it fails, the others are refreshed, and no word of it stands beside their balances."""
+    """However often it fails, the others are refreshed, and no word of it stands beside their
+    balances."""
     server = FakeServer(lambda name, times: trouble if name == "k0" else Reply())
     bad, good = keys(2)
-    async with fake_client(server, retry=ONCE, max_age=1, stale_while_revalidate=60, stale_if_error=3600) as client:
+    async with fake_client(
+        server, retry=ONCE, max_age=1, stale_while_revalidate=60, stale_if_error=3600
+    ) as client:
         for _ in range(100):
             await outcome(client, bad)
             assert (await outcome(client, good)).error is None
@@ -798,11 +912,14 @@ async def test_one_keys_trouble_is_not_the_endpoints(trouble: Reply) -> None:
 
 
 async def test_whoever_was_to_find_out_and_does_not_leaves_it_to_the_next() -> None:
-    """A refresh that is joined and given up, or whose key is no longer known, says nothing of the endpoint."""
+    """A refresh that is joined and given up, or whose key is no longer known, says nothing of the
+    endpoint."""
     server = FakeServer(lambda name, times: BROKEN if 10 < now() < 50 else Reply())
     pool = keys(4)
     options = {"max_age": 1.0, "stale_while_revalidate": 600.0}
-    async with fake_client(server, retry=Retry(backoff=1.0), rate_limit=RateLimit(pace=None), **options) as client:
+    async with fake_client(
+        server, retry=Retry(backoff=1.0), rate_limit=RateLimit(pace=None), **options
+    ) as client:
         await client.check(pool)
         await asyncio.sleep(20)
         for key in pool[:3]:
@@ -824,7 +941,9 @@ async def test_whoever_was_to_find_out_and_does_not_leaves_it_to_the_next() -> N
 
 async def test_a_spent_account_holds_up_no_other_ones_refreshes() -> None:
     """Each quota has a queue of its own."""
-    spent = [ApiKey(f"secret-s-{number}", name=f"s{number}", account="spent") for number in range(30)]
+    spent = [
+        ApiKey(f"secret-s-{number}", name=f"s{number}", account="spent") for number in range(30)
+    ]
     other = ApiKey("secret-o", name="other", account="other")
     limit = RateLimit(requests=30, scope="account", pace=None)
     async with fake_client(FakeServer(), rate_limit=limit, stale_while_revalidate=600) as client:
@@ -842,20 +961,30 @@ async def test_a_spent_account_holds_up_no_other_ones_refreshes() -> None:
 async def test_a_refresh_that_a_pause_sends_back_keeps_its_place() -> None:
     """It goes again when the pause is over."""
     server = FakeServer(lambda name, times: refusal(10) if 5 < now() < 15 and times else Reply())
-    async with fake_client(server, rate_limit=RateLimit(pace=2.0), retry=Retry(backoff=0.0), stale_while_revalidate=600) as client:
+    async with fake_client(
+        server, rate_limit=RateLimit(pace=2.0), retry=Retry(backoff=0.0), stale_while_revalidate=600
+    ) as client:
         pool = keys(8)
         await client.check(pool)
         await asyncio.sleep(2)
         await client.check(pool)
-        await asyncio.gather(*(client.balance(key, stale_while_revalidate=0) for key in keys(6, "other")), return_exceptions=True)
-        await asyncio.gather(*(client.balance(key, stale_while_revalidate=0) for key in keys(6, "other")), return_exceptions=True)
+        await asyncio.gather(
+            *(client.balance(key, stale_while_revalidate=0) for key in keys(6, "other")),
+            return_exceptions=True,
+        )
+        await asyncio.gather(
+            *(client.balance(key, stale_while_revalidate=0) for key in keys(6, "other")),
+            return_exceptions=True,
+        )
         await asyncio.sleep(200)
         assert client.quota().refreshing == client.quota().in_flight == 0
 
 
 async def test_without_an_answer_from_before_the_error_is_the_answer() -> None:
     """Unknown is never zero."""
-    async with fake_client(FakeServer(lambda name, times: BROKEN), retry=ONCE, stale_if_error=600) as client:
+    async with fake_client(
+        FakeServer(lambda name, times: BROKEN), retry=ONCE, stale_if_error=600
+    ) as client:
         failed = await outcome(client)
         assert (failed.ok, failed.credits, failed.stale) == (False, None, False)
         with pytest.raises(InternalServerError):
@@ -873,7 +1002,11 @@ async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
         assert client.peek(KEY) is None
         await client.check([KEY, bad])
         await asyncio.sleep(30)
-        fresh, stale, failed = client.peek(KEY, max_age=60), client.peek("secret-0"), client.peek(bad)
+        fresh, stale, failed = (
+            client.peek(KEY, max_age=60),
+            client.peek("secret-0"),
+            client.peek(bad),
+        )
         assert fresh is not None
         assert (fresh.ok, fresh.stale, fresh.source) == (True, False, "cached")
         assert stale is not None
@@ -903,7 +1036,8 @@ async def test_a_pool_that_holds_enough_gives_its_report() -> None:
         assert report.available_credits == Decimal("150.5")
         assert len(server.arrivals) == 2
         with pytest.raises(
-            InsufficientCreditsError, match=r"150\.60 credits are needed and 150\.5 are known to be there"
+            InsufficientCreditsError,
+            match=r"150\.60 credits are needed and 150\.5 are known to be there",
         ) as caught:
             await client.require(Decimal("125.5"), keys(2), margin=Decimal("1.2"), max_age=60)
     assert caught.value.needed == Decimal("150.60")
@@ -911,7 +1045,10 @@ async def test_a_pool_that_holds_enough_gives_its_report() -> None:
 
 
 async def test_a_gate_waits_for_what_is_true_now() -> None:
-    """A stale balance would do for a dashboard; only `stale_if_error`, or a word of its own, lets it through the gate."""
+    """A stale balance would do for a dashboard.
+
+    Only `stale_if_error`, or a word of its own, lets it through the gate.
+    """
     server = FakeServer(counting(Reply(credits="5000"), Reply(credits="10"), BROKEN))
     options = {"max_age": 5, "stale_while_revalidate": 600, "stale_if_error": 3600}
     async with fake_client(server, retry=ONCE, **options) as client:
@@ -927,8 +1064,15 @@ async def test_a_gate_waits_for_what_is_true_now() -> None:
 
 
 async def test_the_gate_can_ask_for_the_whole_account() -> None:
-    """Whose credits are those that spending draws from; then equal credits alone are no likeness."""
-    server = FakeServer(lambda name, times: Reply(body=f'{{"account": {{"credits": 5, "recurring_credits": {name[1:]}}}}}'))
+    """Whose credits are those that spending draws from.
+
+    Then equal credits alone are no likeness.
+    """
+    server = FakeServer(
+        lambda name, times: Reply(
+            body=f'{{"account": {{"credits": 5, "recurring_credits": {name[1:]}}}}}'
+        )
+    )
     async with fake_client(server) as client:
         assert (await client.require(10, keys(2), detail=True)).available_credits == 10
 
@@ -945,7 +1089,10 @@ async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureF
 
 
 async def test_no_old_answer_stands_in_at_a_gate_for_what_our_own_limit_held_back() -> None:
-    """A dashboard may show it; but nobody has failed to say what is there now, because nobody was asked."""
+    """A dashboard may show it.
+
+    But nobody has failed to say what is there now, because nobody was asked.
+    """
     server = FakeServer()
     limit = RateLimit(requests=1, period=60.0)
     async with fake_client(server, rate_limit=limit, max_age=1, stale_if_error=3600) as client:
@@ -1004,8 +1151,13 @@ async def test_a_failure_is_given_again_for_as_long_as_a_balance_would_be() -> N
         ({}, {"max_age": timedelta(seconds=3)}, 3.0),
     ],
 )
-async def test_how_long_a_failure_is_given_again(options: dict[str, Any], call: dict[str, Any], seconds: float) -> None:
-    """By default as long as a balance, and a second at least with any cache; a call's own word goes before."""
+async def test_how_long_a_failure_is_given_again(
+    options: dict[str, Any], call: dict[str, Any], seconds: float
+) -> None:
+    """By default as long as a balance, and a second at least with any cache.
+
+    A call's own word goes before.
+    """
     server = FakeServer(lambda name, times: UNKNOWN_KEY)
     async with fake_client(server, **options) as client:
         await outcome(client, **call)
@@ -1049,8 +1201,13 @@ async def test_an_answer_ages_while_the_machine_sleeps(monkeypatch: pytest.Monke
         assert {each.source for each in await client.check([KEY, bad])} == {"fetched"}
 
 
-async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grant of that date is not in it. Where the API still names a date that is over, its answer counts all the same."""
+async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The grant of that date is not in it.
+
+    Where the API still names a date that is over, its answer counts all the same.
+    """
     at = datetime.now(UTC) + timedelta(seconds=100)
     body = f'{{"account": {{"credits": 5, "recurring_credits_refresh_date": "{at.isoformat()}"}}}}'
     server = FakeServer(lambda name, times: Reply(body=body))
@@ -1062,7 +1219,12 @@ async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(monkeypatch: 
         assert known is not None
         assert known.stale
         assert (await client.check([KEY], detail=True))[0].source == "fetched"
-    assert _grant_after(Account(key=KEY, credits=Decimal(5), checked_at=at, recurring_credits_refresh_date=at)) == math.inf
+    assert (
+        _grant_after(
+            Account(key=KEY, credits=Decimal(5), checked_at=at, recurring_credits_refresh_date=at)
+        )
+        == math.inf
+    )
 
 
 async def test_an_answer_is_shared_and_not_made_again() -> None:
@@ -1079,7 +1241,9 @@ async def test_an_answer_is_shared_and_not_made_again() -> None:
 
 async def test_kept_answers_can_be_dropped() -> None:
     """Of one key on both endpoints, or of all; failures too."""
-    server = FakeServer(lambda name, times: UNKNOWN_KEY if name == "k1" else Reply(credits=str(times)))
+    server = FakeServer(
+        lambda name, times: UNKNOWN_KEY if name == "k1" else Reply(credits=str(times))
+    )
     pool = keys(3)
     async with fake_client(server, max_age=3600) as client:
         await client.check(pool)

@@ -67,12 +67,17 @@ WISHES = st.lists(
     max_size=25,
 )
 REPLIES = st.lists(
-    st.tuples(st.sampled_from([200, 200, 200, 401, 429, 503]), st.sampled_from([0.0, 0.5, 1.0, 2.5, 99.0])), min_size=1, max_size=12
+    st.tuples(
+        st.sampled_from([200, 200, 200, 401, 429, 503]), st.sampled_from([0.0, 0.5, 1.0, 2.5, 99.0])
+    ),
+    min_size=1,
+    max_size=12,
 )
 
 
 class Server(FakeServer):
-    """Counts up with every answer, remembers when each was given, and sees to it that no two are asked for at a time."""
+    """Counts up with every answer, remembers when each was given, and sees to it that no two are
+    asked for at a time."""
 
     def __init__(self, replies: list[tuple[int, float]]) -> None:
         super().__init__()
@@ -109,7 +114,8 @@ class World:
         )
 
     async def play(self, wishes: list[Wish]) -> None:
-        # Without a moment to close, what nobody waits for any more, and what is refreshed, takes its turn first.
+        # Without a moment to close, what nobody waits for any more, and what is refreshed, takes
+        # its turn first.
         closing = asyncio.create_task(self._close(400.0 if self.closes is None else self.closes))
         await asyncio.gather(*(self._asker(wish) for wish in wishes), closing)
         assert len(asyncio.all_tasks()) == 1, "a task is left over"
@@ -120,7 +126,9 @@ class World:
 
     async def _close(self, after: float) -> None:
         await asyncio.sleep(after)
-        assert self.closes is not None or len(asyncio.all_tasks()) == 2, "a task is left over before the client is closed"
+        assert self.closes is not None or len(asyncio.all_tasks()) == 2, (
+            "a task is left over before the client is closed"
+        )
         await self.client.close()
         assert not self.server.busy
 
@@ -156,7 +164,9 @@ class World:
         return balance
 
     def _check_time(self, wish: Wish, began: float) -> None:
-        assert wish.timeout is None or now() <= began + wish.timeout + EPSILON, "an asker was left waiting"
+        assert wish.timeout is None or now() <= began + wish.timeout + EPSILON, (
+            "an asker was left waiting"
+        )
         assert self.closes is None or now() <= self.closes + EPSILON
 
     def _check_age(self, wish: Wish, balance: Balance, began: float) -> None:
@@ -179,7 +189,8 @@ def check(wishes: list[Wish], replies: list[tuple[int, float]], closes: float | 
 def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     wishes: list[Wish], replies: list[tuple[int, float]], closes: float | None
 ) -> None:
-    """Never two calls for one key at a time, never an older answer, never an asker left waiting, never a task left over."""
+    """Never two calls for one key at a time, never an older answer, never an asker left waiting,
+    never a task left over."""
     check(wishes, replies, closes)
 
 
@@ -203,7 +214,9 @@ _JOIN = SingleFlight._join
         ((SingleFlight, "_time_out", lambda self, call, seat: None), "left (waiting|over)"),
     ],
 )
-def test_a_defect_is_found_out(monkeypatch: pytest.MonkeyPatch, defect: tuple[type, str, Any], said: str) -> None:
+def test_a_defect_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, defect: tuple[type, str, Any], said: str
+) -> None:
     """The properties are worth something: with a rule broken they fail."""
     monkeypatch.setattr(*defect)
 

@@ -60,7 +60,14 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CRUSTDATA_API_KEY", "CRUSTDATA_API_KEYS", "CRUSTDATA_API_URL", "NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+    for name in (
+        "CRUSTDATA_API_KEY",
+        "CRUSTDATA_API_KEYS",
+        "CRUSTDATA_API_URL",
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "COLORTERM",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -68,7 +75,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxServer]:
-    """A sandbox on a loop of its own, because the command line brings one too; `CRUSTDATA_API_URL` names it."""
+    """A sandbox on a loop of its own, because the command line brings one too.
+
+    `CRUSTDATA_API_URL` names it.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -96,7 +106,9 @@ def run(*arguments: str, given: bytes = b"", **environ: str) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, out: Stream = None, err: Stream = None) -> int:
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, out: Stream = None, err: Stream = None
+) -> int:
     monkeypatch.setattr(sys, "argv", ["crustcredits", *arguments])
     monkeypatch.setattr(sys, "stdout", out if out is not None else io.StringIO())
     monkeypatch.setattr(sys, "stderr", err if err is not None else io.StringIO())
@@ -119,10 +131,22 @@ def widest(text: str) -> int:
 
 
 def outcome(name: str, credits: str | None = None, **fields: Any) -> Outcome[Account]:
-    key = ApiKey(f"a-secret-of-some-length-{len(name)}-{hash(name)}", name=name, account=fields.pop("account", None))
+    key = ApiKey(
+        f"a-secret-of-some-length-{len(name)}-{hash(name)}",
+        name=name,
+        account=fields.pop("account", None),
+    )
     error = fields.pop("error", None)
-    balance = None if credits is None else Account(key=key, credits=Decimal(credits), checked_at=NOW, **fields)
-    return Unknown(key=key, error=error, attempts=1) if balance is None else Known(balance=balance, error=error)
+    balance = (
+        None
+        if credits is None
+        else Account(key=key, credits=Decimal(credits), checked_at=NOW, **fields)
+    )
+    return (
+        Unknown(key=key, error=error, attempts=1)
+        if balance is None
+        else Known(balance=balance, error=error)
+    )
 
 
 def show(*outcomes: Outcome[Account], floor: Decimal | None = None) -> str:
@@ -137,7 +161,8 @@ def show(*outcomes: Outcome[Account], floor: Decimal | None = None) -> str:
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_demo_fits_the_width(columns: int) -> None:
-    """At 80 and at 120 columns no line is longer, no name is cut, and none of it is an escape sequence."""
+    """At 80 and at 120 columns no line is longer, no name is cut, and none of it is an escape
+    sequence."""
     result = run("demo", COLUMNS=str(columns))
     assert result.status == 0
     assert result.err == ""
@@ -148,7 +173,8 @@ def test_the_demo_fits_the_width(columns: int) -> None:
 
 
 def test_the_demo_shows_every_kind_of_key() -> None:
-    """Good, empty, retried and failed keys, the totals by account, each failure in words, and the requests sent."""
+    """Good, empty, retried and failed keys, the totals by account, each failure in words, and the
+    requests sent."""
     result = run("demo", "--keys", "40")
     assert row(result, "alpine/prod").endswith(" ok")
     assert row(result, "boreal/prod").endswith(" retried")
@@ -169,7 +195,12 @@ def test_the_demo_pool_is_the_same_every_time() -> None:
     assert [(key.name, key.account) for key in first] == [(key.name, key.account) for key in again]
     assert len({key.label for key in first}) == 250
     assert len({key.account for key in first}) == 40
-    assert [key.label for key in first][:4] == ["acme/prod", "acme/dev", "acme/batch", "acme/prod-2"]
+    assert [key.label for key in first][:4] == [
+        "acme/prod",
+        "acme/dev",
+        "acme/batch",
+        "acme/prod-2",
+    ]
 
 
 def test_the_demo_takes_another_window() -> None:
@@ -180,7 +211,14 @@ def test_the_demo_takes_another_window() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--keys", "0"), ("--keys", "x"), ("--window", "0"), ("--window", "-1"), ("--window", "nan"), ("--window", "inf")],
+    [
+        ("--keys", "0"),
+        ("--keys", "x"),
+        ("--window", "0"),
+        ("--window", "-1"),
+        ("--window", "nan"),
+        ("--window", "inf"),
+    ],
 )
 def test_the_demo_refuses_what_cannot_be(arguments: tuple[str, str]) -> None:
     """A usage error names the option, with status 2."""
@@ -196,7 +234,11 @@ def test_the_demo_refuses_what_cannot_be(arguments: tuple[str, str]) -> None:
 def test_a_table_of_credits(api: SandboxServer) -> None:
     """Labels, credits and states; each declared account once in the total."""
     api.add_account("acme", credits=Decimal("138940.37"))
-    pool = [api.add_key("prod", account="acme"), api.add_key("ci", account="acme"), api.add_key("solo", credits=0)]
+    pool = [
+        api.add_key("prod", account="acme"),
+        api.add_key("ci", account="acme"),
+        api.add_key("solo", credits=0),
+    ]
     result = run("check", CRUSTDATA_API_KEYS=entries(*pool))
     assert (result.status, result.err) == (0, "")
     assert [" ".join(line.split()) for line in result.lines] == [
@@ -216,11 +258,18 @@ def test_a_table_of_credits(api: SandboxServer) -> None:
 
 
 def test_grants_with_detail(api: SandboxServer) -> None:
-    """`--detail` shows each account's grant and when the next comes, and nothing where there is none."""
+    """`--detail` shows each account's grant and when the next comes, and nothing where there is
+    none."""
     grant = {"recurring_credits": 5000, "recurring_credits_frequency": "monthly"}
-    api.add_account("acme", credits=7, **grant, recurring_credits_refresh_date="2026-09-01T00:00:00Z")
+    api.add_account(
+        "acme", credits=7, **grant, recurring_credits_refresh_date="2026-09-01T00:00:00Z"
+    )
     api.add_account("bare", credits=7, **grant)
-    pool = [api.add_key(account="acme", name="a"), api.add_key(account="bare", name="b"), api.add_key("c")]
+    pool = [
+        api.add_key(account="acme", name="a"),
+        api.add_key(account="bare", name="b"),
+        api.add_key("c"),
+    ]
     result = run("check", "--detail", CRUSTDATA_API_KEYS=entries(*pool))
     assert row(result, "key") == "key credits grant next grant state"
     assert row(result, "acme/a") == "acme/a 7 5,000 monthly 2026-09-01 ok"
@@ -243,11 +292,14 @@ def test_retries_are_told(api: SandboxServer) -> None:
     key = api.add_key("down")
     api.fail(key, Fault.BAD_GATEWAY)
     result = run("check", CRUSTDATA_API_KEYS=entries(key))
-    assert "down the API or a gateway before it failed (HTTP 502), after 4 tries" in " ".join(result.out.split())
+    assert "down the API or a gateway before it failed (HTTP 502), after 4 tries" in " ".join(
+        result.out.split()
+    )
 
 
 def test_lookalikes_are_told() -> None:
-    """Keys that may share an account undeclared are named, because the total counts it for each of them."""
+    """Keys that may share an account undeclared are named, because the total counts it for each of
+    them."""
     out = show(outcome("a", "5"), outcome("b", "5"), outcome("c", "0"), outcome("d", "0"))
     assert "2 keys answer just like another one, such as a and b: if they share an account" in out
     assert "ACCOUNT/NAME=SECRET" in out
@@ -255,27 +307,49 @@ def test_lookalikes_are_told() -> None:
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_credits_are_never_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credits keep every digit on a line of their own, or folded when absurdly many; long names are folded beside them."""
+    """Credits keep every digit on a line of their own, or folded when absurdly many.
+
+    Long names are folded beside them.
+    """
     monkeypatch.setenv("COLUMNS", str(columns))
     name, digits = "a-very-long-name-" * 5, "123456789" * 7
-    grant: dict[str, Any] = {"recurring_credits": Decimal(50_000), "recurring_credits_frequency": "monthly\x1b[31m"}
+    grant: dict[str, Any] = {
+        "recurring_credits": Decimal(50_000),
+        "recurring_credits_frequency": "monthly\x1b[31m",
+    }
     out = show(
-        outcome(name, "98765432101.345", account="b" * 60, recurring_credits_refresh_date=NOW, **grant),
+        outcome(
+            name, "98765432101.345", account="b" * 60, recurring_credits_refresh_date=NOW, **grant
+        ),
         outcome("absurd", digits),
         outcome("c" * 60, error=CrustCreditsError("wrong " * 30, key_name="c" * 60)),
     )
     assert widest(out) <= max(columns, 76)
     assert "\x1b" not in out
     first = next(line for line in out.splitlines() if line.startswith("bbb"))
-    assert first.split()[1:] == ["98,765,432,101.345", "50,000", "monthly", "[31m", "2026-01-02", "ok"]
-    assert f"{int(digits):,}" in "".join(re.findall(r"(?<= )[\d,]{3,}(?= )", out[out.index("absurd") :]))
+    assert first.split()[1:] == [
+        "98,765,432,101.345",
+        "50,000",
+        "monthly",
+        "[31m",
+        "2026-01-02",
+        "ok",
+    ]
+    assert f"{int(digits):,}" in "".join(
+        re.findall(r"(?<= )[\d,]{3,}(?= )", out[out.index("absurd") :])
+    )
     assert out.count("wrong") == 30
 
 
 def test_markup_and_escapes_are_printed_as_they_are() -> None:
     """Neither a name nor the server's words can colour or move anything."""
-    error = CrustCreditsError("[bold]no[/bold] :smile: \x1b[31mred\x1b[0m", key_name="[link]/[red]x[/red]")
-    out = show(outcome("[red]x[/red]", error=error, account="[link]"), outcome("[/]", "1", account="[b]c[b]"))
+    error = CrustCreditsError(
+        "[bold]no[/bold] :smile: \x1b[31mred\x1b[0m", key_name="[link]/[red]x[/red]"
+    )
+    out = show(
+        outcome("[red]x[/red]", error=error, account="[link]"),
+        outcome("[/]", "1", account="[b]c[b]"),
+    )
     assert "\x1b" not in out
     assert "[link]/[red]x[/red]  [bold]no[/bold] :smile:  [31mred [0m" in out
     assert "[b]c[b]/[/] " in out
@@ -288,28 +362,60 @@ def test_keys_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
     """`--keys-file` reads keys from a file, and the environment's are left alone."""
     path = tmp_path / "keys.txt"
     path.write_text(f"# ours\n{entries(api.add_key('a'), api.add_key('b'))}\n")
-    result = run("check", "--json", "--keys-file", str(path), CRUSTDATA_API_KEY=api.add_key().get_secret_value())
+    result = run(
+        "check",
+        "--json",
+        "--keys-file",
+        str(path),
+        CRUSTDATA_API_KEY=api.add_key().get_secret_value(),
+    )
     assert [each["key"] for each in json.loads(result.out)["outcomes"]] == ["a", "b"]
 
 
 def test_keys_from_standard_input(api: SandboxServer) -> None:
     """`--keys-file -` reads them from standard input, with or without a byte-order mark."""
-    result = run("check", "--json", "--keys-file", "-", given=b"\xef\xbb\xbf" + entries(api.add_key("a")).encode())
+    result = run(
+        "check",
+        "--json",
+        "--keys-file",
+        "-",
+        given=b"\xef\xbb\xbf" + entries(api.add_key("a")).encode(),
+    )
     assert [each["key"] for each in json.loads(result.out)["outcomes"]] == ["a"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "given", "said"),
     [
-        ((), b"", "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with --keys-file"),
-        (("--keys-file", "-"), b"# none\n", "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS"),
+        (
+            (),
+            b"",
+            (
+                "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
+                "--keys-file"
+            ),
+        ),
+        (
+            ("--keys-file", "-"),
+            b"# none\n",
+            "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS",
+        ),
         (("--keys-file", "-"), b"\xff\xfe\x00", "standard input cannot be read as UTF-8 text"),
-        (("--keys-file", "-"), b"a=fine-secret\nb=two words-secret\n", "line 2: the API key holds white space"),
-        (("--keys-file", "no/such/file"), b"", "the keys file 'no/such/file' cannot be read: No such file or directory"),
+        (
+            ("--keys-file", "-"),
+            b"a=fine-secret\nb=two words-secret\n",
+            "line 2: the API key holds white space",
+        ),
+        (
+            ("--keys-file", "no/such/file"),
+            b"",
+            "the keys file 'no/such/file' cannot be read: No such file or directory",
+        ),
     ],
 )
 def test_no_usable_keys(arguments: tuple[str, ...], given: bytes, said: str) -> None:
-    """One line on standard error says what is wrong or what to set, with status 2, and nothing of a secret."""
+    """One line on standard error says what is wrong or what to set, with status 2, and nothing of a
+    secret."""
     result = run("check", *arguments, given=given)
     assert (result.status, result.out) == (2, "")
     assert result.err.startswith(f"crustcredits: {said}")
@@ -327,10 +433,14 @@ def test_a_url_that_cannot_be_used() -> None:
 # --- check: exit statuses
 
 
-@pytest.mark.parametrize(("floor", "status", "state"), [("1000", 0, "ok"), ("1000.01", 1, "low"), ("0", 0, "ok")])
+@pytest.mark.parametrize(
+    ("floor", "status", "state"), [("1000", 0, "ok"), ("1000.01", 1, "low"), ("0", 0, "ok")]
+)
 def test_a_key_below_the_minimum(api: SandboxServer, floor: str, status: int, state: str) -> None:
     """`--min-credits` makes the status 1 when a key holds fewer, compared exactly."""
-    result = run("check", "--min-credits", floor, CRUSTDATA_API_KEYS=entries(api.add_key("a", credits=1000)))
+    result = run(
+        "check", "--min-credits", floor, CRUSTDATA_API_KEYS=entries(api.add_key("a", credits=1000))
+    )
     assert result.status == status
     assert row(result, "a") == f"a 1,000 {state}"
 
@@ -359,7 +469,10 @@ def test_json_and_jsonl_exclude_each_other() -> None:
 
 
 def test_time_runs_out(api: SandboxServer) -> None:
-    """With `--timeout`, a key without an answer by then has failed; the others' answers are shown."""
+    """With `--timeout`, a key without an answer by then has failed.
+
+    The others' answers are shown.
+    """
     silent, good = api.add_key("silent"), api.add_key("good")
     api.fail(silent, Fault.SILENCE)
     result = run("check", "--timeout", "0.3", CRUSTDATA_API_KEYS=entries(silent, good))
@@ -372,7 +485,14 @@ def test_help_documents_the_exit_statuses() -> None:
     """`check --help` lists every status and fits 80 columns."""
     result = run("check", "--help")
     assert result.status == 0
-    assert [line.split()[0] for line in result.lines if line.startswith("    ")] == ["0", "1", "2", "3", "74", "130"]
+    assert [line.split()[0] for line in result.lines if line.startswith("    ")] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "74",
+        "130",
+    ]
     assert widest(result.out) <= 80
 
 
@@ -380,7 +500,8 @@ def test_help_documents_the_exit_statuses() -> None:
 
 
 def test_one_json_document(api: SandboxServer) -> None:
-    """`--json` prints the report's `to_dict()`, with the account's fields when asked for detail, and nothing else."""
+    """`--json` prints the report's `to_dict()`, with the account's fields when asked for detail,
+    and nothing else."""
     pool = [api.add_key("a", credits=Decimal("0.10")), ApiKey("not-known-to-anyone", name="lost")]
     result = run("check", "--json", "--detail", CRUSTDATA_API_KEYS=entries(*pool))
     assert (result.status, result.err) == (3, "")
@@ -424,7 +545,8 @@ def test_a_json_line_for_each_outcome(api: SandboxServer) -> None:
     ],
 )
 def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -> None:
-    """A key given as an argument is refused, with status 2, and does not appear in the words that say so."""
+    """A key given as an argument is refused, with status 2, and does not appear in the words that
+    say so."""
     result = run(*arguments)
     assert result.status == 2
     assert "secret" not in result.out + result.err
@@ -433,8 +555,17 @@ def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -
 @pytest.mark.parametrize("option", [(), ("--json",), ("--jsonl",), ("--detail",)])
 def test_no_secret_is_printed(api: SandboxServer, option: tuple[str, ...]) -> None:
     """Whatever became of the keys, nothing printed holds a secret."""
-    pool = [api.add_key("a", secret="sk-good-secret"), ApiKey("sk-lost-secret", name="b"), ApiKey("sk-bare-secret")]
-    result = run("check", *option, CRUSTDATA_API_KEYS=entries(*pool[:2]), CRUSTDATA_API_KEY=pool[2].get_secret_value())
+    pool = [
+        api.add_key("a", secret="sk-good-secret"),
+        ApiKey("sk-lost-secret", name="b"),
+        ApiKey("sk-bare-secret"),
+    ]
+    result = run(
+        "check",
+        *option,
+        CRUSTDATA_API_KEYS=entries(*pool[:2]),
+        CRUSTDATA_API_KEY=pool[2].get_secret_value(),
+    )
     assert result.status == 3
     assert "sk-" not in result.out + result.err
 
@@ -442,8 +573,13 @@ def test_no_secret_is_printed(api: SandboxServer, option: tuple[str, ...]) -> No
 # --- terminals
 
 
-def test_colour_and_a_bar_on_a_terminal(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal the table is coloured; the bar is on standard error only, and gone at the end."""
+def test_colour_and_a_bar_on_a_terminal(
+    api: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal the table is coloured.
+
+    The bar is on standard error only, and gone at the end.
+    """
     out, err = Terminal(), Terminal()
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(api.add_key("a"), api.add_key("b")))
     assert run_main(monkeypatch, "check", out=out, err=err) == 0
@@ -480,7 +616,12 @@ def test_no_bar_among_lines(api: SandboxServer, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("end", "held", "words"),
-    [(61.2, 0, "ETA 0:01:02"), (0.2, 0, "ETA 0:00:01"), (0.0, 0, "last answers"), (5.0, 7, "ETA 0:00:05, rate limit holds back 7")],
+    [
+        (61.2, 0, "ETA 0:01:02"),
+        (0.2, 0, "ETA 0:00:01"),
+        (0.0, 0, "last answers"),
+        (5.0, 7, "ETA 0:00:05, rate limit holds back 7"),
+    ],
 )
 def test_the_time_left_in_words(end: float, held: int, words: str) -> None:
     """Beside the bar stands when the last can start, and how many the rate limit holds back."""
@@ -492,7 +633,9 @@ async def test_the_bar_knows_what_the_rate_limit_allows(sandbox: SandboxServer) 
     """The time left counts the periods that the rate limit makes the rest wait."""
     pool = [sandbox.add_key(f"key-{number}") for number in range(3)]
     checked = Run(pool, detail=False)
-    async with CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(requests=1, period=30, margin=0)) as client:
+    async with CreditsClient(
+        base_url=sandbox.url, rate_limit=RateLimit(requests=1, period=30, margin=0)
+    ) as client:
         bar = checked._bar = Bar(client, checked, tables.console_of(Terminal()))
         assert bar.tasks[0].fields["end"] - bar.get_time() == pytest.approx(60, abs=1)
         landed = asyncio.Event()
@@ -547,7 +690,10 @@ def test_ctrl_c_leaves_one_json_document() -> None:
     document = json.loads(result.out)
     assert not document["ok"]
     assert [each["credits"] for each in document["outcomes"]] == ["1000", None]
-    assert document["outcomes"][1]["error"]["message"] == "not checked: interrupted before its answer came"
+    assert (
+        document["outcomes"][1]["error"]["message"]
+        == "not checked: interrupted before its answer came"
+    )
 
 
 @pytest.mark.usefixtures("interrupted")
@@ -571,7 +717,9 @@ async def started(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     command = (sys.executable, "-m", "crustcredits", *arguments)
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=out, stderr=pipe, env={**os.environ, **environ})
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=out, stderr=pipe, env={**os.environ, **environ}
+    )
     try:
         yield process
     finally:
@@ -600,7 +748,10 @@ async def test_a_pipe_that_nobody_reads(sandbox: SandboxServer) -> None:
     """A closed pipe ends a real process with 141, as SIGPIPE would, and without a word."""
     reads, writes = os.pipe()
     os.close(reads)
-    environ = {"CRUSTDATA_API_URL": sandbox.url, "CRUSTDATA_API_KEYS": entries(sandbox.add_key("a"))}
+    environ = {
+        "CRUSTDATA_API_URL": sandbox.url,
+        "CRUSTDATA_API_KEYS": entries(sandbox.add_key("a")),
+    }
     try:
         async with started(environ, "check", out=writes) as process:
             _, said = await process.communicate()
@@ -610,8 +761,11 @@ async def test_a_pipe_that_nobody_reads(sandbox: SandboxServer) -> None:
 
 
 @pytest.mark.parametrize("option", ["--json", "--jsonl"])
-def test_a_pipe_that_closes(api: SandboxServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str) -> None:
-    """Writing to a closed pipe ends the check with 141, also in the middle of it, and what is left goes nowhere."""
+def test_a_pipe_that_closes(
+    api: SandboxServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
+) -> None:
+    """Writing to a closed pipe ends the check with 141, also in the middle of it, and what is left
+    goes nowhere."""
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(api.add_key("a")))
     err = io.StringIO()
     with (tmp_path / "out").open("w") as out:
@@ -636,7 +790,10 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> Non
     forget("crustcredits.cli", monkeypatch)
     err = io.StringIO()
     assert run_main(monkeypatch, "demo", err=err) == 2
-    assert err.getvalue() == "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
+    assert (
+        err.getvalue()
+        == "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
+    )
 
 
 def test_another_missing_module_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +838,10 @@ def test_the_version_is_shown() -> None:
 
 
 def test_an_option_that_is_near_is_named() -> None:
-    """A typing error costs no search, and the usage of a known option is explained with its name."""
+    """A typing error costs no search, and the usage of a known option is explained with its
+    name."""
     assert "Is --timeout meant?" in run("check", "--time-out", "3").err
     assert "Option '--timeout' requires an argument" in run("check", "--timeout").err
-    assert "Invalid value for '--keys': it takes N. How many keys." in run("demo", "--keys", "0").err
+    assert (
+        "Invalid value for '--keys': it takes N. How many keys." in run("demo", "--keys", "0").err
+    )

@@ -82,14 +82,24 @@ async def calling(app: FastAPI) -> AsyncIterator[AsyncClient]:
     """A caller of the app while it runs."""
     async with (
         app.router.lifespan_context(app),
-        AsyncClient(transport=ASGITransport(app, raise_app_exceptions=False), base_url="http://test") as caller,
+        AsyncClient(
+            transport=ASGITransport(app, raise_app_exceptions=False), base_url="http://test"
+        ) as caller,
     ):
         yield caller
 
 
-def app_of(sandbox: SandboxServer, *keys: Any, client: dict[str, Any] | None = None, **options: Any) -> FastAPI:
-    app = FastAPI(lifespan=credits_lifespan(partial(CreditsClient, base_url=sandbox.url, retry=QUICK, **(client or {}))))
-    app.include_router(credits_router(keys, **({"public": True, "max_age": 0} | options)), prefix="/credits")
+def app_of(
+    sandbox: SandboxServer, *keys: Any, client: dict[str, Any] | None = None, **options: Any
+) -> FastAPI:
+    app = FastAPI(
+        lifespan=credits_lifespan(
+            partial(CreditsClient, base_url=sandbox.url, retry=QUICK, **(client or {}))
+        )
+    )
+    app.include_router(
+        credits_router(keys, **({"public": True, "max_age": 0} | options)), prefix="/credits"
+    )
     return app
 
 
@@ -197,7 +207,9 @@ def test_without_the_lifespan_an_error_says_what_to_do() -> None:
 async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
     """It could serve one start of the app only."""
     for mistake in (CreditsClient(), None, 5):
-        with pytest.raises(ConfigurationError, match=r"give CreditsClient itself, or functools\.partial"):
+        with pytest.raises(
+            ConfigurationError, match=r"give CreditsClient itself, or functools\.partial"
+        ):
             credits_lifespan(mistake)  # type: ignore[arg-type]  # the mistake under test
 
 
@@ -234,9 +246,12 @@ def test_the_accessor_sees_through_what_is_around_the_app() -> None:
 
 
 def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
-    """What is easily mistyped: not called, no lifespan, and a function that makes something else."""
+    """What is easily mistyped: not called, no lifespan, and a function that makes something
+    else."""
     with (
-        pytest.raises(ConfigurationError, match=r"call it: FastAPI\(lifespan=credits_lifespan\(\)\)"),
+        pytest.raises(
+            ConfigurationError, match=r"call it: FastAPI\(lifespan=credits_lifespan\(\)\)"
+        ),
         TestClient(
             FastAPI(lifespan=credits_lifespan)  # type: ignore[arg-type]  # the mistake under test
         ),
@@ -253,7 +268,9 @@ def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
         pass
 
 
-async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(
+    sandbox: SandboxServer, credits_client: CreditsClient
+) -> None:
     """The router asks it, without a lifespan."""
     app = FastAPI()
     app.include_router(credits_router([sandbox.add_key("prod", credits="7.50")], public=True))
@@ -269,7 +286,9 @@ def outcome(credits: str) -> Outcome:
     return Known(balance=Balance(key=KEY, credits=Decimal(credits), checked_at=NOON))
 
 
-@pytest.mark.parametrize("credits", ["138940.37", "0.10", "1E+3", "9" * 64, "-0.5", "0." + "0" * 60 + "1"])
+@pytest.mark.parametrize(
+    "credits", ["138940.37", "0.10", "1E+3", "9" * 64, "-0.5", "0." + "0" * 60 + "1"]
+)
 def test_credits_are_text_exact_to_the_digit(credits: str) -> None:
     """Without an exponent, and they come back the same."""
     response = KeyResponse.model_validate(outcome(credits))
@@ -287,7 +306,9 @@ def test_times_are_in_utc_and_the_age_counts_from_them() -> None:
     plain = json.loads(balance.model_dump_json())
     assert plain["checked_at"] == "2026-01-01T12:00:00Z"
     assert plain["age"] == pytest.approx((datetime.now(UTC) - NOON).total_seconds(), abs=60)
-    ahead = BalanceResponse.model_validate(Balance(key=KEY, credits=Decimal(1), checked_at=datetime.now(UTC) + timedelta(days=1)))
+    ahead = BalanceResponse.model_validate(
+        Balance(key=KEY, credits=Decimal(1), checked_at=datetime.now(UTC) + timedelta(days=1))
+    )
     assert ahead.age == 0
 
 
@@ -342,7 +363,11 @@ async def test_routes_of_ones_own_return_what_the_client_gave(sandbox: SandboxSe
 
     async with calling(app) as caller:
         answers = [(await caller.get(path)).json() for path in ("/balance", "/account", "/pool")]
-    assert [answers[0]["credits"], answers[1]["recurring_credits"], answers[2]["total_credits"]] == ["9.5", "10", "9.5"]
+    assert [
+        answers[0]["credits"],
+        answers[1]["recurring_credits"],
+        answers[2]["total_credits"],
+    ] == ["9.5", "10", "9.5"]
     assert answers[2]["accounts"] == {"acme": "9.5"}
 
 
@@ -352,7 +377,9 @@ def test_a_pool_response_can_be_read_back() -> None:
     failed = Unknown(key=ApiKey("sk-2", name="dev"), error=error, checked_at=NOON, attempts=1)
     report = Report([outcome("5"), failed])
     response = PoolResponse.model_validate(report)
-    again = PoolResponse.model_validate_json(response.model_dump_json(exclude={"keys": {"__all__": {"age"}}}))
+    again = PoolResponse.model_validate_json(
+        response.model_dump_json(exclude={"keys": {"__all__": {"age"}}})
+    )
     assert again == response
     assert again.keys[1].error is not None
     assert again.keys[1].error.title == "The credits API does not know the key"
@@ -372,7 +399,10 @@ def test_a_pool_response_can_be_read_back() -> None:
         ({"public": "no"}, "public is True or False, not str"),
         ({"dependencies": [list]}, r"dependencies are Depends\(…\); wrap this type in it"),
         ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
-        ({"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}}, "two different keys have this name"),
+        (
+            {"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}},
+            "two different keys have this name",
+        ),
         ({"public": True, "max_age": -1}, "max_age is a finite number of at least 0"),
         ({"public": True, "stale_if_error": "1h"}, "stale_if_error is a finite number"),
         ({"public": True, "timeout": 0}, "timeout is a finite number above 0"),
@@ -396,7 +426,9 @@ async def test_the_pool_by_name(sandbox: SandboxServer) -> None:
         ("broken", "failed", None),
         ("keys[2]", "failed", None),
     ]
-    assert {name: pool[name] for name in ("ok", "succeeded", "failed", "stale", "total_credits")} == {
+    assert {
+        name: pool[name] for name in ("ok", "succeeded", "failed", "stale", "total_credits")
+    } == {
         "ok": False,
         "succeeded": 1,
         "failed": 2,
@@ -414,12 +446,19 @@ async def test_the_pool_can_be_filtered_and_sorted(sandbox: SandboxServer) -> No
     sandbox.add_account("acme", credits=20)
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
-    pool = [broken, sandbox.add_key("b", account="acme"), sandbox.add_key("c", credits=3), sandbox.add_key("a", credits=100)]
+    pool = [
+        broken,
+        sandbox.add_key("b", account="acme"),
+        sandbox.add_key("c", credits=3),
+        sandbox.add_key("a", credits=100),
+    ]
 
     async with calling(app_of(sandbox, *pool, max_age=60)) as caller:
 
         async def names(query: str) -> list[str]:
-            return [key["key"] for key in (await caller.get(f"/credits/keys{query}")).json()["keys"]]
+            return [
+                key["key"] for key in (await caller.get(f"/credits/keys{query}")).json()["keys"]
+            ]
 
         for key in pool:
             await caller.get(f"/credits/keys/{key.label}")
@@ -465,7 +504,9 @@ async def test_one_key_by_label(sandbox: SandboxServer) -> None:
         (Fault.SILENCE, 504),
     ],
 )
-async def test_a_key_that_cannot_be_checked_is_a_problem(sandbox: SandboxServer, fault: Fault, status: int) -> None:
+async def test_a_key_that_cannot_be_checked_is_a_problem(
+    sandbox: SandboxServer, fault: Fault, status: int
+) -> None:
     """With a status that says whose it is, and no word of the API's."""
     key = sandbox.add_key("prod")
     sandbox.fail(key, fault, retry_after=7)
@@ -479,7 +520,9 @@ async def test_a_key_that_cannot_be_checked_is_a_problem(sandbox: SandboxServer,
     assert "nginx" not in answer.text
 
 
-async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(sandbox: SandboxServer) -> None:
+async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(
+    sandbox: SandboxServer,
+) -> None:
     """Or they could use up the rate limit."""
     app = app_of(sandbox, sandbox.add_key("prod"), max_age=timedelta(seconds=5))
     async with calling(app) as caller:
@@ -493,10 +536,17 @@ async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(sandbox:
 
 
 async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: SandboxServer) -> None:
-    """Its failure is shown again for `max_age`, alone and in the pool, and the others are right beside it."""
+    """Its failure is shown again for `max_age`, alone and in the pool, and the others are right
+    beside it."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
-    app = app_of(sandbox, sandbox.add_key("a", credits=1), broken, sandbox.add_key("b", credits=2), max_age=30)
+    app = app_of(
+        sandbox,
+        sandbox.add_key("a", credits=1),
+        broken,
+        sandbox.add_key("b", credits=2),
+        max_age=30,
+    )
     async with calling(app) as caller:
         for _ in range(2):
             assert (await caller.get("/credits/keys/broken?max_age=60")).status_code == 502
@@ -526,10 +576,14 @@ async def test_an_age_may_be_as_long_as_one_likes(sandbox: SandboxServer) -> Non
         assert {(await caller.get("/credits/keys/broken")).status_code for _ in range(2)} == {502}
 
 
-async def test_the_log_tells_why_a_key_fails_once(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_tells_why_a_key_fails_once(
+    sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Callers are not told what the API said; and again when it fails after it had been well."""
     key = sandbox.add_key("prod")
-    async with calling(app_of(sandbox, key, sandbox.add_key("dev"), stale_while_revalidate=0, stale_if_error=0)) as caller:
+    async with calling(
+        app_of(sandbox, key, sandbox.add_key("dev"), stale_while_revalidate=0, stale_if_error=0)
+    ) as caller:
         for _ in range(2):
             sandbox.fail(key, Fault.FORBIDDEN, times=3)
             for _ in range(5):
@@ -540,7 +594,10 @@ async def test_the_log_tells_why_a_key_fails_once(sandbox: SandboxServer, caplog
 def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """It is mostly a variable that is not set."""
     credits_router([], public=True)
-    assert "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set" in caplog.text
+    assert (
+        "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set"
+        in caplog.text
+    )
 
 
 async def test_a_balance_that_will_do_goes_before_a_failure(sandbox: SandboxServer) -> None:
@@ -551,7 +608,10 @@ async def test_a_balance_that_will_do_goes_before_a_failure(sandbox: SandboxServ
         await caller.get("/credits/keys/prod")
         sandbox.fail(key, Fault.UNAVAILABLE)
         await asyncio.sleep(0.05)
-        answers = [(await caller.get(f"/credits/keys/prod{query}")).status_code for query in ("", "", "?max_age=60")]
+        answers = [
+            (await caller.get(f"/credits/keys/prod{query}")).status_code
+            for query in ("", "", "?max_age=60")
+        ]
     assert answers == [502, 502, 200]
     assert sandbox.requests == 2
 
@@ -563,7 +623,10 @@ async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServ
         await credits_client_of(app).close()
         for path in ("keys", "keys/prod"):
             answer = await caller.get(f"/credits/{path}")
-            assert (answer.status_code, answer.json()["title"]) == (503, "The service is shutting down")
+            assert (answer.status_code, answer.json()["title"]) == (
+                503,
+                "The service is shutting down",
+            )
 
 
 async def test_an_empty_list_holds_nothing(sandbox: SandboxServer) -> None:
@@ -638,7 +701,9 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
 async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> None:
     """A balance that was not refreshed in time, and why."""
     key = sandbox.add_key("prod")
-    async with calling(app_of(sandbox, key, "two words", max_age=0.01, stale_while_revalidate=0)) as caller:
+    async with calling(
+        app_of(sandbox, key, "two words", max_age=0.01, stale_while_revalidate=0)
+    ) as caller:
         await caller.get("/credits/keys/prod")
         await asyncio.sleep(0.02)
         health = (await caller.get("/credits/healthz")).json()
@@ -647,10 +712,16 @@ async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> No
         assert health["reasons"][1] == "keys[1]: the key cannot be used"
         sandbox.fail(key, Fault.UNAVAILABLE)
         await caller.get("/credits/keys/prod")
-        assert (await caller.get("/credits/healthz")).json()["reasons"][0].startswith("prod: The credits API failed; the balance")
+        assert (
+            (await caller.get("/credits/healthz"))
+            .json()["reasons"][0]
+            .startswith("prod: The credits API failed; the balance")
+        )
 
 
-async def test_health_sees_a_failure_beside_a_balance_that_is_recent(sandbox: SandboxServer) -> None:
+async def test_health_sees_a_failure_beside_a_balance_that_is_recent(
+    sandbox: SandboxServer,
+) -> None:
     """An outage shows before the balances are old."""
     key = sandbox.add_key("prod")
     async with calling(app_of(sandbox, key)) as caller:
@@ -691,7 +762,9 @@ REPORT = Report([Unknown(key=ApiKey("sk-2", name="dev"), error=InvalidKeyError(S
 
 
 def requirement(*deciding: CrustCreditsError) -> CreditsUnknownError:
-    return CreditsUnknownError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT, deciding=deciding)
+    return CreditsUnknownError(
+        SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT, deciding=deciding
+    )
 
 
 REVOKED = InvalidKeyError(SAID, status=401)
@@ -729,12 +802,20 @@ ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
     (APITimeoutError(SAID, key_name="prod"), 504, None),
     (ClientClosedError(SAID), 503, None),
     (ConfigurationError(SAID), 500, None),
-    (InsufficientCreditsError(SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT), 409, None),
+    (
+        InsufficientCreditsError(
+            SAID, needed=Decimal("1E+2"), available=Decimal("0.5"), report=REPORT
+        ),
+        409,
+        None,
+    ),
     *((requirement(*deciding), status, retry_after) for deciding, status, retry_after in DECIDING),
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "retry_after"), ERRORS, ids=[type(error).__name__ for error, *_ in ERRORS])
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"), ERRORS, ids=[type(error).__name__ for error, *_ in ERRORS]
+)
 def test_an_error_becomes_a_problem_document(
     error: CrustCreditsError, status: int, retry_after: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -756,7 +837,11 @@ def test_an_error_becomes_a_problem_document(
     assert "on fire" not in answer.text
     assert f"answered with {status}: " in caplog.text
     if isinstance(error, CreditsRequirementError):
-        assert (answer.json()["needed"], answer.json()["available"], answer.json()["unknown"]) == ("100", "0.5", ["dev"])
+        assert (answer.json()["needed"], answer.json()["available"], answer.json()["unknown"]) == (
+            "100",
+            "0.5",
+            ["dev"],
+        )
 
 
 def test_a_web_socket_is_closed_with_a_reason() -> None:
@@ -776,7 +861,10 @@ def test_a_web_socket_is_closed_with_a_reason() -> None:
     caller = TestClient(app)
     with caller.websocket_connect("/open") as socket, pytest.raises(WebSocketDisconnect) as closed:
         socket.receive_text()
-    assert (closed.value.code, closed.value.reason) == (1011, "The credits API did not answer in time")
+    assert (closed.value.code, closed.value.reason) == (
+        1011,
+        "The credits API did not answer in time",
+    )
     with pytest.raises(WebSocketDenialResponse) as denied, caller.websocket_connect("/door"):
         pass
     assert denied.value.status_code == 504
@@ -790,7 +878,9 @@ def test_every_error_has_an_answer() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     assert {
-        kind for kind in below(CrustCreditsError) if kind.__module__ in {"crustcredits._errors", "crustcredits._report"}
+        kind
+        for kind in below(CrustCreditsError)
+        if kind.__module__ in {"crustcredits._errors", "crustcredits._report"}
     } == kinds
 
 
@@ -798,7 +888,8 @@ def test_every_error_has_an_answer() -> None:
 
 
 def test_the_openapi_document_is_right() -> None:
-    """Credits are text, times are times, every model has an example, and problems have their media type."""
+    """Credits are text, times are times, every model has an example, and problems have their media
+    type."""
     app = FastAPI(lifespan=credits_lifespan())
     app.include_router(credits_router([KEY], public=True), prefix="/credits")
 
@@ -808,7 +899,16 @@ def test_the_openapi_document_is_right() -> None:
     document = TestClient(app).get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     key = schemas["KeyResponse"]
-    assert list(key["properties"]) == ["key", "account", "state", "credits", "checked_at", "source", "error", "age"]
+    assert list(key["properties"]) == [
+        "key",
+        "account",
+        "state",
+        "credits",
+        "checked_at",
+        "source",
+        "error",
+        "age",
+    ]
     assert key["properties"]["credits"]["anyOf"][0] == {
         "type": "string",
         "pattern": r"^-?\d+(\.\d+)?$",
@@ -819,17 +919,29 @@ def test_the_openapi_document_is_right() -> None:
         assert schemas[name]["examples"]
     KeyResponse.model_validate(key["examples"][0])
     BalanceResponse.model_validate(schemas["AccountResponse"]["examples"][0])
-    assert set(document["paths"]) == {"/credits/keys", "/credits/keys/{label}", "/credits/healthz", "/account"}
+    assert set(document["paths"]) == {
+        "/credits/keys",
+        "/credits/keys/{label}",
+        "/credits/healthz",
+        "/account",
+    }
     answers = document["paths"]["/credits/keys/{label}"]["get"]["responses"]
     assert set(answers) == {"200", "404", "422", "500", "502", "503", "504"}
     assert answers["503"]["headers"]["Retry-After"]["schema"] == {"type": "integer"}
     assert set(document["paths"]["/credits/keys"]["get"]["responses"]) == {"200", "422", "503"}
     assert list(answers["504"]["content"]) == ["application/problem+json"]
-    assert answers["504"]["content"]["application/problem+json"]["schema"]["properties"]["title"]["type"] == "string"
+    assert (
+        answers["504"]["content"]["application/problem+json"]["schema"]["properties"]["title"][
+            "type"
+        ]
+        == "string"
+    )
     assert KEY.get_secret_value() not in json.dumps(document)
 
 
-async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_secret_is_in_any_answer_or_log(
+    sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever goes wrong."""
     caplog.set_level(logging.DEBUG)
     keys = []
@@ -845,7 +957,13 @@ async def test_no_secret_is_in_any_answer_or_log(sandbox: SandboxServer, caplog:
         (await client.check(keys, timeout=0.3)).failed[0].result()
 
     async with calling(app) as caller:
-        paths = ["/openapi.json", "/raises", "/credits/keys", "/credits/healthz", *(f"/credits/keys/{key.name}" for key in keys)]
+        paths = [
+            "/openapi.json",
+            "/raises",
+            "/credits/keys",
+            "/credits/healthz",
+            *(f"/credits/keys/{key.name}" for key in keys),
+        ]
         answers = [await caller.get(path) for path in paths]
     shown = [caplog.text, *(answer.text + repr(answer.headers) for answer in answers)]
     assert {answer.status_code for answer in answers} >= {200, 502, 503, 504}

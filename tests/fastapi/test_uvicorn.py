@@ -1,4 +1,5 @@
-"""The example of an app under uvicorn for real: a process of its own, started, asked and stopped."""
+"""The example of an app under uvicorn for real: a process of its own, started, asked and
+stopped."""
 
 from __future__ import annotations
 
@@ -48,14 +49,28 @@ class Service:
 
 @asynccontextmanager
 async def service(sandbox: SandboxServer, keys: list[ApiKey]) -> AsyncIterator[Service]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("CRUSTDATA_", "COV_", "PYTEST_"))}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CRUSTDATA_", "COV_", "PYTEST_"))
+    }
     environ |= {
         "CRUSTDATA_API_URL": sandbox.url,
         "CRUSTDATA_API_KEYS": ",".join(f"{key.name}={key.get_secret_value()}" for key in keys),
         "SERVICE_TOKEN": "t-1",
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "fastapi_app:create_app", "--app-dir", str(EXAMPLES), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--factory",
+        "fastapi_app:create_app",
+        "--app-dir",
+        str(EXAMPLES),
+        "--port",
+        "0",
+    ]
     command += ["--loop", "uvloop" if on_uvloop() else "asyncio"]
     process = await asyncio.create_subprocess_exec(
         *command, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -84,7 +99,10 @@ async def test_it_starts_answers_and_stops(sandbox: SandboxServer) -> None:
     """Cleanly, with its client closed, and nothing of it left at the API's end."""
     keys = [sandbox.add_key("prod", credits="100.5"), sandbox.add_key("broken")]
     sandbox.fail(keys[1], Fault.FORBIDDEN)
-    async with service(sandbox, keys) as running, aiohttp.ClientSession(running.url, headers=HEADERS) as session:
+    async with (
+        service(sandbox, keys) as running,
+        aiohttp.ClientSession(running.url, headers=HEADERS) as session,
+    ):
         async with session.get("/credits/keys") as answer:
             pool = await answer.json()
             assert [key["credits"] for key in pool["keys"]] == ["100.5", None]
@@ -105,13 +123,18 @@ async def test_it_stops_cleanly_under_load() -> None:
     stopping = asyncio.Event()
     async with SandboxServer(delay=(0.01, 0.04)) as sandbox:
         keys = [sandbox.add_key(f"key-{number}") for number in range(40)]
-        async with service(sandbox, keys) as running, aiohttp.ClientSession(running.url, headers=HEADERS) as session:
+        async with (
+            service(sandbox, keys) as running,
+            aiohttp.ClientSession(running.url, headers=HEADERS) as session,
+        ):
 
             async def caller(number: int) -> None:
                 nonlocal turned_away
                 for turn in range(10_000):
                     try:
-                        async with session.get(f"/credits/keys/key-{(number + turn) % 40}") as answer:
+                        async with session.get(
+                            f"/credits/keys/key-{(number + turn) % 40}"
+                        ) as answer:
                             await answer.read()
                             answers.append(answer.status)
                     except aiohttp.ClientError:

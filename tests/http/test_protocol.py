@@ -46,7 +46,9 @@ NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod")
 
 
-def read(body: str | bytes | None, *, status: int = 200, path: str = USER_CREDITS, **headers: str) -> Balance | CrustCreditsError:
+def read(
+    body: str | bytes | None, *, status: int = 200, path: str = USER_CREDITS, **headers: str
+) -> Balance | CrustCreditsError:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     raw = body.encode() if isinstance(body, str) else body
     return read_response(path, KEY, Response(status, named, raw), now=NOW, period=60.0)
@@ -140,19 +142,28 @@ def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CRUSTDATA_API_URL", "http://localhost:1")
     assert parse_base_url(None) == "http://localhost:1"
     assert parse_base_url("https://other.example") == "https://other.example"
-    assert "CRUSTDATA_API_URL is plain http" in str(parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"}))
+    assert "CRUSTDATA_API_URL is plain http" in str(
+        parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"})
+    )
 
 
 # --- balances
 
 
-@pytest.mark.parametrize("text", ["9406", "138940.37", "12345678901234567890.123456", "0", "-3.5", "1E+3", "0.10"])
+@pytest.mark.parametrize(
+    "text", ["9406", "138940.37", "12345678901234567890.123456", "0", "-3.5", "1E+3", "0.10"]
+)
 def test_credits_are_exact_to_the_last_digit(text: str) -> None:
     """Never through a binary float."""
     found = balance(f'{{"credits": {text}}}')
     assert found.credits == Decimal(text)
     assert str(found.credits) == str(Decimal(text))
-    assert (found.key, found.checked_at, found.request_id, found.rate_limit) == (KEY, NOW, None, None)
+    assert (found.key, found.checked_at, found.request_id, found.rate_limit) == (
+        KEY,
+        NOW,
+        None,
+        None,
+    )
 
 
 def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
@@ -240,7 +251,9 @@ def test_the_refresh_date_is_an_aware_time_in_utc(text: str, expected: datetime)
 
 
 @pytest.mark.parametrize("text", ["soon", "", "2026-13-01", "0001-01-01T00:00:00+23:59"])
-def test_a_refresh_date_that_is_no_date_does_not_lose_the_balance(text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refresh_date_that_is_no_date_does_not_lose_the_balance(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is None, with a warning, and the text is kept."""
     found = account(recurring_credits_refresh_date=text)
     assert found.credits == 1
@@ -250,12 +263,24 @@ def test_a_refresh_date_that_is_no_date_does_not_lose_the_balance(text: str, cap
     assert "prod: the date of the account's next grant is no date" in caplog.text
 
 
-def test_a_field_of_another_kind_does_not_lose_the_balance(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_field_of_another_kind_does_not_lose_the_balance(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """What only informs is kept as it came, with a warning."""
-    found = account(recurring_credits="150000", credit_rollover=0, wallets={"a": 1}, recurring_credits_refresh_date=7)
+    found = account(
+        recurring_credits="150000",
+        credit_rollover=0,
+        wallets={"a": 1},
+        recurring_credits_refresh_date=7,
+    )
     assert (found.recurring_credits, found.credit_rollover, found.wallets) == (None, None, None)
     assert found.recurring_credits_refresh_date is None
-    assert set(found.extra) == {"recurring_credits", "credit_rollover", "wallets", "recurring_credits_refresh_date"}
+    assert set(found.extra) == {
+        "recurring_credits",
+        "credit_rollover",
+        "wallets",
+        "recurring_credits_refresh_date",
+    }
     assert len(caplog.records) == 4
 
 
@@ -263,17 +288,30 @@ def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
     """Neither in values nor in names, nor quoted or in another case."""
     echo = KEY.get_secret_value()
     found = account(
-        api_key=echo, wallets=[{f"of {echo}": [echo.upper()]}], recurring_credits_frequency=f"x{echo}", credit_topups=[1]
+        api_key=echo,
+        wallets=[{f"of {echo}": [echo.upper()]}],
+        recurring_credits_frequency=f"x{echo}",
+        credit_topups=[1],
     )
     assert "sk-0123456789" not in repr(found).lower()
     assert found.extra == {"api_key": "***"}
     foreign = read_response(
-        USER_CREDITS, KEY, Response(403, {}, f'{{"message": "é {echo.upper()}"}}'.encode()), now=NOW, period=60.0
+        USER_CREDITS,
+        KEY,
+        Response(403, {}, f'{{"message": "é {echo.upper()}"}}'.encode()),
+        now=NOW,
+        period=60.0,
     )
     assert "***" in str(foreign)
     assert echo not in str(foreign).lower()
     quoted = ApiKey("sk/0123456789+x", name="prod")
-    refused = read_response(USER_CREDITS, quoted, Response(403, {}, b'{"message": "SK%2F0123456789%2bX"}'), now=NOW, period=60.0)
+    refused = read_response(
+        USER_CREDITS,
+        quoted,
+        Response(403, {}, b'{"message": "SK%2F0123456789%2bX"}'),
+        now=NOW,
+        period=60.0,
+    )
     assert str(refused) == "prod: *** (HTTP 403)"
 
 
@@ -283,10 +321,14 @@ def test_an_absurdly_nested_account_is_unexpected() -> None:
     nested: Any = 1
     for _ in range(600):
         nested = [nested]
-    assert "nested" in str(error(json.dumps({"account": {"credits": 1, "wallets": nested}}), path=ACCOUNT_CREDITS))
+    assert "nested" in str(
+        error(json.dumps({"account": {"credits": 1, "wallets": nested}}), path=ACCOUNT_CREDITS)
+    )
 
 
-@pytest.mark.parametrize("body", ['{"credits": null}', '{"account": null}', '{"account": {}}', "[]"])
+@pytest.mark.parametrize(
+    "body", ['{"credits": null}', '{"account": null}', '{"account": {}}', "[]"]
+)
 def test_an_account_without_credits_is_an_unexpected_response(body: str) -> None:
     """The balance is what it is for."""
     assert isinstance(error(body, path=ACCOUNT_CREDITS), UnexpectedResponseError)
@@ -297,10 +339,17 @@ def test_an_account_without_credits_is_an_unexpected_response(body: str) -> None
 
 def test_the_rate_limit_is_read_from_every_answer() -> None:
     """Balances and errors alike, with the request's id."""
-    headers = {"x_ratelimit_limit": "30", "x_ratelimit_remaining": "29", "x_ratelimit_reset": "60", "x_request_id": "r-9"}
+    headers = {
+        "x_ratelimit_limit": "30",
+        "x_ratelimit_remaining": "29",
+        "x_ratelimit_reset": "60",
+        "x_request_id": "r-9",
+    }
     expected = RateLimitStatus(limit=30, remaining=29, reset=60.0)
     good, bad = balance('{"credits": 1}', **headers), error("{}", status=401, **headers)
-    assert (good.rate_limit, good.request_id) == (bad.rate_limit, bad.request_id) == (expected, "r-9")
+    assert (
+        (good.rate_limit, good.request_id) == (bad.rate_limit, bad.request_id) == (expected, "r-9")
+    )
 
 
 @pytest.mark.parametrize("nonsense", ["", "many", "-1", "1.5", "NaN", "\u0663", "9" * 30])
@@ -347,13 +396,28 @@ def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float
 @pytest.mark.parametrize(
     ("status", "body", "kind", "said"),
     [
-        (400, '{"error": {"type": "x", "message": "no version", "metadata": {}}}', BadRequestError, "no version"),
+        (
+            400,
+            '{"error": {"type": "x", "message": "no version", "metadata": {}}}',
+            BadRequestError,
+            "no version",
+        ),
         (401, '{"message": "Missing API key in request"}', MissingKeyError, "Missing API key"),
         (401, '{"message": "Invalid API key in request"}', InvalidKeyError, "Invalid API key"),
         (401, '{"detail": "Who are you?"}', AuthenticationError, "Who are you?"),
         (401, "{}", AuthenticationError, "does not accept the key"),
-        (402, '{"error": {"type": "insufficient_credits", "message": "none left"}}', PaymentRequiredError, "none left"),
-        (403, '{"error": {"type": "permission_error", "reason": "not yours"}}', PermissionDeniedError, "not yours"),
+        (
+            402,
+            '{"error": {"type": "insufficient_credits", "message": "none left"}}',
+            PaymentRequiredError,
+            "none left",
+        ),
+        (
+            403,
+            '{"error": {"type": "permission_error", "reason": "not yours"}}',
+            PermissionDeniedError,
+            "not yours",
+        ),
         (404, '{"description": "gone"}', APIStatusError, "gone"),
         (418, '{"reason": "teapot"}', APIStatusError, "teapot"),
         (429, "<html>", RateLimitError, "over its rate limit"),
@@ -364,7 +428,9 @@ def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float
         (599, '{"non_field_errors": []}', InternalServerError, "a gateway before it failed"),
     ],
 )
-def test_an_error_status_is_its_own_error(status: int, body: str | None, kind: type[APIStatusError], said: str) -> None:
+def test_an_error_status_is_its_own_error(
+    status: int, body: str | None, kind: type[APIStatusError], said: str
+) -> None:
     """With the API's own words where it has some."""
     found = error(body, status=status)
     assert type(found) is kind
@@ -396,7 +462,9 @@ def test_what_the_server_says_is_fit_for_a_log_line() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 402, 403])
-@pytest.mark.parametrize("body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": "cut', None])
+@pytest.mark.parametrize(
+    "body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": "cut', None]
+)
 def test_what_a_gateway_says_of_a_key_is_not_the_apis_word(status: int, body: str | None) -> None:
     """Only a JSON object is."""
     found = error(body, status=status, x_request_id="r-1")
@@ -418,14 +486,33 @@ def test_a_503_asks_to_wait_by_retry_after_alone() -> None:
 
 def test_a_body_that_ends_with_the_connection_may_be_cut_short() -> None:
     """Then it is a lost connection, and not an answer of the wrong shape."""
-    for body in (b"", b'{"credits": 94', b'{"account": {"credits": 1}', b'{"cred', "\ufeff{".encode()):
-        found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=False), now=NOW, period=60.0)
+    for body in (
+        b"",
+        b'{"credits": 94',
+        b'{"account": {"credits": 1}',
+        b'{"cred',
+        "\ufeff{".encode(),
+    ):
+        found = read_response(
+            USER_CREDITS, KEY, Response(200, {}, body, framed=False), now=NOW, period=60.0
+        )
         assert isinstance(found, APIConnectionError)
         assert "the body is cut short" in str(found)
-    whole: list[tuple[bytes, bool]] = [(b"<html>", False), (b'{"credits": 94', True), (b"{}", False), (b'{"credits": NaN}', False)]
-    whole += [(b'{"credits": 1, "credits": 2}', False), (b"{'credits': 1}", False), (b"[" * 60_000, False)]
+    whole: list[tuple[bytes, bool]] = [
+        (b"<html>", False),
+        (b'{"credits": 94', True),
+        (b"{}", False),
+        (b'{"credits": NaN}', False),
+    ]
+    whole += [
+        (b'{"credits": 1, "credits": 2}', False),
+        (b"{'credits': 1}", False),
+        (b"[" * 60_000, False),
+    ]
     for body, framed in whole:
-        found = read_response(USER_CREDITS, KEY, Response(200, {}, body, framed=framed), now=NOW, period=60.0)
+        found = read_response(
+            USER_CREDITS, KEY, Response(200, {}, body, framed=framed), now=NOW, period=60.0
+        )
         assert isinstance(found, UnexpectedResponseError)
 
 
@@ -443,12 +530,18 @@ def test_a_name_that_stands_twice_is_refused() -> None:
     found = error('{"credits": 1, "credits": 2}')
     assert isinstance(found, UnexpectedResponseError)
     assert "JSON in which a name stands twice" in str(found)
-    assert isinstance(error('{"account": {"credits": 1, "a": {"b": 1, "b": 2}}}', path=ACCOUNT_CREDITS), UnexpectedResponseError)
+    assert isinstance(
+        error('{"account": {"credits": 1, "a": {"b": 1, "b": 2}}}', path=ACCOUNT_CREDITS),
+        UnexpectedResponseError,
+    )
 
 
 def test_half_a_character_is_replaced() -> None:
     """No encoding could write it; the balance is not lost for it."""
-    found = read('{"account": {"credits": 1, "plan\\ud800": "a\\udfffb", "wallets": ["\\ud83d\\ude00"]}}', path=ACCOUNT_CREDITS)
+    found = read(
+        '{"account": {"credits": 1, "plan\\ud800": "a\\udfffb", "wallets": ["\\ud83d\\ude00"]}}',
+        path=ACCOUNT_CREDITS,
+    )
     assert isinstance(found, Account)
     assert found.extra == {"plan\ufffd": "a\ufffdb"}
     assert found.wallets == ["\U0001f600"]

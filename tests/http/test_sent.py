@@ -1,4 +1,7 @@
-"""What is sent, seen by aioresponses. Whatever has to do with sockets is tested against a real server."""
+"""What is sent, seen by aioresponses.
+
+Whatever has to do with sockets is tested against a real server.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,15 @@ async def test_an_account_is_a_get_of_account_credits(mocked: aioresponses) -> N
     assert sent.kwargs["proxy"] == "http://proxy.example:3128"
 
 
-async def test_a_session_with_credentials_of_its_own_gets_the_key_past_them(mocked: aioresponses) -> None:
+async def test_a_session_with_credentials_of_its_own_gets_the_key_past_them(
+    mocked: aioresponses,
+) -> None:
     """aiohttp refuses both in one request; then the key is set after the session's."""
     mocked.get(USER, payload={"credits": 7}, response_class=BridgedResponse)
-    async with aiohttp.ClientSession(trust_env=True) as session, CreditsClient(session=session) as client:
+    async with (
+        aiohttp.ClientSession(trust_env=True) as session,
+        CreditsClient(session=session) as client,
+    ):
         await client.balance("sk-0123456789")
     ((sent,),) = mocked.requests.values()
     assert "Authorization" not in sent.kwargs["headers"]

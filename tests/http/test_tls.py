@@ -15,7 +15,14 @@ import trustme
 from aiohttp import web
 from yarl import URL
 
-from crustcredits import APIConnectionError, APITimeoutError, ConfigurationError, CreditsClient, RateLimit, Retry
+from crustcredits import (
+    APIConnectionError,
+    APITimeoutError,
+    ConfigurationError,
+    CreditsClient,
+    RateLimit,
+    Retry,
+)
 from crustcredits._http import transport
 from crustcredits._http.transport import _reason
 from crustcredits.testing import SandboxServer
@@ -26,7 +33,9 @@ FAST = Retry(backoff=0.001)
 
 
 @asynccontextmanager
-async def listener(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+async def listener(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[int]:
     """A server on a port of its own that does with each connection what it is told."""
     writers: list[asyncio.StreamWriter] = []
 
@@ -78,7 +87,9 @@ async def test_a_context_that_trusts_a_companys_authority_is_used(authority: tru
         port = await stack.enter_async_context(https_server(server_context(authority)))
         session = await stack.enter_async_context(aiohttp.ClientSession())
         for given in (None, session):
-            async with CreditsClient(base_url=f"https://localhost:{port}", session=given, ssl=trusting) as client:
+            async with CreditsClient(
+                base_url=f"https://localhost:{port}", session=given, ssl=trusting
+            ) as client:
                 assert (await client.balance(SECRET)).credits == 7
 
 
@@ -106,14 +117,20 @@ async def test_a_certificate_that_cannot_be_verified_is_told_and_not_tried_again
     assert (caught.value.attempts, caught.value.retryable) == (1, False)
 
 
-async def test_a_certificate_of_another_fingerprint_is_told_and_not_tried_again(authority: trustme.CA) -> None:
+async def test_a_certificate_of_another_fingerprint_is_told_and_not_tried_again(
+    authority: trustme.CA,
+) -> None:
     """Where the session's connector expects one."""
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(https_server(server_context(authority)))
         connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(bytes(32)))
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
-        async with CreditsClient(base_url=f"https://localhost:{port}", session=session, rate_limit=ONE) as client:
-            with pytest.raises(APIConnectionError, match="not that of the session's fingerprint") as caught:
+        async with CreditsClient(
+            base_url=f"https://localhost:{port}", session=session, rate_limit=ONE
+        ) as client:
+            with pytest.raises(
+                APIConnectionError, match="not that of the session's fingerprint"
+            ) as caught:
                 await client.balance(SECRET)
             assert (caught.value.attempts, client.quota().free) == (1, 1)
 
@@ -127,10 +144,16 @@ def caused(error: Exception, cause: Exception) -> Exception:
     ("error", "reason"),
     [
         (
-            caused(aiohttp.ClientOSError(1, f"[SSL: X] {SECRET}"), ssl.SSLError(1, f"[SSL: X] {SECRET}")),
+            caused(
+                aiohttp.ClientOSError(1, f"[SSL: X] {SECRET}"),
+                ssl.SSLError(1, f"[SSL: X] {SECRET}"),
+            ),
             "TLS: the handshake or a record failed",
         ),
-        (aiohttp.ClientOSError(1, f"[SSL: TLSV13_ALERT] {SECRET}"), "TLS: the connection failed after the handshake"),
+        (
+            aiohttp.ClientOSError(1, f"[SSL: TLSV13_ALERT] {SECRET}"),
+            "TLS: the connection failed after the handshake",
+        ),
         (
             caused(aiohttp.ClientOSError(1, "x"), ssl.SSLCertVerificationError(1, "x")),
             "certificate verify failed: OpenSSL gives no reason",
@@ -145,14 +168,18 @@ def test_the_reason_of_a_failure_is_never_its_text(error: Exception, reason: str
     assert _reason(error) == reason
 
 
-async def test_a_server_that_wants_a_certificate_is_told_in_words_of_tls_or_of_the_connection(authority: trustme.CA) -> None:
+async def test_a_server_that_wants_a_certificate_is_told_in_words_of_tls_or_of_the_connection(
+    authority: trustme.CA,
+) -> None:
     """With TLS 1.3 it refuses after the handshake."""
     context, trusting = server_context(authority), ssl.create_default_context()
     context.verify_mode = ssl.CERT_REQUIRED
     authority.configure_trust(trusting)
     async with (
         https_server(context) as port,
-        CreditsClient(base_url=f"https://localhost:{port}", ssl=trusting, retry=Retry(attempts=1)) as client,
+        CreditsClient(
+            base_url=f"https://localhost:{port}", ssl=trusting, retry=Retry(attempts=1)
+        ) as client,
     ):
         with pytest.raises(APIConnectionError) as caught:
             await client.balance(SECRET)
@@ -166,25 +193,38 @@ async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
         await reader.read(64)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-    async with listener(plain) as port, CreditsClient(base_url=f"https://localhost:{port}", retry=Retry(attempts=2)) as client:
+    async with (
+        listener(plain) as port,
+        CreditsClient(base_url=f"https://localhost:{port}", retry=Retry(attempts=2)) as client,
+    ):
         with pytest.raises(
-            APIConnectionError, match=r"could not connect \(TLS: (wrong version number|record layer failure)\)"
+            APIConnectionError,
+            match=r"could not connect \(TLS: (wrong version number|record layer failure)\)",
         ) as caught:
             await client.balance(SECRET)
     assert (caught.value.attempts, caught.value.retryable) == (2, True)
 
 
-async def test_a_handshake_that_hangs_never_reached_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_handshake_that_hangs_never_reached_the_api(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its token is home at once; so it is with a proxy that does not answer."""
-    # The time to connect ends almost five seconds before that of the whole request: a slow machine cannot swap the two.
+    # The time to connect ends almost five seconds before that of the whole request: a slow machine
+    # cannot swap the two.
     monkeypatch.setattr(transport, "_CONNECTING", 0.01)
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
     async with listener(silent) as port:
-        for options in ({"base_url": f"https://localhost:{port}"}, {"proxy": f"http://localhost:{port}"}):
-            async with CreditsClient(**options, rate_limit=ONE, request_timeout=4.9, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
+        for options in (
+            {"base_url": f"https://localhost:{port}"},
+            {"proxy": f"http://localhost:{port}"},
+        ):
+            more: Any = options
+            async with CreditsClient(
+                **more, rate_limit=ONE, request_timeout=4.9, retry=Retry(attempts=1)
+            ) as client:
                 with pytest.raises(APITimeoutError, match=r"no connection within 0\.049 s"):
                     await client.balance(SECRET)
                 assert client.quota().free == 1
@@ -197,7 +237,11 @@ async def test_an_answer_that_hangs_may_have_reached_it() -> None:
         await reader.read()
 
     async with listener(silent) as port:
-        options: dict[str, Any] = {"rate_limit": ONE, "request_timeout": 0.05, "retry": Retry(attempts=1)}
+        options: dict[str, Any] = {
+            "rate_limit": ONE,
+            "request_timeout": 0.05,
+            "retry": Retry(attempts=1),
+        }
         async with CreditsClient(base_url=f"http://localhost:{port}", **options) as client:
             with pytest.raises(APITimeoutError, match=r"no whole answer within 0\.05 s"):
                 await client.balance(SECRET)
@@ -213,10 +257,13 @@ async def test_a_proxy_that_refuses_shows_its_status() -> None:
 
     async with (
         listener(refuse) as port,
-        CreditsClient(proxy=f"http://bob:hunter2@localhost:{port}", rate_limit=ONE, retry=Retry(attempts=1)) as client,
+        CreditsClient(
+            proxy=f"http://bob:hunter2@localhost:{port}", rate_limit=ONE, retry=Retry(attempts=1)
+        ) as client,
     ):
         with pytest.raises(
-            APIConnectionError, match=r"the proxy refused to connect \(HTTP 407\); give its user and password"
+            APIConnectionError,
+            match=r"the proxy refused to connect \(HTTP 407\); give its user and password",
         ) as caught:
             await client.balance(SECRET)
         assert client.quota().free == 1
@@ -224,8 +271,11 @@ async def test_a_proxy_that_refuses_shows_its_status() -> None:
     assert "words" not in str(caught.value)
 
 
-async def test_the_environments_proxy_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And only then; neither where it is excluded, nor for plain http, which stays on this machine."""
+async def test_the_environments_proxy_is_used_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And only then; neither where it is excluded, nor for plain http, which stays on this
+    machine."""
     asked: list[bytes] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -238,7 +288,10 @@ async def test_the_environments_proxy_is_used_when_asked_for(monkeypatch: pytest
     async with listener(refuse) as port, SandboxServer() as sandbox:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         key = sandbox.add_key()
-        for name, value in (("HTTPS_PROXY", f"http://127.0.0.1:{port}"), ("ALL_PROXY", f"127.0.0.1:{port}")):
+        for name, value in (
+            ("HTTPS_PROXY", f"http://127.0.0.1:{port}"),
+            ("ALL_PROXY", f"127.0.0.1:{port}"),
+        ):
             monkeypatch.setenv(name, value)
             async with CreditsClient(trust_env=True, retry=Retry(attempts=1)) as client:
                 with pytest.raises(APIConnectionError, match="the proxy refused"):
@@ -251,7 +304,8 @@ async def test_the_environments_proxy_is_used_when_asked_for(monkeypatch: pytest
         monkeypatch.setenv("NO_PROXY", "localhost")
         for options in ({"trust_env": True}, {}):
             base_url = f"https://localhost:{port + 1 if port < 65535 else port - 1}"
-            async with CreditsClient(base_url=base_url, **options, retry=Retry(attempts=1)) as client:  # type: ignore[arg-type]
+            more: Any = options
+            async with CreditsClient(base_url=base_url, **more, retry=Retry(attempts=1)) as client:
                 with pytest.raises(APIConnectionError, match="could not connect"):
                     await client.balance(key)
         assert len(asked) == 2
@@ -269,7 +323,10 @@ def unverified() -> ssl.SSLContext:
         ({"ssl": False}, "ssl is an ssl.SSLContext, not bool; certificates are always verified"),
         ({"ssl": "ca.pem"}, "ssl is an ssl.SSLContext, not str"),
         ({"ssl": unverified()}, "ssl does not verify the server's certificate"),
-        ({"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)}, "ssl does not verify the server's certificate"),
+        (
+            {"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)},
+            "ssl does not verify the server's certificate",
+        ),
         ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is no http\(s\) URL"),
         ({"trust_env": 1}, "trust_env is True or False, not int"),
     ],
@@ -280,12 +337,17 @@ def test_what_cannot_secure_a_connection_is_refused(options: dict[str, Any], sai
         CreditsClient(**options)
 
 
-def test_a_proxy_of_the_environment_that_is_no_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_environment_that_is_no_url_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By its variable, and not repeated."""
     monkeypatch.setenv("HTTPS_PROXY", "socks5://bob:hunter2@localhost:1080")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(ConfigurationError, match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is no http") as caught:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is no http",
+    ) as caught:
         CreditsClient(trust_env=True)
     assert "hunter2" not in str(caught.value)
     CreditsClient()
@@ -297,10 +359,16 @@ async def test_a_body_cut_short_without_a_length_is_a_lost_connection() -> None:
 
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n" + bodies.pop(0))
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+            + bodies.pop(0)
+        )
         writer.close()
 
-    async with listener(cut) as port, CreditsClient(base_url=f"http://localhost:{port}", retry=FAST) as client:
+    async with (
+        listener(cut) as port,
+        CreditsClient(base_url=f"http://localhost:{port}", retry=FAST) as client,
+    ):
         report = await client.check([SECRET])
     assert (report[0].credits, report[0].attempts) == (Decimal(9406), 3)
 

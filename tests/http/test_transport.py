@@ -1,4 +1,5 @@
-"""One attempt over real sockets: connections, timeouts, re-sends, cookies, redirects, foreign sessions."""
+"""One attempt over real sockets: connections, timeouts, re-sends, cookies, redirects, foreign
+sessions."""
 
 from __future__ import annotations
 
@@ -52,8 +53,13 @@ async def test_a_closed_client_leaves_no_connection_open(sandbox: SandboxServer)
     await eventually(lambda: sandbox.connections == 0)
 
 
-async def test_a_connection_found_closed_is_not_sent_over_again_by_aiohttp(sandbox: SandboxServer) -> None:
-    """A second arrival for one token would break the promise; the retry is ours, with a token of its own."""
+async def test_a_connection_found_closed_is_not_sent_over_again_by_aiohttp(
+    sandbox: SandboxServer,
+) -> None:
+    """A second arrival for one token would break the promise.
+
+    The retry is ours, with a token of its own.
+    """
     key = sandbox.add_key()
     sandbox.fail(key, Fault.STALE, times=1)
     async with client_of(sandbox) as client:
@@ -108,7 +114,9 @@ async def test_what_a_network_does_is_an_error_of_ours(
     """Bounded in time and size; the next request is not the worse for it."""
     key, other = sandbox.add_key("troubled"), sandbox.add_key("fine")
     sandbox.fail(key, fault)
-    seconds = 0.2 if kind is APITimeoutError else 5.0  # only what is to come too late needs a short one
+    seconds = (
+        0.2 if kind is APITimeoutError else 5.0
+    )  # only what is to come too late needs a short one
     async with client_of(sandbox, request_timeout=seconds) as client:
         with pytest.raises(kind, match=said) as caught:
             await client.balance(key)
@@ -119,11 +127,14 @@ async def test_what_a_network_does_is_an_error_of_ours(
 
 
 async def test_an_answer_that_broke_off_still_tells_its_request(sandbox: SandboxServer) -> None:
-    """Its headers came, so the server has counted it: the token is out for the period and no longer."""
+    """Its headers came, so the server has counted it: the token is out for the period and no
+    longer."""
     key = sandbox.add_key()
     for fault in (Fault.DRIP, Fault.CUT_SHORT):
         sandbox.fail(key, fault, times=1)
-        async with client_of(sandbox, request_timeout=0.1, rate_limit=RateLimit(requests=1, period=0.2, margin=0.0)) as client:
+        async with client_of(
+            sandbox, request_timeout=0.1, rate_limit=RateLimit(requests=1, period=0.2, margin=0.0)
+        ) as client:
             with pytest.raises((APITimeoutError, APIConnectionError)) as caught:
                 await client.balance(key)
             assert caught.value.request_id == f"sandbox-{sandbox.requests}"
@@ -132,7 +143,10 @@ async def test_an_answer_that_broke_off_still_tells_its_request(sandbox: Sandbox
 
 
 async def test_no_cookie_goes_from_one_key_to_the_next() -> None:
-    """Neither from our session nor from a caller's with a jar of its own. Jars keep none for bare addresses."""
+    """Neither from our session nor from a caller's with a jar of its own.
+
+    Jars keep none for bare addresses.
+    """
     async with SandboxServer(host="localhost") as sandbox, aiohttp.ClientSession() as session:
         key, other = sandbox.add_key("first"), sandbox.add_key("second")
         sandbox.fail(key, Fault.COOKIE)
@@ -145,7 +159,9 @@ async def test_no_cookie_goes_from_one_key_to_the_next() -> None:
 
 
 @asynccontextmanager
-async def hostile_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[aiohttp.ClientSession]:
+async def hostile_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[aiohttp.ClientSession]:
     """A session whose every setting would spoil a request."""
     (tmp_path / ".netrc").write_text("default login someone password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
@@ -166,8 +182,13 @@ async def hostile_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> As
         yield session
 
 
-async def test_a_callers_session_cannot_surprise(sandbox: SandboxServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its credentials, headers, timeouts, middlewares and habits are left out; and it is not closed."""
+async def test_a_callers_session_cannot_surprise(
+    sandbox: SandboxServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its credentials, headers, timeouts, middlewares and habits are left out.
+
+    And it is not closed.
+    """
     key = sandbox.add_key(credits="138940.37")
     refused = sandbox.add_key()
     sandbox.fail(refused, Fault.FORBIDDEN)
@@ -194,7 +215,9 @@ async def test_a_session_with_basic_credentials_sends_the_key(sandbox: SandboxSe
             session._default_auth = aiohttp.BasicAuth("someone", "else")
         async with client_of(sandbox, session=session) as client:
             await client.balance(key)
-    assert [arrival.headers["Authorization"] for arrival in sandbox.arrivals] == [f"Bearer {key.get_secret_value()}"] * 2
+    assert [arrival.headers["Authorization"] for arrival in sandbox.arrivals] == [
+        f"Bearer {key.get_secret_value()}"
+    ] * 2
 
 
 async def test_a_given_session_that_is_closed_says_so(sandbox: SandboxServer) -> None:
@@ -218,13 +241,18 @@ async def test_a_trace_that_raises_is_the_sessions_fault(sandbox: SandboxServer)
         aiohttp.ClientSession(trace_configs=[trace]) as session,
         client_of(sandbox, session=session, retry=Retry()) as client,
     ):
-        with pytest.raises(ConfigurationError, match=r"in the session \(ZeroDivisionError\)") as caught:
+        with pytest.raises(
+            ConfigurationError, match=r"in the session \(ZeroDivisionError\)"
+        ) as caught:
             await client.balance(sandbox.add_key())
     assert caught.value.attempts == 1
 
 
 async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
-    """aiohttp would, above five seconds; and a deadline that is just over is no reason to wait without end."""
+    """aiohttp would, above five seconds.
+
+    And a deadline that is just over is no reason to wait without end.
+    """
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     async with client_of(sandbox) as client:
@@ -246,7 +274,10 @@ async def test_a_proxy_that_cannot_be_reached_is_a_connection_error(sandbox: San
 
 
 async def test_cancelling_a_request_shows_nothing_of_its_inside(sandbox: SandboxServer) -> None:
-    """aiohttp's frames hold the key; they are not in the traceback. The request goes on until the client is closed."""
+    """aiohttp's frames hold the key; they are not in the traceback.
+
+    The request goes on until the client is closed.
+    """
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     async with client_of(sandbox, rate_limit=RateLimit(requests=1)) as client:
@@ -265,13 +296,17 @@ async def test_cancelling_a_request_shows_nothing_of_its_inside(sandbox: Sandbox
     assert quota.seconds_for(1) > 60.3 + 9
 
 
-async def test_cancelling_checks_at_random_points_leaves_no_connection_and_no_task(sandbox: SandboxServer) -> None:
+async def test_cancelling_checks_at_random_points_leaves_no_connection_and_no_task(
+    sandbox: SandboxServer,
+) -> None:
     """Whatever they were doing."""
     keys = [sandbox.add_key() for _ in range(40)]
     for number, key in enumerate(keys[::4]):
         sandbox.fail(key, (Fault.SILENCE, Fault.UNAVAILABLE, Fault.DRIP)[number % 3])
     for moment in range(0, 50, 5):
-        async with client_of(sandbox, retry=Retry(), rate_limit=RateLimit(pace=None, requests=1000)) as client:
+        async with client_of(
+            sandbox, retry=Retry(), rate_limit=RateLimit(pace=None, requests=1000)
+        ) as client:
             check = asyncio.create_task(client.check(keys))
             await asyncio.sleep(moment / 1000)
             check.cancel()

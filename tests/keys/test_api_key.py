@@ -16,7 +16,14 @@ import rich
 from pydantic import SecretStr
 from rich.console import Console
 
-from crustcredits import ApiKey, ConfigurationError, UnusableKey, keys_from_env, keys_from_file, keys_from_text
+from crustcredits import (
+    ApiKey,
+    ConfigurationError,
+    UnusableKey,
+    keys_from_env,
+    keys_from_file,
+    keys_from_text,
+)
 from crustcredits._keys.api_key import as_key, as_keys, contradiction
 
 SECRET = "sk-0123456789abcdef"
@@ -52,7 +59,10 @@ def test_the_label_is_account_and_name() -> None:
     assert ApiKey(SECRET, name="prod").label == "prod"
     assert ApiKey(SECRET, name="prod", account="acme").label == "acme/prod"
     assert ApiKey(SECRET, name="eu/prod", account="acme").label == "acme/eu/prod"
-    with pytest.raises(ConfigurationError, match=r"the name of the API key holds a '/'.*give the two apart: account= and name="):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"the name of the API key holds a '/'.*give the two apart: account= and name=",
+    ):
         ApiKey(SECRET, name="acme/prod")
     with pytest.raises(ConfigurationError, match="the account of the API key holds a '/'"):
         ApiKey(SECRET, name="prod", account="big/co")
@@ -70,7 +80,9 @@ def test_an_environment_is_no_pool() -> None:
         {"PATH": "x"},
     ):
         assert "read it with keys_from_env()" in str(as_keys(environ))
-    assert "read it with keys_from_records([row])" in str(as_keys({"secret": SECRET, "name": "production-key"}))
+    assert "read it with keys_from_records([row])" in str(
+        as_keys({"secret": SECRET, "name": "production-key"})
+    )
 
 
 def test_a_secret_that_cannot_be_had_fails_alone() -> None:
@@ -80,7 +92,10 @@ def test_a_secret_that_cannot_be_had_fails_alone() -> None:
         def get_secret_value(self) -> str:
             raise RuntimeError(SECRET)
 
-    with pytest.raises(ConfigurationError, match=r"prod: the API key cannot be read: its get_secret_value\(\) raised RuntimeError"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"prod: the API key cannot be read: its get_secret_value\(\) raised RuntimeError",
+    ):
         ApiKey(Sealed(), name="prod")
     refused = as_key(Sealed())
     assert isinstance(refused, UnusableKey)
@@ -190,7 +205,9 @@ def test_a_secret_that_cannot_be_one_is_refused_by_the_keys_name(raw: str, said:
 )
 def test_a_placeholder_is_refused(raw: str) -> None:
     """A template that nobody filled in is no key."""
-    with pytest.raises(ConfigurationError, match="is a placeholder, or a reference that was not replaced") as caught:
+    with pytest.raises(
+        ConfigurationError, match="is a placeholder, or a reference that was not replaced"
+    ) as caught:
         ApiKey(raw)
     assert "0123" not in str(caught.value)
 
@@ -201,7 +218,9 @@ def test_the_name_of_a_variable_is_refused() -> None:
         ApiKey("CRUSTDATA_API_KEY")
 
 
-@pytest.mark.parametrize("raw", [f"{SECRET}=", f"{SECRET}==", "a.b_c~d+e/f-g", "0" * 300, "x-1", "Foxxxy", "yourself-7"])
+@pytest.mark.parametrize(
+    "raw", [f"{SECRET}=", f"{SECRET}==", "a.b_c~d+e/f-g", "0" * 300, "x-1", "Foxxxy", "yourself-7"]
+)
 def test_what_may_be_a_key_is_taken(raw: str) -> None:
     """Base64's padding stands at its end."""
     assert ApiKey(raw).get_secret_value() == raw
@@ -210,13 +229,26 @@ def test_what_may_be_a_key_is_taken(raw: str) -> None:
 @pytest.mark.parametrize(
     ("name", "account", "said"),
     [
-        ("a8f5f167f44f4964e6c998dee827110c", None, "the name of the API key looks more like a secret than its value does"),
-        ("3fa85f64-5717-4562-b3fc-2c963f66afa6", None, "the name of the API key looks more like a secret"),
+        (
+            "a8f5f167f44f4964e6c998dee827110c",
+            None,
+            "the name of the API key looks more like a secret than its value does",
+        ),
+        (
+            "3fa85f64-5717-4562-b3fc-2c963f66afa6",
+            None,
+            "the name of the API key looks more like a secret",
+        ),
         ("dev", "sk_live_0123456789abcdef", "the account of the API key looks more like a secret"),
     ],
 )
-def test_a_name_that_looks_more_like_a_secret_is_not_repeated(name: str, account: str | None, said: str) -> None:
-    """The two may have been swapped. Where the secret looks like one too, the name may look as it likes."""
+def test_a_name_that_looks_more_like_a_secret_is_not_repeated(
+    name: str, account: str | None, said: str
+) -> None:
+    """The two may have been swapped.
+
+    Where the secret looks like one too, the name may look as it likes.
+    """
     with pytest.raises(ConfigurationError, match=said) as caught:
         ApiKey("prod", name=name, account=account)
     assert "0123" not in str(caught.value)
@@ -265,7 +297,9 @@ def test_a_mapping_of_secret_to_name_fails_without_a_word_of_the_secret() -> Non
         ("prod", SECRET, "the account of the API key holds its secret"),
     ],
 )
-def test_a_label_that_cannot_be_printed_is_refused(name: str, account: str | None, said: str) -> None:
+def test_a_label_that_cannot_be_printed_is_refused(
+    name: str, account: str | None, said: str
+) -> None:
     """Names and accounts stand in logs and reports."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         ApiKey(SECRET, name=name, account=account)
@@ -284,7 +318,11 @@ def test_keys_are_values() -> None:
     key = ApiKey(SECRET, name="prod")
     assert key == ApiKey(SECRET, name="prod")
     assert hash(key) == hash(ApiKey(SECRET, name="prod"))
-    assert key not in (ApiKey(SECRET, name="dev"), ApiKey(SECRET, name="prod", account="acme"), SECRET)
+    assert key not in (
+        ApiKey(SECRET, name="dev"),
+        ApiKey(SECRET, name="prod", account="acme"),
+        SECRET,
+    )
     assert copy.copy(key) is copy.deepcopy(key) is key
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(key)
@@ -344,7 +382,10 @@ def test_a_key_that_cannot_be_used_does_not_spoil_its_pool() -> None:
 @pytest.mark.parametrize(
     ("pool", "said"),
     [
-        ([ApiKey("s-1", name="prod"), ApiKey("s-2", name="prod")], "prod: two different keys have this name"),
+        (
+            [ApiKey("s-1", name="prod"), ApiKey("s-2", name="prod")],
+            "prod: two different keys have this name",
+        ),
         (
             [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b", account="emca")],
             "b: its secret stands under two accounts, 'acme' and 'emca'",
@@ -358,7 +399,11 @@ def test_a_pool_that_contradicts_itself_is_refused(pool: list[ApiKey], said: str
 
 def test_one_secret_may_have_two_names() -> None:
     """Also once with its account and once without; and a refused key contradicts nobody."""
-    twice = [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b"), ApiKey("s-1", name="a", account="acme")]
+    twice = [
+        ApiKey("s-1", name="a", account="acme"),
+        ApiKey("s-1", name="b"),
+        ApiKey("s-1", name="a", account="acme"),
+    ]
     assert contradiction([*twice, as_key(""), as_key("")]) is None
 
 
@@ -367,7 +412,9 @@ def test_one_secret_may_have_two_names() -> None:
 
 def test_text_gives_keys_by_line_and_comma() -> None:
     """With names, accounts and comments."""
-    text = "\ufeff# the pool\ns-1\n\n prod = s-2 , s-3 # the third\nacme/dev=s-4=,\nbig/co/ci=s-5#6\n"
+    text = (
+        "\ufeff# the pool\ns-1\n\n prod = s-2 , s-3 # the third\nacme/dev=s-4=,\nbig/co/ci=s-5#6\n"
+    )
     found = [(key.get_secret_value(), key.name, key.account) for key in keys_from_text(text)]
     assert found == [
         ("s-1", ApiKey("s-1").name, None),
@@ -444,7 +491,9 @@ def test_the_environment_holds_one_key_or_many() -> None:
     """A secret that stands in both is kept once, under its name."""
     assert keys_from_env({}) == []
     assert keys_from_env({"CRUSTDATA_API_KEY": " ", "CRUSTDATA_API_KEYS": ""}) == []
-    assert [key.get_secret_value() for key in keys_from_env({"CRUSTDATA_API_KEY": " s-1\n"})] == ["s-1"]
+    assert [key.get_secret_value() for key in keys_from_env({"CRUSTDATA_API_KEY": " s-1\n"})] == [
+        "s-1"
+    ]
     both = keys_from_env({"CRUSTDATA_API_KEY": "s-1", "CRUSTDATA_API_KEYS": "a=s-2,b=s-3"})
     assert [key.get_secret_value() for key in both] == ["s-1", "s-2", "s-3"]
     same = keys_from_env({"CRUSTDATA_API_KEY": "s-2", "CRUSTDATA_API_KEYS": "a=s-2,b=s-3"})
@@ -472,7 +521,8 @@ def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], said: 
 
 
 def local_variables(error: BaseException) -> str:
-    """What a tool that prints tracebacks with local variables would show of the library's own frames."""
+    """What a tool that prints tracebacks with local variables would show of the library's own
+    frames."""
     shown, traceback = [], error.__traceback__
     while traceback is not None:
         if "/crustcredits/" in traceback.tb_frame.f_code.co_filename:
@@ -490,7 +540,9 @@ def local_variables(error: BaseException) -> str:
         lambda: ApiKey(SECRET, account=f"x{SECRET}"),
         lambda: keys_from_text(f"a={SECRET}\nb={SECRET} x"),
         lambda: keys_from_text(SECRET.encode()),  # type: ignore[arg-type]  # the mistake under test
-        lambda: keys_from_env({"CRUSTDATA_API_KEY": f"Bearer {SECRET}", "CRUSTDATA_API_KEYS": f"a={SECRET}"}),
+        lambda: keys_from_env(
+            {"CRUSTDATA_API_KEY": f"Bearer {SECRET}", "CRUSTDATA_API_KEYS": f"a={SECRET}"}
+        ),
         lambda: keys_from_env({"CRUSTDATA_API_KEYS": f"a={SECRET}, Bearer {SECRET}"}),
     ],
 )

@@ -1,4 +1,5 @@
-"""Where keys come from: what is read of which kind of file, what is refused, and that nothing but keys becomes one."""
+"""Where keys come from: what is read of which kind of file, what is refused, and that nothing but
+keys becomes one."""
 
 from __future__ import annotations
 
@@ -63,9 +64,15 @@ EMPTY=
 """
 
 
-@pytest.mark.parametrize("name", [".env", ".env.local", "prod.env", "settings", "settings.txt", "settings.sh", "app.conf"])
+@pytest.mark.parametrize(
+    "name",
+    [".env", ".env.local", "prod.env", "settings", "settings.txt", "settings.sh", "app.conf"],
+)
 def test_of_an_env_file_only_our_variables_are_read(file: File, name: str) -> None:
-    """Whatever it is called; other secrets, and what stands inside the quotes of another value, are left alone."""
+    """Whatever it is called.
+
+    Other secrets, and what stands inside the quotes of another value, are left alone.
+    """
     assert parts(keys_from_file(file(name, ENV))) == [("acme/prod", ONE), ("acme/dev", TWO)]
 
 
@@ -80,7 +87,10 @@ def test_of_an_env_file_only_our_variables_are_read(file: File, name: str) -> No
     ],
 )
 def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret: str) -> None:
-    """With quotes, comments and spaces; the last one counts. Also from standard input, which is text."""
+    """With quotes, comments and spaces; the last one counts.
+
+    Also from standard input, which is text.
+    """
     assert [key.get_secret_value() for key in keys_from_text(f"OTHER=1\n{line}\n")] == [secret]
 
 
@@ -94,7 +104,9 @@ def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret:
 )
 def test_an_env_file_without_our_variables_is_refused(file: File, name: str, content: str) -> None:
     """None of its secrets is taken for a key."""
-    with pytest.raises(ConfigurationError, match="sets neither CRUSTDATA_API_KEY=… nor CRUSTDATA_API_KEYS=…") as caught:
+    with pytest.raises(
+        ConfigurationError, match="sets neither CRUSTDATA_API_KEY=… nor CRUSTDATA_API_KEYS=…"
+    ) as caught:
         keys_from_file(file(name, content))
     assert caught.value.key_name == name
 
@@ -115,7 +127,10 @@ def test_an_env_file_without_our_variables_is_refused(file: File, name: str, con
         ("--keys-file", "is an option of a command"),
         ("crustdata_api_key", "is the name of a variable"),
         ("/", "holds no letter and no digit"),
-        ("name,email,password\nbob,bob,hunter2", "a CSV file needs a header row with a column 'secret'"),
+        (
+            "name,email,password\nbob,bob,hunter2",
+            "a CSV file needs a header row with a column 'secret'",
+        ),
         ("user=admin\nport=5432", "line 1: its name is that of a setting"),
         ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
         ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
@@ -155,7 +170,9 @@ FORMATS: dict[str, Callable[[random.Random], str]] = {
     "base64 of 16": lambda draw: base64.b64encode(draw.randbytes(16)).decode(),
     "base64 of 20": lambda draw: base64.b64encode(draw.randbytes(20)).decode(),
     "base64 of 24": lambda draw: base64.b64encode(draw.randbytes(24)).decode(),
-    "base64url of 32": lambda draw: base64.urlsafe_b64encode(draw.randbytes(32)).decode().rstrip("="),
+    "base64url of 32": lambda draw: (
+        base64.urlsafe_b64encode(draw.randbytes(32)).decode().rstrip("=")
+    ),
     "with a prefix": lambda draw: "sk_live_" + base64.b32encode(draw.randbytes(15)).decode(),
     "with dots": lambda draw: f"{draw.randbytes(8).hex()}.{draw.randbytes(12).hex()}",
 }
@@ -168,7 +185,9 @@ def test_keys_of_usual_formats_are_read(form: str) -> None:
     for count in (1, 2, 3, 10, 100) * 20:
         secrets = [FORMATS[form](draw) for _ in range(count)]
         assert [key.get_secret_value() for key in keys_from_text("\n".join(secrets))] == secrets
-        assert len(keys_from_text(",".join(f"{uuid.uuid4()}={secret}" for secret in secrets))) == count
+        assert (
+            len(keys_from_text(",".join(f"{uuid.uuid4()}={secret}" for secret in secrets))) == count
+        )
 
 
 class Broken(dict[str, str]):
@@ -181,7 +200,10 @@ class Broken(dict[str, str]):
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE}, "CRUSTDATA_API_KEY has to be text, not int"),
+        (
+            {"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE},
+            "CRUSTDATA_API_KEY has to be text, not int",
+        ),
         (Broken(), "the environment cannot be read \\(LookupError\\)"),
         (ONE, "an environment is a mapping of names to text, not str"),
     ],
@@ -218,11 +240,26 @@ def test_a_name_that_is_a_settings_is_refused_in_text(line: str) -> None:
 @pytest.mark.parametrize("name", ["keys.json", "keys.txt", "keys"])
 def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str) -> None:
     """By its suffix or by its content."""
-    assert parts(keys_from_file(file(name, json.dumps({"acme/prod": ONE, "dev": TWO})))) == [("acme/prod", ONE), ("dev", TWO)]
-    rows = [{"secret": ONE, "name": "prod", "account": "acme", "id": 7}, {"secret": TWO, "name": None}]
-    assert parts(keys_from_file(file(name, json.dumps(rows)))) == [("acme/prod", ONE), (ApiKey(TWO).label, TWO)]
-    variables = {"CRUSTDATA_API_KEY": ONE, "DATABASE_URL": "postgres://app:hunter2@db/app", "DEBUG": True}
-    assert [key.get_secret_value() for key in keys_from_file(file(name, json.dumps(variables)))] == [ONE]
+    assert parts(keys_from_file(file(name, json.dumps({"acme/prod": ONE, "dev": TWO})))) == [
+        ("acme/prod", ONE),
+        ("dev", TWO),
+    ]
+    rows = [
+        {"secret": ONE, "name": "prod", "account": "acme", "id": 7},
+        {"secret": TWO, "name": None},
+    ]
+    assert parts(keys_from_file(file(name, json.dumps(rows)))) == [
+        ("acme/prod", ONE),
+        (ApiKey(TWO).label, TWO),
+    ]
+    variables = {
+        "CRUSTDATA_API_KEY": ONE,
+        "DATABASE_URL": "postgres://app:hunter2@db/app",
+        "DEBUG": True,
+    }
+    assert [
+        key.get_secret_value() for key in keys_from_file(file(name, json.dumps(variables)))
+    ] == [ONE]
 
 
 @pytest.mark.parametrize(
@@ -233,10 +270,22 @@ def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str)
         (json.dumps([ONE, TWO]), "this JSON does not hold keys"),
         (json.dumps({"secret": ONE, "name": "prod"}), "this JSON does not hold keys"),
         (json.dumps(ONE), "this JSON does not hold keys"),
-        (json.dumps({"prod": {"secret": ONE}}), "keys.json, entry 1: an API key is a str, a SecretStr or an ApiKey, not dict"),
-        (json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}), "keys.json, entry 2: its name is that of a setting"),
-        (json.dumps([{"secret": ONE}, {"name": "dev"}]), "keys.json, entry 2: the row has no column 'secret'"),
-        (json.dumps({"CRUSTDATA_API_KEYS": [ONE]}), "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS hold text"),
+        (
+            json.dumps({"prod": {"secret": ONE}}),
+            "keys.json, entry 1: an API key is a str, a SecretStr or an ApiKey, not dict",
+        ),
+        (
+            json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}),
+            "keys.json, entry 2: its name is that of a setting",
+        ),
+        (
+            json.dumps([{"secret": ONE}, {"name": "dev"}]),
+            "keys.json, entry 2: the row has no column 'secret'",
+        ),
+        (
+            json.dumps({"CRUSTDATA_API_KEYS": [ONE]}),
+            "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS hold text",
+        ),
     ],
 )
 def test_other_json_is_refused(file: File, content: str, said: str) -> None:
@@ -253,16 +302,30 @@ def test_other_json_is_refused(file: File, content: str, said: str) -> None:
 @pytest.mark.parametrize("name", ["keys.csv", "keys.txt", "keys"])
 def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
     """Columns in any order, others ignored, empty cells for what is not known."""
-    rows = [["owner", "Name", "Secret", "account"], ["bob@x.io", "prod", f'"{ONE}"', "acme"], [], ["", "", TWO, ""]]
+    rows = [
+        ["owner", "Name", "Secret", "account"],
+        ["bob@x.io", "prod", f'"{ONE}"', "acme"],
+        [],
+        ["", "", TWO, ""],
+    ]
     content = "\ufeff" + "\n".join(delimiter.join(row) for row in rows)
-    assert parts(keys_from_file(file(name, content))) == [("acme/prod", ONE), (ApiKey(TWO).label, TWO)]
+    assert parts(keys_from_file(file(name, content))) == [
+        ("acme/prod", ONE),
+        (ApiKey(TWO).label, TWO),
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (f"name,key\nprod,{ONE}\n", "keys.csv: a CSV file needs a header row with a column 'secret'"),
-        (f"name,secret\nprod,{ONE}\ndev,{TWO},x\n", "keys.csv, line 3: the row has a different number of cells"),
+        (
+            f"name,key\nprod,{ONE}\n",
+            "keys.csv: a CSV file needs a header row with a column 'secret'",
+        ),
+        (
+            f"name,secret\nprod,{ONE}\ndev,{TWO},x\n",
+            "keys.csv, line 3: the row has a different number of cells",
+        ),
         (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not CSV"),
         ("name,secret\nprod,\n", "keys.csv, line 2: the API key is empty"),
     ],
@@ -277,7 +340,9 @@ def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
 @pytest.mark.parametrize("text", [f"prod,{ONE},acme\n", f"hunter2\n{ONE}\n"])
 def test_a_bare_entry_that_looks_like_no_key_is_refused_beside_those_that_do(text: str) -> None:
     """Such as the cells of a CSV file without a header row. With a name it is a key."""
-    with pytest.raises(ConfigurationError, match=r"line 1: this does not look like a key, as other entries do"):
+    with pytest.raises(
+        ConfigurationError, match=r"line 1: this does not look like a key, as other entries do"
+    ):
         keys_from_text(text)
     assert len(keys_from_text(f"a=hunter2\n{ONE}\n")) == 2
     assert [key.get_secret_value() for key in keys_from_text(f"{ONE}, {TWO}")] == [ONE, TWO]
@@ -306,7 +371,10 @@ def test_a_file_of_another_kind_is_refused(file: File, name: str, content: str) 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (f"[crustdata]\nkey={ONE}\n", "line 1: the API key holds a square bracket: it seems to be a section of an ini file"),
+        (
+            f"[crustdata]\nkey={ONE}\n",
+            "line 1: the API key holds a square bracket: it seems to be a section of an ini file",
+        ),
         ("machine api login bob password hunter2", "white space"),
         ("-----BEGIN-KEY-----\nabc\n", "a line of a PEM file"),
         ("<key>abc</key>", "is a placeholder"),
@@ -354,7 +422,10 @@ def test_a_file_that_exists_is_named_when_it_cannot_be_read(tmp_path: Path) -> N
 
 def test_files_stand_in_for_variables(file: File) -> None:
     """As Docker's and Kubernetes' secrets do: one key, and any file of keys."""
-    single, many = str(file("one", f"{ONE}\n")), str(file("many.json", json.dumps({"acme/prod": TWO})))
+    single, many = (
+        str(file("one", f"{ONE}\n")),
+        str(file("many.json", json.dumps({"acme/prod": TWO}))),
+    )
     assert parts(keys_from_env({"CRUSTDATA_API_KEY_FILE": single})) == [(ApiKey(ONE).label, ONE)]
     assert parts(keys_from_env({"CRUSTDATA_API_KEYS_FILE": many})) == [("acme/prod", TWO)]
     both = keys_from_env({"CRUSTDATA_API_KEY_FILE": single, "CRUSTDATA_API_KEYS_FILE": many})
@@ -364,22 +435,31 @@ def test_files_stand_in_for_variables(file: File) -> None:
 
 def test_a_file_that_a_variable_names_has_to_be_right(file: File) -> None:
     """The error names the variable, and no path that may be a key."""
-    with pytest.raises(ConfigurationError, match="the file of CRUSTDATA_API_KEY_FILE cannot be read: No such file") as caught:
+    with pytest.raises(
+        ConfigurationError, match="the file of CRUSTDATA_API_KEY_FILE cannot be read: No such file"
+    ) as caught:
         keys_from_env({"CRUSTDATA_API_KEY_FILE": ONE})
     assert ONE not in str(caught.value)
-    with pytest.raises(ConfigurationError, match="the file of CRUSTDATA_API_KEYS_FILE cannot be read"):
+    with pytest.raises(
+        ConfigurationError, match="the file of CRUSTDATA_API_KEYS_FILE cannot be read"
+    ):
         keys_from_env({"CRUSTDATA_API_KEYS_FILE": ONE})
     with pytest.raises(ConfigurationError, match="CRUSTDATA_API_KEY_FILE: the API key is empty"):
         keys_from_env({"CRUSTDATA_API_KEY_FILE": str(file("empty", "\n"))})
     for name in ("CRUSTDATA_API_KEY", "CRUSTDATA_API_KEYS"):
-        with pytest.raises(ConfigurationError, match=f"{name} and {name}_FILE are both set; keep one of them"):
+        with pytest.raises(
+            ConfigurationError, match=f"{name} and {name}_FILE are both set; keep one of them"
+        ):
             keys_from_env({name: ONE, f"{name}_FILE": "one"})
 
 
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"CRUSTDATA_API_KEY": f"{ONE},{TWO}"}, "CRUSTDATA_API_KEY: the API key holds a comma: it seems to be a list of keys"),
+        (
+            {"CRUSTDATA_API_KEY": f"{ONE},{TWO}"},
+            "CRUSTDATA_API_KEY: the API key holds a comma: it seems to be a list of keys",
+        ),
         (
             {"CRUSTDATA_API_KEYS": f"{ONE};{TWO}"},
             "CRUSTDATA_API_KEYS, line 1: the API key holds a semicolon: it seems to be a list",
@@ -397,7 +477,10 @@ def test_a_list_is_not_sent_as_one_key(environ: dict[str, str], said: str) -> No
 
 
 def test_a_label_in_text_is_account_and_name() -> None:
-    """An account has no slash, so the first one divides them. One name in two accounts is two keys."""
+    """An account has no slash, so the first one divides them.
+
+    One name in two accounts is two keys.
+    """
     found = keys_from_text(f"acme/prod={ONE}, globex/prod={TWO}, acme/eu/west=s-3")
     assert [(key.account, key.name, key.label) for key in found] == [
         ("acme", "prod", "acme/prod"),
@@ -410,14 +493,19 @@ def test_a_label_in_text_is_account_and_name() -> None:
 
 def test_the_padding_of_a_bare_key_is_no_empty_value() -> None:
     """One `=`, or two, at the end of what looks generated."""
-    assert [key.get_secret_value() for key in keys_from_text(f"{ONE}=\n{TWO}==")] == [f"{ONE}=", f"{TWO}=="]
+    assert [key.get_secret_value() for key in keys_from_text(f"{ONE}=\n{TWO}==")] == [
+        f"{ONE}=",
+        f"{TWO}==",
+    ]
     assert [key.get_secret_value() for key in keys_from_text(f"prod={ONE}=")] == [f"{ONE}="]
 
 
 @pytest.mark.parametrize("text", [f"{ONE}=prod", f"a={TWO}\n{ONE}/prod=s-1"])
 def test_a_secret_in_the_place_of_a_name_is_not_repeated(text: str) -> None:
     """The message says which way round it goes."""
-    with pytest.raises(ConfigurationError, match="looks more like a secret than its value does") as caught:
+    with pytest.raises(
+        ConfigurationError, match="looks more like a secret than its value does"
+    ) as caught:
         keys_from_text(text)
     assert ONE not in str(caught.value)
 
@@ -499,14 +587,18 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
     assert not hasattr(found[1], "get_secret_value")
     errors = [str(key.error) for key in found if isinstance(key, UnusableKey)]
     assert errors[0] == (
-        "acme/dev: an API key is a str, a SecretStr or an ApiKey, not NoneType; is it missing where it comes from?"
+        "acme/dev: an API key is a str, a SecretStr or an ApiKey, not NoneType; is it "
+        "missing where it comes from?"
     )
     assert errors[3].startswith("lost: the row has no column 'secret'")
     assert errors[4].startswith("rows[5]: a row is a mapping with 'secret'")
     assert errors[5].startswith("rows[6]: acme/prod: two different keys have this name")
     assert errors[6].startswith("rows[7]: globex/other: its secret stands under two accounts")
     assert errors[8].endswith("this BrokenRow cannot be read as one (LookupError)")
-    assert errors[9] == "sealed: the API key cannot be read: its get_secret_value() raised RuntimeError"
+    assert (
+        errors[9]
+        == "sealed: the API key cannot be read: its get_secret_value() raised RuntimeError"
+    )
 
 
 @pytest.mark.parametrize("rows", [{"secret": ONE}, ONE, 7])
@@ -569,7 +661,17 @@ OTHER_SECRETS = [
     "",
 ]
 LABELS = st.sampled_from(["prod", "dev", "acme/prod", "acme/dev", "eu-west-1", "customer 7"])
-OTHER_NAMES = st.sampled_from(["DATABASE_URL", "STRIPE_KEY", "DB_PASSWORD", "db.password", "api_token", "SENTRY_DSN", "secret_key"])
+OTHER_NAMES = st.sampled_from(
+    [
+        "DATABASE_URL",
+        "STRIPE_KEY",
+        "DB_PASSWORD",
+        "db.password",
+        "api_token",
+        "SENTRY_DSN",
+        "secret_key",
+    ]
+)
 OTHERS = st.dictionaries(OTHER_NAMES, st.sampled_from(OTHER_SECRETS), max_size=4)
 KEYS = st.dictionaries(LABELS, st.sampled_from(TRUE_KEYS), min_size=1, max_size=4)
 
@@ -595,12 +697,17 @@ def json_file(keys: dict[str, str], others: dict[str, str]) -> str:
 
 
 def json_records(keys: dict[str, str], others: dict[str, str]) -> str:
-    return json.dumps([{**others, "name": label, "secret": secret} for label, secret in keys.items()])
+    return json.dumps(
+        [{**others, "name": label, "secret": secret} for label, secret in keys.items()]
+    )
 
 
 def csv_file(keys: dict[str, str], others: dict[str, str]) -> str:
     head = ["name", *others, "secret"]
-    return "\n".join(",".join(row) for row in [head, *([label, *others.values(), secret] for label, secret in keys.items())])
+    return "\n".join(
+        ",".join(row)
+        for row in [head, *([label, *others.values(), secret] for label, secret in keys.items())]
+    )
 
 
 def headless_csv(keys: dict[str, str], others: dict[str, str]) -> str:
@@ -615,7 +722,12 @@ SHAPES = [env_file, text_file, bare_file, json_file, json_records, csv_file, hea
 
 
 @settings(max_examples=examples(300))
-@given(keys=KEYS, others=OTHERS, shape=st.sampled_from(SHAPES), indent=st.sampled_from(["", " ", "\n", "\ufeff"]))
+@given(
+    keys=KEYS,
+    others=OTHERS,
+    shape=st.sampled_from(SHAPES),
+    indent=st.sampled_from(["", " ", "\n", "\ufeff"]),
+)
 def test_nothing_but_a_true_key_ever_becomes_one(
     keys: dict[str, str], others: dict[str, str], shape: Callable[..., str], indent: str
 ) -> None:
@@ -635,15 +747,25 @@ def test_the_search_finds_what_is_sent() -> None:
     for shape in (env_file, text_file, json_file):
         assert parts(keys_from_text(shape(keys, {}))) == list(keys.items())
     for shape in (json_records, csv_file):
-        assert [key.get_secret_value() for key in keys_from_text(shape({"prod": TRUE_KEYS[0]}, {}))] == [TRUE_KEYS[0]]
+        assert [
+            key.get_secret_value() for key in keys_from_text(shape({"prod": TRUE_KEYS[0]}, {}))
+        ] == [TRUE_KEYS[0]]
     other = {"STRIPE_KEY": "sk_live_51H0123456789abcdefghij"}
     assert parts(keys_from_text(env_file(keys, other))) == list(keys.items())
-    assert keys_from_text(csv_file({"prod": TRUE_KEYS[0]}, other))[0].get_secret_value() == TRUE_KEYS[0]
+    assert (
+        keys_from_text(csv_file({"prod": TRUE_KEYS[0]}, other))[0].get_secret_value()
+        == TRUE_KEYS[0]
+    )
 
 
 def test_half_of_a_name_is_not_sent_as_a_key() -> None:
-    """A comma in a customer's name divides it; what is left of it is no key where the others are."""
-    with pytest.raises(ConfigurationError, match="this does not look like a key, as other entries do"):
+    """A comma in a customer's name divides it.
+
+    What is left of it is no key where the others are.
+    """
+    with pytest.raises(
+        ConfigurationError, match="this does not look like a key, as other entries do"
+    ):
         keys_from_text("Acme, Inc=sk_live_0123456789abcdef0123")
     with pytest.raises(ConfigurationError, match="line 1: this does not look like a key"):
         keys_from_text("Production\nprod=sk_live_0123456789abcdef0123")

@@ -1,4 +1,5 @@
-"""Servers for the machine of `test_machine`: they count in different ways, and are told the time."""
+"""Servers for the machine of `test_machine`: they count in different ways, and are told the
+time."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ class Rules:
     Attributes:
         limit: Requests that it serves in a period.
         period: Seconds of it.
-        scope: What has a count of its own. The accounts of a hidden group share one, and do not say so.
-        window: Whether the window slides, or begins anew with each period; or slides beside one of a second with a lower limit.
+        scope: What has a count of its own. The accounts of a hidden group share one, and do not say
+            so.
+        window: Whether the window slides, or begins anew with each period; or slides beside one of
+            a second with a lower limit.
         lag: Seconds by which its count lags behind the arrivals.
         counts_refused: Whether requests that it refuses count too.
         neighbour: Requests that somebody else sends in a second, of each scope.
-        tells: The counts in its answers: true ones, none, those of the short window, or a wrong limit of which nothing is used.
+        tells: The counts in its answers: true ones, none, those of the short window, or a wrong
+            limit of which nothing is used.
     """
 
     limit: int
@@ -47,7 +51,8 @@ class Rules:
 
     @property
     def is_honest(self) -> bool:
-        """Whether counts speak of the limit that refuses, and a request counts for a whole period: the proof assumes both."""
+        """Whether counts speak of the limit that refuses, and a request counts for a whole period:
+        the proof assumes both."""
         return self.window != "fixed" and self.tells in {"counts", "nothing"}
 
     def scope_of(self, account: Hashable, number: int) -> Hashable:
@@ -96,7 +101,12 @@ class Window:
             limit, used = max(1, rules.limit // 2), 1
         wait = 1 if is_short or not self.counted else self._room_at() - now
         says = rules.tells != "nothing"
-        return Verdict(served, limit if says else None, max(0, limit - used) if says else None, max(1, math.ceil(wait)))
+        return Verdict(
+            served,
+            limit if says else None,
+            max(0, limit - used) if says else None,
+            max(1, math.ceil(wait)),
+        )
 
     def _known(self, now: float) -> int:
         return bisect_right(self.counted, now - self.rules.lag)
@@ -106,14 +116,22 @@ class Window:
 
     def _forget(self, now: float) -> None:
         period = self.rules.period
-        oldest = math.floor(now / period) * period - 2 * EPSILON if self.rules.window == "fixed" else now - period
+        oldest = (
+            math.floor(now / period) * period - 2 * EPSILON
+            if self.rules.window == "fixed"
+            else now - period
+        )
         while self.counted and self.counted[0] <= oldest + EPSILON:
             self.counted.popleft()
 
     def _room_at(self) -> float:
         period = self.rules.period
         first = self.counted[0]
-        return (math.floor(first / period) + 1) * period if self.rules.window == "fixed" else first + period
+        return (
+            (math.floor(first / period) + 1) * period
+            if self.rules.window == "fixed"
+            else first + period
+        )
 
     def _let_neighbour_ask(self, now: float) -> None:
         gap = 1 / self.rules.neighbour

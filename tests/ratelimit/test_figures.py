@@ -1,4 +1,5 @@
-"""The scheduler in the situations that its rules were made for: no worse than the model in which the rules were found."""
+"""The scheduler in the situations that its rules were made for: no worse than the model in which
+the rules were found."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ SEEDS = range(5)
 
 @attrs.frozen(kw_only=True)
 class World:
-    """A server, a pool and neighbours; and what the model came to: seconds until the first and the last good answer, refusals.
+    """A server, a pool and neighbours; and what the model came to: seconds until the first and the
+    last good answer, refusals.
 
     `good` says which keys are looked at, and `seconds` how long.
     """
@@ -65,7 +67,14 @@ class World:
         """Once: first, last, refusals, and good keys that failed."""
 
         async def check() -> tuple[float, float, int, int]:
-            server = Server(self.count, self.scope, self.travel, self.headers, self.special and self.special(), seed)
+            server = Server(
+                self.count,
+                self.scope,
+                self.travel,
+                self.headers,
+                self.special and self.special(),
+                seed,
+            )
             if self.before is not None:
                 await self.before(server)
             pool = list(self.pool)
@@ -110,7 +119,11 @@ def neighbour(rate: float) -> Callable[[Server], Awaitable[None]]:
 
 
 def says(limit: int, remaining: int) -> Callable[..., Headers]:
-    return lambda actual, left, reset, *, served: {"limit": limit, "remaining": remaining, "wait": max(1, math.ceil(reset))}
+    return lambda actual, left, reset, *, served: {
+        "limit": limit,
+        "remaining": remaining,
+        "wait": max(1, math.ceil(reset)),
+    }
 
 
 def saturated(share: float) -> dict[str, Any]:
@@ -139,20 +152,46 @@ WORLDS: dict[str, World] = {
     "all together, 3,000": World(first=0.0, last=545.8, refusals=0, pool=keys(3000)),
     "all together, no pace": World(first=0.0, last=181.0, refusals=0, pool=keys(1000), pace=None),
     "a limit of 60, together": World(
-        first=0.0, last=242.9, refusals=0, pool=keys(300), count=lambda scope: Sliding(60), terms={"requests": 60}
+        first=0.0,
+        last=242.9,
+        refusals=0,
+        pool=keys(300),
+        count=lambda scope: Sliding(60),
+        terms={"requests": 60},
     ),
     "a limit of 5, together": World(
-        first=0.0, last=301.6, refusals=0, pool=keys(30), count=lambda scope: Sliding(5), terms={"requests": 5}
+        first=0.0,
+        last=301.6,
+        refusals=0,
+        pool=keys(30),
+        count=lambda scope: Sliding(5),
+        terms={"requests": 5},
     ),
     "by account": World(first=0.0, last=10.0, refusals=0, pool=keys(1000), scope=by_key),
-    "by account, 100 ms": World(first=0.1, last=10.1, refusals=0, pool=keys(1000), scope=by_key, travel=(0.08, 0.12)),
+    "by account, 100 ms": World(
+        first=0.1, last=10.1, refusals=0, pool=keys(1000), scope=by_key, travel=(0.08, 0.12)
+    ),
     "by account, a limit of 20": World(
-        first=0.0, last=11.4, refusals=0, pool=keys(1000), scope=by_key, count=lambda scope: Sliding(20), terms={"requests": 20}
+        first=0.0,
+        last=11.4,
+        refusals=0,
+        pool=keys(1000),
+        scope=by_key,
+        count=lambda scope: Sliding(20),
+        terms={"requests": 20},
     ),
     "by account, a limit of 60": World(
-        first=0.0, last=11.0, refusals=0, pool=keys(1000), scope=by_key, count=lambda scope: Sliding(60), terms={"requests": 60}
+        first=0.0,
+        last=11.0,
+        refusals=0,
+        pool=keys(1000),
+        scope=by_key,
+        count=lambda scope: Sliding(60),
+        terms={"requests": 60},
     ),
-    "by account, no pace": World(first=0.0, last=2.4, refusals=0, pool=keys(3000), scope=by_key, pace=None),
+    "by account, no pace": World(
+        first=0.0, last=2.4, refusals=0, pool=keys(3000), scope=by_key, pace=None
+    ),
     "600 apart and 400 of one account that nobody declared": World(
         first=0.0,
         last=65.4,
@@ -161,7 +200,13 @@ WORLDS: dict[str, World] = {
         scope=lambda key: key[0] if key[0].startswith("s") else "hidden",
         shuffled=True,
     ),
-    "a count that lags": World(first=0.0, last=181.9, refusals=0, pool=keys(1000), count=lambda scope: Sliding(300, lag=1.0)),
+    "a count that lags": World(
+        first=0.0,
+        last=181.9,
+        refusals=0,
+        pool=keys(1000),
+        count=lambda scope: Sliding(300, lag=1.0),
+    ),
     "a declared account of 1,000 in front": World(
         first=0.0,
         last=2.0,
@@ -208,31 +253,87 @@ WORLDS: dict[str, World] = {
         **VAST,  # type: ignore[arg-type]  # of several kinds
     ),
     "10 % saturated in front": World(first=0.04, last=5.0, refusals=267, **saturated(0.1)),
-    "30 % saturated anywhere": World(first=0.01, last=5.2, refusals=319, shuffled=True, **saturated(0.3)),
-    "50 % saturated anywhere": World(first=0.02, last=5.4, refusals=431, shuffled=True, **saturated(0.5)),
-    "80 % saturated anywhere": World(first=0.1, last=5.5, refusals=599, shuffled=True, **saturated(0.8)),
-    "a neighbour of half": World(first=0.01, last=229.1, refusals=55, pool=keys(600), before=neighbour(2.5)),
-    "a neighbour of half that only a wait tells of": World(
-        first=0.01, last=229.1, refusals=63, pool=keys(600), before=neighbour(2.5), headers=only_reset
+    "30 % saturated anywhere": World(
+        first=0.01, last=5.2, refusals=319, shuffled=True, **saturated(0.3)
     ),
-    "a neighbour of 90 %": World(first=0.01, last=690.4, refusals=294, pool=keys(600), before=neighbour(4.5)),
-    "limit 30, remaining 29 for ever": World(first=0.0, last=63.2, refusals=25, pool=keys(600), headers=says(30, 29)),
+    "50 % saturated anywhere": World(
+        first=0.02, last=5.4, refusals=431, shuffled=True, **saturated(0.5)
+    ),
+    "80 % saturated anywhere": World(
+        first=0.1, last=5.5, refusals=599, shuffled=True, **saturated(0.8)
+    ),
+    "a neighbour of half": World(
+        first=0.01, last=229.1, refusals=55, pool=keys(600), before=neighbour(2.5)
+    ),
+    "a neighbour of half that only a wait tells of": World(
+        first=0.01,
+        last=229.1,
+        refusals=63,
+        pool=keys(600),
+        before=neighbour(2.5),
+        headers=only_reset,
+    ),
+    "a neighbour of 90 %": World(
+        first=0.01, last=690.4, refusals=294, pool=keys(600), before=neighbour(4.5)
+    ),
+    "limit 30, remaining 29 for ever": World(
+        first=0.0, last=63.2, refusals=25, pool=keys(600), headers=says(30, 29)
+    ),
     "a network in front, 10 per second": World(
-        first=0.0, last=53.6, refusals=716, pool=keys(500), scope=by_key, special=edge(10, 1), failed=1
+        first=0.0,
+        last=53.6,
+        refusals=716,
+        pool=keys(500),
+        scope=by_key,
+        special=edge(10, 1),
+        failed=1,
     ),
     "a burst of 20 without headers": World(
-        first=0.0, last=197.0, refusals=213, pool=keys(1000), count=lambda scope: Leaky(300, 20), headers=no_headers
+        first=0.0,
+        last=197.0,
+        refusals=213,
+        pool=keys(1000),
+        count=lambda scope: Leaky(300, 20),
+        headers=no_headers,
     ),
     "a limit of 250 that nobody tells": World(
-        first=0.0, last=220.8, refusals=56, pool=keys(1000), count=lambda scope: Sliding(250), headers=no_headers
+        first=0.0,
+        last=220.8,
+        refusals=56,
+        pool=keys(1000),
+        count=lambda scope: Sliding(250),
+        headers=no_headers,
     ),
-    "a limit of 250 that is told": World(first=0.0, last=183.4, refusals=0, pool=keys(1000), count=lambda scope: Sliding(250)),
-    "plans of 60": World(first=0.0, last=6.0, refusals=0, pool=keys(600), scope=by_key, count=lambda scope: Sliding(60)),
-    "plans of 1,200": World(first=0.0, last=6.0, refusals=0, pool=keys(600), scope=by_key, count=lambda scope: Sliding(1200)),
+    "a limit of 250 that is told": World(
+        first=0.0, last=183.4, refusals=0, pool=keys(1000), count=lambda scope: Sliding(250)
+    ),
+    "plans of 60": World(
+        first=0.0,
+        last=6.0,
+        refusals=0,
+        pool=keys(600),
+        scope=by_key,
+        count=lambda scope: Sliding(60),
+    ),
+    "plans of 1,200": World(
+        first=0.0,
+        last=6.0,
+        refusals=0,
+        pool=keys(600),
+        scope=by_key,
+        count=lambda scope: Sliding(1200),
+    ),
     "503 with a wait for 5 s": World(
-        first=5.12, last=5.9, refusals=0, pool=keys(50), scope=by_key, special=until(5, 503, {"wait": 5})
+        first=5.12,
+        last=5.9,
+        refusals=0,
+        pool=keys(50),
+        scope=by_key,
+        special=until(5, 503, {"wait": 5}),
     ),
-    "all keys answer 401": World(first=0.0, last=3.0, refusals=0, pool=keys(300), special=lambda: lambda key, at: (401, {})),
+    "all keys answer 401": World(
+        first=0.0, last=3.0, refusals=0, pool=keys(300), special=lambda: lambda key, at: (401, {})
+    ),
 }
 
 
@@ -241,7 +342,9 @@ def test_it_is_no_worse_than_the_model(name: str) -> None:
     """By more than a tenth, 0.1 s or three refusals, whichever is more; median of five runs."""
     world = WORLDS[name]
     runs = [world.play(seed) for seed in SEEDS]
-    first, last, refusals, failed = (statistics.median(run[part] for run in runs) for part in range(4))
+    first, last, refusals, failed = (
+        statistics.median(run[part] for run in runs) for part in range(4)
+    )
     assert failed <= world.failed
     assert first <= max(1.1 * world.first, world.first + 0.1)
     assert last <= max(1.1 * world.last, world.last + 0.1)
@@ -254,7 +357,9 @@ async def test_four_clients_that_know_nothing_of_each_other_share_one_limit() ->
     server = Server(lambda scope: Sliding(300))
     clients = [Client(server, SchedulerTerms(), seed) for seed in range(4)]
     began = now()
-    jobs = await asyncio.gather(*(client.check(keys(300, f"p{number}-")) for number, client in enumerate(clients)))
+    jobs = await asyncio.gather(
+        *(client.check(keys(300, f"p{number}-")) for number, client in enumerate(clients))
+    )
     assert all(job.good for each in jobs for job in each)
     assert now() - began <= 1.1 * 183
     assert server.refused <= 37

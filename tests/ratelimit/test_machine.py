@@ -1,7 +1,8 @@
 """The scheduler against servers and trouble that hypothesis invents, in time that is a number.
 
-While nobody else spends, no window of a server holds more than the limit. Every call ends, flows and accounts take turns, and
-afterwards every counter is at zero. Each rule that is broken on purpose is found out.
+While nobody else spends, no window of a server holds more than the limit. Every call ends, flows
+and accounts take turns, and afterwards every counter is at zero. Each rule that is broken on
+purpose is found out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ import pytest
 from aiolimiter import AsyncLimiter
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from crustcredits._ratelimit import connection_slots, fair_queue, pace
 from crustcredits._ratelimit import scheduler as scheduler_module
@@ -37,22 +44,34 @@ from crustcredits._ratelimit.witnesses import LAG, WITNESSES, Witnesses
 from tests import searches
 from tests.ratelimit.servers import EPSILON, Rules, Window
 
-# A request that is given up on after `LATE` seconds has hung for so long that the bound on hanging requests matters.
+# A request that is given up on after `LATE` seconds has hung for so long that the bound on hanging
+# requests matters.
 PERIOD, LATE = 10.0, 5.0
 ATTEMPTS = 12
 SPARED = 4
-# Seconds after which a request without an answer no longer counts, and the multiple of the slots that may be on the wire then.
+# Seconds after which a request without an answer no longer counts, and the multiple of the slots
+# that may be on the wire then.
 PROMPT = 0.4
 ON_WIRE = 9
 # Refused probes in a row that become a hold at the latest, and seconds of the shortest hold.
 RUN, HOLD = 24, 0.2
 # Served probes in a row that end a trial: its width doubles from 1 to more than 16.
 DOUBLINGS = 5
-FATES = ["served"] * 5 + ["fails", "refused", "unsent", "lost", "lost late", "gateway", "passed on", "unavailable"]
+FATES = ["served"] * 5 + [
+    "fails",
+    "refused",
+    "unsent",
+    "lost",
+    "lost late",
+    "gateway",
+    "passed on",
+    "unavailable",
+]
 FATES_OF_MANY = ["refused", "lost", "lost late", "passed on", "gateway", "fails"]
 # No call waits for so many seconds.
 NEVER = 10.0**9
-# Seconds by which a wake-up may be late, because sums are rounded; and starts that the pace lets wait together.
+# Seconds by which a wake-up may be late, because sums are rounded; and starts that the pace lets
+# wait together.
 MOMENT, GROUP = 1e-2, 3
 
 
@@ -82,7 +101,9 @@ class Pool(PoolFlow):
 
     __slots__ = ("accounts", "begun", "deadline", "is_given_up", "keys", "machine")
 
-    def __init__(self, machine: Machine, keys: Sequence[int], accounts: int, deadline: float) -> None:
+    def __init__(
+        self, machine: Machine, keys: Sequence[int], accounts: int, deadline: float
+    ) -> None:
         self.machine, self.accounts, self.deadline = machine, accounts, deadline
         self.keys = list(dict.fromkeys(keys))
         self.begun: set[int] = set()
@@ -116,7 +137,9 @@ class Turns:
         self.passed: dict[Hashable, tuple[int, int, int]] = {}
 
     def are_fair(self, who: Hashable, waiting: dict[Any, int], ahead: int) -> bool:
-        """It is the turn of one. Each comes to its turn when all others had theirs, and the calls that are `ahead` of all.
+        """It is the turn of one.
+
+        Each comes to its turn when all others had theirs, and the calls that are `ahead` of all.
 
         A call that does not start, but begins to wait for a token, uses up a turn too.
         """
@@ -124,13 +147,20 @@ class Turns:
         for each, length in waiting.items():
             if length and each != who:
                 before, times, most = self.passed.get(each, (length, 0, 0))
-                passed[each] = length, times + 1 if before == length else 1, max(most, len(waiting) + ahead)
+                passed[each] = (
+                    length,
+                    times + 1 if before == length else 1,
+                    max(most, len(waiting) + ahead),
+                )
         self.passed = passed
         return all(times <= 2 * most + 2 for _, times, most in passed.values())
 
 
 class Machine(RuleBasedStateMachine):
-    """Calls come, are given up, expire, or are wanted by a better kind; time passes; answers come as they will."""
+    """Calls come, are given up, expire, or are wanted by a better kind; time passes.
+
+    Answers come as they will.
+    """
 
     broken: ClassVar[Any] = None  # makes what breaks a rule on purpose
     worlds: ClassVar[tuple[str, ...]] = (
@@ -165,16 +195,22 @@ class Machine(RuleBasedStateMachine):
         self.windows: dict[Hashable, Window] = {}
         self.arrivals: defaultdict[Hashable, deque[tuple[float, Attempt]]] = defaultdict(deque)
         self.proven: set[Attempt] = set()
-        self.served: list[tuple[float, float, Hashable]] = []  # starts, ends and accounts of served requests
+        self.served: list[
+            tuple[float, float, Hashable]
+        ] = []  # starts, ends and accounts of served requests
         self.unserved: list[tuple[float, Hashable]] = []  # ends and accounts of the others
         self.not_before: dict[Hashable, float] = {}  # what was said of the next start of an account
         self.flow_turns, self.account_turns = Turns(), defaultdict[Flow, Turns](Turns)
         self.level, self.last_start = 0.0, -math.inf
         self.quiet_until = -math.inf
-        self.probes: list[Attempt] | None = None  # what started since a refusal, until one is served
+        self.probes: list[Attempt] | None = (
+            None  # what started since a refusal, until one is served
+        )
         self.trial: Trial | None = None
         self.refused_probes = self.served_probes = 0
-        self.trips: deque[tuple[float, float, str]] = deque()  # seconds of the next requests, share until arrival, and fate
+        self.trips: deque[tuple[float, float, str]] = (
+            deque()
+        )  # seconds of the next requests, share until arrival, and fate
         self.singles, self.refreshes = Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
         self.check = Flow()
         clock = self.clock
@@ -197,7 +233,17 @@ class Machine(RuleBasedStateMachine):
         rate=st.sampled_from([None, None, 2.0, 20.0]),
         slots=st.sampled_from([3, 3, 2, 1]),
     )
-    def begin(self, *, requests: int, scope: Any, counts: Any, reserve: float, world: int, rate: float | None, slots: int) -> None:
+    def begin(
+        self,
+        *,
+        requests: int,
+        scope: Any,
+        counts: Any,
+        reserve: float,
+        world: int,
+        rate: float | None,
+        slots: int,
+    ) -> None:
         name = self.worlds[world % len(self.worlds)]
         if name == "group" and scope == "account":
             scope = "auto"
@@ -229,8 +275,12 @@ class Machine(RuleBasedStateMachine):
         kind=st.sampled_from(list(Kind)),
         patience=st.sampled_from([NEVER, NEVER, 0.5, 5.0, 30.0]),
     )
-    def calls_come(self, count: int, first: int, accounts: int, kind: Kind, patience: float) -> None:
-        flow = {Kind.SINGLE: self.singles, Kind.MANY: self.check, Kind.BACKGROUND: self.refreshes}[kind]
+    def calls_come(
+        self, count: int, first: int, accounts: int, kind: Kind, patience: float
+    ) -> None:
+        flow = {Kind.SINGLE: self.singles, Kind.MANY: self.check, Kind.BACKGROUND: self.refreshes}[
+            kind
+        ]
         for number in range(first, first + count):
             self.enter(self.call(number, accounts, flow, self.now + patience))
 
@@ -251,7 +301,13 @@ class Machine(RuleBasedStateMachine):
     def another_check_comes(self) -> None:
         self.check = Flow()
 
-    @rule(trips=st.lists(st.tuples(st.floats(0, LATE), st.floats(0, 1), st.sampled_from(FATES)), min_size=1, max_size=12))
+    @rule(
+        trips=st.lists(
+            st.tuples(st.floats(0, LATE), st.floats(0, 1), st.sampled_from(FATES)),
+            min_size=1,
+            max_size=12,
+        )
+    )
     def the_next_requests_fare_so(self, trips: list[tuple[float, float, str]]) -> None:
         self.trips.extend(trips)
 
@@ -365,7 +421,10 @@ class Machine(RuleBasedStateMachine):
         self.check_slots()
         self.check_pace()
         self.check_refusals(request)
-        self.demand(self.now >= self.not_before.get(request.call.account, 0.0) - EPSILON, "it was said to start later")
+        self.demand(
+            self.now >= self.not_before.get(request.call.account, 0.0) - EPSILON,
+            "it was said to start later",
+        )
         job = self.open[request.call]
         job.attempts += 1
         job.on_wire = True
@@ -382,7 +441,14 @@ class Machine(RuleBasedStateMachine):
             self.at(back, partial(self.end, request, AttemptResult(status=502)))
             self.at(back + share * LATE, partial(self.arrive, request))
         elif fate == "refused":  # by something else than the window
-            self.at(back, partial(self.end, request, AttemptResult(status=429, wait=0.25 + share * 5 if share else None)))
+            self.at(
+                back,
+                partial(
+                    self.end,
+                    request,
+                    AttemptResult(status=429, wait=0.25 + share * 5 if share else None),
+                ),
+            )
         else:
             self.at(self.now + share * whole, partial(self.arrive, request, fate, back))
 
@@ -399,14 +465,21 @@ class Machine(RuleBasedStateMachine):
             return
         if verdict.is_served:
             answers = {
-                "served": AttemptResult(status=200, limit=verdict.limit, remaining=verdict.remaining),
+                "served": AttemptResult(
+                    status=200, limit=verdict.limit, remaining=verdict.remaining
+                ),
                 "fails": AttemptResult(status=500),
                 "gateway": AttemptResult(status=403, is_html=True),
                 "unavailable": AttemptResult(status=503, wait=1.0),
             }
             answer = answers[fate]
         else:
-            answer = AttemptResult(status=429, limit=verdict.limit, remaining=verdict.remaining, wait=float(verdict.wait))
+            answer = AttemptResult(
+                status=429,
+                limit=verdict.limit,
+                remaining=verdict.remaining,
+                wait=float(verdict.wait),
+            )
         self.at(back, partial(self.end, request, answer))
 
     def end(self, request: Attempt, answer: AttemptResult) -> None:
@@ -424,9 +497,16 @@ class Machine(RuleBasedStateMachine):
             self.unserved.append((self.now, request.call.account))
         self.learn(request, answer, before)
         trial = self.scheduler._cooldown.trial
-        if rate is not None and trial is not None and trial.holds > (holds if trial is before else 0):
+        if (
+            rate is not None
+            and trial is not None
+            and trial.holds > (holds if trial is before else 0)
+        ):
             least = min(self.requests / PERIOD, self.pace._ceiling or math.inf)
-            self.demand((self.pace.current(self.now) or math.inf) <= max(least, rate / 2) + EPSILON, "a hold does not cut the pace")
+            self.demand(
+                (self.pace.current(self.now) or math.inf) <= max(least, rate / 2) + EPSILON,
+                "a hold does not cut the pace",
+            )
         self.end_attempt(request.call, answer, spared=spared)
 
     def end_attempt(self, call: Call, answer: AttemptResult, *, spared: bool) -> None:
@@ -452,21 +532,33 @@ class Machine(RuleBasedStateMachine):
             raise AssertionError(otherwise)
 
     def check_window(self, scope: Hashable, request: Attempt) -> None:
-        """Where the proof's assumptions hold all count; where they do not, all but those that hold no token by a proof."""
+        """Where the proof's assumptions hold all count.
+
+        Where they do not, all but those that hold no token by a proof.
+        """
         if self.server.neighbour:
             return
         window = self.arrivals[scope]
         while window and window[0][0] <= self.now - PERIOD + EPSILON:
             window.popleft()
-        is_sound = self.terms.scope != "auto" or (self.server.scope != "group" and self.server.is_honest)
+        is_sound = self.terms.scope != "auto" or (
+            self.server.scope != "group" and self.server.is_honest
+        )
         count = len(window) if is_sound else sum(each not in self.proven for _, each in window)
         self.demand(count < self.most, "the server saw more than the limit")
 
     def check_order(self, request: Attempt) -> None:
-        """Foreground before background; flows take turns, and in a flow accounts do, unless they are drawn."""
+        """Foreground before background.
+
+        Flows take turns, and in a flow accounts do, unless they are drawn.
+        """
         ready, flow = self.scheduler._ready, request.call.flow
         ahead = sum(map(len, self.scheduler._common_waiting))
-        waiting = {each: length for each, length in ready.lengths().items() if length and each.kind is not Kind.BACKGROUND}
+        waiting = {
+            each: length
+            for each, length in ready.lengths().items()
+            if length and each.kind is not Kind.BACKGROUND
+        }
         if request.kind is Kind.BACKGROUND:
             self.demand(not waiting, "a refresh went before a call that is awaited")
             return
@@ -474,30 +566,46 @@ class Machine(RuleBasedStateMachine):
         if request.in_trial:
             self.account_turns.pop(flow, None)
             return
-        accounts = Counter(call.account for call in self.open if call.queue is ready and call.flow is flow)
+        accounts = Counter(
+            call.account for call in self.open if call.queue is ready and call.flow is flow
+        )
         if isinstance(flow, Pool) and flow.queue is ready:
             accounts.update(map(flow.account_of, flow.numbers()))
-        self.demand(self.account_turns[flow].are_fair(request.call.account, accounts, ahead), "an account was passed over")
+        self.demand(
+            self.account_turns[flow].are_fair(request.call.account, accounts, ahead),
+            "an account was passed over",
+        )
 
     def check_tokens(self, request: Attempt) -> None:
-        """Single calls find their reserve, and ten requests can witness before the last tenth is given."""
+        """Single calls find their reserve, and ten requests can witness before the last tenth is
+        given."""
         buckets: list[Bucket] = [self.scheduler._common] if request.common is not None else []
         if request.account.shared:
             buckets.append(request.account.bucket)
         for bucket in buckets if request.kind is not Kind.SINGLE else ():
             kept = min(bucket.limit - 1, math.ceil(self.reserve * bucket.limit))
-            self.demand(bucket.room(self.now, 0) >= kept, "a token was taken that is kept for single calls")
+            self.demand(
+                bucket.room(self.now, 0) >= kept, "a token was taken that is kept for single calls"
+            )
         limit = self.scheduler._common.limit
         most = limit - min(limit - 1, math.ceil(self.reserve * limit))
         if self.terms.scope == "auto" and most > 11:
-            witnesses = sum(end <= self.now - LAG and start >= self.now - PERIOD for start, end, _ in self.served)
+            witnesses = sum(
+                end <= self.now - LAG and start >= self.now - PERIOD
+                for start, end, _ in self.served
+            )
             left = self.scheduler._common.room(self.now, 0)
-            self.demand(witnesses >= WITNESSES or left >= math.ceil(most / 10), "the last tenth was given before ten could witness")
+            self.demand(
+                witnesses >= WITNESSES or left >= math.ceil(most / 10),
+                "the last tenth was given before ten could witness",
+            )
 
     def check_slots(self) -> None:
         prompt = sum(self.now - request.started < PROMPT - EPSILON for request in self.on_wire)
         self.demand(prompt < self.slots.count, "more requests than slots")
-        self.demand(len(self.on_wire) < ON_WIRE * self.slots.count, "more are on the wire than may be")
+        self.demand(
+            len(self.on_wire) < ON_WIRE * self.slots.count, "more are on the wire than may be"
+        )
 
     def check_pace(self) -> None:
         """A rate that is cut and comes back begins with another burst."""
@@ -513,7 +621,11 @@ class Machine(RuleBasedStateMachine):
         """A refusal lets one request at a time start, and a run of them stops all for a while."""
         self.demand(self.now >= self.quiet_until, "a run of refusals stops nothing")
         if self.probes is not None:
-            prompt = (each for each in self.probes if each in self.on_wire and self.now - each.started < PROMPT - EPSILON)
+            prompt = (
+                each
+                for each in self.probes
+                if each in self.on_wire and self.now - each.started < PROMPT - EPSILON
+            )
             self.demand(next(prompt, None) is None, "a refusal narrows nothing")
             self.probes.append(request)
 
@@ -524,17 +636,34 @@ class Machine(RuleBasedStateMachine):
             return
         since, started = self.now - PERIOD, request.started
         # A request that ended near the end of the period may have arrived before it.
-        seen = sum(since + LATE < end <= started and whose == account for _, end, whose in self.served)
+        seen = sum(
+            since + LATE < end <= started and whose == account for _, end, whose in self.served
+        )
         if used < seen:
-            self.demand(request.account.bucket.limit == self.requests, "a limit was believed that the counts contradict")
-        # Of those that ended in the last period, some may have aged out; and others may have been counted that brought no answer.
+            self.demand(
+                request.account.bucket.limit == self.requests,
+                "a limit was believed that the counts contradict",
+            )
+        # Of those that ended in the last period, some may have aged out; and others may have been
+        # counted that brought no answer.
         most = sum(since < end <= started and whose == account for _, end, whose in self.served)
         most += sum(since - LATE < end and whose == account for end, whose in self.unserved)
         if used >= most and self.terms.adopts != "any":
-            self.demand(request.account.bucket.limit == min(limit, self.requests), "a lower limit was not followed")
-        is_plain = self.server.is_honest and not self.server.lag and not self.is_calm and self.terms.adopts != "any"
+            self.demand(
+                request.account.bucket.limit == min(limit, self.requests),
+                "a lower limit was not followed",
+            )
+        is_plain = (
+            self.server.is_honest
+            and not self.server.lag
+            and not self.is_calm
+            and self.terms.adopts != "any"
+        )
         if is_plain and self.terms.scope == "client" and self.server.scope == "together":
-            self.demand(self.scheduler._common.limit == min(limit, self.requests), "a lower limit was not followed")
+            self.demand(
+                self.scheduler._common.limit == min(limit, self.requests),
+                "a lower limit was not followed",
+            )
 
     def learn(self, request: Attempt, answer: AttemptResult, before: Trial | None) -> None:
         """What the answer means for the trial."""
@@ -545,7 +674,10 @@ class Machine(RuleBasedStateMachine):
             self.quiet_until, self.probes = -math.inf, None
             self.refused_probes = 0
             self.served_probes += request.trial is not None and request.trial is before
-            self.demand(trial is not before or before is None or self.served_probes < DOUBLINGS, "served probes end no trial")
+            self.demand(
+                trial is not before or before is None or self.served_probes < DOUBLINGS,
+                "served probes end no trial",
+            )
         elif answer.is_refused:
             self.served_probes = 0
             if before is None:
@@ -555,10 +687,15 @@ class Machine(RuleBasedStateMachine):
                 self.quiet_until = self.now + HOLD
 
     def check_that_nothing_waits_in_vain(self) -> None:
-        """Without a trial, a call that is awaited starts if there are a slot and tokens for it, and the pace allows it."""
+        """Without a trial, a call that is awaited starts if there are a slot and tokens for it, and
+        the pace allows it."""
         scheduler, now = self.scheduler, self.now
         grace = MOMENT + GROUP / (self.pace.current(now) or math.inf)
-        if scheduler._cooldown.trial is not None or self.moment <= now + grace or self.pace.wait(now) is not None:
+        if (
+            scheduler._cooldown.trial is not None
+            or self.moment <= now + grace
+            or self.pace.wait(now) is not None
+        ):
             return
         patience = max(PROMPT, 4 * (self.slots.usual or 0.0))
         prompt = sum(now - request.started < patience for request in self.on_wire)
@@ -567,9 +704,15 @@ class Machine(RuleBasedStateMachine):
         for kind in (Kind.SINGLE, Kind.MANY):
             if scheduler._counts_common and scheduler._common_room(kind, now) <= 0:
                 continue
-            waiting = {call.account for call in self.open if call.queue is not None and call.flow.kind is kind}
+            waiting = {
+                call.account
+                for call in self.open
+                if call.queue is not None and call.flow.kind is kind
+            }
             if kind is Kind.MANY:
-                waiting.update(pool.account_of(number) for pool in self.pools for number in pool.numbers()[:1])
+                waiting.update(
+                    pool.account_of(number) for pool in self.pools for number in pool.numbers()[:1]
+                )
             for name in waiting:
                 account = scheduler._accounts.get(name)
                 has_room = account is None or scheduler._account_room(account, kind, now) > 0
@@ -591,14 +734,19 @@ class Machine(RuleBasedStateMachine):
                 each.stop()
 
     def finish(self) -> None:
-        """From now on the server serves all; then all calls end, and when all has aged out nothing is left."""
+        """From now on the server serves all.
+
+        Then all calls end, and when all has aged out nothing is left.
+        """
         self.trips.clear()
         self.is_calm = True
         left = len(self.open) + sum(pool.waiting for pool in self.pools)
         self.play(self.now + (100 + 3 * left) * PERIOD)
         self.demand(not self.open, "a call was left over")
         self.demand(not any(pool.waiting for pool in self.pools), "a number was left over")
-        self.demand(all(len(pool.begun) == len(pool.keys) for pool in self.pools), "a number was left over")
+        self.demand(
+            all(len(pool.begun) == len(pool.keys) for pool in self.pools), "a number was left over"
+        )
         self.play(self.now + 2 * PERIOD + 2 * LATE)
         for number in range(6):  # more than end a trial
             self.enter(self.call(number, 50, self.singles, NEVER))
@@ -613,13 +761,17 @@ class Machine(RuleBasedStateMachine):
         scheduler = self.scheduler
         quota = scheduler.quota(None, self.now)
         self.demand(
-            (quota.free, quota.in_flight, quota.waiting, quota.refreshing) == (quota.limit, 0, 0, 0), "a token was left over"
+            (quota.free, quota.in_flight, quota.waiting, quota.refreshing)
+            == (quota.limit, 0, 0, 0),
+            "a token was left over",
         )
         if self.server.limit == self.requests and self.server.tells != "short":
             self.demand(quota.limit == self.requests, "a wrong limit was left over")
         self.demand(not self.events, "a timer was left over")
         self.demand(
-            (scheduler._called, scheduler._refreshing, len(self.slots), scheduler._parked) == (0, 0, 0, {}), "a place was left over"
+            (scheduler._called, scheduler._refreshing, len(self.slots), scheduler._parked)
+            == (0, 0, 0, {}),
+            "a place was left over",
         )
         self.demand(not len(scheduler._ready), "a place was left over")
         self.demand(not any(map(len, scheduler._common_waiting)), "a place was left over")
@@ -638,7 +790,9 @@ def _rules(name: str, requests: int, scope: Any) -> Rules:
         "short": attrs.evolve(plain, window="two", tells="short"),
         "group": attrs.evolve(plain, scope="group", counts_refused=True),
         "neighbour": attrs.evolve(plain, neighbour=0.6 * requests / PERIOD),
-        "neighbour counts": attrs.evolve(plain, neighbour=2 * requests / PERIOD, counts_refused=True),
+        "neighbour counts": attrs.evolve(
+            plain, neighbour=2 * requests / PERIOD, counts_refused=True
+        ),
         "lower": attrs.evolve(plain, limit=max(1, requests // 2)),
         "higher": attrs.evolve(plain, limit=2 * requests),
         "wrong": attrs.evolve(plain, tells="wrong"),
@@ -646,12 +800,17 @@ def _rules(name: str, requests: int, scope: Any) -> Rules:
     return worlds[name]
 
 
-SEARCH = settings(stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+SEARCH = settings(
+    stateful_step_count=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 
 
 def test_the_limit_holds_every_call_ends_and_nothing_is_left_over() -> None:
     """Whatever hypothesis invents."""
-    run_state_machine_as_test(Machine, settings=settings(SEARCH, max_examples=searches.examples(150)))
+    run_state_machine_as_test(
+        Machine, settings=settings(SEARCH, max_examples=searches.examples(150))
+    )
 
 
 def _early(self: TokenBucket, when: float) -> None:
@@ -706,7 +865,9 @@ def _believes(self: AdvertisedLimit, account: Hashable, limit: int, used: int, s
     return max(1, min(limit, self._configured))
 
 
-def _believes_nothing(self: AdvertisedLimit, account: Hashable, limit: int, used: int, seen: int) -> int:
+def _believes_nothing(
+    self: AdvertisedLimit, account: Hashable, limit: int, used: int, seen: int
+) -> int:
     return self._configured
 
 
@@ -716,7 +877,11 @@ def _sure_but_for_the_wire(bucket: Bucket, now: float) -> float:
 
 def _polls(self: Scheduler, now: float) -> Attempt | Call | float | None:
     granted = _GRANT(self, now)
-    return min(granted or math.inf, now + 0.01) if not isinstance(granted, (Attempt, Call)) and self._waits_for_common else granted
+    return (
+        min(granted or math.inf, now + 0.01)
+        if not isinstance(granted, (Attempt, Call)) and self._waits_for_common
+        else granted
+    )
 
 
 _LIMITER, _RETURN_AT, _POP, _NEXT, _PUSH_POOL, _GRANT = (
@@ -729,19 +894,39 @@ _LIMITER, _RETURN_AT, _POP, _NEXT, _PUSH_POOL, _GRANT = (
 )
 BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     "R1 flows": (FairQueue, "pop", _same_flow_again, "a flow was passed over"),
-    "R1 accounts": (fair_queue._FlowQueue, "next", _same_account_again, "an account was passed over"),
+    "R1 accounts": (
+        fair_queue._FlowQueue,
+        "next",
+        _same_account_again,
+        "an account was passed over",
+    ),
     "R1 background": (FairQueue, "pop", _background_first, "a refresh went before"),
     "R2 pools": (FairQueue, "push_pool", _loses_pools, "left over"),
     "R3 early": (TokenBucket, "return_at", _early, "more than the limit"),
     "R3 at once": (TokenBucket, "return_at", _at_once, "more than the limit"),
     "R3 never": (TokenBucket, "return_at", _never, "left over"),
-    "R3 late ones": (AttemptResult, "may_come_late", property(lambda self: False), "more than the limit"),
+    "R3 late ones": (
+        AttemptResult,
+        "may_come_late",
+        property(lambda self: False),
+        "more than the limit",
+    ),
     "R4 proof": (ScopeDetection, "told", lambda self, *rest: (True, True), "more than the limit"),
-    "R4 witnesses": (Witnesses, "prove", lambda self, used, own, *rest: used <= own, "more than the limit"),
+    "R4 witnesses": (
+        Witnesses,
+        "prove",
+        lambda self, used, own, *rest: used <= own,
+        "more than the limit",
+    ),
     "R4 tenth": (Scheduler, "_tenth", lambda self, now: 0, "before ten could witness"),
     "R5 reserve": (Scheduler, "_kept", lambda self, bucket: 0, "kept for single calls"),
     "R6 no trial": (EndpointCooldown, "refused", _refused_without_trial, "narrows nothing"),
-    "R6 trial without end": (EndpointCooldown, "served", lambda self, *rest, **how: None, "end no trial"),
+    "R6 trial without end": (
+        EndpointCooldown,
+        "served",
+        lambda self, *rest, **how: None,
+        "end no trial",
+    ),
     "R6 no hold": (EndpointCooldown, "refused", _never_held, "run of refusals stops nothing"),
     "R6 probes": (Attempt, "leave_trial", lambda self: None, "left over"),
     "R6 spared": (scheduler_module, "_SPARED", 10**6, "cost a call nothing"),

@@ -29,7 +29,10 @@ def test_a_request_without_an_answer_stops_counting() -> None:
 
 
 def test_nobody_is_hurried_where_answers_are_slow_for_all() -> None:
-    """A slow API is not a hanging one: four times the usual answer is waited for. What was never answered says nothing."""
+    """A slow API is not a hanging one: four times the usual answer is waited for.
+
+    What was never answered says nothing.
+    """
     slots = ConnectionSlots[str](1)
     slots.take("a", 0.0)
     slots.release("a", 1.0, answered=True)
@@ -43,7 +46,8 @@ def test_nobody_is_hurried_where_answers_are_slow_for_all() -> None:
 
 
 def test_only_so_many_may_hang() -> None:
-    """Beyond eight times the slots those that hang count all the same, until one of them is done."""
+    """Beyond eight times the slots those that hang count all the same, until one of them is
+    done."""
     slots = ConnectionSlots[int](2)
     for number in range(2 * (1 + HANGING_SHARE)):
         assert slots.free > 0
@@ -58,7 +62,10 @@ def test_only_so_many_may_hang() -> None:
 
 
 def test_a_lower_limit_is_followed_where_its_count_agrees() -> None:
-    """A count that has less than what had ended speaks of something else. A higher limit is another one, unless it is asked for."""
+    """A count that has less than what had ended speaks of something else.
+
+    A higher limit is another one, unless it is asked for.
+    """
     limit = AdvertisedLimit(300, follows_higher=False)
     assert limit.hear("a", 60, used=5, seen=5) == 60
     assert limit.hear("a", 60, used=4, seen=5) == 300
@@ -70,7 +77,10 @@ def test_a_lower_limit_is_followed_where_its_count_agrees() -> None:
 def test_an_absurd_limit_is_none(absurd: int) -> None:
     """Below one, or beyond any plan."""
     assert AdvertisedLimit(300, follows_higher=False).hear("a", absurd, used=1, seen=0) == 300
-    assert AdvertisedLimit(300, follows_higher=True).hear("a", absurd, used=1, seen=0) in {300, 1_000_000}
+    assert AdvertisedLimit(300, follows_higher=True).hear("a", absurd, used=1, seen=0) in {
+        300,
+        1_000_000,
+    }
 
 
 def test_where_several_have_to_agree_the_last_three_accounts_do() -> None:
@@ -88,23 +98,39 @@ def test_where_several_have_to_agree_the_last_three_accounts_do() -> None:
 
 
 def test_a_quota_says_when_the_last_of_so_many_calls_starts() -> None:
-    """After single calls that wait, in turns with other flows, and no faster than tokens, pace, slots and cooldown allow."""
+    """After single calls that wait, in turns with other flows, and no faster than tokens, pace,
+    slots and cooldown allow."""
     quota = Quota(limit=3, free=1, returns=(0.0, 10.0, 20.0), period=60.0)
-    assert [quota.seconds_for(count) for count in (0, 1, 2, 3, 4, 5, 7)] == [0, 0, 10, 20, 60, 70, 120]
+    assert [quota.seconds_for(count) for count in (0, 1, 2, 3, 4, 5, 7)] == [
+        0,
+        0,
+        10,
+        20,
+        60,
+        70,
+        120,
+    ]
     assert Quota(limit=300, free=300, pace=100.0).seconds_for(205) == pytest.approx(2.0)
     assert Quota(limit=300, free=300, pace=1.0, singles=50).seconds_for(1) == pytest.approx(50)
-    assert Quota(limit=300, free=300, pace=100.0, lengths=(5000,)).seconds_for(10) == pytest.approx(0.15)
-    assert Quota(limit=300, free=300, slots=10, answer_seconds=1.0).seconds_for(110) == pytest.approx(4.0)
+    assert Quota(limit=300, free=300, pace=100.0, lengths=(5000,)).seconds_for(10) == pytest.approx(
+        0.15
+    )
+    assert Quota(limit=300, free=300, slots=10, answer_seconds=1.0).seconds_for(
+        110
+    ) == pytest.approx(4.0)
     assert Quota(limit=300, free=300, cooldown=20.0).seconds_for(1) == 20
     assert Quota(limit=300, free=0, others=200).seconds_for(10) == pytest.approx(60)
-    assert Quota(limit=300, free=0, others=290, returns=(0.0,) * 300).seconds_for(10) == pytest.approx(60)
+    assert Quota(limit=300, free=0, others=290, returns=(0.0,) * 300).seconds_for(
+        10
+    ) == pytest.approx(60)
     assert Quota(limit=3, free=3).start_of(0) == 0
     with pytest.raises(ConfigurationError, match="requests"):
         quota.seconds_for(-1)
 
 
 def test_a_bucket_tells_when_its_tokens_return() -> None:
-    """Those that are free now, those on the wire after a period, and of a lowered limit the last."""
+    """Those that are free now, those on the wire after a period, and of a lowered limit the
+    last."""
     bucket = TokenBucket(3)
     bucket.take(0.0)
     bucket.return_at(60.0)
@@ -115,7 +141,10 @@ def test_a_bucket_tells_when_its_tokens_return() -> None:
 
 
 def test_refreshes_keep_such_a_distance_that_as_many_follow_as_tokens_return() -> None:
-    """Evenly over a period where none are out; after a burst more slowly, and of many tokens some are looked at."""
+    """Evenly over a period where none are out.
+
+    After a burst more slowly, and of many tokens some are looked at.
+    """
     bucket = TokenBucket(300)
     assert refresh_gap(bucket, 0.0, 60.0, 30) == pytest.approx(60 / 270)
     for _ in range(270):

@@ -46,7 +46,9 @@ def call(name: str, flow: Flow, account: str | None = None) -> Call:
     return Call(name, account or name, flow)
 
 
-def popped(queue: FairQueue, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
+def popped(
+    queue: FairQueue, draw: random.Random | None = None, *, draw_singles: bool = False
+) -> Call:
     """The call that is taken out of a queue in which calls wait."""
     return queue.pop(draw, draw_singles=draw_singles)
 
@@ -77,7 +79,14 @@ def started(scheduler: Scheduler, at: float) -> list[Attempt]:
 def test_flows_take_turns_and_accounts_within_them() -> None:
     """Of an account the first call comes first; background flows come last."""
     queue, one, two, back = FairQueue(), Flow(), Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
-    order = [("r1", back, "r1"), ("a1", one, "a"), ("a2", one, "a"), ("b1", one, "b"), ("s1", two, "s1"), ("s2", two, "s2")]
+    order = [
+        ("r1", back, "r1"),
+        ("a1", one, "a"),
+        ("a2", one, "a"),
+        ("b1", one, "b"),
+        ("s1", two, "s1"),
+        ("s2", two, "s2"),
+    ]
     for name, flow, account in order:
         queue.push(call(name, flow, account))
     assert len(queue) == 6
@@ -122,7 +131,10 @@ def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
     queue.push(call("retry", pool, "p9"))
     queue.push(call("x", other))
     assert (queue.length, queue.lengths()) == (10, {pool: 9, other: 1})
-    assert (queue.of_account("A", background=False), queue.of_account("C", background=False)) == (3, 1)
+    assert (queue.of_account("A", background=False), queue.of_account("C", background=False)) == (
+        3,
+        1,
+    )
     order = [popped(queue).key for _ in range(10)]
     assert order == ["first", "x", "p0", "p1", "p3", "p5", "retry", "p2", "p6", "p4"]
     assert (queue.length, pool.waiting) == (0, 0)
@@ -130,12 +142,20 @@ def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
 
 def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> None:
     """Each once, in whichever order; what is left keeps its turns."""
-    queue, other, pool, draw = FairQueue(), FairQueue(), Pool([None, "A", None, "A", None, "A", None, None]), random.Random(1)
+    queue, other, pool, draw = (
+        FairQueue(),
+        FairQueue(),
+        Pool([None, "A", None, "A", None, "A", None, None]),
+        random.Random(1),
+    )
     queue.push_pool(pool)
     queue.push(call("fresh", pool))
     found = {popped(queue, draw).key for _ in range(3)}
     assert len(found) == 3
-    left = {next(number for number in numbers if pool.waits(number)) for numbers in ((1, 3, 5), (0, 2, 4, 6, 7))}
+    left = {
+        next(number for number in numbers if pool.waits(number))
+        for numbers in ((1, 3, 5), (0, 2, 4, 6, 7))
+    }
     for number in left:
         pool.take_out(number)
     other.push(call("there", pool, "Z"))
@@ -164,8 +184,14 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
 
 
 def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
-    """Its next call begins when a token returns; what is given up wakes others, and leaves nothing."""
-    scheduler, pool = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None), Pool([None] * 50)
+    """Its next call begins when a token returns.
+
+    What is given up wakes others, and leaves nothing.
+    """
+    scheduler, pool = (
+        scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None),
+        Pool([None] * 50),
+    )
     scheduler.put_pool(pool)
     first = started(scheduler, 0.0)
     assert [request.call.key for request in first] == ["p0", "p1"]
@@ -196,10 +222,18 @@ def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
 
 def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
     """Where the count that processes share is out of reach, each of its calls is told so."""
-    scheduler, pool = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Pool([None] * 5)
+    scheduler, pool = (
+        scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None),
+        Pool([None] * 5),
+    )
     scheduler.put_pool(pool)
     assert len(started(scheduler, 0.0)) == 1
-    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == ["p1", "p2", "p3", "p4"]
+    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == [
+        "p1",
+        "p2",
+        "p3",
+        "p4",
+    ]
     assert scheduler.quota(None, 0.0).waiting == 0
 
 
@@ -210,7 +244,11 @@ def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
     mark = bucket.take(1.0)
     assert (bucket.room(5.0, 0), bucket.is_whole) == (0, False)
     bucket.return_at(70.0)
-    assert (bucket.room(69.9, 0), bucket.room_at(69.9, 0), bucket.room_at(69.9, 1)) == (0, 70.0, None)
+    assert (bucket.room(69.9, 0), bucket.room_at(69.9, 0), bucket.room_at(69.9, 1)) == (
+        0,
+        70.0,
+        None,
+    )
     assert bucket.own(mark) == 2
     bucket.put_back()
     assert bucket.own(mark) == 1
@@ -222,7 +260,10 @@ def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
 
 @pytest.mark.virtual
 async def test_the_pace_is_cut_and_comes_back() -> None:
-    """By half, and then by 2 % of the configured rate per second; without a pace the first cut sets one."""
+    """By half, and then by 2 % of the configured rate per second.
+
+    Without a pace the first cut sets one.
+    """
     pace = Pace(100.0, 5.0)
     pace.cut(0.0)
     assert pace.current(0.0) == 50
@@ -258,7 +299,8 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     assert not calls[2].called
     (second,) = started(scheduler, 61.4)
     assert second.call is calls[2]
-    # The next token calls the last call; before it starts it is given up, and the token is free for another.
+    # The next token calls the last call; before it starts it is given up, and the token is free for
+    # another.
     scheduler.ended(second, AttemptResult(status=None, unsent=True), 62.0)
     assert calls[3].called
     scheduler.remove(calls[3], 62.0)
@@ -292,7 +334,10 @@ async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down()
 @pytest.mark.virtual
 async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
     """Eight times as many as count."""
-    scheduler, flow = scheduler_of(SchedulerTerms(requests=1000, scope="account"), pace=None, slots=2), Flow()
+    scheduler, flow = (
+        scheduler_of(SchedulerTerms(requests=1000, scope="account"), pace=None, slots=2),
+        Flow(),
+    )
     for number in range(30):
         scheduler.put(call(str(number), flow))
     hanging: list[Attempt] = []
@@ -309,7 +354,11 @@ async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_nex
     """Whoever asked knows why, and may put it again."""
     barred: set[str] = set()
     flow = Flow()
-    scheduler = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None, is_barred=lambda call, at: call.key in barred)
+    scheduler = scheduler_of(
+        SchedulerTerms(requests=1, scope="client"),
+        pace=None,
+        is_barred=lambda call, at: call.key in barred,
+    )
     for name in "abcd":
         scheduler.put(call(name, flow))
     (first,) = started(scheduler, 0.0)
@@ -349,7 +398,10 @@ async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
 
 @pytest.mark.virtual
 async def test_what_is_certain_of_the_next_start() -> None:
-    """A cooldown, and a token that returns; while a request is on the wire nothing is, because its token may return at once."""
+    """A cooldown, and a token that returns.
+
+    While a request is on the wire nothing is, because its token may return at once.
+    """
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     one, two = call("one", flow), call("two", flow)
     scheduler.put(one)
@@ -410,7 +462,10 @@ def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
 
 @pytest.mark.virtual
 async def test_what_only_single_calls_may_take() -> None:
-    """With a reserve a single call beside a large check hardly waits; without, it waits for the next token."""
+    """With a reserve a single call beside a large check hardly waits.
+
+    Without, it waits for the next token.
+    """
     for reserve, median, worst in ((0.1, 0.1, 1.0), (0.0, 40.0, 62.0)):
         client = Client(Server(lambda scope: Sliding(300)), SchedulerTerms(reserve=reserve))
         client.put(keys(5000), Flow())
@@ -427,7 +482,9 @@ async def test_what_only_single_calls_may_take() -> None:
 @pytest.mark.virtual
 async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -> None:
     """The same within a declared account."""
-    client = Client(Server(lambda scope: Sliding(300), by_account), SchedulerTerms(reserve=0.1, scope="account"))
+    client = Client(
+        Server(lambda scope: Sliding(300), by_account), SchedulerTerms(reserve=0.1, scope="account")
+    )
     client.put(keys(2000, "d", lambda number: "D"), Flow())
     await asyncio.sleep(20)
     (single,) = client.put([("d7", "D")], client.singles)
@@ -520,9 +577,15 @@ async def test_an_answer_that_contradicts_what_was_counted_does_not_lower_the_li
 
     def headers(limit: int, remaining: int, reset: float, *, served: bool) -> Headers:
         number = next(numbers)
-        return {"limit": 30, "remaining": 29, "wait": 1} if number % 50 == 0 else full(limit, remaining, reset, served=served)
+        return (
+            {"limit": 30, "remaining": 29, "wait": 1}
+            if number % 50 == 0
+            else full(limit, remaining, reset, served=served)
+        )
 
-    jobs = await Client(Server(lambda scope: Sliding(300), headers=headers), SchedulerTerms()).check(keys(600))
+    jobs = await Client(
+        Server(lambda scope: Sliding(300), headers=headers), SchedulerTerms()
+    ).check(keys(600))
     assert spans(jobs)[1] < 1.1 * 63.3
 
 
@@ -536,7 +599,9 @@ def world(seed: int) -> dict[str, Any]:
     count = draw.randrange(1, 5 * limit + 5)
     kind = draw.choice(["together", "apart", "declared"])
     accounts = draw.choice([1, 3, 10, 50])
-    pool = keys(count, "k", (lambda number: f"a{number % accounts}") if kind == "declared" else None)
+    pool = keys(
+        count, "k", (lambda number: f"a{number % accounts}") if kind == "declared" else None
+    )
     if draw.random() < 0.4:  # keys come again, some of them often
         pool = [pool[int(count * draw.random() ** draw.choice([1, 3]))] for _ in range(count)]
     scope = {"together": together, "apart": by_key, "declared": by_account}[kind]
@@ -568,7 +633,14 @@ def world(seed: int) -> dict[str, Any]:
     starts = sorted(draw.uniform(0, 90) for _ in range(flows))
 
     async def play() -> dict[str, Any]:
-        server = Server(lambda scope: Sliding(limit, lag=lag), scope, seconds, headers, special if trouble else None, seed)
+        server = Server(
+            lambda scope: Sliding(limit, lag=lag),
+            scope,
+            seconds,
+            headers,
+            special if trouble else None,
+            seed,
+        )
         client = Client(server, terms, seed, pace)
         jobs: list[Job] = []
         for part, (flow, start) in enumerate(zip(kinds, starts, strict=True)):
@@ -579,7 +651,10 @@ def world(seed: int) -> dict[str, Any]:
         counters = server.counters.values()
         return {
             "open": sum(job.done is None for job in jobs),
-            "worst": max((counter.worst for counter in counters if isinstance(counter, Sliding)), default=0) - limit,
+            "worst": max(
+                (counter.worst for counter in counters if isinstance(counter, Sliding)), default=0
+            )
+            - limit,
             "refused": sum(counter.refused for counter in counters if isinstance(counter, Sliding)),
             "on_wire": client.on_wire,
             "most": client.most_on_wire,
@@ -591,7 +666,8 @@ def world(seed: int) -> dict[str, Any]:
 @given(st.integers(0, 10**6))
 @settings(max_examples=searches.examples(150))
 def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
-    """Whatever the delays, failures, lags and flows: while nobody else spends, the window itself refuses nothing."""
+    """Whatever the delays, failures, lags and flows: while nobody else spends, the window itself
+    refuses nothing."""
     came = world(seed)
     assert came["open"] == came["on_wire"] == 0
     assert came["refused"] == 0
@@ -599,12 +675,17 @@ def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
     assert came["most"] <= 32 * 9
 
 
-@pytest.mark.parametrize(("adopts", "limits"), [("lower", [30, 300]), ("any", [30, 1_200]), ("never", [300, 300])])
+@pytest.mark.parametrize(
+    ("adopts", "limits"), [("lower", [30, 300]), ("any", [30, 1_200]), ("never", [300, 300])]
+)
 def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
     """A lower one by default; a higher one, or none, where that is asked for."""
     found = []
     for stated in (30, 1_200):
-        scheduler, flow = scheduler_of(SchedulerTerms(scope="account", adopts=adopts), pace=None), Flow()
+        scheduler, flow = (
+            scheduler_of(SchedulerTerms(scope="account", adopts=adopts), pace=None),
+            Flow(),
+        )
         scheduler.put(call("a", flow))
         (request,) = started(scheduler, 0.0)
         scheduler.ended(request, AttemptResult(status=200, limit=stated, remaining=stated - 1), 0.1)
@@ -634,7 +715,8 @@ def starts_by_period(scheduler: Scheduler, periods: int) -> list[list[Attempt]]:
 async def test_a_token_that_a_check_may_not_take_goes_to_a_single_call(
     requests: int, calls: list[str], expected: list[int]
 ) -> None:
-    """Where a call of the check was let out, and then waits again for its account's token or for a common one."""
+    """Where a call of the check was let out, and then waits again for its account's token or for a
+    common one."""
     scheduler, flows = (
         scheduler_of(SchedulerTerms(requests=requests, reserve=0.3), pace=None),
         {"m": Flow(), "s": Flow(Kind.SINGLE)},
@@ -646,8 +728,13 @@ async def test_a_token_that_a_check_may_not_take_goes_to_a_single_call(
 
 @pytest.mark.virtual
 async def test_a_token_that_has_called_a_call_is_taken_by_no_other() -> None:
-    """The calls of one account, whose own token returns in the same moment, go before it only once."""
-    scheduler, flow, singles = scheduler_of(SchedulerTerms(requests=1), pace=None), Flow(), Flow(Kind.SINGLE)
+    """The calls of one account, whose own token returns in the same moment, go before it only
+    once."""
+    scheduler, flow, singles = (
+        scheduler_of(SchedulerTerms(requests=1), pace=None),
+        Flow(),
+        Flow(Kind.SINGLE),
+    )
     for number in range(8):
         scheduler.put(call(str(number), singles, "A"))
     scheduler.put(call("check", flow, "B"))
@@ -658,12 +745,17 @@ async def test_a_token_that_has_called_a_call_is_taken_by_no_other() -> None:
 
 @pytest.mark.virtual
 async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
-    """Where all are counted together, also one of an account that was never told of a lower limit."""
+    """Where all are counted together, also one of an account that was never told of a lower
+    limit."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=12, scope="client"), pace=None), Flow()
     limits: list[int] = []
     for number, said in enumerate((6, 12)):
         scheduler.put(call(str(number), flow))
         (request,) = started(scheduler, number)
-        scheduler.ended(request, AttemptResult(status=200, limit=said, remaining=said - 1 - number), number + 0.01)
+        scheduler.ended(
+            request,
+            AttemptResult(status=200, limit=said, remaining=said - 1 - number),
+            number + 0.01,
+        )
         limits.append(scheduler.quota(None, number + 0.01).limit)
     assert limits == [6, 12]

@@ -66,7 +66,9 @@ async def test_a_count_that_lags_misleads_nobody(scope: Callable[[ApiKey], Any] 
 
 
 @pytest.mark.parametrize("order", ["first", "last", "mixed"])
-async def test_keys_of_one_account_that_nobody_declared_are_caught_by_their_count(order: str) -> None:
+async def test_keys_of_one_account_that_nobody_declared_are_caught_by_their_count(
+    order: str,
+) -> None:
     """Of 400 beside 600 that are accounts of their own, at most two are refused."""
     single, acme = keys(600), keys(400, "acme")
     pool = [*acme, *single] if order == "first" else [*single, *acme]
@@ -79,7 +81,10 @@ async def test_keys_of_one_account_that_nobody_declared_are_caught_by_their_coun
 
 
 async def test_declared_accounts_keep_each_its_own_limit() -> None:
-    """Four with 250 keys each are done in a period, five hundred keys of one in two; none is refused."""
+    """Four with 250 keys each are done in a period, five hundred keys of one in two.
+
+    None is refused.
+    """
     server = WindowServer(scope=by_account)
     pool = [ApiKey(f"secret-{number}", account=f"account {number % 4}") for number in range(1000)]
     assert (await check(server, pool)).refused == 0
@@ -87,7 +92,9 @@ async def test_declared_accounts_keep_each_its_own_limit() -> None:
 
 
 @pytest.mark.parametrize("scope", ["auto", "account"])
-async def test_one_declared_account_of_many_keys_is_counted_together_by_any_reading(scope: str) -> None:
+async def test_one_declared_account_of_many_keys_is_counted_together_by_any_reading(
+    scope: str,
+) -> None:
     """All of one account, counted by account or not."""
     pool = [ApiKey(f"secret-{number}", account="acme") for number in range(700)]
     outcome = await check(WindowServer(scope=by_account), pool, rate_limit=RateLimit(scope=scope))  # type: ignore[arg-type]

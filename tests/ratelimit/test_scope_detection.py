@@ -27,15 +27,21 @@ class Naive:
 
     def counted(self, started: float, now: float, period: float) -> int:
         """What the server must have in its count if all count together."""
-        return sum(ended <= started - LAG and start >= now - period for start, ended in self.requests)
+        return sum(
+            ended <= started - LAG and start >= now - period for start, ended in self.requests
+        )
 
 
-ANSWERS = st.lists(st.tuples(st.sampled_from([0, 0, 0, 1, 2, 5, 20, 80]), st.integers(0, 10)), max_size=60)
+ANSWERS = st.lists(
+    st.tuples(st.sampled_from([0, 0, 0, 1, 2, 5, 20, 80]), st.integers(0, 10)), max_size=60
+)
 
 
 @given(answers=ANSWERS, chunk=st.integers(1, 4))
 @example(answers=[(0, 0)] * 3 + [(75, 2)] * 3, chunk=1)
-def test_what_is_forgotten_of_the_witnesses_changes_no_answer(answers: list[tuple[int, int]], chunk: int) -> None:
+def test_what_is_forgotten_of_the_witnesses_changes_no_answer(
+    answers: list[tuple[int, int]], chunk: int
+) -> None:
     """And no more stand in a count than the server must have."""
     period, end = 60.0, 0.0
     witnesses, naive = Witnesses(period, LATE), Naive()
@@ -44,7 +50,9 @@ def test_what_is_forgotten_of_the_witnesses_changes_no_answer(answers: list[tupl
             end += wait
             start = end - took
             standing = witnesses.standing(start, end)
-            assert standing == naive.standing(start, end, period) <= naive.counted(start, end, period)
+            assert (
+                standing == naive.standing(start, end, period) <= naive.counted(start, end, period)
+            )
             witnesses.add(start, end)
             naive.requests.append((start, end))
 
@@ -64,7 +72,8 @@ def test_witnesses_of_the_last_periods_only_are_kept() -> None:
 
 
 def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: float = 5.0) -> bool:
-    """Whether an answer proves its account, where so many requests of others had ended at a time."""
+    """Whether an answer proves its account, where so many requests of others had ended at a
+    time."""
     scope = ScopeDetection(60.0, LATE, proves=True)
     for _ in range(others):
         scope.served(0.0, ended)
@@ -72,7 +81,8 @@ def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: fl
 
 
 def test_ten_requests_that_are_missing_from_a_count_prove_its_account() -> None:
-    """Neither nine, nor such as may not be counted yet, nor where others may be in the count, nor what may have aged out."""
+    """Neither nine, nor such as may not be counted yet, nor where others may be in the count, nor
+    what may have aged out."""
     assert prove(1, 1)
     assert not prove(1, 1, others=9)
     assert not prove(1, 2)

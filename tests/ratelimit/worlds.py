@@ -1,4 +1,5 @@
-"""Worlds for the scheduler in virtual time: servers that count in different ways, neighbours, and a client without sockets."""
+"""Worlds for the scheduler in virtual time: servers that count in different ways, neighbours, and a
+client without sockets."""
 
 from __future__ import annotations
 
@@ -79,7 +80,11 @@ class Leaky:
         if allowed - at > 1e-9:
             return False, 0, allowed - at
         self.full_at = due + self.gap
-        return True, int((self.burst * self.gap - (self.full_at - at)) / self.gap + 1e-9), self.full_at - at
+        return (
+            True,
+            int((self.burst * self.gap - (self.full_at - at)) / self.gap + 1e-9),
+            self.full_at - at,
+        )
 
 
 def full(limit: int, remaining: int, reset: float, *, served: bool) -> Headers:
@@ -114,7 +119,8 @@ Special = Callable[[Key, float], tuple[int | None, Headers] | None]
 
 @attrs.define(eq=False)
 class Server:
-    """A server that counts by `scope`, takes between the two `seconds`, and answers what `special` says where it says something."""
+    """A server that counts by `scope`, takes between the two `seconds`, and answers what `special`
+    says where it says something."""
 
     count: Callable[[Any], Counter]
     scope: Callable[[Key], Hashable] = together
@@ -124,7 +130,9 @@ class Server:
     seed: int = 1
     refused: int = 0
     counters: dict[Hashable, Counter] = attrs.field(factory=dict)
-    random: random.Random = attrs.field(init=False, default=attrs.Factory(lambda self: random.Random(self.seed), takes_self=True))
+    random: random.Random = attrs.field(
+        init=False, default=attrs.Factory(lambda self: random.Random(self.seed), takes_self=True)
+    )
 
     def counter(self, scope: Hashable) -> Counter:
         if scope not in self.counters:
@@ -136,7 +144,10 @@ class Server:
         if said is None:
             counter = self.counter(self.scope(key))
             served, remaining, reset = counter.hit(now())
-            said = (200 if served else 429), self.headers(counter.limit, remaining, reset, served=served)
+            said = (
+                (200 if served else 429),
+                self.headers(counter.limit, remaining, reset, served=served),
+            )
         self.refused += said[0] == 429
         return said
 
@@ -173,16 +184,26 @@ class Job:
         return self.done - self.began
 
 
-def scheduler(terms: SchedulerTerms, pace: float | None = 100.0, slots: int = 32, seed: int = 1, **options: Any) -> Scheduler:
+def scheduler(
+    terms: SchedulerTerms,
+    pace: float | None = 100.0,
+    slots: int = 32,
+    seed: int = 1,
+    **options: Any,
+) -> Scheduler:
     """One endpoint alone."""
     least = terms.requests / terms.window
-    return Scheduler(terms, pace=Pace(pace, least), slots=ConnectionSlots(slots), seed=seed, **options)
+    return Scheduler(
+        terms, pace=Pace(pace, least), slots=ConnectionSlots(slots), seed=seed, **options
+    )
 
 
 class Client:
     """A scheduler at work: it sends what is granted, and tries again what was refused or failed."""
 
-    def __init__(self, server: Server, terms: SchedulerTerms, seed: int = 7, pace: float | None = 100.0) -> None:
+    def __init__(
+        self, server: Server, terms: SchedulerTerms, seed: int = 7, pace: float | None = 100.0
+    ) -> None:
         self.server, self.terms = server, terms
         self.scheduler = scheduler(terms, pace, seed=seed)
         self.random = random.Random(seed)
@@ -207,7 +228,9 @@ class Client:
         self.pump()
         return jobs
 
-    async def check(self, keys: Sequence[Key], flow: Flow | None = None, seconds: float = 3000.0) -> list[Job]:
+    async def check(
+        self, keys: Sequence[Key], flow: Flow | None = None, seconds: float = 3000.0
+    ) -> list[Job]:
         """Ask for all, and wait until each call has ended; or for so long."""
         jobs = self.put(keys, flow or Flow())
         try:
@@ -281,7 +304,10 @@ class Client:
 
 def keys(count: int, prefix: str = "k", account: Callable[[int], str] | None = None) -> list[Key]:
     """Keys by number, each an account of its own unless said."""
-    return [(f"{prefix}{number}", account(number) if account else f"{prefix}{number}") for number in range(count)]
+    return [
+        (f"{prefix}{number}", account(number) if account else f"{prefix}{number}")
+        for number in range(count)
+    ]
 
 
 def spans(jobs: Sequence[Job]) -> tuple[float, float]:

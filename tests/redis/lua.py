@@ -1,8 +1,10 @@
-"""Redis without a network or a clock of its own: the real script, over a small model of the commands that it uses.
+"""Redis without a network or a clock of its own: the real script, over a small model of the
+commands that it uses.
 
-`FakeRedis` stands where the client of `redis.asyncio` stands in `RedisBuckets`. One of it may stand there for several processes,
-which it tells apart by what they call themselves. It can be slow, lose everything or go back to an earlier state, be out
-of reach for all or for some, stall, and lose an answer after the script has run.
+`FakeRedis` stands where the client of `redis.asyncio` stands in `RedisBuckets`. One of it may stand
+there for several processes, which it tells apart by what they call themselves. It can be slow, lose
+everything or go back to an earlier state, be out of reach for all or for some, stall, and lose an
+answer after the script has run.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from crustcredits.redis import RedisBuckets
 from crustcredits.redis.coordinator import SCRIPT, SHA
 
-# Seconds that Redis's clock is ahead of the loop's: it counts from 1970, and has digits enough to be rounded wrong.
+# Seconds that Redis's clock is ahead of the loop's: it counts from 1970, and has digits enough to
+# be rounded wrong.
 EPOCH = 1_700_000_000.0
 
-# As Redis does it: what the script leaves behind in the global table is an error, and numbers become text with all digits.
+# As Redis does it: what the script leaves behind in the global table is an error, and numbers
+# become text with all digits.
 _SHELL = """
 local commands = ...
 redis = {call = function(name, ...) return commands[name](...) end}
@@ -37,7 +41,10 @@ setmetatable(_G, {__newindex = function(_, name) error('the script sets a global
 
 
 class SortedSet:
-    """Members with a score each. Whatever it does takes no loop over its members, but for those that it removes or returns."""
+    """Members with a score each.
+
+    Whatever it does takes no loop over its members, but for those that it removes or returns.
+    """
 
     __slots__ = ("order", "scores")
 
@@ -67,7 +74,8 @@ class SortedSet:
         return 1
 
     def place(self, bound: str, *, end: bool = False) -> int:
-        """Where a range begins that has this lower bound, or, with `end`, where one ends that has this upper bound."""
+        """Where a range begins that has this lower bound, or, with `end`, where one ends that has
+        this upper bound."""
         exclusive = bound.startswith("(")
         score = float(bound[exclusive:])
         if exclusive != end:  # then those of this very score belong before the place
@@ -132,12 +140,14 @@ class FakeRedis:
     """A server that is asked as a client of `redis.asyncio` is.
 
     Attributes:
-        latency: Seconds that a message takes one way, given the process that sends it; also its answer.
+        latency: Seconds that a message takes one way, given the process that sends it; also its
+            answer.
         clock: Redis's clock, in seconds; by default the running loop's.
         down: Whether no process can connect.
         cut: Processes that cannot connect.
         lose_answers: Of how many messages from now on the answer is lost, after the script has run.
-        repeat: How many messages from now on are sent again by the client, because their answer was lost.
+        repeat: How many messages from now on are sent again by the client, because their answer was
+            lost.
         messages: Messages that came, those in vain included.
         messages_of: The same by process.
         evals: How many of them brought the script along.
@@ -147,7 +157,12 @@ class FakeRedis:
         faults: What must not happen, for whoever does not see the exception.
     """
 
-    def __init__(self, *, latency: Callable[[str], float] = lambda process: 0.0, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        latency: Callable[[str], float] = lambda process: 0.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.latency = latency
         self.clock = clock or (lambda: EPOCH + asyncio.get_running_loop().time())
         self.down = False
@@ -175,7 +190,13 @@ class FakeRedis:
             self._hset,
             self._pexpire,
         ]
-        commands += [self._zadd, self._zrem, self._zremrangebyscore, self._zcount, self._zrangebyscore]
+        commands += [
+            self._zadd,
+            self._zrem,
+            self._zremrangebyscore,
+            self._zcount,
+            self._zrangebyscore,
+        ]
         by_name = {command.__name__.removeprefix("_").upper(): command for command in commands}
         self._lua.execute(_SHELL, self._lua.table_from(by_name))
 
@@ -191,7 +212,9 @@ class FakeRedis:
     async def aclose(self) -> None:
         self.closed += 1
 
-    async def _travel(self, sha: str, script: str | None, keys: Sequence[Any], said: Sequence[str | int]) -> Any:
+    async def _travel(
+        self, sha: str, script: str | None, keys: Sequence[Any], said: Sequence[str | int]
+    ) -> Any:
         process = str(said[0])
         self.messages += 1
         self.messages_of[process] += 1
@@ -201,7 +224,9 @@ class FakeRedis:
         self._under_way.add(process)
         try:
             await asyncio.sleep(self.latency(process))
-            answer = await self._arrive(process, lambda: self.execute(keys, said, sha=sha, script=script))
+            answer = await self._arrive(
+                process, lambda: self.execute(keys, said, sha=sha, script=script)
+            )
             await asyncio.sleep(self.latency(process))
         finally:
             self._under_way.discard(process)
@@ -252,7 +277,11 @@ class FakeRedis:
         self._stalled = []
 
     def resume(self, *, late: bool = True) -> None:
-        """It goes on. With `late` what came meanwhile is done now, also where nobody waits for the answer any more."""
+        """It goes on.
+
+        With `late` what came meanwhile is done now, also where nobody waits for the answer any
+        more.
+        """
         stalled, self._stalled = self._stalled or [], None
         for future, run in stalled:
             try:
@@ -278,17 +307,32 @@ class FakeRedis:
         names = [key for key in self.keys() if part in key]
         later = f"({self._now}"
         values = [self._values[key] for key in names]
-        return sum(len(value.order) - value.place(later) for value in values if isinstance(value, SortedSet))
+        return sum(
+            len(value.order) - value.place(later)
+            for value in values
+            if isinstance(value, SortedSet)
+        )
 
     def text(self) -> str:
         """All names and values."""
         return repr(
-            {key: value.scores if isinstance(value, SortedSet) else value for key, value in self._values.items()} | self._scripts
+            {
+                key: value.scores if isinstance(value, SortedSet) else value
+                for key, value in self._values.items()
+            }
+            | self._scripts
         )
 
     # --- the script
 
-    def execute(self, keys: Sequence[Any], said: Sequence[str | int], *, sha: str = "", script: str | None = None) -> Any:
+    def execute(
+        self,
+        keys: Sequence[Any],
+        said: Sequence[str | int],
+        *,
+        sha: str = "",
+        script: str | None = None,
+    ) -> Any:
         """Run the script. It is atomic, and time stands still while it runs."""
         if script is not None and sha not in self._scripts:
             self._scripts[sha] = self._lua.execute(f"return function(KEYS, ARGV) {script}\nend")
@@ -298,7 +342,11 @@ class FakeRedis:
         if self.seen is not None:
             self.seen.append(read(self._now / 1e6 - EPOCH, keys, said))
         try:
-            return self._answer(self._scripts[sha](self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])))
+            return self._answer(
+                self._scripts[sha](
+                    self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])
+                )
+            )
         except LuaError as error:
             self.faults.append(str(error))
             raise ResponseError(str(error)) from None
@@ -355,7 +403,9 @@ class FakeRedis:
         return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run:040x}\r\ntcp_port:6379\r\n"
 
     def _hgetall(self, key: str) -> Any:
-        return self._lua.table_from([text for pair in (self._get(key) or {}).items() for text in pair])
+        return self._lua.table_from(
+            [text for pair in (self._get(key) or {}).items() for text in pair]
+        )
 
     def _hdel(self, key: str, *fields: str) -> int:
         value = self._get(key)
@@ -431,7 +481,8 @@ def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
 
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
-    """Keys and arguments of a message after which tokens are given without a pause, although the server is new."""
+    """Keys and arguments of a message after which tokens are given without a pause, although the
+    server is new."""
     return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 0, 0, 0, 0, 86_400_000]
 
 

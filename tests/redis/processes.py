@@ -1,4 +1,5 @@
-"""Processes that share their tokens in one Redis: what of each of them matters, without the client around it."""
+"""Processes that share their tokens in one Redis: what of each of them matters, without the client
+around it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ TRAVEL = 0.005
 
 
 class Waiting:
-    """Who waits for the tokens of one bucket, first come, first served; a scheduler of the least kind.
+    """Who waits for the tokens of one bucket, first come, first served; a scheduler of the least
+    kind.
 
     All of them leave `kept` of the tokens alone.
     """
@@ -91,10 +93,16 @@ class Waiting:
         when = self.tokens.room_at(now(), self.kept)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if when is None or not self._waiters else asyncio.get_running_loop().call_at(when, self._wake)
+        self._timer = (
+            None
+            if when is None or not self._waiters
+            else asyncio.get_running_loop().call_at(when, self._wake)
+        )
 
     def _wake(self) -> None:
-        for waiter in [waiter for waiter in self._waiters if not waiter.done()][: max(0, self.room)]:
+        for waiter in [waiter for waiter in self._waiters if not waiter.done()][
+            : max(0, self.room)
+        ]:
             self._waiters.remove(waiter)
             waiter.set_result(None)
         self._want()

@@ -1,4 +1,5 @@
-"""Processes that share tokens when something goes wrong at the worst moment: clocks, late messages, crowds, lines.
+"""Processes that share tokens when something goes wrong at the worst moment: clocks, late messages,
+crowds, lines.
 
 In virtual time, with the real script over a model of Redis.
 """
@@ -13,7 +14,17 @@ from crustcredits import RateLimit, RateLimitWaitError
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
-from tests.redis.processes import LEASE, PATH, PERIOD, Start, Waiting, Worker, passes, vanish, worker
+from tests.redis.processes import (
+    LEASE,
+    PATH,
+    PERIOD,
+    Start,
+    Waiting,
+    Worker,
+    passes,
+    vanish,
+    worker,
+)
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
 pytestmark = pytest.mark.virtual
@@ -53,7 +64,9 @@ async def test_a_clock_that_was_set_is_noticed(
     assert "or its clock was set" in caplog.text
 
 
-async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(redis: FakeRedis, start: Start) -> None:
+async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(
+    redis: FakeRedis, start: Start
+) -> None:
     """And what those that are gone had out then is out no longer than a lease."""
     one = start(limit=3)
     await spend(one, 2)
@@ -66,7 +79,9 @@ async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(redis: FakeRed
 
 
 @pytest.mark.parametrize("clock", [1.00001, 0.99999])
-async def test_clocks_that_run_at_different_rates_are_no_trouble(redis: FakeRedis, start: Start, clock: float) -> None:
+async def test_clocks_that_run_at_different_rates_are_no_trouble(
+    redis: FakeRedis, start: Start, clock: float
+) -> None:
     """After most of a day without a word too."""
     redis.clock = lambda: EPOCH + clock * now()
     one = start(limit=3)
@@ -80,8 +95,11 @@ async def test_clocks_that_run_at_different_rates_are_no_trouble(redis: FakeRedi
 # --- late messages
 
 
-async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(start: Start, redis: FakeRedis) -> None:
-    """All have spent by themselves meanwhile, and the first to come back has nothing before the others have told."""
+async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(
+    start: Start, redis: FakeRedis
+) -> None:
+    """All have spent by themselves meanwhile, and the first to come back has nothing before the
+    others have told."""
     one, two = start(limit=10, share=1 / 2), start(limit=10, share=1 / 2)
     await spend(one, 5)
     await spend(two, 5)
@@ -98,7 +116,9 @@ async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(start: Sta
         task.cancel()
 
 
-async def test_what_was_given_up_while_it_was_told_goes_back(start: Start, redis: FakeRedis) -> None:
+async def test_what_was_given_up_while_it_was_told_goes_back(
+    start: Start, redis: FakeRedis
+) -> None:
     """The process comes back, and its requests turn out not to count before the answer has come."""
     redis.latency = lambda process: 0.2
     one = start(limit=4, share=1)
@@ -127,8 +147,11 @@ async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
     assert token.number >= 3
 
 
-async def test_what_is_said_during_a_message_in_vain_is_said_after_it(redis: FakeRedis, start: Start) -> None:
-    """Of another bucket; and what goes back is not forgotten for what the message may have brought."""
+async def test_what_is_said_during_a_message_in_vain_is_said_after_it(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Of another bucket; and what goes back is not forgotten for what the message may have
+    brought."""
     one = start(limit=5)
     other = Waiting(one.buckets.tokens("/account/credits", None, 5))
     await one.send()
@@ -147,7 +170,9 @@ async def test_what_is_said_during_a_message_in_vain_is_said_after_it(redis: Fak
     assert redis.out() == 2
 
 
-async def test_a_token_that_nobody_waits_for_any_more_goes_back(redis: FakeRedis, start: Start) -> None:
+async def test_a_token_that_nobody_waits_for_any_more_goes_back(
+    redis: FakeRedis, start: Start
+) -> None:
     """Who did has left while the message was under way."""
     redis.latency = lambda process: 0.05
     one = start(limit=4)
@@ -160,7 +185,9 @@ async def test_a_token_that_nobody_waits_for_any_more_goes_back(redis: FakeRedis
     assert redis.out() == 2
 
 
-async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedis, start: Start) -> None:
+async def test_while_there_is_nothing_to_be_had_messages_are_few(
+    redis: FakeRedis, start: Start
+) -> None:
     """Until tokens are given again, after a loss."""
     one = start(limit=4)
     redis.flush()
@@ -171,7 +198,9 @@ async def test_while_there_is_nothing_to_be_had_messages_are_few(redis: FakeRedi
     task.cancel()
 
 
-async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis: FakeRedis, start: Start) -> None:
+async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(
+    redis: FakeRedis, start: Start
+) -> None:
     """It is free again as soon as Redis is back, and not only after its lease."""
     one = start(limit=4)
     await one.acquire()
@@ -185,7 +214,9 @@ async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(redis:
     assert one.is_idle()
 
 
-async def test_a_bucket_that_has_something_to_say_is_not_forgotten(redis: FakeRedis, start: Start) -> None:
+async def test_a_bucket_that_has_something_to_say_is_not_forgotten(
+    redis: FakeRedis, start: Start
+) -> None:
     """Without it, nobody would say it."""
     one = start(limit=4, on_outage="raise")
     await one.acquire()
@@ -228,7 +259,9 @@ async def test_what_is_to_be_said_later_does_not_keep_what_is_to_be_said_now(sta
     assert now() - began < 0.02
 
 
-async def test_what_is_held_is_told_as_soon_as_a_loss_is_noticed(redis: FakeRedis, start: Start) -> None:
+async def test_what_is_held_is_told_as_soon_as_a_loss_is_noticed(
+    redis: FakeRedis, start: Start
+) -> None:
     """By the next message, which follows at once."""
     one = start(limit=4)
     await spend(one, 3)
@@ -330,8 +363,16 @@ async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
     redis = opened(latency=between(0.0, 0.005, seed))
     server = WindowServer(limit=40, period=20.0, seconds=(0.0, 0.05), seed=seed)
     limit = RateLimit(requests=40, period=20.0, scope="client", pace=None)
-    clients = [fake_client(server, request_timeout=2.0, rate_limit=limit, buckets=connected(redis, share=1 / 4)) for _ in range(4)]
-    checks = [asyncio.create_task(client.check(keys(100, str(place)))) for place, client in enumerate(clients)]
+    clients = [
+        fake_client(
+            server, request_timeout=2.0, rate_limit=limit, buckets=connected(redis, share=1 / 4)
+        )
+        for _ in range(4)
+    ]
+    checks = [
+        asyncio.create_task(client.check(keys(100, str(place))))
+        for place, client in enumerate(clients)
+    ]
     await asyncio.sleep(13)
     redis.down = True
     await asyncio.sleep(100)
@@ -344,7 +385,9 @@ async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
         await client.close()
 
 
-async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(redis: FakeRedis, start: Start) -> None:
+async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(
+    redis: FakeRedis, start: Start
+) -> None:
     """Its last message is under way when it closes, and is not answered either."""
     one = start(limit=4)
     redis.stall()
@@ -380,7 +423,9 @@ async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Star
     assert (one.bucket.available(now()), len(one.bucket.returns(now(), PERIOD))) == (4, 4)
 
 
-async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(redis: FakeRedis, start: Start) -> None:
+async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(
+    redis: FakeRedis, start: Start
+) -> None:
     """A tenth of it, by refreshes."""
     one = start(limit=40)
     redis.down = True
@@ -393,8 +438,13 @@ async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(redis: FakeRed
         task.cancel()
 
 
-async def test_no_more_than_the_share_begins_of_what_was_had_before(redis: FakeRedis, start: Start) -> None:
-    """The others may have begun theirs. What was in hand is too old when this process goes on alone."""
+async def test_no_more_than_the_share_begins_of_what_was_had_before(
+    redis: FakeRedis, start: Start
+) -> None:
+    """The others may have begun theirs.
+
+    What was in hand is too old when this process goes on alone.
+    """
     one = start(limit=8)
     await spend(one, 4)
     await one.holds(4)
@@ -436,7 +486,9 @@ async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start:
 # --- what is known of the others
 
 
-async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(redis: FakeRedis) -> None:
+async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(
+    redis: FakeRedis,
+) -> None:
     """Not before: another process may give a token back at any moment."""
     server = WindowServer(limit=5)
     limit = RateLimit(requests=5, scope="client", pace=None)
@@ -455,7 +507,10 @@ async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(re
 
 
 async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis) -> None:
-    """What this process has itself, and what it has heard of the others; that becomes old by itself."""
+    """What this process has itself, and what it has heard of the others.
+
+    That becomes old by itself.
+    """
     server = WindowServer(limit=30)
     limit = RateLimit(requests=30, scope="client", pace=None)
     async with (
@@ -494,11 +549,15 @@ async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: Fak
         assert len(client._dispatcher._schedulers[PATH]._accounts) < 10
 
 
-async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(redis: FakeRedis) -> None:
+async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(
+    redis: FakeRedis,
+) -> None:
     """The process goes on with its share all the same."""
     limit = RateLimit(scope="account", pace=None)
     buckets = connected(redis)
-    async with fake_client(FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit, buckets=buckets) as client:
+    async with fake_client(
+        FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit, buckets=buckets
+    ) as client:
         given_up, other, later = keys(3)
         task = asyncio.create_task(client.balance(other))
         await asyncio.sleep(0.3)

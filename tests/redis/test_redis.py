@@ -15,7 +15,13 @@ import pytest
 from redis import Redis as SynchronousRedis
 from redis.asyncio import Redis, RedisCluster
 
-from crustcredits import BucketsUnavailableError, ConfigurationError, CreditsClient, RateLimit, RateLimitWaitError
+from crustcredits import (
+    BucketsUnavailableError,
+    ConfigurationError,
+    CreditsClient,
+    RateLimit,
+    RateLimitWaitError,
+)
 from crustcredits.redis import RedisBuckets
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
@@ -48,22 +54,37 @@ async def own_server() -> AsyncIterator[RedisServer]:
     await asyncio.to_thread(server.remove)
 
 
-async def client(sandbox: SandboxServer, buckets: RedisBuckets, stack: AsyncExitStack, **limit: Any) -> CreditsClient:
+async def client(
+    sandbox: SandboxServer, buckets: RedisBuckets, stack: AsyncExitStack, **limit: Any
+) -> CreditsClient:
     return await stack.enter_async_context(
-        CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(pace=None, **limit), buckets=buckets)
+        CreditsClient(
+            base_url=sandbox.url, rate_limit=RateLimit(pace=None, **limit), buckets=buckets
+        )
     )
 
 
 @pytest.mark.parametrize("scope", ["client", "auto", "account", "key"])
-async def test_clients_with_one_prefix_share_one_quota(redis_server: RedisServer, prefix: str, scope: str) -> None:
+async def test_clients_with_one_prefix_share_one_quota(
+    redis_server: RedisServer, prefix: str, scope: str
+) -> None:
     """Together they never trip the server's limit."""
     async with (
-        SandboxServer(limit=20, period=0.3, scope="client" if scope in {"client", "auto"} else "key") as sandbox,
+        SandboxServer(
+            limit=20, period=0.3, scope="client" if scope in {"client", "auto"} else "key"
+        ) as sandbox,
         AsyncExitStack() as stack,
     ):
         keys = [sandbox.add_key() for _ in range(30)]
         clients = [
-            await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack, requests=20, period=0.3, scope=scope)
+            await client(
+                sandbox,
+                RedisBuckets(redis_server.url, prefix=prefix),
+                stack,
+                requests=20,
+                period=0.3,
+                scope=scope,
+            )
             for _ in range(2)
         ]
         reports = await asyncio.gather(*(one.check(keys, timeout=20) for one in clients))
@@ -78,11 +99,19 @@ async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         key = sandbox.add_key()
         for name in (prefix, other):
-            one = await client(sandbox, RedisBuckets(redis_server.url, prefix=name), stack, requests=1, scope="client")
+            one = await client(
+                sandbox,
+                RedisBuckets(redis_server.url, prefix=name),
+                stack,
+                requests=1,
+                scope="client",
+            )
             assert (await one.balance(key, timeout=5)).credits == 1000
 
 
-async def test_the_script_is_sent_again_when_it_was_flushed(redis_server: RedisServer, prefix: str) -> None:
+async def test_the_script_is_sent_again_when_it_was_flushed(
+    redis_server: RedisServer, prefix: str
+) -> None:
     """As after SCRIPT FLUSH."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
@@ -139,7 +168,10 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
         await asyncio.to_thread(own_server.start)
         await eventually(lambda: not buckets._link.degraded)
         await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
-    assert [record.message[:16] for record in caplog.records][:2] == ["Redis is out of ", "Redis is back; t"]
+    assert [record.message[:16] for record in caplog.records][:2] == [
+        "Redis is out of ",
+        "Redis is back; t",
+    ]
 
 
 @pytest.mark.parametrize("on_outage", ["local", "raise"])
@@ -157,41 +189,62 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
         one = await client(sandbox, buckets, stack)
         with pytest.raises((BucketsUnavailableError, RateLimitWaitError)) as caught:
             await one.balance(sandbox.add_key(), timeout=0.3)
-    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
-    assert "hunter2" not in shown[shown.index("crustcredits/_client.py") :] + caplog.text + repr(caught.value)
+    shown = "".join(
+        traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
+    )
+    assert "hunter2" not in shown[shown.index("crustcredits/_client.py") :] + caplog.text + repr(
+        caught.value
+    )
     assert "Redis is out of reach" in caplog.text
 
 
-async def test_a_user_that_may_not_ask_which_server_it_is_does(own_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_user_that_may_not_ask_which_server_it_is_does(
+    own_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """Beside one that may: neither takes the other for a loss of the count."""
-    await asyncio.to_thread(own_server.ask, "ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info")
+    await asyncio.to_thread(
+        own_server.ask, "ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info"
+    )
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         limited: dict[str, Any] = {"username": "limited", "password": "any"}
         for login in (limited, {}, limited):
-            given = await stack.enter_async_context(Redis(unix_socket_path=str(own_server.socket), **login))
+            given = await stack.enter_async_context(
+                Redis(unix_socket_path=str(own_server.socket), **login)
+            )
             one = await client(sandbox, RedisBuckets(given, prefix="p", on_outage="raise"), stack)
             await one.balance(sandbox.add_key(), timeout=5)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True, "protocol": 3}])
-async def test_a_client_of_either_protocol_does(redis_server: RedisServer, prefix: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True, "protocol": 3}]
+)
+async def test_a_client_of_either_protocol_does(
+    redis_server: RedisServer, prefix: str, options: dict[str, Any]
+) -> None:
     """The script's answers are numbers in both."""
     given = Redis(unix_socket_path=str(redis_server.socket), **options)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(given, prefix=prefix, on_outage="raise"), stack, requests=5)
+        one = await client(
+            sandbox, RedisBuckets(given, prefix=prefix, on_outage="raise"), stack, requests=5
+        )
         assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=5)).ok
     await given.aclose()
 
 
 @pytest.mark.own_loops
-def test_another_client_may_use_them_when_the_first_is_closed(redis_server: RedisServer, prefix: str) -> None:
+def test_another_client_may_use_them_when_the_first_is_closed(
+    redis_server: RedisServer, prefix: str
+) -> None:
     """In another loop too: an application that makes its client when it starts may start again."""
     buckets = RedisBuckets(redis_server.url, prefix=prefix, on_outage="raise")
 
     async def uses() -> None:
-        async with SandboxServer() as sandbox, CreditsClient(base_url=sandbox.url, buckets=buckets) as client:
+        async with (
+            SandboxServer() as sandbox,
+            CreditsClient(base_url=sandbox.url, buckets=buckets) as client,
+        ):
             await client.balance(sandbox.add_key(), timeout=5)
             with pytest.raises(ConfigurationError, match="have a client already"):
                 CreditsClient(buckets=buckets)
@@ -201,11 +254,15 @@ def test_another_client_may_use_them_when_the_first_is_closed(redis_server: Redi
         asyncio.run(uses())
 
 
-async def test_a_given_client_is_used_and_not_closed(redis_server: RedisServer, prefix: str) -> None:
+async def test_a_given_client_is_used_and_not_closed(
+    redis_server: RedisServer, prefix: str
+) -> None:
     """Also one that decodes what it reads."""
     given = Redis(unix_socket_path=str(redis_server.socket), decode_responses=True)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        await (await client(sandbox, RedisBuckets(given, prefix=prefix), stack)).balance(sandbox.add_key(), timeout=5)
+        await (await client(sandbox, RedisBuckets(given, prefix=prefix), stack)).balance(
+            sandbox.add_key(), timeout=5
+        )
     assert await given.ping()
     await given.aclose()
 
@@ -214,7 +271,9 @@ async def test_an_own_client_is_closed(redis_server: RedisServer, prefix: str) -
     """With the client that used it."""
     before = int(str(redis_server.ask("INFO", "clients")["connected_clients"]))  # type: ignore[index]  # what redis-py makes of it
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        await (await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)).balance(sandbox.add_key(), timeout=5)
+        await (await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)).balance(
+            sandbox.add_key(), timeout=5
+        )
 
     def closed() -> bool:
         clients = redis_server.ask("INFO", "clients")
@@ -223,15 +282,26 @@ async def test_an_own_client_is_closed(redis_server: RedisServer, prefix: str) -
     await eventually(closed)
 
 
-async def test_names_and_values_hold_no_secret_and_expire(redis_server: RedisServer, prefix: str) -> None:
+async def test_names_and_values_hold_no_secret_and_expire(
+    redis_server: RedisServer, prefix: str
+) -> None:
     """Nor the name of an account."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         sandbox.add_account("acme-secret-account")
-        keys = [sandbox.add_key(secret="the-secret-itself"), sandbox.add_key(account="acme-secret-account")]
+        keys = [
+            sandbox.add_key(secret="the-secret-itself"),
+            sandbox.add_key(account="acme-secret-account"),
+        ]
         one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
         await one.check(keys, timeout=5)
         names = [name.decode() for name in redis_server.ask("KEYS", f"{{{prefix}}}:*")]  # type: ignore[attr-defined]  # bytes
-        told = repr([redis_server.ask("ZRANGE", name, 0, -1) for name in names if "credits" in name and "line" not in name])
+        told = repr(
+            [
+                redis_server.ask("ZRANGE", name, 0, -1)
+                for name in names
+                if "credits" in name and "line" not in name
+            ]
+        )
         assert len(names) == 4  # the marker, the common bucket and two own ones
         assert not [word for word in ("secret", "acme") if word in " ".join(names) + told]
         assert all(0 < int(str(redis_server.ask("PTTL", name))) <= 86_400_000 for name in names)
@@ -251,9 +321,9 @@ def cluster() -> Iterator[RedisServer]:
 async def test_it_works_on_a_cluster(cluster: RedisServer) -> None:
     """All keys of a prefix lie in one slot."""
     for _ in range(200):
-        if b"cluster_state:ok" in str(cluster.ask("CLUSTER", "INFO")).encode() or "'cluster_state': 'ok'" in str(
+        if b"cluster_state:ok" in str(
             cluster.ask("CLUSTER", "INFO")
-        ):
+        ).encode() or "'cluster_state': 'ok'" in str(cluster.ask("CLUSTER", "INFO")):
             break
         await asyncio.sleep(0.03)
     open_prefix(cluster, "p")
@@ -267,7 +337,9 @@ async def test_it_works_on_a_cluster(cluster: RedisServer) -> None:
 async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
     """And name their key."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack)
+        one = await client(
+            sandbox, RedisBuckets(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack
+        )
         with pytest.raises(BucketsUnavailableError, match="prod: the count"):
             await one.balance(sandbox.add_key("prod"), timeout=5)
         assert sandbox.requests == 0
@@ -281,7 +353,10 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
         ({"url_or_client": 5}, "a client of redis.asyncio, not a builtins.int"),
         ({"url_or_client": SynchronousRedis()}, "a client of redis.asyncio, not a redis.Redis"),
         ({"url_or_client": None}, "is the variable set"),
-        ({"url_or_client": "redis://:hunter2@localhost?retires=5"}, "an option that redis-py does not know"),
+        (
+            {"url_or_client": "redis://:hunter2@localhost?retires=5"},
+            "an option that redis-py does not know",
+        ),
         ({"prefix": ""}, "not empty"),
         ({"prefix": "a{b}"}, "without braces"),
         ({"prefix": "a\nb"}, "printable"),
@@ -292,11 +367,15 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
         ({"share": 1.5}, "at most 1"),
     ],
 )
-def test_bad_arguments_are_refused_and_a_password_is_not_repeated(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused_and_a_password_is_not_repeated(
+    arguments: dict[str, Any], message: str
+) -> None:
     """Neither in the message nor in a traceback with local variables."""
     with pytest.raises(ConfigurationError, match=message) as caught:
         RedisBuckets(**{"url_or_client": "redis://:hunter2@localhost", **arguments})
-    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    shown = "".join(
+        traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
+    )
     assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/_validation.py") :]
 
 
@@ -314,8 +393,13 @@ def test_a_password_does_not_print() -> None:
     assert "hunter2" not in repr(buckets) + str(buckets)
 
 
-async def test_no_answer_is_lost_with_tokens_from_redis(redis_server: RedisServer, prefix: str) -> None:
-    """100 calls at once all have one. On uvloop the handle of a moment that has come does not tell when it runs."""
+async def test_no_answer_is_lost_with_tokens_from_redis(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    """100 calls at once all have one.
+
+    On uvloop the handle of a moment that has come does not tell when it runs.
+    """
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         keys = [sandbox.add_key() for _ in range(100)]
         one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)

@@ -1,4 +1,5 @@
-"""Tokens that several processes share: what they say, what they know, and what becomes of it when things go wrong.
+"""Tokens that several processes share: what they say, what they know, and what becomes of it when
+things go wrong.
 
 In virtual time, with the real script over a model of Redis.
 """
@@ -32,7 +33,8 @@ from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, no
 
 pytestmark = pytest.mark.virtual
 
-# By how much it may come later than a token comes home: others may have waited longer, and then it is asked for again.
+# By how much it may come later than a token comes home: others may have waited longer, and then it
+# is asked for again.
 SOONEST = 0.1
 # What a process that has not been heard of for a while does within this time.
 SOON = 0.6
@@ -71,12 +73,17 @@ async def test_two_processes_share_one_count(redis: FakeRedis, start: Start) -> 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("processes", [2, 4])
 async def test_the_server_never_sees_more_than_the_limit(processes: int, seed: int) -> None:
-    """Whatever the delays to Redis and to the API: nothing is refused, and all come to their turn."""
+    """Whatever the delays to Redis and to the API: nothing is refused, and all come to their
+    turn."""
     redis = opened(latency=between(0.0, 0.2, seed))
     server = WindowServer(limit=40, period=10.0, seconds=(0.0, 2.0), seed=seed)
     limit = RateLimit(requests=40, period=10.0, scope="client")
-    clients = [fake_client(server, rate_limit=limit, buckets=connected(redis)) for _ in range(processes)]
-    reports = await asyncio.gather(*(client.check(keys(240 // processes, str(place))) for place, client in enumerate(clients)))
+    clients = [
+        fake_client(server, rate_limit=limit, buckets=connected(redis)) for _ in range(processes)
+    ]
+    reports = await asyncio.gather(
+        *(client.check(keys(240 // processes, str(place))) for place, client in enumerate(clients))
+    )
     assert all(report.ok for report in reports)
     assert (len(server.refused), server.worst_window()) == (0, 40)
     for client in clients:
@@ -129,7 +136,9 @@ async def test_what_a_process_had_that_vanished_comes_home_by_itself(start: Star
     assert now() == pytest.approx(LEASE, abs=FRESH + 0.5)
 
 
-async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_had_not(start: Start) -> None:
+async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_had_not(
+    start: Start,
+) -> None:
     """That it has ended is told a tenth of a second later, if there is nothing else to say."""
     one, two = start(limit=1), start(limit=1)
     await one.send()
@@ -141,7 +150,8 @@ async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_ha
 
 
 async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(start: Start) -> None:
-    """It began as late after its token's grant as it may, lasted as long as it may, and arrives as late as it may."""
+    """It began as late after its token's grant as it may, lasted as long as it may, and arrives as
+    late as it may."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
     await passes(FRESH - 0.01)
@@ -153,7 +163,9 @@ async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(sta
     assert now() >= arrives + PERIOD
 
 
-async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whole_period(redis: FakeRedis, start: Start) -> None:
+async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whole_period(
+    redis: FakeRedis, start: Start
+) -> None:
     """Where the others can still count, and this process cannot tell them."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
@@ -168,7 +180,9 @@ async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whol
 
 
 @pytest.mark.parametrize(("waited", "starts"), [(0.9, True), (1.1, False)])
-async def test_a_token_that_is_not_used_within_a_second_goes_back(start: Start, waited: float, starts: bool) -> None:
+async def test_a_token_that_is_not_used_within_a_second_goes_back(
+    start: Start, waited: float, starts: bool
+) -> None:
     """Others could use it, and its lease is made for a request that begins by then."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
@@ -180,11 +194,15 @@ async def test_a_token_that_is_not_used_within_a_second_goes_back(start: Start, 
     task.cancel()
 
 
-async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(redis: FakeRedis) -> None:
+async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(
+    redis: FakeRedis,
+) -> None:
     """Others could use them; whoever waits has others when it has its place."""
     server = FakeServer(lambda name, times: Reply(seconds=9.0))
     limit = RateLimit(requests=100, scope="client", pace=None)
-    async with fake_client(server, rate_limit=limit, buckets=connected(redis), concurrency=1) as client:
+    async with fake_client(
+        server, rate_limit=limit, buckets=connected(redis), concurrency=1
+    ) as client:
         check = asyncio.create_task(client.check(keys(60)))
         for _ in range(40):
             await asyncio.sleep(0.2)
@@ -192,8 +210,13 @@ async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(
         check.cancel()
 
 
-async def test_an_accounts_own_token_that_has_become_stale_meanwhile_goes_back(redis: FakeRedis) -> None:
-    """With `scope="auto"`, while the one of all was waited for; so nothing is sent with a token whose lease is too short."""
+async def test_an_accounts_own_token_that_has_become_stale_meanwhile_goes_back(
+    redis: FakeRedis,
+) -> None:
+    """With `scope="auto"`, while the one of all was waited for.
+
+    So nothing is sent with a token whose lease is too short.
+    """
     server = WindowServer(limit=3, seconds=(0.0, 0.0))
     limit = RateLimit(requests=3)
     async with (
@@ -216,11 +239,19 @@ async def test_an_accounts_own_token_that_has_become_stale_meanwhile_goes_back(r
 
 
 @pytest.mark.parametrize(("limit", "processes"), [(1, 2), (1, 3), (2, 3), (2, 4)])
-async def test_processes_do_not_wait_for_each_others_halves(redis: FakeRedis, limit: int, processes: int) -> None:
-    """Each request needs a token of its account and one of all; who has one of them and not the other lets it go."""
+async def test_processes_do_not_wait_for_each_others_halves(
+    redis: FakeRedis, limit: int, processes: int
+) -> None:
+    """Each request needs a token of its account and one of all.
+
+    Who has one of them and not the other lets it go.
+    """
     server = FakeServer()
     rate_limit = RateLimit(requests=limit, period=20.0)
-    clients = [fake_client(server, rate_limit=rate_limit, buckets=connected(redis)) for _ in range(processes)]
+    clients = [
+        fake_client(server, rate_limit=rate_limit, buckets=connected(redis))
+        for _ in range(processes)
+    ]
     reports = await asyncio.gather(*(client.check(keys(6)) for client in clients))
     assert all(report.ok for report in reports)
     assert now() < 1.2 * 20.1 * 6 * processes / limit
@@ -231,7 +262,9 @@ async def test_processes_do_not_wait_for_each_others_halves(redis: FakeRedis, li
 # --- messages
 
 
-async def test_a_message_asks_for_no_more_than_32_and_only_one_is_under_way(redis: FakeRedis, start: Start) -> None:
+async def test_a_message_asks_for_no_more_than_32_and_only_one_is_under_way(
+    redis: FakeRedis, start: Start
+) -> None:
     """However many wait."""
     redis.seen = []
     redis.latency = between(0.05, 0.1)
@@ -243,7 +276,9 @@ async def test_a_message_asks_for_no_more_than_32_and_only_one_is_under_way(redi
     assert redis.messages <= 20
 
 
-async def test_with_a_pace_no_more_is_asked_for_than_goes_in_a_moment(redis: FakeRedis, start: Start) -> None:
+async def test_with_a_pace_no_more_is_asked_for_than_goes_in_a_moment(
+    redis: FakeRedis, start: Start
+) -> None:
     """15 at 100 a second; what waits for the pace could be used by others."""
     redis.seen = []
     one = start(limit=300, pace=100.0)
@@ -251,7 +286,9 @@ async def test_with_a_pace_no_more_is_asked_for_than_goes_in_a_moment(redis: Fak
     assert max(asked.wanted for message in redis.seen for asked in message.buckets) == 15
 
 
-async def test_no_message_is_sent_that_nothing_is_to_be_said_in(redis: FakeRedis, start: Start) -> None:
+async def test_no_message_is_sent_that_nothing_is_to_be_said_in(
+    redis: FakeRedis, start: Start
+) -> None:
     """A process that waits for nothing and holds nothing is silent."""
     one = start()
     await one.send()
@@ -262,7 +299,9 @@ async def test_no_message_is_sent_that_nothing_is_to_be_said_in(redis: FakeRedis
     assert redis.messages == messages
 
 
-async def test_while_everybody_waits_there_are_two_messages_a_second_at_the_most(redis: FakeRedis, start: Start) -> None:
+async def test_while_everybody_waits_there_are_two_messages_a_second_at_the_most(
+    redis: FakeRedis, start: Start
+) -> None:
     """For each process, however many wait in it, when no token is to come home for long."""
     workers = [start(limit=4) for _ in range(4)]
     for one in workers:
@@ -274,12 +313,17 @@ async def test_while_everybody_waits_there_are_two_messages_a_second_at_the_most
     await asyncio.sleep(1)
     before = dict(redis.messages_of)
     await asyncio.sleep(57)
-    assert all(50 <= redis.messages_of[name] - before[name] <= 120 for name in before), (before, redis.messages_of)
+    assert all(50 <= redis.messages_of[name] - before[name] <= 120 for name in before), (
+        before,
+        redis.messages_of,
+    )
     for task in tasks:
         task.cancel()
 
 
-async def test_while_tokens_come_home_one_after_the_other_messages_stay_few(redis: FakeRedis, start: Start) -> None:
+async def test_while_tokens_come_home_one_after_the_other_messages_stay_few(
+    redis: FakeRedis, start: Start
+) -> None:
     """Of a hundred that come home within a second each message brings all that came in between."""
     one, two = start(limit=100), start(limit=100)
     for _ in range(100):
@@ -295,7 +339,9 @@ async def test_while_tokens_come_home_one_after_the_other_messages_stay_few(redi
     assert redis.messages_of[two.name] - before <= 30
 
 
-async def test_whoever_waits_wakes_when_the_next_token_comes_home(redis: FakeRedis, start: Start) -> None:
+async def test_whoever_waits_wakes_when_the_next_token_comes_home(
+    redis: FakeRedis, start: Start
+) -> None:
     """Each answer tells when that is."""
     one, two = start(limit=2), start(limit=2)
     for _ in range(2):
@@ -326,7 +372,9 @@ async def test_what_has_ended_rides_along(redis: FakeRedis, start: Start) -> Non
     redis.seen = []
     one.end()
     await one.send()
-    assert [(asked.wanted, len(asked.homes)) for message in redis.seen for asked in message.buckets] == [(1, 1)]
+    assert [
+        (asked.wanted, len(asked.homes)) for message in redis.seen for asked in message.buckets
+    ] == [(1, 1)]
 
 
 async def test_a_message_has_sixty_four_buckets_at_the_most(redis: FakeRedis, start: Start) -> None:
@@ -351,7 +399,9 @@ async def test_a_token_that_comes_back_is_had_by_another_process_soon(start: Sta
     assert task.done()
 
 
-async def test_a_longer_round_trip_does_not_make_more_messages(redis: FakeRedis, start: Start) -> None:
+async def test_a_longer_round_trip_does_not_make_more_messages(
+    redis: FakeRedis, start: Start
+) -> None:
     """At a quarter of a second there and back as many tokens come with each."""
     redis.latency = lambda process: 0.125
     one = start(limit=300)
@@ -403,11 +453,20 @@ async def test_after_a_loss_every_process_says_what_it_holds_before_tokens_are_g
     await asyncio.gather(*tasks)
     assert now() == pytest.approx(60, abs=0.2)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * len(caplog.records)
-    assert 1 <= sum("the count of the rate limit in Redis was lost" in record.message for record in caplog.records) <= 3
+    assert (
+        1
+        <= sum(
+            "the count of the rate limit in Redis was lost" in record.message
+            for record in caplog.records
+        )
+        <= 3
+    )
     assert bool(redis.evals) == (kind == "restart")
 
 
-async def test_what_is_on_the_wire_during_a_loss_is_told_too(redis: FakeRedis, start: Start) -> None:
+async def test_what_is_on_the_wire_during_a_loss_is_told_too(
+    redis: FakeRedis, start: Start
+) -> None:
     """And what is in hand; each with its lease, which does not begin anew."""
     one, two = start(limit=4), start(limit=4)
     await one.send()
@@ -424,8 +483,13 @@ async def test_what_is_on_the_wire_during_a_loss_is_told_too(redis: FakeRedis, s
     assert now() == pytest.approx(LEASE, abs=FRESH + SOON)
 
 
-async def test_what_is_held_by_a_process_that_was_silent_is_told_after_a_loss(redis: FakeRedis, start: Start) -> None:
-    """Nobody waits in it, and it has nothing to say; but it says something every half a second while its tokens are out."""
+async def test_what_is_held_by_a_process_that_was_silent_is_told_after_a_loss(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Nobody waits in it, and it has nothing to say.
+
+    But it says something every half a second while its tokens are out.
+    """
     one, two = start(limit=5), start(limit=5)
     await exhausted(one)
     await passes(20)
@@ -446,7 +510,8 @@ async def test_after_two_losses_everything_is_told_twice(redis: FakeRedis, start
 
 
 async def test_a_loss_of_the_last_messages_only_is_noticed(redis: FakeRedis, start: Start) -> None:
-    """Also where others have sent more messages since than were lost: a replica that was a moment behind has taken over."""
+    """Also where others have sent more messages since than were lost: a replica that was a moment
+    behind has taken over."""
     one, two, three = (start(limit=11) for _ in range(3))
     await two.send()
     await three.send()
@@ -461,7 +526,9 @@ async def test_a_loss_of_the_last_messages_only_is_noticed(redis: FakeRedis, sta
     assert redis.out() == 11
 
 
-async def test_after_a_loss_of_the_last_messages_nobody_has_what_they_brought(redis: FakeRedis, start: Start) -> None:
+async def test_after_a_loss_of_the_last_messages_nobody_has_what_they_brought(
+    redis: FakeRedis, start: Start
+) -> None:
     """Whoever is the first to speak then."""
     one, two = start(limit=4), start(limit=4)
     await two.send()
@@ -476,7 +543,9 @@ async def test_after_a_loss_of_the_last_messages_nobody_has_what_they_brought(re
     task.cancel()
 
 
-async def test_what_a_lost_answer_would_have_brought_goes_back(redis: FakeRedis, start: Start) -> None:
+async def test_what_a_lost_answer_would_have_brought_goes_back(
+    redis: FakeRedis, start: Start
+) -> None:
     """Nobody knows whether it was given; it is there again when Redis is."""
     one = start(limit=5, share=1)
     await one.send()
@@ -492,7 +561,9 @@ async def test_what_a_lost_answer_would_have_brought_goes_back(redis: FakeRedis,
     assert redis.out() == 5
 
 
-async def test_a_message_that_arrives_twice_takes_tokens_once(redis: FakeRedis, start: Start) -> None:
+async def test_a_message_that_arrives_twice_takes_tokens_once(
+    redis: FakeRedis, start: Start
+) -> None:
     """A client that tries again by itself when an answer is lost does no harm."""
     one = start(limit=5)
     redis.repeat = 1
@@ -501,8 +572,11 @@ async def test_a_message_that_arrives_twice_takes_tokens_once(redis: FakeRedis, 
     assert redis.out() == 5
 
 
-async def test_a_message_that_is_read_late_takes_nothing_from_anybody_for_long(redis: FakeRedis, start: Start) -> None:
-    """Redis stood still, was given up on, and finds in its socket what nobody waits for any more."""
+async def test_a_message_that_is_read_late_takes_nothing_from_anybody_for_long(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Redis stood still, was given up on, and finds in its socket what nobody waits for any
+    more."""
     one, two = start(limit=5), start(limit=5)
     await one.send()
     one.end()
@@ -529,7 +603,9 @@ async def test_keys_expire_when_nobody_uses_them(redis: FakeRedis, start: Start)
     assert redis.keys() == []
 
 
-async def test_processes_with_different_timeouts_do_not_forget_each_others_tokens(redis: FakeRedis, start: Start) -> None:
+async def test_processes_with_different_timeouts_do_not_forget_each_others_tokens(
+    redis: FakeRedis, start: Start
+) -> None:
     """A web service gives up soon, and a batch that shares its quota later."""
     patient, hasty = start(limit=2, late=120.0), start(limit=2, late=1.0)
     await patient.send()
@@ -563,7 +639,9 @@ async def test_neither_names_nor_values_tell_a_secret(redis: FakeRedis) -> None:
 # --- without Redis, and "local"
 
 
-async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_home(redis: FakeRedis, start: Start) -> None:
+async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_home(
+    redis: FakeRedis, start: Start
+) -> None:
     """The others may have the rest; after a period and a request timeout with its whole share."""
     one, two = start(limit=12, share=1 / 3), start(limit=12)
     for _ in range(2):
@@ -591,8 +669,13 @@ async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_
     redis.down = False
 
 
-async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(redis: FakeRedis, start: Start) -> None:
-    """What is held back is held back, and what is to be followed is followed; one token at least."""
+async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(
+    redis: FakeRedis, start: Start
+) -> None:
+    """What is held back is held back, and what is to be followed is followed.
+
+    One token at least.
+    """
     one = start(limit=100, share=1 / 4)
     await one.send()
     redis.down = True
@@ -608,7 +691,9 @@ async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(redis: 
     redis.down = False
 
 
-async def test_a_process_that_never_had_redis_begins_after_a_period(redis: FakeRedis, start: Start) -> None:
+async def test_a_process_that_never_had_redis_begins_after_a_period(
+    redis: FakeRedis, start: Start
+) -> None:
     """With nothing of its own there is nothing that is certainly not spent by others."""
     redis.down = True
     one = start(limit=8)
@@ -622,7 +707,9 @@ async def test_a_process_that_never_had_redis_begins_after_a_period(redis: FakeR
     await tasks[2]
 
 
-async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(redis: FakeRedis, start: Start) -> None:
+async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(
+    redis: FakeRedis, start: Start
+) -> None:
     """The others may have all of it."""
     one = start()
     redis.down = True
@@ -633,10 +720,14 @@ async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(redis: 
     redis.down = False
 
 
-async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(redis: FakeRedis) -> None:
+async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(
+    redis: FakeRedis,
+) -> None:
     """Redis might be back sooner. One that can wait is not sent away."""
     redis.down = True
-    async with fake_client(WindowServer(), rate_limit=RateLimit(scope="client"), buckets=connected(redis)) as client:
+    async with fake_client(
+        WindowServer(), rate_limit=RateLimit(scope="client"), buckets=connected(redis)
+    ) as client:
         first = asyncio.create_task(client.balance(keys(1, "first")[0], timeout=90))
         await asyncio.sleep(3)
         began = now()
@@ -649,8 +740,11 @@ async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(redis
         assert now() == pytest.approx(81.3, abs=0.5)
 
 
-async def test_a_moments_trouble_is_waited_for(redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """While one process is cut off the others are served, so what it spends by itself would come on top."""
+async def test_a_moments_trouble_is_waited_for(
+    redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While one process is cut off the others are served, so what it spends by itself would come on
+    top."""
     one, two = start(limit=4, share=1), start(limit=4, share=1)
     for _ in range(4):
         await one.send()
@@ -672,7 +766,10 @@ async def test_a_moments_trouble_is_waited_for(redis: FakeRedis, start: Start, c
 async def test_the_first_that_is_served_again_has_nothing_before_the_others_have_told(
     redis: FakeRedis, start: Start, late: bool
 ) -> None:
-    """One has gone on alone, and the other was about to; also where what they said meanwhile is read now."""
+    """One has gone on alone, and the other was about to.
+
+    Also where what they said meanwhile is read now.
+    """
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     for _ in range(4):
         await one.send()
@@ -707,7 +804,10 @@ async def test_an_outage_is_told_to_the_log_once_and_its_end_too(
         await one.acquire()
         one.unused()
         await one.send()
-    goes_on = "this process goes on by itself, for 81 s with tokens of its own, then with 0.123 of the limit"
+    goes_on = (
+        "this process goes on by itself, for 81 s with tokens of its own, then with 0.123 of "
+        "the limit"
+    )
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("WARNING", f"Redis is out of reach ({REFUSED}); {goes_on}, until it is back"),
         ("WARNING", "Redis is back; the processes count together again"),
@@ -729,7 +829,9 @@ async def test_it_is_looked_for_twice_a_second(redis: FakeRedis, start: Start) -
     redis.down = False
 
 
-async def test_when_redis_is_back_every_process_says_what_it_has_out(redis: FakeRedis, start: Start) -> None:
+async def test_when_redis_is_back_every_process_says_what_it_has_out(
+    redis: FakeRedis, start: Start
+) -> None:
     """Also what it has given itself meanwhile; and what has come back it does not say."""
     one, two = start(limit=12, share=1 / 2), start(limit=12)
     await two.send()
@@ -745,7 +847,9 @@ async def test_when_redis_is_back_every_process_says_what_it_has_out(redis: Fake
     assert redis.out() == 4
 
 
-async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(redis: FakeRedis, start: Start) -> None:
+async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(
+    redis: FakeRedis, start: Start
+) -> None:
     """Each finds it again at a time of its own; until all have, tokens are not given."""
     workers = [start(limit=8, share=1 / 4) for _ in range(4)]
     redis.down = True
@@ -763,7 +867,9 @@ async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(redis
         task.cancel()
 
 
-async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(redis: FakeRedis, start: Start) -> None:
+async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(
+    redis: FakeRedis, start: Start
+) -> None:
     """Nobody else knows of it, as long as no request has begun."""
     one = start(limit=4)
     redis.down = True
@@ -774,15 +880,20 @@ async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(re
     assert not one.start()
 
 
-async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arrive(redis: FakeRedis, start: Start) -> None:
-    """One process noticed the outage at once, the other was sending its last tokens, and these requests were slow."""
+async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arrive(
+    redis: FakeRedis, start: Start
+) -> None:
+    """One process noticed the outage at once, the other was sending its last tokens, and these
+    requests were slow."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     await two.holds(4)
     redis.down = True
     tasks = [one.waits() for _ in range(2)]
     await asyncio.sleep(0.9)
     assert [two.start() for _ in range(4)] == [True] * 4
-    arrives = now() + 2 * LATE - 0.1  # given up on after one, and arriving as late after that as it may
+    arrives = (
+        now() + 2 * LATE - 0.1
+    )  # given up on after one, and arriving as late after that as it may
     await asyncio.sleep(LATE)
     for _ in range(4):
         two.abandon()
@@ -808,11 +919,15 @@ async def test_redis_that_hangs_is_gone_after_two_seconds(redis: FakeRedis, star
     redis.resume()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Event loop is closed"), TypeError("unexpected keyword"), ValueError("nonsense")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Event loop is closed"), TypeError("unexpected keyword"), ValueError("nonsense")],
+)
 async def test_whatever_the_client_raises_nobody_hangs(
     redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """A client that belongs to another loop, or options that it does not know, are an outage too."""
+    """A client that belongs to another loop, or options that it does not know, are an outage
+    too."""
 
     async def raises(*said: Any) -> None:
         raise error
@@ -824,7 +939,9 @@ async def test_whatever_the_client_raises_nobody_hangs(
         await asyncio.wait_for(start(limit=4, on_outage="raise").send(), 5)
 
 
-@pytest.mark.parametrize("answer", [[], [[1, 2]], [[1, 1, 1, 0], [0]], [[1, 1, 0], [0]], None, b"OK"])
+@pytest.mark.parametrize(
+    "answer", [[], [[1, 2]], [[1, 1, 1, 0], [0]], [[1, 1, 0], [0]], None, b"OK"]
+)
 async def test_whatever_redis_answers_nobody_hangs(
     redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
@@ -850,7 +967,10 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
         with pytest.raises(BucketsUnavailableError) as caught:
             await client.balance(keys(2)[1])
         assert (caught.value.key_name, caught.value.attempts) == ("k1", 0)
-        assert str(caught.value) == "k1: the count that the processes share is out of reach, as the log says; nothing was sent"
+        assert str(caught.value) == (
+            "k1: the count that the processes share is out of reach, as the log says; "
+            "nothing was sent"
+        )
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  # our own
         assert (str(again), type(again)) == (str(caught.value), BucketsUnavailableError)
         report = await client.check(keys(3))
@@ -867,7 +987,9 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     other = Waiting(one.buckets.tokens("/account/credits", None, 1))
     await one.send()
     await other.send()
-    tasks = [asyncio.create_task(bucket.acquire()) for bucket in (one.waiting, other) for _ in range(2)]
+    tasks = [
+        asyncio.create_task(bucket.acquire()) for bucket in (one.waiting, other) for _ in range(2)
+    ]
     await asyncio.sleep(1)
     redis.stall()
     done, _ = await asyncio.wait(tasks, timeout=2.5)
@@ -879,10 +1001,14 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     assert not any(asked.wanted for message in redis.seen for asked in message.buckets)
 
 
-async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(redis: FakeRedis) -> None:
+async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(
+    redis: FakeRedis,
+) -> None:
     """Its future is done already."""
     limit = RateLimit(requests=1, scope="client")
-    async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis, on_outage="raise")) as client:
+    async with fake_client(
+        FakeServer(), rate_limit=limit, buckets=connected(redis, on_outage="raise")
+    ) as client:
         await client.balance(keys(1)[0])
         left, stays = (asyncio.create_task(client.balance(key)) for key in keys(2, "late"))
         await asyncio.sleep(1)
@@ -894,7 +1020,9 @@ async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(red
         assert client.quota().waiting == 0
 
 
-async def test_the_log_says_once_that_calls_fail(redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_says_once_that_calls_fail(
+    redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
     """And once that they do no more."""
     one = start(limit=8, on_outage="raise")
     redis.down = True
@@ -910,7 +1038,9 @@ async def test_the_log_says_once_that_calls_fail(redis: FakeRedis, start: Start,
     ]
 
 
-async def test_what_was_to_be_said_is_said_when_redis_is_back(redis: FakeRedis, start: Start) -> None:
+async def test_what_was_to_be_said_is_said_when_redis_is_back(
+    redis: FakeRedis, start: Start
+) -> None:
     """The token comes home as if nothing had been."""
     one, two = start(limit=1, on_outage="raise"), start(limit=1, on_outage="raise")
     await one.send()
@@ -924,8 +1054,13 @@ async def test_what_was_to_be_said_is_said_when_redis_is_back(redis: FakeRedis, 
     assert now() == pytest.approx(60, abs=SOONEST)
 
 
-async def test_an_outage_does_not_make_the_first_message_after_it_long(redis: FakeRedis, start: Start) -> None:
-    """What each call in vain may have brought is to go back; but not of all calls of a long outage."""
+async def test_an_outage_does_not_make_the_first_message_after_it_long(
+    redis: FakeRedis, start: Start
+) -> None:
+    """What each call in vain may have brought is to go back.
+
+    But not of all calls of a long outage.
+    """
     one = start(limit=300, on_outage="raise")
     await one.send()
     redis.down = True
@@ -945,7 +1080,12 @@ async def test_an_outage_does_not_make_the_first_message_after_it_long(redis: Fa
 async def test_closing_says_what_is_still_to_be_said(redis: FakeRedis) -> None:
     """What was not used is there at once for others, and what has ended comes home in time."""
     server = FakeServer(lambda name, times: Reply(seconds=5.0))
-    client = fake_client(server, rate_limit=RateLimit(requests=8, scope="client"), buckets=connected(redis), concurrency=2)
+    client = fake_client(
+        server,
+        rate_limit=RateLimit(requests=8, scope="client"),
+        buckets=connected(redis),
+        concurrency=2,
+    )
     task = asyncio.create_task(client.check(keys(8)))
     await asyncio.sleep(0.3)
     assert redis.out() == 8
@@ -1008,7 +1148,11 @@ async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) 
     await asyncio.sleep(2)
     for each in (one, two):
         await each.close()
-        assert (each.buckets._link._timer, each.buckets._link._settling, each.buckets._link._task) == (None, None, None)
+        assert (
+            each.buckets._link._timer,
+            each.buckets._link._settling,
+            each.buckets._link._task,
+        ) == (None, None, None)
     waiting.cancel()
 
 
@@ -1019,7 +1163,9 @@ async def test_buckets_serve_one_client_only(redis: FakeRedis) -> None:
     """Each counts what its own client has under way."""
     buckets = connected(redis)
     async with fake_client(FakeServer(), buckets=buckets):
-        with pytest.raises(ConfigurationError, match="make new RedisBuckets, with the same prefix, for each"):
+        with pytest.raises(
+            ConfigurationError, match="make new RedisBuckets, with the same prefix, for each"
+        ):
             CreditsClient(buckets=buckets)
 
 
@@ -1027,7 +1173,10 @@ async def test_a_process_names_itself_when_it_first_speaks(redis: FakeRedis) -> 
     """It may have been forked before."""
     one, two = connected(redis), connected(redis)
     assert one._link._process == two._link._process == ""
-    async with fake_client(FakeServer(), buckets=one) as client, fake_client(FakeServer(), buckets=two) as other:
+    async with (
+        fake_client(FakeServer(), buckets=one) as client,
+        fake_client(FakeServer(), buckets=two) as other,
+    ):
         assert one._link._process == ""
         await client.balance(keys(1)[0])
         await other.balance(keys(1)[0])
@@ -1038,7 +1187,9 @@ async def test_a_process_names_itself_when_it_first_speaks(redis: FakeRedis) -> 
 async def test_buckets_that_are_idle_are_forgotten(redis: FakeRedis) -> None:
     """Also while Redis is gone."""
     buckets = connected(redis)
-    async with fake_client(FakeServer(), rate_limit=RateLimit(scope="key"), buckets=buckets) as client:
+    async with fake_client(
+        FakeServer(), rate_limit=RateLimit(scope="key"), buckets=buckets
+    ) as client:
         await client.check(keys(50))
         for number in range(40):
             await client.balance(keys(1, f"later-{number}")[0])

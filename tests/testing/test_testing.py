@@ -17,14 +17,28 @@ from crustcredits import ApiKey, ConfigurationError, CreditsClient, RateLimit, R
 from crustcredits.testing import Arrival, Fault, SandboxServer
 
 
-async def ask(sandbox: SandboxServer, path: str = "/user/credits", **headers: str) -> tuple[int, Any, dict[str, str]]:
-    async with aiohttp.ClientSession() as session, session.get(sandbox.url + path, headers=headers) as response:
-        return response.status, await response.json(), {name.lower(): value for name, value in response.headers.items()}
+async def ask(
+    sandbox: SandboxServer, path: str = "/user/credits", **headers: str
+) -> tuple[int, Any, dict[str, str]]:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(sandbox.url + path, headers=headers) as response,
+    ):
+        return (
+            response.status,
+            await response.json(),
+            {name.lower(): value for name, value in response.headers.items()},
+        )
 
 
 async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -> None:
     """With every field of the account, and the documented headers."""
-    sandbox.add_account("acme", credits="138940.37", recurring_credits=Decimal(150000), wallets=[{"left": Decimal("1.50")}])
+    sandbox.add_account(
+        "acme",
+        credits="138940.37",
+        recurring_credits=Decimal(150000),
+        wallets=[{"left": Decimal("1.50")}],
+    )
     key = sandbox.add_key("prod", account="acme")
     bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
     status, document, headers = await ask(sandbox, **bearer)
@@ -34,7 +48,9 @@ async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -
     assert headers["x-ratelimit-reset"] == "60"
     assert headers["x-request-id"]
     assert headers["x-credits-used"] == "0"
-    status, document, headers = await ask(sandbox, "/account/credits", **bearer, **{"x-api-version": "2025-11-01"})
+    status, document, headers = await ask(
+        sandbox, "/account/credits", **bearer, **{"x-api-version": "2025-11-01"}
+    )
     assert status == 200
     assert document["account"]["recurring_credits"] == 150000
     assert document["account"]["recurring_credits_frequency"] is None
@@ -46,13 +62,20 @@ async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
     """No key, an unknown key, a wrong scheme, no version, another path."""
     key = sandbox.add_key()
     assert (await ask(sandbox))[:2] == (401, {"message": "Missing API key in request"})
-    assert (await ask(sandbox, Authorization="Bearer x"))[:2] == (401, {"message": "Invalid API key in request"})
+    assert (await ask(sandbox, Authorization="Bearer x"))[:2] == (
+        401,
+        {"message": "Invalid API key in request"},
+    )
     assert (await ask(sandbox, Authorization=f"Token {key.get_secret_value()}"))[0] == 401
     for version in ({}, {"x-api-version": "1999-01-01"}):
-        status, document, _ = await ask(sandbox, "/account/credits", Authorization=f"Bearer {key.get_secret_value()}", **version)
+        status, document, _ = await ask(
+            sandbox, "/account/credits", Authorization=f"Bearer {key.get_secret_value()}", **version
+        )
         assert status == 400
         assert document["error"]["message"] == "Missing or wrong x-api-version header"
-    assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.get_secret_value()}"))[0] == 404
+    assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.get_secret_value()}"))[
+        0
+    ] == 404
 
 
 async def test_it_counts_in_a_sliding_window() -> None:
@@ -63,7 +86,11 @@ async def test_it_counts_in_a_sliding_window() -> None:
         assert [(await ask(sandbox, **bearer))[0] for _ in range(2)] == [200, 200]
         status, _, headers = await ask(sandbox, **bearer)
         if status != 200:  # on a machine that slow the first has aged out already
-            assert (status, headers["x-ratelimit-remaining"], headers["x-ratelimit-reset"]) == (429, "0", "1")
+            assert (status, headers["x-ratelimit-remaining"], headers["x-ratelimit-reset"]) == (
+                429,
+                "0",
+                "1",
+            )
             assert sandbox.refused == 1
         await asyncio.sleep(0.05)
         assert (await ask(sandbox, **bearer))[0] == 200
@@ -82,7 +109,9 @@ async def test_it_counts_by_client_account_or_key(scope: Any, refused: int) -> N
         assert sandbox.refused == refused
 
 
-async def test_it_records_every_arrival_without_showing_secrets(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+async def test_it_records_every_arrival_without_showing_secrets(
+    sandbox: SandboxServer, credits_client: CreditsClient
+) -> None:
     """By name, with headers that do not print."""
     key = sandbox.add_key("prod")
     async with CreditsClient(base_url=sandbox.url) as client:
@@ -97,7 +126,10 @@ async def test_it_records_every_arrival_without_showing_secrets(sandbox: Sandbox
 
 async def test_it_can_do_without_a_record() -> None:
     """Then memory does not grow with the requests."""
-    async with SandboxServer(record=False) as sandbox, CreditsClient(base_url=sandbox.url) as client:
+    async with (
+        SandboxServer(record=False) as sandbox,
+        CreditsClient(base_url=sandbox.url) as client,
+    ):
         await client.balance(sandbox.add_key())
         assert (sandbox.requests, sandbox.arrivals) == (1, [])
         with pytest.raises(ConfigurationError, match="unknown"):
@@ -123,11 +155,19 @@ async def test_ordered_refusals_name_moments_of_their_own(sandbox: SandboxServer
     for _ in range(6):
         key = sandbox.add_key()
         sandbox.fail(key, Fault.REFUSED)
-        resets.append(int((await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2]["x-ratelimit-reset"]))
+        resets.append(
+            int(
+                (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2][
+                    "x-ratelimit-reset"
+                ]
+            )
+        )
     assert all(1 <= reset <= 60 for reset in resets)
     key = sandbox.add_key()
     sandbox.fail(key, Fault.REFUSED, retry_after=7)
-    assert (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2]["x-ratelimit-reset"] == "7"
+    assert (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2][
+        "x-ratelimit-reset"
+    ] == "7"
     assert all(abs(one - other) > 2 for one, other in pairwise(resets))
 
 
@@ -160,7 +200,13 @@ def test_what_makes_no_sense_is_refused() -> None:
         sandbox.fail(stranger, Fault.SILENCE)
     with pytest.raises(ConfigurationError, match="stranger: the sandbox did not issue this key"):
         sandbox.set_credits(stranger, 1)
-    for options in ({"limit": 0}, {"period": 0}, {"delay": (-1, 0)}, {"delay": (2, 1)}, {"delay": 5}):
+    for options in (
+        {"limit": 0},
+        {"period": 0},
+        {"delay": (-1, 0)},
+        {"delay": (2, 1)},
+        {"delay": 5},
+    ):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             SandboxServer(**options)
     assert sandbox.add_key(secret="sk-mine").get_secret_value() == "sk-mine"
@@ -180,14 +226,20 @@ async def test_the_limit_of_a_pool_holds_against_it() -> None:
     """A real server's own count: no refusal, no window too full."""
     async with SandboxServer(limit=20, period=0.1, delay=(0, 0.005)) as sandbox:
         keys: list[ApiKey] = [sandbox.add_key() for _ in range(70)]
-        async with CreditsClient(base_url=sandbox.url, rate_limit=RateLimit(requests=20, period=0.1, pace=None)) as client:
+        async with CreditsClient(
+            base_url=sandbox.url, rate_limit=RateLimit(requests=20, period=0.1, pace=None)
+        ) as client:
             assert (await client.check(keys)).ok
         assert sandbox.refused == 0
         assert sandbox.worst_window() <= 20
 
 
-@pytest.mark.parametrize(("sandbox", "credits_client"), [({"limit": 2, "period": 5.0}, {"max_age": 60})], indirect=True)
-async def test_the_fixtures_take_options(sandbox: SandboxServer, credits_client: CreditsClient) -> None:
+@pytest.mark.parametrize(
+    ("sandbox", "credits_client"), [({"limit": 2, "period": 5.0}, {"max_age": 60})], indirect=True
+)
+async def test_the_fixtures_take_options(
+    sandbox: SandboxServer, credits_client: CreditsClient
+) -> None:
     """By indirect parametrization."""
     key = sandbox.add_key()
     for _ in range(3):
@@ -196,7 +248,9 @@ async def test_the_fixtures_take_options(sandbox: SandboxServer, credits_client:
 
 
 async def test_the_factories_take_options(
-    make_sandbox: Callable[..., Awaitable[SandboxServer]], make_credits_client: Callable[..., CreditsClient], sandbox: SandboxServer
+    make_sandbox: Callable[..., Awaitable[SandboxServer]],
+    make_credits_client: Callable[..., CreditsClient],
+    sandbox: SandboxServer,
 ) -> None:
     """Of as many as a test needs; all end with it."""
     other = await make_sandbox(limit=1)

@@ -46,7 +46,11 @@ async def test_a_client_in_memory_knows_its_keys() -> None:
         }
         assert report.total_credits == Decimal("50.5")
         assert client.api.key("acme/dev") is client.keys[1]
-        assert [arrival.key for arrival in client.api.arrivals] == ["acme/prod", "dev", "acme/dev"]  # accounts take turns
+        assert [arrival.key for arrival in client.api.arrivals] == [
+            "acme/prod",
+            "dev",
+            "acme/dev",
+        ]  # accounts take turns
         account = await client.account(client.keys[0])
         assert account.credits == 50
         assert account.recurring_credits == 0
@@ -62,7 +66,9 @@ async def test_a_client_in_memory_knows_its_keys() -> None:
 async def test_every_fault_works_in_memory(fault: Fault) -> None:
     """As over a socket, and nothing is waited for by default."""
     began = now()
-    async with fake_client({"bad": 7, "good": 5}, retry=Retry(attempts=2, backoff=0.0, wait_max=0.0)) as client:
+    async with fake_client(
+        {"bad": 7, "good": 5}, retry=Retry(attempts=2, backoff=0.0, wait_max=0.0)
+    ) as client:
         client.api.fail(client.keys[0], fault)
         bad, good = await client.check(client.keys)
     assert type(bad.error) is (EXPECTED[fault] or type(None))
@@ -78,7 +84,10 @@ async def test_every_fault_works_in_memory(fault: Fault) -> None:
 def test_every_fault_stands_in_one_table() -> None:
     """With the error that it leads to."""
     rows = re.findall(r"^ *\| `(\w+)` *\| .* \| (\S+) *\|$", Fault.__doc__ or "", re.MULTILINE)
-    expected = {fault.name: "none" if error is None else f"`{error.__name__}`" for fault, error in EXPECTED.items()}
+    expected = {
+        fault.name: "none" if error is None else f"`{error.__name__}`"
+        for fault, error in EXPECTED.items()
+    }
     assert dict(rows) == expected
     assert [name for name, _ in rows] == [fault.name for fault in Fault]
 
@@ -96,7 +105,10 @@ async def test_a_key_can_be_revoked() -> None:
 
 
 async def test_the_whole_api_can_be_down() -> None:
-    """For known and unknown keys, in any way; and then it is up again, with the faults of single keys."""
+    """For known and unknown keys, in any way.
+
+    And then it is up again, with the faults of single keys.
+    """
     async with fake_client({"prod": 5, "spent": 0}) as client:
         client.api.fail(client.keys[1], Fault.PAYMENT_REQUIRED)
         client.api.down()
@@ -122,7 +134,9 @@ async def test_a_fault_can_be_of_one_endpoint() -> None:
         with pytest.raises(InvalidKeyError):
             await client.balance(key)
         assert (await client.account(key)).credits == await credits(client, key) == 5
-        with pytest.raises(ConfigurationError, match="path is one of /user/credits and /account/credits"):
+        with pytest.raises(
+            ConfigurationError, match="path is one of /user/credits and /account/credits"
+        ):
             client.api.fail(key, Fault.RESET, path="/credits")
 
 
@@ -182,7 +196,10 @@ async def test_a_top_up_expires() -> None:
         account = await client.account(key)
         assert account.credits == 65
         top_ups = account.credit_topups or []
-        assert [(each["original_credits"], each["remaining_credits"]) for each in top_ups] == [(50, 35), (30, 30)]
+        assert [(each["original_credits"], each["remaining_credits"]) for each in top_ups] == [
+            (50, 35),
+            (30, 30),
+        ]
         assert [each["expires_at"] is None for each in top_ups] == [False, True]
         api.grant(key, 100, after=50)
         await asyncio.sleep(51)
@@ -214,9 +231,15 @@ def test_time_that_passes_needs_a_loop() -> None:
     key = api.add_key("prod")
     api.set_credits(key, 5)
     api.spend(key, 2)
-    calls = partial(api.spend, key, per_second=1), partial(api.grant, key, 5, after=1), partial(api.top_up, key, 5)
+    calls = (
+        partial(api.spend, key, per_second=1),
+        partial(api.grant, key, 5, after=1),
+        partial(api.top_up, key, 5),
+    )
     for call in calls:
-        with pytest.raises(ConfigurationError, match="needs a time that passes; call it in a coroutine"):
+        with pytest.raises(
+            ConfigurationError, match="needs a time that passes; call it in a coroutine"
+        ):
             call()
     wrong: list[dict[str, Any]] = [{"limit": 0}, {"period": 0}, {"scope": "all"}]
     for options in wrong:
@@ -226,7 +249,11 @@ def test_time_that_passes_needs_a_loop() -> None:
 
 async def test_a_service_is_tested_without_a_socket_and_without_waiting() -> None:
     """With the limit, retries and cache that it has."""
-    options: dict[str, Any] = {"rate_limit": RateLimit(requests=2), "max_age": 60, "request_timeout": 3}
+    options: dict[str, Any] = {
+        "rate_limit": RateLimit(requests=2),
+        "max_age": 60,
+        "request_timeout": 3,
+    }
     async with fake_client({"a": 1, "b": 2, "c": 3}, **options) as client:
         report = await client.check(client.keys, timeout=1)
         assert [type(each) for each in report] == [Known, Known, Unknown]
@@ -238,7 +265,9 @@ async def test_a_service_is_tested_without_a_socket_and_without_waiting() -> Non
         assert now() - began == pytest.approx(64, abs=0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"times": 0}, {"times": 1.5}, {"times": "2"}, {"retry_after": -4}])
+@pytest.mark.parametrize(
+    "wrong", [{"times": 0}, {"times": 1.5}, {"times": "2"}, {"retry_after": -4}]
+)
 def test_a_fault_comes_a_whole_number_of_times(wrong: dict[str, Any]) -> None:
     """At least once; a wait is of whole seconds."""
     api = FakeAPI()
@@ -275,8 +304,13 @@ async def test_refusals_in_memory_are_raised_at_once() -> None:
 
 async def test_the_api_in_memory_has_the_whole_limit_of_the_client() -> None:
     """Its period and what it counts by too; so no request is refused."""
-    for limit in (RateLimit(requests=5, period=1.0, pace=None), RateLimit(requests=5, scope="key", pace=None)):
-        async with fake_client({f"k{number}": 7 for number in range(20)}, rate_limit=limit) as client:
+    for limit in (
+        RateLimit(requests=5, period=1.0, pace=None),
+        RateLimit(requests=5, scope="key", pace=None),
+    ):
+        async with fake_client(
+            {f"k{number}": 7 for number in range(20)}, rate_limit=limit
+        ) as client:
             assert (await client.check(client.keys)).ok
             assert client.api.refused == 0
 

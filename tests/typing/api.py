@@ -75,7 +75,9 @@ async def one(client: CreditsClient, key: ApiKey) -> None:
     assert_type(account.rate_limit, RateLimitStatus | None)
 
 
-async def many(client: CreditsClient, secrets: Mapping[str, str], more: AsyncIterator[str], detail: bool) -> None:
+async def many(
+    client: CreditsClient, secrets: Mapping[str, str], more: AsyncIterator[str], detail: bool
+) -> None:
     report = await client.check(secrets)
     assert_type(report, Report[Balance])
     assert_type(await client.check([ApiKey("a"), "b"], detail=True), Report[Account])
@@ -84,10 +86,16 @@ async def many(client: CreditsClient, secrets: Mapping[str, str], more: AsyncIte
     assert_type(report.total_credits, Decimal | None)
     assert_type(report.accounts, Mapping[str, Decimal | None])
     assert_type(report[0].error, CrustCreditsError | None)
-    assert_type(await client.require(5000, secrets, margin=Decimal("1.2"), timeout=5, max_age=30), Report[Balance])
+    assert_type(
+        await client.require(5000, secrets, margin=Decimal("1.2"), timeout=5, max_age=30),
+        Report[Balance],
+    )
     assert_type(report.available_credits, Decimal)
     report.require(Decimal(5))
-    assert_type(await client.check(secrets, detail=True, stale_while_revalidate=timedelta(minutes=2)), Report[Account])
+    assert_type(
+        await client.check(secrets, detail=True, stale_while_revalidate=timedelta(minutes=2)),
+        Report[Account],
+    )
     async for outcome in client.stream(more, detail=True, max_age=5, stale_if_error=3600):
         assert_type(outcome, Outcome[Account])
     async for each in client.stream(("a", "b"), timeout=3):
@@ -105,12 +113,15 @@ def takes_a_report(report: Report) -> list[Outcome]:
 async def made(session: aiohttp.ClientSession) -> None:
     retry = Retry(attempts=3, backoff=0.5, backoff_max=4, wait_max=30)
     limit = RateLimit(requests=100, period=30, scope="key", pace=None)
-    async with CreditsClient(rate_limit=limit, retry=retry, session=session, proxy=None, request_timeout=3) as client:
+    async with CreditsClient(
+        rate_limit=limit, retry=retry, session=session, proxy=None, request_timeout=3
+    ) as client:
         details: Report[Account] = await client.check(keys_from_file("keys.txt"), detail=True)
         takes_a_report(details)
     await CreditsClient(base_url="http://localhost:8080").close()
     await CreditsClient(
-        rate_limit=RateLimit(adopt_server_limit="any"), buckets=RedisBuckets("redis://localhost", share=1 / 4)
+        rate_limit=RateLimit(adopt_server_limit="any"),
+        buckets=RedisBuckets("redis://localhost", share=1 / 4),
     ).close()
     store = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
     async with CreditsClient(buckets=store) as client:
@@ -120,7 +131,12 @@ async def made(session: aiohttp.ClientSession) -> None:
 
 
 async def wrapped(
-    client: CreditsClient, pool: KeysLike, key: KeyLike, scope: Scope, age: Seconds, **freshness: Unpack[CacheOptions]
+    client: CreditsClient,
+    pool: KeysLike,
+    key: KeyLike,
+    scope: Scope,
+    age: Seconds,
+    **freshness: Unpack[CacheOptions],
 ) -> Report:
     """Whoever wraps the client can say what it takes."""
     await client.balance(key, max_age=age)
@@ -129,8 +145,13 @@ async def wrapped(
 
 
 def served(pool: KeysLike) -> FastAPI:
-    app = FastAPI(lifespan=credits_lifespan(partial(CreditsClient, max_age=5), lifespan=own_lifespan))
-    app.include_router(credits_router(pool, dependencies=[Depends(own_lifespan)], max_age=timedelta(seconds=5)), prefix="/credits")
+    app = FastAPI(
+        lifespan=credits_lifespan(partial(CreditsClient, max_age=5), lifespan=own_lifespan)
+    )
+    app.include_router(
+        credits_router(pool, dependencies=[Depends(own_lifespan)], max_age=timedelta(seconds=5)),
+        prefix="/credits",
+    )
     install_exception_handlers(app)
     assert_type(credits_client_of(app), CreditsClient)
     app.dependency_overrides[get_credits_client] = CreditsClient

@@ -1,4 +1,5 @@
-"""A user's service of some 100 lines around outcomes, reports and gates: type-checked, without a cast, and never run."""
+"""A user's service of some 100 lines around outcomes, reports and gates: type-checked, without a
+cast, and never run."""
 
 from __future__ import annotations
 
@@ -62,7 +63,14 @@ def credits_by_field(outcome: Outcome) -> Decimal:
 
 def fields(outcome: Outcome) -> tuple[bool, bool, datetime, int, Source, State]:
     assert_type(outcome.result(), Balance)
-    return outcome.ok, outcome.stale, outcome.checked_at, outcome.attempts, outcome.source, outcome.state
+    return (
+        outcome.ok,
+        outcome.stale,
+        outcome.checked_at,
+        outcome.attempts,
+        outcome.source,
+        outcome.state,
+    )
 
 
 def summary(report: Report[Account]) -> dict[str, object]:
@@ -75,7 +83,10 @@ def summary(report: Report[Account]) -> dict[str, object]:
     assert_type(report.low_accounts(100), tuple[str, ...])
     richest = report.ranked()[0]
     assert_type(richest.balance.recurring_credits, Decimal | None)
-    return {"total": report.total_credits, "failed": [unknown.error.message for unknown in report.failed]}
+    return {
+        "total": report.total_credits,
+        "failed": [unknown.error.message for unknown in report.failed],
+    }
 
 
 async def gate(client: CreditsClient, keys: KeysLike) -> str:
@@ -96,7 +107,11 @@ async def gate(client: CreditsClient, keys: KeysLike) -> str:
 async def low_keys(client: CreditsClient, keys: AsyncIterator[ApiKey]) -> list[str]:
     client.invalidate()
     client.invalidate("secret")
-    return [outcome.key.label async for outcome in client.stream(keys) if isinstance(outcome, Known) and outcome.credits < 10]
+    return [
+        outcome.key.label
+        async for outcome in client.stream(keys)
+        if isinstance(outcome, Known) and outcome.credits < 10
+    ]
 
 
 def by_hand(key: ApiKey, at: datetime) -> Iterable[Outcome]:
@@ -107,7 +122,10 @@ def by_hand(key: ApiKey, at: datetime) -> Iterable[Outcome]:
 
 
 async def tested() -> None:
-    async with fake_client({"acme/prod": 50, "acme/dev": "50"}, max_age=5) as client, SandboxServer() as sandbox:
+    async with (
+        fake_client({"acme/prod": 50, "acme/dev": "50"}, max_age=5) as client,
+        SandboxServer() as sandbox,
+    ):
         client.api.down(Fault.CHALLENGE)
         client.api.up()
         client.api.spend(client.keys[0], per_second=2)
