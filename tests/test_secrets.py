@@ -567,6 +567,7 @@ async def printed_by(
 
 
 @pytest.mark.any_loop
+@pytest.mark.timeout(120)  # every command, with every mistake
 async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_path: Path) -> None:
     """Of keys that are good, unknown or unusable, from every source, in each format.
 

@@ -426,8 +426,7 @@ class Scheduler:
             self._release(account, now)
         if self._waits_for_common:
             self._release_common(now)
-        if self._idle:
-            self._forget_idle(now)
+        self._forget_idle(now)
         return spared
 
     # --- what can be told

@@ -15,6 +15,7 @@ from crustcredits import (
     InvalidKeyError,
     PaymentRequiredError,
     RateLimitError,
+    RateLimitWaitError,
     Retry,
     UnexpectedResponseError,
 )
@@ -114,3 +115,8 @@ def test_a_refresh_pauses_after_each_failure() -> None:
         )
         == 61
     )
+
+
+def test_a_call_that_was_not_sent_is_not_tried_again() -> None:
+    """Its time is over, or nothing may be sent."""
+    assert retry_delay(Retry(), RateLimitWaitError("x", wait=1.0), 1) is None

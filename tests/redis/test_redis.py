@@ -387,6 +387,14 @@ def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         importlib.import_module("crustcredits.redis")
 
 
+def test_another_missing_module_is_not_taken_for_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown as it is."""
+    forget("crustcredits.redis", monkeypatch)
+    monkeypatch.setitem(sys.modules, "crustcredits.redis.coordinator", None)
+    with pytest.raises(ModuleNotFoundError, match=r"crustcredits\.redis\.coordinator"):
+        importlib.import_module("crustcredits.redis")
+
+
 def test_a_password_does_not_print() -> None:
     """Making the buckets opens nothing, and shows nothing."""
     buckets = RedisBuckets("redis://:hunter2@localhost")
