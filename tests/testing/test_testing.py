@@ -218,7 +218,7 @@ async def test_a_delay_comes_partly_before_the_request_is_counted() -> None:
         began = asyncio.get_running_loop().time()
         await ask(sandbox, Authorization=f"Bearer {sandbox.add_key().get_secret_value()}")
         took = asyncio.get_running_loop().time() - began
-        assert took >= 0.02
+        assert took >= 0.018  # uvloop counts in whole milliseconds
         assert began <= sandbox.arrivals[0].at <= began + took
 
 
