@@ -1,26 +1,29 @@
-"""`AdvertisedLimit`: the limit that the server states in `x-ratelimit-limit`, as far as it is followed. Arithmetic only."""
+"""`AdvertisedLimit`: the limit that the server states in `x-ratelimit-limit`, where it is followed.
+
+Arithmetic only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-# No plan comes near this many requests in a period; what says so is no limit.
+# No plan comes near this many requests in a period; a higher number is not a limit.
 _MOST = 1_000_000
 
 
 class AdvertisedLimit:
-    """The limit of a bucket: the configured one, until answers say another.
+    """The limit of a bucket: the configured one, until answers state another.
 
-    An answer speaks of the bucket when it has counted at least the requests there that had ended
-    when its own began. One that has counted fewer speaks of something else, and says as much as
-    that the configured limit holds. A higher limit than the configured one is followed only where
-    that is asked for.
+    An answer is about this bucket if its count includes at least the requests that had ended when
+    its own request began. An answer with a smaller count is about another limit, and counts as one
+    that states the configured limit. A limit above the configured one is followed only with
+    `follows_higher`.
 
     Args:
         configured: The configured limit.
         follows_higher: Whether a higher one is followed.
-        voices: How many accounts have to say so, the last ones that were heard: one key of a
-            smaller plan is no reason to hold back all the others.
+        voices: How many accounts have to state another limit, the latest ones: one key of a smaller
+            plan is no reason to hold back all the others.
     """
 
     __slots__ = ("_configured", "_most", "_said", "_voices")
@@ -29,16 +32,16 @@ class AdvertisedLimit:
         self._configured = configured
         self._most = _MOST if follows_higher else configured
         self._voices = voices
-        self._said: dict[Hashable, int] = {}  # by account, the last ones
+        self._said: dict[Hashable, int] = {}  # the latest limits, by account
 
     def is_news(self, limit: int) -> bool:
-        """Whether an answer that tells of this limit can change what is kept: it, or one of the last ones, is another."""
+        """Whether an answer with this limit can change the limit that is followed."""
         return limit != self._configured or bool(self._said)
 
     def hear(self, account: Hashable, limit: int, used: int, seen: int) -> int:
-        """An answer for an account told of this limit and of `used` requests; `seen` had ended.
+        """Note an answer for an account: its limit, its count `used`, and `seen` ended requests.
 
-        Returns the limit to keep.
+        Returns the limit to follow.
         """
         if used < seen or limit < 1:
             limit = self._configured
@@ -48,11 +51,11 @@ class AdvertisedLimit:
         self._said.pop(account, None)
         self._said[account] = limit
         if all(said == self._configured for said in self._said.values()):
-            self._said.clear()  # as many more that agree would change nothing
+            self._said.clear()  # more accounts that agree would change nothing
             return self._configured
         if len(self._said) > self._voices:
             del self._said[next(iter(self._said))]
         if len(self._said) < self._voices:
             return self._configured
-        # Of what they say the nearest to the configured one.
+        # Of the stated limits, the nearest to the configured one.
         return min(max(self._said.values()), max(min(self._said.values()), self._configured))

@@ -1,4 +1,4 @@
-"""`RateLimit`: the limit that a client keeps, as its user says it."""
+"""`RateLimit`: the rate limit that a client keeps to, as its user configures it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ _ADOPTS = ("lower", "any", "never")
 
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _SCOPES:
-        raise ConfigurationError(f"scope is one of {', '.join(map(repr, _SCOPES))}")
+        raise ConfigurationError(
+            f"scope has an unknown value: pass one of {', '.join(map(repr, _SCOPES))}"
+        )
 
 
 def _check_adopts(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _ADOPTS:
-        raise ConfigurationError(f"adopt_server_limit is one of {', '.join(map(repr, _ADOPTS))}")
+        raise ConfigurationError(
+            f"adopt_server_limit has an unknown value: pass one of {', '.join(map(repr, _ADOPTS))}"
+        )
 
 
 @init_hides_arguments
@@ -33,27 +37,27 @@ class RateLimit:
     Attributes:
         requests: Requests that the server allows in any one period. 300 by Crustdata's credits
             page.
-        period: Seconds that each request counts for after its arrival.
+        period: Seconds for which each request counts after its arrival.
         margin: A share of the period that is added to it, against clocks that run at different
-            rates and clocks that are coarse: uvloop's ticks in milliseconds.
-        scope: What the server is taken to count by, which is not documented: `"client"`, all keys
-            together, the cautious reading; `"account"`, the keys that declare one account together
-            and each other key for itself; `"key"`, each key for itself. `"auto"` begins as
-            `"client"`, and goes on as `"account"` with each request whose answer proves that the
-            server counts it so.
-        pace: Calls a second to start at the most, over all scopes and both endpoints, spread
-            evenly: "spreading traffic evenly is safer than bursting" (Crustdata's best-practices
-            page). None for no such bound.
+            rates and coarse clocks: uvloop's ticks in milliseconds.
+        scope: The scope that the server is assumed to count by, which is not documented.
+            `"client"`: all keys together, the cautious reading. `"account"`: the keys that declare
+            one account together, each other key separately. `"key"`: each key separately. `"auto"`
+            begins as `"client"`, and becomes `"account"` for each request whose answer proves that
+            the server counts its account separately.
+        pace: Most calls to start per second, over all scopes and both endpoints, spread evenly:
+            "spreading traffic evenly is safer than bursting" (Crustdata's best-practices page).
+            None for no such bound.
         reserve: A share of the limit that only single calls (`balance`, `account`) may take. With 0
-            a `check` is as fast as can be, and a single call beside it may wait for the next
+            a `check` is as fast as possible, and a single call beside it may wait for the next
             request to age out; a service that mixes both sets 0.1.
         adopt_server_limit: Which limit to follow when the API states another one than `requests`
             (`x-ratelimit-limit`): `"lower"`, a lower one where the count beside it agrees with the
-            requests of this client; `"any"`, a higher one too, although it may speak of another
+            requests of this client; `"any"`, also a higher one, although it may be about another
             limit, such as a key's over all endpoints; `"never"`, none.
 
     Raises:
-        ConfigurationError: A value is not of that range.
+        ConfigurationError: A value is outside its range.
     """
 
     requests: int = attrs.field(default=300, validator=Whole(1))

@@ -1,8 +1,8 @@
-"""`ConnectionSlots`: how many requests are on the wire at once, and what becomes of those that hang there.
+"""`ConnectionSlots`: a bound on the requests on the wire, and on those that hang there.
 
-A request that has been without an answer for so long that it must be called hanging stops counting,
-so that hanging keys hold up no others; how many may hang beside the others is bounded too. A value:
-it is told the time.
+A request without an answer for too long is called hanging. It gives its slot back, so that hanging
+keys hold up no others. The number of hanging requests is bounded too. A value: methods take the
+time as `now`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Generic, TypeVar
 
 _RequestT = TypeVar("_RequestT", bound=Hashable)
 
-# Seconds without an answer that a healthy API does not need for one number, and, where it is slow
-# for all, how many times its usual answer.
+# A request hangs after this many seconds without an answer, more than a healthy API needs for one
+# number; where the API is slow for all, after this multiple of its usual answer time.
 _PATIENCE = 0.4
 _PATIENCE_TIMES = 4.0
-# How many requests may hang and not count, as a multiple of those that count.
+# How many requests may hang without a slot, as a multiple of the slots.
 HANGING_SHARE = 8
-# Of the usual time of an answer, the share that each answer changes.
+# The weight of the newest answer in the moving average of answer times.
 _NEWEST_SHARE = 0.1
 
 
 class ConnectionSlots(Generic[_RequestT]):
-    """Slots for `count` requests on the wire at once, beside those that hang.
+    """Slots for `count` requests on the wire at once, beside the hanging ones.
 
     Attributes:
-        count: Slots there are.
+        count: Slots in all.
         free: Slots that can be taken now.
         usual: Seconds that an answer takes, as a moving average; None before the first.
     """
@@ -37,10 +37,9 @@ class ConnectionSlots(Generic[_RequestT]):
         self.count = self.free = count
         self.usual: float | None = None
         self._patience = _PATIENCE  # seconds after which a request without an answer hangs
-        self._prompt: dict[_RequestT, float] = {}  # when each began; the oldest first
-        self._late: dict[
-            _RequestT, float
-        ] = {}  # they hang, and count, because too many others hang
+        self._prompt: dict[_RequestT, float] = {}  # start times; the oldest first
+        # Start times of requests that hang and still hold a slot, because too many others hang.
+        self._late: dict[_RequestT, float] = {}
         self._hanging: dict[_RequestT, float] = {}
 
     def __len__(self) -> int:
@@ -48,12 +47,12 @@ class ConnectionSlots(Generic[_RequestT]):
         return len(self._prompt) + len(self._late) + len(self._hanging)
 
     def take(self, request: _RequestT, now: float) -> None:
-        """A request goes onto the wire."""
+        """Note that a request starts, and take a slot."""
         self._prompt[request] = now
         self.free -= 1
 
     def release(self, request: _RequestT, now: float, *, answered: bool) -> None:
-        """A request has ended. Whether the server `answered` tells how long its answers take."""
+        """Note that a request has ended; `answered` ones update the usual time of an answer."""
         began = self._prompt.pop(request, None)
         if began is None:
             began = self._late.pop(request, None)
@@ -73,7 +72,7 @@ class ConnectionSlots(Generic[_RequestT]):
             self._let_hang()
 
     def overdue(self, now: float) -> list[_RequestT]:
-        """Requests that have begun to hang since the last look."""
+        """Requests that have begun to hang since the last call."""
         found: list[_RequestT] = []
         for request, began in self._prompt.items():
             if began + self._patience > now:
@@ -88,7 +87,7 @@ class ConnectionSlots(Generic[_RequestT]):
     def next_overdue(self) -> float | None:
         """When the next request begins to hang, if no answer comes before.
 
-        None when there is none.
+        None without such a request.
         """
         return next(iter(self._prompt.values())) + self._patience if self._prompt else None
 

@@ -1,6 +1,6 @@
-"""`EndpointCooldown`: the trial after a refusal, and the holds that a run of refused probes makes.
+"""`EndpointCooldown`: the trial after a refusal, and the cooldown after a run of refused probes.
 
-A value: it is told the time.
+A value: methods take the time as `now`. A trial in its cooldown is called held.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Hashable
 
 import attrs
 
-# Refused probes in a row that make a hold: by what the counts in the answers say.
+# Refused probes in a row that start a cooldown, by the evidence of the counts in the answers.
 _TOGETHER = 2
 _AFTER_A_HOLD = 3
 _UNKNOWN = 8
 _ALONE = 24
-# A trial doubles its width with each served answer, and is over beyond this; it is never wider than
-# the most.
+# A trial doubles its width with each served answer, up to the widest, and ends beyond `_OVER`.
 _OVER = 16
 _WIDEST = 64
-# Periods for which a hold is remembered.
+# Periods for which a past cooldown lowers the run that starts the next one.
 _MEMORY = 2
-# Seconds of a hold of unknown length; doubled with each refused probe, up to the longest.
+# Seconds of a first cooldown without a stated wait; doubled with each refused probe, up to the
+# longest.
 _FIRST_HOLD = 0.25
 _LONGEST_UNKNOWN = 8.0
-# After a hold a refused probe holds again for so long, unless the counts are known to be of all
+# Most seconds by which a refused probe extends a cooldown, unless the counts are known to be of all
 # accounts together.
 _WEAK_HOLD = 1.0
-# Refused probes after a hold before it doubles, in case the server counts refused requests too; and
-# seconds of the longest.
+# Refused probes in a cooldown before its length doubles, in case the server counts refused requests
+# too; and seconds of the longest.
 _PATIENT = 8
 _LONGEST_HOLD = 32.0
 _MOST_DOUBLINGS = 10
@@ -36,18 +36,18 @@ _MOST_DOUBLINGS = 10
 
 @attrs.define(eq=False)
 class Trial:
-    """A state in which each request is a probe: so many at a time as it is wide.
+    """A state in which each request is a probe, with `width` probes at a time.
 
     Attributes:
-        until: No start before this, while it is held.
-        account: The account whose refusal began it.
+        until: No probe starts before this time in a cooldown.
+        account: The account whose refusal began the trial.
         is_of_several: Whether another account was refused since.
-        width: Probes that may be on the wire.
-        on_wire: Probes that are.
+        width: Most probes on the wire.
+        on_wire: Probes on the wire.
         refused: Refused probes in a row.
-        is_held: Whether it has become a hold of the endpoint.
-        holds: Refused probes since it was held, the one that made the hold included.
-        with_counts: Whether the refusal that made the last hold told counts.
+        is_held: Whether the trial has become a cooldown of the endpoint.
+        holds: Refused probes of the cooldown, the one that started it included.
+        with_counts: Whether the refusal that started the last cooldown had counts.
     """
 
     until: float
@@ -61,20 +61,21 @@ class Trial:
     with_counts: bool = False
 
     def concerns_others_than(self, account: Hashable) -> bool:
-        """Whether other accounts are refused too."""
+        """Whether accounts other than this one are refused too."""
         return self.is_of_several or account != self.account
 
 
 @attrs.frozen(kw_only=True)
 class Evidence:
-    """What is known of a refusal, beside its own wait.
+    """The evidence about a refusal, beside its own wait.
 
     Attributes:
-        has_counts: Whether it told counts.
-        is_foreign: Whether served answers tell counts and it does not: something in front of the
-            API refused.
+        has_counts: Whether the refusal has counts.
+        is_foreign: Whether served answers have counts and the refusal has none: something in front
+            of the API refused.
         is_sure: Whether all accounts are known to be counted together.
-        is_alone: Whether an answer of the last period seemed to be counted apart.
+        is_alone: Whether an answer of the last period seemed to be of an account that is counted
+            separately.
     """
 
     has_counts: bool
@@ -84,7 +85,7 @@ class Evidence:
 
 
 class EndpointCooldown:
-    """What refusals on one endpoint do to all calls.
+    """The effect of refusals on all calls of one endpoint.
 
     Attributes:
         trial: The trial under way, or None.
@@ -105,15 +106,15 @@ class EndpointCooldown:
         evidence: Evidence,
         now: float,
     ) -> bool:
-        """A request was refused; `probe` is the trial in which it was sent.
+        """Note a refused request; `probe` is the trial in which it was sent.
 
-        Returns whether the endpoint is now held (again).
+        Returns whether this starts or extends a cooldown of the endpoint.
         """
         trial = self.trial = self.trial or Trial(now, account)
         trial.is_of_several = trial.concerns_others_than(account)
         if probe is trial:
             trial.refused += 1
-        elif trial.is_held:  # it was sent before the hold
+        elif trial.is_held:  # sent before the cooldown
             trial.until = max(trial.until, now + min(wait or 0.0, self._period))
             return False
         if not trial.is_held and trial.refused < self._needed(evidence, now) - 1:
@@ -131,7 +132,7 @@ class EndpointCooldown:
         return True
 
     def served(self, probe: Trial | None, *, alone: bool) -> None:
-        """A request was served; `alone` is whether its counts seem to be of its own account."""
+        """Note a served request; `alone` is whether its counts seem to be of its own account."""
         trial = self.trial
         if trial is None or (probe is not trial and not alone):
             return
@@ -151,7 +152,7 @@ class EndpointCooldown:
 
     @staticmethod
     def _span(holds: int, wait: float | None, *, again: bool, sure: bool) -> float:
-        """Seconds of the next hold."""
+        """Seconds of the next cooldown."""
         span = (
             min(_LONGEST_UNKNOWN, _FIRST_HOLD * 2.0 ** min(_MOST_DOUBLINGS, holds - 1))
             if wait is None

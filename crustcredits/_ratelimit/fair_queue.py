@@ -10,28 +10,28 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-# Of so many draws beside calls that were asked before, one goes by turn.
+# While single calls are drawn too, one call out of this many goes by turn instead of by draw.
 _DRAWS = 4
-# Calls that have left out of turn are cleared away when they are so many more than those that are
-# there.
+# Calls that left out of turn are cleared from the deques once there are this many more of them than
+# waiting calls.
 _FEW = 64
-# Where a number stands that has left its pool's array.
+# Stands for the place of a number that has left its pool's array.
 _GONE = 2**32 - 1
 
 
 class Kind(enum.IntEnum):
-    """Who asks, the best first: a call has the best kind of those who await it."""
+    """The kind of a call, the best first: the best kind of its waiters."""
 
-    SINGLE = 0  # for one key
+    SINGLE = 0  # a call for one key
     MANY = 1  # a check or a stream
-    BACKGROUND = 2  # nobody: it renews what is known
+    BACKGROUND = 2  # no waiter: it renews a cache entry
 
 
 class Flow:
-    """The calls of one `check` or `stream`; all single calls together are one flow, and so are all that nobody awaits.
+    """The calls of one `check` or `stream`; single calls share one flow, background calls another.
 
     Attributes:
-        kind: Who asks.
+        kind: The kind of its calls.
         on_parked: Called with 1 when one of its calls begins to wait for its own account, and with
             -1 when that is over.
     """
@@ -49,13 +49,14 @@ class Call:
     """One question about one key, as the scheduler sees it.
 
     Attributes:
-        account: The account whose tokens it takes; of a key without a declared one the key itself.
+        account: The account whose tokens it takes; for a key without a declared account the key
+            itself.
         flow: The flow it belongs to.
         was_asked: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
-        called: Whether it was let out of its account's queue (1), or of the common bucket's (2),
-            and has not started since.
+        called: Whether it was let out of its account's queue (1) or of the common bucket's (2), and
+            has not started since.
         deadline: When the last of its waiters leaves.
     """
 
@@ -72,7 +73,7 @@ class Call:
         "was_asked",
     )
 
-    _pool: list[Call]  # in which it stands while it waits
+    _pool: list[Call]  # the list that holds it while it waits
     _index: int
 
     def __init__(self, key: Hashable, account: Hashable, flow: Flow) -> None:
@@ -89,16 +90,15 @@ class Call:
 class PoolFlow(Flow, ABC):
     """The flow of a collection of known size.
 
-    Its calls are numbers, without an object each, until their turn comes.
-
-    Accounts take turns here too: a number without a declared account is one of its own.
+    Its calls are numbers, without an object each, until their turn comes. Accounts take turns here
+    too: a number without a declared account is an account of its own.
 
     Args:
         accounts: The declared account of each number, or None.
 
     Attributes:
         queue: The queue in which the numbers wait, if any.
-        waiting: How many wait.
+        waiting: How many numbers wait.
     """
 
     __slots__ = (
@@ -119,22 +119,20 @@ class PoolFlow(Flow, ABC):
         self.queue: FairQueue | None = None
         self.waiting = len(accounts)
         self._accounts = accounts
-        self._fresh = array("I", range(len(accounts)))  # those that wait, to draw from
-        self._where = array("I", self._fresh)  # where each stands there
+        self._fresh = array("I", range(len(accounts)))  # waiting numbers, to draw from
+        self._where = array("I", self._fresh)  # the place of each number in `_fresh`
         self._base = 0  # the ticket of number 0
-        self._head = 0  # the first of those without a declared account that may wait
-        self._turns: deque[tuple[int, Hashable]] = (
-            deque()
-        )  # declared accounts, and the ticket of each one's turn
+        self._head = 0  # the first number without a declared account that may wait
+        # Declared accounts, each with the ticket of its turn.
+        self._turns: deque[tuple[int, Hashable]] = deque()
         self._groups: defaultdict[Hashable, deque[int]] = defaultdict(deque)
         for number, account in enumerate(accounts):
             if account is not None:
                 if account not in self._groups:
                     self._turns.append((number, account))
                 self._groups[account].append(number)
-        self._counts = {
-            account: len(numbers) for account, numbers in self._groups.items()
-        }  # that wait
+        # Waiting numbers of each declared account.
+        self._counts = {account: len(numbers) for account, numbers in self._groups.items()}
 
     @abstractmethod
     def begin(self, number: int) -> Call:
@@ -145,7 +143,7 @@ class PoolFlow(Flow, ABC):
         return self._where[number] != _GONE
 
     def take_out(self, number: int) -> None:
-        """A number does not wait any more."""
+        """Take a number out of those that wait."""
         last = self._fresh.pop()
         where = self._where[number]
         if last != number:
@@ -160,7 +158,7 @@ class PoolFlow(Flow, ABC):
             self.queue.length -= 1
 
     def enter(self, queue: FairQueue, ticket: int) -> int:
-        """All that wait stand in a queue now, behind this ticket. Returns the next ticket."""
+        """Let all waiting numbers enter a queue behind this ticket. Returns the next ticket."""
         self.queue = queue
         shift = ticket - self.next_ticket()
         self._base += shift
@@ -168,12 +166,12 @@ class PoolFlow(Flow, ABC):
         return max(self._base + len(self._accounts), self._turns[-1][0] if self._turns else 0) + 1
 
     def next_ticket(self) -> int:
-        """The ticket of the number whose turn is next; one waits."""
+        """The ticket of the number whose turn is next; at least one number waits."""
         self._skip()
         return self._base + self._head if self._is_lone_next() else self._turns[0][0]
 
     def next(self, ticket: int) -> int:
-        """The number whose turn it is. The next of its account has `ticket`."""
+        """The number whose turn it is. The next number of its account gets `ticket`."""
         head = self._head
         if not self._turns and self._where[head] != _GONE:
             return head
@@ -188,7 +186,7 @@ class PoolFlow(Flow, ABC):
         return number
 
     def draw(self, place: int) -> int:
-        """The number at this place of those that wait, in no order."""
+        """The number at this place of the waiting numbers, in no order."""
         return self._fresh[place]
 
     def of_account(self, account: Hashable) -> int:
@@ -196,13 +194,13 @@ class PoolFlow(Flow, ABC):
         return self._counts.get(account, 0)
 
     def _is_lone_next(self) -> bool:
-        """Whether the next turn is one's without a declared account."""
+        """Whether the next turn is that of a number without a declared account."""
         if not self._turns:
             return True
         return self._head < len(self._accounts) and self._base + self._head < self._turns[0][0]
 
     def _skip(self) -> None:
-        """Pass over those that have left."""
+        """Pass over the numbers that have left."""
         where, accounts, head = self._where, self._accounts, self._head
         while head < len(accounts) and (where[head] == _GONE or accounts[head] is not None):
             head += 1
@@ -222,17 +220,15 @@ class _FlowQueue:
     __slots__ = ("accounts", "asked", "fresh", "left", "pool", "tickets", "turns")
 
     def __init__(self) -> None:
-        self.left = (
-            0  # calls that have left out of turn, and may still stand in their account's deque
-        )
+        # Calls that have left out of turn, and may still be in their account's deque.
+        self.left = 0
         self.accounts: dict[Hashable, Call | deque[Call]] = {}
-        self.turns: deque[tuple[int, Hashable]] = (
-            deque()
-        )  # accounts, and the ticket of each one's turn
+        # Accounts, each with the ticket of its turn.
+        self.turns: deque[tuple[int, Hashable]] = deque()
         self.tickets = 0
         self.fresh: list[Call] = []
         self.asked: list[Call] = []
-        self.pool: PoolFlow | None = None  # whose numbers wait here too
+        self.pool: PoolFlow | None = None  # the pool with numbers that wait here too
 
     @property
     def length(self) -> int:
@@ -241,13 +237,13 @@ class _FlowQueue:
 
     @property
     def never_asked(self) -> int:
-        """Of these, the ones that were never asked."""
+        """Waiting calls for which no request was sent yet."""
         return len(self.fresh) + (0 if self.pool is None else self.pool.waiting)
 
     def add(self, call: Call) -> None:
-        """A call stands at the end of its account."""
+        """Add a call at the end of its account."""
         calls = self.accounts.get(call.account)
-        if calls is None:  # mostly it stays alone, and a deque is large
+        if calls is None:  # most accounts have one call, and a deque is large
             self.accounts[call.account] = call
             self.tickets += 1
             self.turns.append((self.tickets, call.account))
@@ -257,9 +253,9 @@ class _FlowQueue:
             self.accounts[call.account] = deque((calls, call))
 
     def leave_out_of_turn(self, queue: FairQueue) -> None:
-        """A call has left that was not next.
+        """Note that a call has left that was not next.
 
-        Deques that hold more of these than of others are cleared of them.
+        When more such calls than waiting ones are in the deques, the deques are cleared of them.
         """
         self.left += 1
         there = len(self.fresh) + len(self.asked)
@@ -277,7 +273,7 @@ class _FlowQueue:
     def next(self, queue: FairQueue) -> Call | int:
         """The first call of the account whose turn it is.
 
-        Calls that have left meanwhile are passed over.
+        Passes over calls that have left meanwhile.
         """
         while True:
             if (
@@ -305,7 +301,7 @@ class _FlowQueue:
                 return found
 
     def of_account(self, queue: FairQueue, account: Hashable) -> int:
-        """How many calls of an account it has."""
+        """How many calls of an account wait."""
         numbers = 0 if self.pool is None else self.pool.of_account(account)
         return numbers + sum(call.queue is queue for call in self._calls(account))
 
@@ -317,9 +313,8 @@ class _FlowQueue:
 class FairQueue:
     """Foreground flows take turns, then background flows.
 
-    In a flow accounts take turns; of an account the first call comes first.
-
-    Each operation takes constant time, amortised.
+    In a flow accounts take turns; of an account the first call comes first. Each operation takes
+    constant time, amortised.
 
     Attributes:
         length: How many calls wait in it.
@@ -340,11 +335,11 @@ class FairQueue:
 
     @property
     def has_foreground(self) -> bool:
-        """Whether a call that somebody awaits is among them; `pop` takes these first."""
+        """Whether a foreground call is among them; `pop` takes these first."""
         return self.length > self._in_background
 
     def of_account(self, account: Hashable, *, background: bool) -> int:
-        """How many calls of an account it has, that somebody awaits or, with `background`, that nobody does."""
+        """How many foreground calls of an account wait or, with `background`, background calls."""
         lines = [
             line
             for flow, line in self._lines.items()
@@ -353,7 +348,7 @@ class FairQueue:
         return sum(line.of_account(self, account) for line in lines)
 
     def lengths(self) -> dict[Flow, int]:
-        """How many calls of each flow it has."""
+        """How many calls of each flow wait."""
         return {flow: line.length for flow, line in self._lines.items()}
 
     def push(self, call: Call) -> None:
@@ -362,16 +357,16 @@ class FairQueue:
         line = self._lines.get(flow) or self._line(flow)
         line.add(call)
         pool = line.asked if call.was_asked else line.fresh
-        call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # its place is this module's
+        call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # only this module uses its place
         pool.append(call)
         self.length += 1
         if flow.kind is Kind.BACKGROUND:
             self._in_background += 1
 
     def push_pool(self, pool: PoolFlow) -> None:
-        """Add the numbers of a pool that wait, at the end.
+        """Add the waiting numbers of a pool at the end.
 
-        From the queue in which they have stood, if any.
+        They leave the queue in which they waited, if any.
         """
         if pool.queue is not None:
             pool.queue.remove_pool(pool)
@@ -390,18 +385,19 @@ class FairQueue:
             self._forget_if_empty(pool, line)
 
     def remove(self, call: Call) -> None:
-        """Take out a call, wherever it stands."""
+        """Take out a call from any place in the queue."""
         self._take_out(call)
         line = self._lines[call.flow]
         line.leave_out_of_turn(self)
         self._forget_if_empty(call.flow, line)
 
     def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
-        """Take out the call whose turn it is; with `draw` a random one of that flow that was never asked, if it has one.
+        """Take out the call whose turn it is, or with `draw` a random one of its flow.
 
-        Single calls keep their turns unless `draw_singles`. Then new ones may come for ever, so of
-        several draws one is the call whose turn it is, and those that were asked before come to
-        their turn too. The queue must not be empty.
+        A draw takes calls for which no request was sent yet, if there are any. Single calls are
+        drawn only with `draw_singles`. New calls may come for ever then, so one of several draws
+        goes by turn, and calls for which a request was sent get their turn too. The queue must not
+        be empty.
         """
         while True:
             ring = self._foreground or self._background
@@ -443,9 +439,9 @@ class FairQueue:
         return pool.begin(number)
 
     def _forget_if_empty(self, flow: Flow, line: _FlowQueue) -> None:
-        """Forget the flow of a check or a stream of which nothing waits.
+        """Forget the flow of a check or a stream of which no call waits.
 
-        It may have ended, and holds much.
+        The flow may have ended, and holds much memory.
         """
         if flow.kind is Kind.MANY and not line.length:
             del self._lines[flow]

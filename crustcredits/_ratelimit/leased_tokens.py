@@ -1,6 +1,6 @@
 """`LeasedTokens`: the tokens of one scope where the count is in Redis.
 
-A `Bucket` whose tokens have to be sent for.
+A `Bucket` that leases its tokens from Redis.
 """
 
 from __future__ import annotations
@@ -42,33 +42,36 @@ class SharedTokens(Protocol):
 
 
 class TokenStore(Protocol):
-    """Where several processes count their tokens together.
+    """The store in which several processes count their tokens together.
 
-    A client asks it for each bucket anew, and forgets idle ones.
+    A client asks the store for each bucket anew, and forgets idle buckets.
     """
 
     def open(self, *, period: float, late: float, pace: float | None) -> None:
-        """A client begins to use it.
+        """Register a client.
 
-        Its tokens return `period` seconds after their request's end, no request takes longer than
-        `late`, and `pace` of them begin in a second.
+        Its tokens return `period` seconds after the end of their request. No request takes longer
+        than `late` seconds, and `pace` requests start per second.
 
         Raises:
-            ConfigurationError: It cannot serve this client.
+            ConfigurationError: The store cannot serve this client.
         """
         ...
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
-        """The `limit` tokens of one bucket: of all requests to `path`, or of those of one account, or of one key by its digest."""
+        """The `limit` tokens of one bucket.
+
+        It counts all requests to `path`, those of one account, or those of one key by its digest.
+        """
         ...
 
     async def close(self) -> None:
-        """The client is closed: whatever was opened for it has to be closed too."""
+        """Close all that was opened for the client, which is closed now."""
         ...
 
 
 def check_store(store: object) -> TokenStore | None:
-    """It, if it is one, or None. Raises `ConfigurationError` otherwise."""
+    """Return the token store, or None; raise `ConfigurationError` for any other object."""
     methods = (getattr(store, name, None) for name in ("open", "tokens", "close"))
     if store is not None and (isinstance(store, type) or not all(map(callable, methods))):
         kind = (
@@ -76,20 +79,20 @@ def check_store(store: object) -> TokenStore | None:
             if isinstance(store, type)
             else f"a {type(store).__name__}"
         )
-        raise ConfigurationError(f"buckets is RedisBuckets(url), not {kind}")
+        raise ConfigurationError(f"buckets is {kind}, not a token store: pass RedisBuckets(url)")
     return cast("TokenStore | None", store)
 
 
 class LeasedTokens:
     """A `Bucket` of tokens that other processes take too.
 
-    It has a stock of tokens in hand, no larger than what the pace can use in a moment, and sends
-    for more when somebody waits. Those that are not used go back after a second.
+    It leases a small stock of tokens, no larger than the pace can use in a moment, and more when
+    calls wait. Unused tokens go back after a second.
 
     Args:
-        tokens: What this process knows of them.
-        wake: Called when some have come.
-        fail: Called when none can be had, because the count is out of reach.
+        tokens: The tokens as this process knows them.
+        wake: Called when tokens have come.
+        fail: Called when no token can be leased, because Redis is out of reach.
     """
 
     __slots__ = ("_ends", "_tokens", "next_refresh")
@@ -101,9 +104,8 @@ class LeasedTokens:
     ) -> None:
         self._tokens = tokens
         self.next_refresh = 0.0
-        self._ends: list[
-            float
-        ] = []  # when the tokens of ended requests return, as far as this process knows; ascending
+        # When the tokens of ended requests return, as far as this process knows; ascending.
+        self._ends: list[float] = []
         tokens.bind(wake, fail)
 
     @property
@@ -122,23 +124,23 @@ class LeasedTokens:
 
     @property
     def is_degraded(self) -> bool:
-        """Whether this process counts by itself."""
+        """Whether this process counts in degraded mode."""
         return self._tokens.degraded
 
     @property
     def is_settling(self) -> bool:
-        """Whether none is out, and something is still to be said of them."""
+        """Whether no token is out, and Redis has not been sent all reports of them."""
         return self._tokens.is_settling()
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is to be said of them."""
+        """Whether no token is out and no report of them is due."""
         return self._tokens.is_idle()
 
     def room(self, now: float, kept: int) -> int:
-        """Tokens in hand: what is kept is left with Redis.
+        """Leased tokens that can be taken now; Redis keeps `kept` of the rest.
 
-        Alone, those of this process's share but for its part of `kept`.
+        In degraded mode, the tokens of this process's share without its part of `kept`.
         """
         self._tokens.collect(now)
         if self._ends and self._ends[0] <= now:
@@ -149,13 +151,13 @@ class LeasedTokens:
         return self._tokens.free - min(kept * share // self.limit, max(0, share - 1))
 
     def room_at(self, now: float, kept: int) -> float | None:
-        """When there is room; None while it is sent for."""
+        """When there is room; None while a lease is requested."""
         return self._tokens.next_home(max(1, 1 - self.room(now, kept)))
 
     def want(self, count: int, kept: int) -> None:
-        """So many calls wait, and leave `kept` alone: tokens are sent for.
+        """Lease tokens for `count` calls that wait, which leave `kept` tokens.
 
-        With 0 nobody waits any more.
+        With 0 no call waits any more.
         """
         self._tokens.need(count, kept)
 
@@ -178,15 +180,15 @@ class LeasedTokens:
         return bisect_right(self._ends, until)
 
     def put_back(self) -> None:
-        """As for `TokenBucket`; another process may take it."""
+        """As for `TokenBucket`; another process may take the token."""
         self._tokens.unsend()
 
     def available(self, now: float) -> int:
-        """Tokens that could be had now, as far as is known."""
+        """Tokens that could be taken now, as far as is known."""
         self._tokens.collect(now)
         return self._tokens.available
 
     def returns(self, now: float, period: float) -> list[float]:
-        """An estimate: what other processes may take again is not known."""
+        """An estimate, because the next takers in other processes are unknown."""
         self._tokens.collect(now)
         return self._tokens.returns(now, period)

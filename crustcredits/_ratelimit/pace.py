@@ -1,6 +1,6 @@
 """`Pace`: how many requests start per second.
 
-aiolimiter keeps it, with the scheduler as its only waiter.
+Built on aiolimiter, with the scheduler as its only waiter.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from contextlib import suppress
 
 from aiolimiter import AsyncLimiter
 
-# Starts that may come together, and of these how many are waited for together: lone wake-ups cost
-# the most processor time, and large groups are refused together where several clients share a
-# limit.
+# Most starts at one moment, and the starts that one wake-up waits for. Single wake-ups cost the
+# most processor time, and large groups are refused together where several clients share a limit.
 _BURST = 5
 _GROUP = 3
-# A hold halves the rate; it comes back by a share of the configured one per second.
+# A cooldown halves the rate, which recovers by a share of the configured rate per second.
 _CUT = 0.5
 _RECOVERY = 0.02
-# Where no pace is configured, the first cut sets this one, in requests per second.
+# Requests per second that the first cut sets where no pace is configured.
 _AFTER_A_CUT = 100.0
 _ROUNDING = 1e-3
 
@@ -27,7 +26,7 @@ class Pace:
 
     Args:
         rate: The configured rate; None for no bound.
-        least: The rate below which it is never cut.
+        least: The rate below which no cut goes.
     """
 
     __slots__ = ("_ceiling", "_changed", "_least", "_limiter", "_next", "_rate")
@@ -55,7 +54,7 @@ class Pace:
         return max(self._next - (burst - min(_GROUP, burst)) / self._rate, now)
 
     def take(self, now: float) -> None:
-        """A request starts, which `wait` allows."""
+        """Note that a request starts, which `wait` allows."""
         if self._rate is None:
             return
         self._next = max(self._next, now) + 1 / self._rate
@@ -68,7 +67,7 @@ class Pace:
         return self._rate
 
     def cut(self, now: float) -> None:
-        """Halve the rate: the endpoint was held, or something in front of it refuses."""
+        """Halve the rate: an endpoint cooldown began, or something in front of the API refuses."""
         if self._ceiling is None:
             self._ceiling = self._rate = max(self._least, _AFTER_A_CUT)
             self._limiter = _limiter(self._ceiling)
@@ -93,12 +92,12 @@ def _burst(rate: float) -> float:
 
 def _limiter(rate: float) -> AsyncLimiter:
     burst = _burst(rate)
-    # A little more, so that the sum of five parts that were rounded still fits.
+    # A little more, so that the sum of five rounded parts still fits.
     return AsyncLimiter(burst + _ROUNDING, (burst + _ROUNDING) / rate)
 
 
 def _take(limiter: AsyncLimiter) -> None:
-    """Take one of its places, which is free, without a turn of the loop."""
+    """Take free capacity of the limiter without a turn of the loop."""
     acquiring = limiter.acquire()
     with suppress(StopIteration):
         acquiring.send(None)

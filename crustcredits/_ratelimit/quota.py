@@ -1,4 +1,4 @@
-"""`Quota`: what a bucket can still give, as a value, and the arithmetic of when its tokens return.
+"""`Quota`: the tokens that a bucket can still give, as a value, and when its tokens return.
 
 It knows no clock.
 """
@@ -9,9 +9,9 @@ import attrs
 
 from crustcredits._validation import check_whole, hides_arguments
 
-# Starts that the pace lets come together.
+# Most starts at one moment.
 _BURST = 5
-# Seconds after which a request without an answer stops counting.
+# Seconds after which a request without an answer no longer holds a connection slot.
 _HANGS_AFTER = 0.4
 
 
@@ -21,21 +21,21 @@ def _all_taken_now(quota: Quota) -> tuple[float, ...]:
 
 @attrs.frozen(kw_only=True)
 class Quota:
-    """What one bucket can still give, as it stood when asked.
+    """The tokens that one bucket could still give at the time of the call.
 
     In tests `Quota(limit=300, free=20)` makes one by hand.
 
     Attributes:
-        limit: Tokens it has in all: requests in any one period.
+        limit: Tokens in all: requests in any one period.
         free: Tokens that can be taken now.
         in_flight: Tokens of requests on the wire.
-        waiting: Calls that wait for their turn, and that somebody awaits.
-        refreshing: Calls that only refresh an answer that is kept, waiting or under way.
-        cooldown: Seconds until a cooldown ends, in which no call has its turn because accounts in a
-            row were refused; 0 while a probe is to show that it is over, None without a cooldown.
-        probing: Whether a request is under way that is to show whether the server refuses all.
-        degraded: Whether the count that several processes share is out of reach, so that this one
-            counts by itself.
+        waiting: Foreground calls that wait for their turn.
+        refreshing: Background calls, which only refresh a cache entry, waiting or under way.
+        cooldown: Seconds until a cooldown ends, in which no call starts because accounts in a row
+            were refused; 0 while a probe tests whether it is over, None without a cooldown.
+        probing: Whether a probe is under way that tests whether the server refuses all.
+        degraded: Whether this process counts in degraded mode, because the count that several
+            processes share is out of reach.
     """
 
     limit: int
@@ -47,30 +47,27 @@ class Quota:
     probing: bool = False
     degraded: bool = False
     _period: float = attrs.field(alias="period", default=60.0, repr=False)
-    # Seconds until each token can be had. One made by hand is as if those that are not free had all
-    # been taken just now.
+    # Seconds until each token can be taken. In a quota made by hand all tokens that are not free
+    # were taken just now.
     _returns: tuple[float, ...] = attrs.field(
         alias="returns", default=attrs.Factory(_all_taken_now, takes_self=True), repr=False
     )
     _pace: float | None = attrs.field(alias="pace", default=None, repr=False)
     _slots: int = attrs.field(alias="slots", default=32, repr=False)
     _answer_seconds: float = attrs.field(alias="answer_seconds", default=0.0, repr=False)
-    _others: int = attrs.field(
-        alias="others", default=0, repr=False
-    )  # what others seem to have of the limit
+    # Requests of other clients in the last count.
+    _others: int = attrs.field(alias="others", default=0, repr=False)
     _singles: int = attrs.field(alias="singles", default=0, repr=False)  # single calls that wait
-    _lengths: tuple[int, ...] = attrs.field(
-        alias="lengths", default=(), repr=False
-    )  # of the other flows that wait
+    # Lengths of the other flows that wait.
+    _lengths: tuple[int, ...] = attrs.field(alias="lengths", default=(), repr=False)
 
     @hides_arguments
     def seconds_for(self, requests: int) -> float:
         """An estimate: seconds until the last of `requests` more calls starts.
 
-        They come after the single calls that wait, and in turns with checks and streams.
-
-        It takes the requests under way to end now, and others to go on as the server's count told
-        last.
+        They start after the single calls that wait, and take turns with checks and streams. The
+        estimate assumes that the requests under way end now, and that other clients spend as much
+        as the server's last count shows.
 
         Raises:
             ConfigurationError: `requests` is not a whole number of at least 0.
@@ -85,7 +82,7 @@ class Quota:
         )
 
     def start_of(self, count: int) -> float:
-        """An estimate: seconds until the last of the next `count` calls starts, whoever asks."""
+        """An estimate: seconds until the last of the next `count` calls starts, of all callers."""
         if not count:
             return 0.0
         times = [_nth(self._returns, count - 1, self._period), self.cooldown or 0.0]
@@ -101,6 +98,9 @@ class Quota:
 
 
 def _nth(returns: tuple[float, ...], place: int, period: float) -> float:
-    """When the token for the call at this place can be had, if each is used at once and returns one period later."""
+    """When the call at this place gets a token, if each token is used at once.
+
+    A used token returns one period later.
+    """
     rounds, place = divmod(place, len(returns))
     return returns[place] + rounds * period

@@ -1,10 +1,10 @@
-"""`Scheduler`: the admission queue of an endpoint, which decides what starts next.
+"""`Scheduler`: the admission queue of an endpoint, which decides the call that starts next.
 
-A call starts when, at one moment, no hold is on, the trial has room, a connection slot is free, the
-pace allows it, its account has a token and is not cooling down, and the common bucket has a token
-for it. All is taken then. Every decision is a function of values and of the time it is told; timers
-and tasks are its caller's, who asks again at the moment that `grant` names. The pace and the slots
-are those of the client, over both endpoints.
+A call starts when, at one moment, no cooldown of the endpoint is on, the trial has room, a
+connection slot is free, the pace allows it, its account has a token and no cooldown, and the common
+bucket has a token for it. The call takes all of them in that moment. Every decision is a function
+of values and the time `now`. The dispatcher has the timers and tasks, and asks again at the moment
+that `grant` names. Both endpoints of a client share the pace and the slots.
 """
 
 from __future__ import annotations
@@ -31,51 +31,52 @@ from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, refresh_ga
 
 _log = logging.getLogger("crustcredits")
 
-# Of the common bucket this share is not given before ten requests can witness; in smaller buckets
-# nothing is kept so.
+# The share of the common bucket that is not given before ten requests can witness; a smaller bucket
+# keeps no such share.
 _TENTH = 0.1
 _SMALLEST_WITH_A_TENTH = 11
-# Refusals that cost a call no attempt: of probes while other accounts are refused too, and of
+# Refusals that cost a call no attempt: of probes while other accounts are refused too, and by
 # something in front of the API.
 _SPARED = 4
-# Of so many last probes of calls that were never asked, the share that something in front refused
-# and that halves the pace.
+# Last probes of calls without an earlier request, and the share of them refused by something in
+# front of the API that halves the pace.
 _LATELY = 16
 _FOREIGN_SHARE = 0.4
-# Seconds after which it is looked again at tokens of which something is still to be told to other
-# processes.
+# Seconds until a bucket is checked again after all its tokens are back, but not yet reported to
+# other processes.
 _SETTLES = 2.0
-# Which queue has let a call out.
+# The queue that has let a call out.
 _BY_ACCOUNT, _BY_COMMON = 1, 2
-# A share of the tokens that refreshes leave alone, so that whoever comes next need not wait; and of
-# the slots, their share.
+# The share of the tokens that refreshes leave, so that the next foreground call need not wait; and
+# the divisor that gives the refreshes' part of the slots.
 _REFRESHES_KEEP = 0.1
 _REFRESHES_ON_WIRE = 4
-# Calls that one look for a start passes over at the most.
+# Most calls that one `grant` passes over.
 _LOOKS = 1_000
-# A call is not sent with less time left than this many times a usual answer, and at the most these
-# seconds: in an overload the next call is always the one that expires next, and each token would be
-# spent in vain.
+# A call is not sent if less time is left than this multiple of the usual answer time, and at most
+# these seconds. Otherwise, in an overload, the next call is always the one that expires next, and
+# each token is spent without a use.
 _ANSWERS = 2.0
 _SHORT = 0.4
-# Accounts that have to agree before the limit that they are told holds back all, where accounts may
-# be counted apart.
+# Accounts that have to state another limit before it holds back all, where accounts may be counted
+# separately.
 _VOICES = 3
 
 
 @attrs.frozen(kw_only=True)
 class SchedulerTerms:
-    """What a scheduler keeps to.
+    """The settings that a scheduler keeps to.
 
     Attributes:
         requests: Requests that the server allows in any one period, within one scope.
         period: Seconds after its end for which a request counts, the margin included.
-        window: Seconds for which the server counts a request, without it.
-        late: Seconds that a request takes at the most, and that one that was given up on may still
-            arrive after.
-        scope: What the server counts by; with `"auto"` all together, but for what a proof says.
+        window: Seconds for which the server counts a request, without the margin.
+        late: Most seconds that a request takes, and most seconds after which an abandoned one may
+            still arrive.
+        scope: The scope that the server counts by; with `"auto"` all together, except where a proof
+            shows otherwise.
         reserve: The share of a bucket's tokens that only single calls may take.
-        adopts: Which other limit is followed when the server says one: a lower one, any, or none.
+        adopts: Which other limit is followed when the server states one: a lower one, any, or none.
     """
 
     requests: int = 300
@@ -89,13 +90,13 @@ class SchedulerTerms:
 
 @attrs.frozen(kw_only=True)
 class AttemptResult:
-    """How a request ended, as far as admission goes.
+    """How a request ended, as far as admission is concerned.
 
     Attributes:
         status: The HTTP status; None without an answer.
         is_html: Whether the body is no JSON object: then something in front of the API answered.
-        limit: The limit that the answer told, or None.
-        remaining: What it said is left of that, or None.
+        limit: The limit that the answer states, or None.
+        remaining: The rest of that limit that the answer states, or None.
         wait: Seconds that a refusal asks to wait, or None.
         unsent: Whether the request certainly never left.
     """
@@ -119,17 +120,21 @@ class AttemptResult:
 
     @property
     def is_refused(self) -> bool:
-        """Whether it was refused: a 429, or a 503 that asks for a wait."""
+        """Whether the request was refused: a 429, or a 503 that asks for a wait."""
         return self.status == 429 or (self.status == 503 and self.wait is not None)
 
     @property
     def may_come_late(self) -> bool:
-        """Whether nobody knows when the server counts it: no answer, or one of a gateway, which may pass the request on later."""
+        """Whether the server may count the request later than its end.
+
+        True without an answer, and for the answer of a gateway, which may pass the request on
+        later.
+        """
         return self.status in {None, 408, 502, 503, 504} or (self.is_html and self.status != 429)
 
     @property
     def used(self) -> int | None:
-        """Requests that the server has counted, by its own word."""
+        """Requests that the server has counted, according to the answer."""
         if self.limit is None or self.remaining is None or self.remaining > self.limit:
             return None
         return self.limit - self.remaining
@@ -150,7 +155,7 @@ class Attempt:
     account: _Account
 
     def leave_trial(self) -> None:
-        """It has ended, or hangs: it is no probe on the wire any more."""
+        """Stop counting as a probe on the wire: the request has ended, or hangs."""
         if self.in_trial and self.trial is not None:
             self.trial.on_wire -= 1
             self.in_trial = False
@@ -159,7 +164,7 @@ class Attempt:
 class _Account:
     """The tokens of one account, and the calls that wait for them.
 
-    Forgotten when all is back and nobody waits.
+    Forgotten when all tokens are back and no call waits.
     """
 
     __slots__ = (
@@ -177,12 +182,12 @@ class _Account:
     def __init__(self, bucket: Bucket, key: Hashable) -> None:
         self.bucket = bucket
         self.key = key
-        self.refreshing = 0  # calls on the wire that nobody awaits
+        self.refreshing = 0  # background calls on the wire
         self.called = 0  # calls that were let out of its queue and have not started
         self.shared = False  # whether calls of several keys have asked for its tokens
         self.cools_until = -math.inf
         self.timer = -math.inf
-        self.idles_at: float | None = None  # when it is looked at again, to be forgotten
+        self.idles_at: float | None = None  # when it is checked again, to be forgotten
         self.waiting: tuple[FairQueue, ...] | None = None  # by kind
 
     def queue(self, call: Call) -> FairQueue:
@@ -214,20 +219,20 @@ def local_bucket(
 class Scheduler:
     """The admission queue of one endpoint.
 
-    It is long because all that a start needs is decided in one moment.
+    The class is long because a start is decided, with all its conditions, in one moment.
 
     Args:
-        terms: What it keeps to.
+        terms: The settings it keeps to.
         pace: How many requests start per second.
-        slots: How many are on the wire at once.
-        seed: Of the draws among calls of a trial; random by default.
+        slots: How many requests are on the wire at once.
+        seed: Seed of the draws among calls of a trial; random by default.
         make_bucket: Makes the tokens of an account, or of all together (None). It is given the
-            limit, and what to call, with the account, when tokens have come that were not there.
-        is_barred: Whether a call may not be sent at all now. `grant` hands it out then, and forgets
-            it.
+            limit, and a function to call with the account when new tokens have come.
+        is_barred: Whether a call may not be sent at all now. `grant` then hands the call out and
+            forgets it.
 
     Attributes:
-        is_barring: Whether `is_barred` is to be asked.
+        is_barring: Whether `is_barred` has to be asked.
     """
 
     def __init__(
@@ -264,40 +269,37 @@ class Scheduler:
         self._pace = pace
         self._slots = slots
         self._lately: deque[bool] = deque(maxlen=_LATELY)
-        self._moments: list[
-            tuple[float, int, _Account | None]
-        ] = []  # of tokens that return to buckets with waiters
-        self._idle: deque[tuple[Hashable, _Account]] = (
-            deque()
-        )  # accounts that may be forgotten, nearly in the order of that
+        # When tokens return to buckets with waiters.
+        self._moments: list[tuple[float, int, _Account | None]] = []
+        # Accounts that may be forgotten, nearly in the order of their moments.
+        self._idle: deque[tuple[Hashable, _Account]] = deque()
         self._ids = itertools.count()
-        self._refreshing = 0  # on the wire
-        self._called = (
-            0  # calls that were let out of the common bucket's queue and have not started
-        )
-        self._called_in_background = 0  # refreshes among them
+        self._refreshing = 0  # background calls on the wire
+        # Calls that were let out of the common bucket's queue and have not started.
+        self._called = 0
+        self._called_in_background = 0  # background calls among them
         self._last_let_out = Kind.MANY
         self._others = 0  # requests of the last count that were not this client's
 
     # --- calls
 
     def put(self, call: Call) -> None:
-        """A call enters the queue, for its first attempt or for another."""
+        """Add a call to the queue, for its first attempt or for another."""
         self._ready.push(call)
 
     def put_pool(self, pool: PoolFlow) -> None:
-        """The calls of a collection of known size enter the queue, without an object each."""
+        """Add the calls of a collection of known size to the queue, without an object each."""
         self._ready.push_pool(pool)
 
     def remove_pool(self, pool: PoolFlow) -> None:
-        """What of a pool has not begun is given up."""
+        """Remove the calls of a pool that have not begun."""
         if pool.queue is not None:
             pool.queue.remove_pool(pool)
 
     def remove(self, call: Call, now: float) -> bool:
-        """A call that waits is given up.
+        """Remove a call that waits.
 
-        Nothing, if it does not wait. Returns whether that may let another start.
+        Does nothing for other calls. Returns whether another call may start because of that.
         """
         if call.queue is None:
             return False
@@ -313,7 +315,7 @@ class Scheduler:
         return called != 0
 
     def move(self, call: Call, flow: Flow, now: float) -> None:
-        """A call belongs to another flow from now on, at whose end it waits if it waits at all."""
+        """Move a call to another flow, at whose end it waits if it waits at all."""
         waits = call.queue is not None
         self.remove(call, now)
         call.flow = flow
@@ -322,11 +324,17 @@ class Scheduler:
 
     @property
     def holds_back(self) -> bool:
-        """Whether calls that somebody awaits stand for a start: after `grant` something holds back all of them."""
+        """Whether foreground calls are ready to start.
+
+        After a `grant` without a start, something stops them all.
+        """
         return self._ready.has_foreground
 
     def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
-        """Remove the calls that wait for a token of this account, or with None of the common bucket, and return them."""
+        """Remove and return the calls that wait for a token of this account.
+
+        With None those that wait for the common bucket.
+        """
         account = None if whose is None else self._accounts.get(whose)
         queues = self._common_waiting if whose is None else (account and account.waiting) or ()
         given_up: list[Call] = []
@@ -340,11 +348,11 @@ class Scheduler:
         return given_up
 
     def grant(self, now: float) -> Attempt | Call | float | None:
-        """The next request that starts now, or a call that is not to be sent; else when to ask again, if nothing happens before.
+        """Start the next request, hand out a call that must not be sent, or say when to ask again.
 
-        None without such a moment. Ask until there is no request, after everything that is told to
-        the scheduler. It looks at a thousand calls at the most, so that other tasks have their
-        turn.
+        Returns None without such a moment. The caller asks until no request comes, and again after
+        each other method. One call of `grant` looks at most at a thousand calls, so that other
+        tasks run in between.
         """
         if self._moments and self._moments[0][0] <= now:
             self._release_due(now)
@@ -366,9 +374,9 @@ class Scheduler:
         return until
 
     def _take(self, trial: Trial | None, now: float) -> Attempt | Call | None:
-        """Start the call whose turn it is, or hand it out where it is not to be sent.
+        """Start the next call in turn, or hand it out if it must not be sent.
 
-        None where it waits elsewhere now.
+        None if it waits in another queue now.
         """
         call = (
             self._ready.pop()
@@ -387,9 +395,9 @@ class Scheduler:
         return None
 
     def _is_held(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
-        """Whether no call of this endpoint may start, whichever it is, and until when.
+        """Whether no call of this endpoint may start, and until when.
 
-        None until something else happens.
+        The second is None if that depends on another event.
         """
         if trial is not None or self._slots.free <= 0:
             for request in self._slots.overdue(now):
@@ -406,9 +414,9 @@ class Scheduler:
         return not self._ready.has_foreground, None
 
     def ended(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
-        """A request has ended.
+        """Note that a request has ended.
 
-        Returns whether this attempt is not to be counted against its call.
+        Returns whether this attempt is not counted against its call.
         """
         self._slots.release(request, now, answered=answer.status is not None)
         if request.in_trial:
@@ -429,10 +437,10 @@ class Scheduler:
         self._forget_idle(now)
         return spared
 
-    # --- what can be told
+    # --- predictions
 
     def earliest(self, name: Hashable, now: float) -> float:
-        """Certainly no request of this account starts before then, whatever happens.
+        """The earliest time at which a request of this account can start.
 
         For a call that waits.
         """
@@ -443,7 +451,7 @@ class Scheduler:
         return max(moment, _sure(self._common, now)) if self._counts_common else moment
 
     def _is_refused(self, call: Call, now: float) -> bool:
-        """Whether a call whose turn has come is not to be sent."""
+        """Whether the next call in turn must not be sent."""
         if call.deadline < math.inf and self.is_late(call, now):
             return True
         return self.is_barring and self._is_barred is not None and self._is_barred(call, now)
@@ -453,7 +461,7 @@ class Scheduler:
         return self.earliest(call.account, now) > call.deadline
 
     def is_late(self, call: Call, now: float) -> bool:
-        """Whether a call is not worth a request: its waiters leave before an answer comes, and others wait for the token."""
+        """Whether a call's waiters leave before an answer, while other calls need the token."""
         left = call.deadline - now
         if left <= 0:
             return True
@@ -461,7 +469,7 @@ class Scheduler:
         return left < needed and (self._ready.has_foreground or self._waits_for_common)
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
-        """Of calls of these accounts those, by number, that certainly do not start before the deadline."""
+        """The numbers of the calls that certainly do not start before the deadline."""
         is_late = self._counts_common and _sure(self._common, now) > deadline
         known = self._accounts
         return [
@@ -475,7 +483,7 @@ class Scheduler:
         ]
 
     def quota(self, account: Hashable | None, now: float) -> Quota:
-        """What the bucket of an account can still give, or with None that of all together."""
+        """The quota of an account's bucket, or with None of the common bucket."""
         known = self._accounts.get(account)
         if account is None:
             bucket = self._common
@@ -521,7 +529,7 @@ class Scheduler:
             lengths=tuple(lengths),
         )
 
-    # --- may it start
+    # --- the conditions of a start
 
     def _account(self, call: Call) -> _Account:
         account = self._accounts.get(call.account)
@@ -531,7 +539,7 @@ class Scheduler:
         return account
 
     def _park(self, call: Call, step: int) -> None:
-        """A call has begun to wait for its account (1), or waits there no more (-1)."""
+        """Note that a call begins to wait for its account (1), or waits there no more (-1)."""
         flow = call.flow
         parked = self._parked.get(flow, 0) + step
         if parked:
@@ -542,16 +550,16 @@ class Scheduler:
             flow.on_parked(step)
 
     def _queued(self) -> dict[Flow, int]:
-        """How many calls of each flow wait, wherever."""
+        """How many calls of each flow wait, in all queues."""
         queued = Counter(self._parked)
         for queue in (self._ready, *self._common_waiting):
             queued.update(queue.lengths())
         return queued
 
     def _forget(self, call: Call, now: float) -> None:
-        """A call that was ready is not to be sent now.
+        """Forget a call that was ready, which is not sent now.
 
-        A common token that has called it goes to the next.
+        The common token that let it out goes to the next call.
         """
         self._left(call, now)
         if self._uncall(call) == _BY_COMMON:
@@ -564,7 +572,7 @@ class Scheduler:
             self._idles(account, call.account, max(now, account.cools_until))
 
     def _uncall(self, call: Call) -> int:
-        """A call that was let out of a queue is no more on its way to a start.
+        """Note that a call that was let out of a queue no longer stands for a start.
 
         Returns which queue that was.
         """
@@ -581,7 +589,7 @@ class Scheduler:
         heapq.heappush(self._moments, (now, next(self._ids), None))
 
     def _idles(self, account: _Account, name: Hashable, when: float) -> None:
-        """Look then whether an account can be forgotten, unless that is done anyway."""
+        """Plan a check at `when` whether an account can be forgotten, unless one is planned."""
         if account.idles_at is None:
             account.idles_at = when
             self._idle.append((name, account))
@@ -589,7 +597,7 @@ class Scheduler:
     def _forget_idle(self, now: float) -> None:
         """Forget accounts whose tokens are all back.
 
-        One that takes longer goes to the end, so that it keeps no other.
+        An account that takes longer goes to the end, so that it delays no other.
         """
         for _ in range(len(self._idle)):
             name, account = self._idle[0]
@@ -613,9 +621,9 @@ class Scheduler:
                 self._idles(account, name, account.bucket.returns(now, 0.0)[-1])
 
     def _admissible(self, call: Call, now: float) -> _Account | None:
-        """Its account, if its buckets have a token for it.
+        """The call's account, if its buckets have a token for it.
 
-        Else it waits at the one that stops it, and blocks nobody behind it.
+        Otherwise the call waits at the bucket that stops it, and blocks no call behind it.
         """
         account, kind = self._account(call), call.flow.kind
         if account.key != call.key:
@@ -628,7 +636,7 @@ class Scheduler:
                 self._call_next(now)
             account.queue(call).push(call)
             self._park(call, 1)
-            if called == _BY_ACCOUNT:  # what it has left may do for a call of a better kind
+            if called == _BY_ACCOUNT:  # its token may serve a call of a better kind
                 self._release(account, now)
             else:
                 self._arm(account, now)
@@ -654,7 +662,7 @@ class Scheduler:
         return account
 
     def _are_spoken_for(self, kind: Kind, now: float) -> bool:
-        """Whether calls that somebody awaits stand for all common tokens that one of this kind could have."""
+        """Whether foreground calls let out before stand for all common tokens of this kind."""
         called = self._called - self._called_in_background
         return called > 0 and self._common_room(kind, now) <= called
 
@@ -687,9 +695,9 @@ class Scheduler:
         return min(bucket.limit - 1, math.ceil(self._terms.reserve * bucket.limit))
 
     def _kept_from(self, kind: Kind, bucket: Bucket, *, shared: bool = True) -> int:
-        """Tokens of a bucket that calls of this kind leave alone.
+        """Tokens of a bucket that calls of this kind leave.
 
-        Of one that no others `shared`, a check may take all.
+        A check may take all tokens of an account that is not `shared`: its calls are of one key.
         """
         if kind is Kind.SINGLE:
             return 0
@@ -699,10 +707,10 @@ class Scheduler:
         return kept
 
     def _tenth(self, now: float) -> int:
-        """Tokens of the common bucket that nobody takes before ten requests can witness, so that a proof is always possible.
+        """Tokens of the common bucket that no call takes before ten requests can witness.
 
-        Not where other processes take them too: they would leave none to one that cannot prove
-        anything yet.
+        A proof is always possible so. A bucket that other processes share keeps none: they would
+        leave none to a process that cannot prove anything yet.
         """
         most = self._common.limit - self._kept(self._common)
         if (
@@ -715,8 +723,8 @@ class Scheduler:
         return math.ceil(most * _TENTH)
 
     def _has_common_room(self, kind: Kind, now: float) -> bool:
-        # Mostly there is so much that what is kept for witnesses does not matter, which costs more
-        # to find out.
+        # Usually so much is free that the tokens kept for witnesses, which cost more to find out,
+        # do not matter.
         common = self._common
         if kind is Kind.BACKGROUND:
             return self._common_room(kind, now) > 0
@@ -751,7 +759,7 @@ class Scheduler:
         )
         return _spaced(free, kind, account.bucket, now)
 
-    # --- waking those who wait
+    # --- waking waiting calls
 
     def _release_due(self, now: float) -> None:
         while self._moments and self._moments[0][0] <= now:
@@ -762,7 +770,7 @@ class Scheduler:
                 self._release(account, now)
 
     def _arm(self, account: _Account, now: float) -> None:
-        """Set the moment at which the account has room again for one of those who wait."""
+        """Set the moment at which the account has room again for one of its waiting calls."""
         moments: list[float | None] = []
         for kind, waiting in zip(Kind, account.waiting or (), strict=True):
             if not len(waiting):
@@ -780,20 +788,23 @@ class Scheduler:
             heapq.heappush(self._moments, (moment, next(self._ids), account))
 
     def _came(self, name: Hashable | None) -> None:
-        """Tokens have come, or are not to come by themselves, that nobody knew of: of an account, or of all together."""
+        """Note that the tokens of an account, or the common ones, changed outside the scheduler.
+
+        They have come unexpectedly, or will not come by themselves.
+        """
         account = None if name is None else self._accounts.get(name)
         if account is not None:
             account.timer = -math.inf
         elif name is None:
             self._common_timer = -math.inf
-        else:  # nobody has waited any more, and it was forgotten
+        else:  # no call waits any more, and the account was forgotten
             return
         heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
 
     def _next_kind(
         self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int
     ) -> Kind | None:
-        """Of which kind the next call is let out of a bucket's queue: single calls and others in turn, refreshes last."""
+        """The kind of the next call to let out: single ones and others in turn, refreshes last."""
         single, many = (
             waiting[kind].length > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY)
         )
@@ -815,7 +826,7 @@ class Scheduler:
             self._release(account, now)
 
     def _release(self, account: _Account, now: float) -> None:
-        """Let as many of its waiters stand for a start as the account has room for."""
+        """Let out as many of its waiting calls as the account has room for."""
         if account.waiting is None or not account.waiters:
             return
         rooms = [self._account_room(account, kind, now) for kind in Kind]
@@ -866,7 +877,7 @@ class Scheduler:
             self._waits_for_common = False
             self._common.want(0, 0)
 
-    # --- what an ended request teaches
+    # --- effects of an ended request
 
     def _served(
         self, request: Attempt, account: _Account, answer: AttemptResult, now: float
@@ -881,7 +892,7 @@ class Scheduler:
     def _not_served(
         self, request: Attempt, account: _Account, answer: AttemptResult, now: float
     ) -> bool:
-        """Returns whether this attempt is not to be counted."""
+        """Returns whether this attempt is not counted against its call."""
         self._take_back(request, account, answer, now)
         is_refused = answer.is_refused
         foreign = is_refused and answer.used is None and self._scope.has_seen_counts
@@ -892,7 +903,7 @@ class Scheduler:
     def _learn(
         self, request: Attempt, account: _Account, answer: AttemptResult, now: float
     ) -> tuple[bool, bool]:
-        """Returns whether a served answer proves that its account is counted apart, and the weaker sign of it."""
+        """Returns whether a served answer proves a separate count, and the weaker sign."""
         used, limit, started = answer.used, answer.limit, request.started
         proved = alone = False
         if used is None or limit is None:
@@ -908,12 +919,12 @@ class Scheduler:
             proved, alone = self._scope.told(used, own, started, now)
             if request.common is None:
                 proved = False
-            elif used > own:  # else none of them need be others'
+            elif used > own:  # otherwise none of them need be others'
                 self._others = max(0, used - self._common.own(request.common))
         return proved, alone
 
     def _hear(self, request: Attempt, account: _Account, limit: int, used: int, now: float) -> None:
-        """An answer tells of another limit than the usual one, or answers before it did."""
+        """Note an answer with an unusual limit, or one that follows such an answer."""
         name, period, window = request.call.account, self._terms.period, self._terms.window
         # Tokens return a period after the end. A request that ended so long ago may not be in the
         # server's window any more.
@@ -926,7 +937,8 @@ class Scheduler:
         )
         if followed != self._common.limit:
             _log.info(
-                "the API says that its limit is %d requests, not %d; it is followed",
+                "the rate limit is now %d requests instead of %d: the API states it; to keep the "
+                "configured one, set adopt_server_limit='never'",
                 followed,
                 self._common.limit,
             )
@@ -935,7 +947,10 @@ class Scheduler:
     def _take_back(
         self, request: Attempt, account: _Account, answer: AttemptResult, now: float
     ) -> None:
-        """Its tokens return: at once where the server does not count it, later where nobody knows when it does."""
+        """Return the tokens of a request: at once if the server does not count it.
+
+        Later if the time at which the server counts it is unknown.
+        """
         if answer.status == 429 or answer.unsent:
             account.bucket.put_back()
             if request.common is not None:
@@ -959,7 +974,7 @@ class Scheduler:
             self._common.return_at(when)
 
     def _on_probe(self, request: Attempt, *, foreign: bool) -> None:
-        """Note whether something in front of the API refused a probe, if its call was never asked before."""
+        """Note for a call's first probe whether something in front of the API refused it."""
         if request.trial is not None and request.first:
             self._lately.append(foreign)
 
@@ -993,8 +1008,8 @@ class Scheduler:
             if not was_held and self._cooldown.trial is not None:
                 span = max(0.0, self._cooldown.trial.until - now)
                 _log.info(
-                    "the rate limit is spent by others too: all calls wait %.1f s, then one "
-                    "at a time until one is served",
+                    "endpoint cooldown of %.1f s: other clients spend the same rate limit; then "
+                    "one probe at a time starts until one is served",
                     span,
                 )
             if evidence.has_counts:
@@ -1003,7 +1018,7 @@ class Scheduler:
 
 
 def _sure(bucket: Bucket, now: float) -> float:
-    """Certainly no token can be had before then.
+    """The earliest time at which a token can be had, with certainty.
 
     A request on the wire may return one at any moment.
     """
@@ -1011,19 +1026,18 @@ def _sure(bucket: Bucket, now: float) -> float:
 
 
 def _spaced(free: int, kind: Kind, bucket: Bucket, now: float) -> int:
-    """Of the tokens that are free for calls of this kind, those that may be taken now: refreshes keep a distance."""
+    """Of the tokens that are free for calls of this kind, those for now: refreshes are spaced."""
     if kind is not Kind.BACKGROUND:
         return free
     return min(free, 1) if now >= bucket.next_refresh else 0
 
 
 def _room_at(bucket: Bucket, kind: Kind, kept: int, now: float) -> float | None:
-    """When calls of this kind have room; None where something else has to happen first."""
+    """When calls of this kind have room; None if another event has to happen first."""
     if kind is not Kind.BACKGROUND:
         return bucket.room_at(now, kept)
-    if (
-        bucket.room(now, kept) > 0
-    ):  # another refresh has been let out, unless it is too early for that
+    # With room another refresh has been let out, unless it is too early for one.
+    if bucket.room(now, kept) > 0:
         return bucket.next_refresh if bucket.next_refresh > now else None
     moment = bucket.room_at(now, kept)
     return None if moment is None else max(moment, bucket.next_refresh)

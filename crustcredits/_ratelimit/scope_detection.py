@@ -1,7 +1,8 @@
-"""`ScopeDetection`: what the server counts by, as far as its answers prove it. Arithmetic only.
+"""`ScopeDetection`: the scope that the server counts by, as far as its answers prove it.
 
-The proof is that of `witnesses`: ten requests of other accounts are missing from a count in which
-they would stand if all accounts were counted together. Nothing is concluded for other requests.
+The proof is that of `witnesses`: ten requests of other accounts are missing from a count that would
+include them if all accounts were counted together. Nothing is concluded for other requests.
+Arithmetic only.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import math
 
 from crustcredits._ratelimit.witnesses import LAG, WITNESSES, Witnesses
 
-# Served answers in a row that tell of more than their own account's requests, which say that all
+# Served answers in a row that count more than their own account's requests, as evidence that all
 # accounts are counted together.
 _TOGETHER = 10
-# Periods in which nothing is proven after a hold against the proof; doubled each time, up to the
+# Periods without proofs after a cooldown that contradicts a proof; doubled each time, up to the
 # most.
 _DOUBT = 10
 _MOST_DOUBT = 160
 
 
 class ScopeDetection:
-    """What the answers on one endpoint say of the scope that the server counts by.
+    """Evidence in the answers of one endpoint about the scope that the server counts by.
 
     Args:
         period: Seconds for which the server counts a request.
-        late: Seconds that a request takes at the most.
-        proves: Whether a proof is asked for: with scope `"auto"`.
+        late: Most seconds that a request takes.
+        proves: Whether proofs are looked for: with scope `"auto"`.
 
     Attributes:
-        has_seen_counts: Whether a served answer has told counts.
+        has_seen_counts: Whether a served answer had counts.
     """
 
     __slots__ = (
@@ -56,11 +57,14 @@ class ScopeDetection:
 
     @property
     def is_together(self) -> bool:
-        """Whether the last served answers all told of more than their own account's requests."""
+        """Whether the last served answers all counted more than their own account's requests."""
         return self._in_a_row >= _TOGETHER
 
     def is_alone(self, now: float) -> bool:
-        """Whether in the last period an answer told of no more than its own account's requests, with others of ours missing."""
+        """Whether a recent answer counted its account's requests alone, and none of our other ones.
+
+        Recent means within the last period.
+        """
         return self._alone_at > now - self._period
 
     def can_witness(self, now: float) -> bool:
@@ -68,7 +72,10 @@ class ScopeDetection:
         return self._witnesses.standing(now, now) >= WITNESSES
 
     def can_witness_at(self, now: float) -> float | None:
-        """When ten can, if no other answer comes before; None where another answer is needed."""
+        """When ten requests can witness, if no other answer comes before.
+
+        None where another answer is needed.
+        """
         return self._witnesses.settles(now)
 
     def ended_before(self, started: float, now: float) -> int:
@@ -76,14 +83,14 @@ class ScopeDetection:
         return self._witnesses.standing(started + LAG, now)
 
     def served(self, started: float, now: float) -> None:
-        """A served answer without counts came: its request can witness."""
+        """Note a served answer without counts: its request can witness."""
         self._witnesses.add(started, now)
 
     def told(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
-        """A served answer told that `used` requests were counted, of which at most `own` are its account's.
+        """Note a served answer that counts `used` requests, at most `own` of them of its account.
 
-        Returns whether this proves that its account is counted apart, and the weaker sign that it
-        is (`is_alone`).
+        Returns whether this proves that its account is counted separately, and the weaker sign that
+        it is (`is_alone`).
         """
         self.has_seen_counts = True
         if used > own:
@@ -103,7 +110,10 @@ class ScopeDetection:
         return proved, alone
 
     def contradicted(self, now: float) -> None:
-        """A refusal with counts made a hold while answers seemed alone: the counts may speak of another limit."""
+        """Note a refusal with counts that started a cooldown, against an answer counted alone.
+
+        The counts may be of another limit.
+        """
         if self._proves and now >= self._no_proof_before and self.is_alone(now):
             self._doubt = min(_MOST_DOUBT, 2 * self._doubt or _DOUBT)
             self._no_proof_before = now + self._doubt * self._period

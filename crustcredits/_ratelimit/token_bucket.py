@@ -1,6 +1,6 @@
 """`TokenBucket`: the requests of one scope that the server may count.
 
-A value: it is told the time, and nobody waits in it.
+A value: methods take the time as `now`, and no caller waits in it.
 """
 
 from __future__ import annotations
@@ -8,24 +8,23 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from typing import Protocol
 
-# Of the tokens that are out, how many are looked at to tell how fast refreshes may follow each
-# other.
+# Most returning tokens that the distance between refreshes is computed from.
 _LOOKS = 100
 
 
 class Bucket(Protocol):
-    """What the scheduler needs of tokens, wherever they are counted.
+    """The interface of a bucket to the scheduler, whether Redis or this process counts.
 
-    `TokenBucket` says what each member is.
+    `TokenBucket` documents each member.
 
     Attributes:
         limit: How many tokens there are.
         on_wire: Tokens of requests that have not ended.
-        next_refresh: When the next refresh may take one.
-        is_shared: Whether other processes take them too.
-        is_degraded: Whether this process counts by itself, because the count that several share is
-            out of reach.
-        is_settling: Whether all tokens are there, and other processes are still to be told so.
+        next_refresh: When the next refresh may take a token.
+        is_shared: Whether other processes take tokens too.
+        is_degraded: Whether this process counts in degraded mode, because the count that several
+            processes share is out of reach.
+        is_settling: Whether all tokens are back, and other processes do not know it yet.
     """
 
     next_refresh: float
@@ -66,7 +65,7 @@ class TokenBucket:
     Attributes:
         limit: How many tokens there are. It may be changed at any time.
         on_wire: Tokens of requests that have not ended.
-        next_refresh: When the next refresh may take one; kept here for the scheduler.
+        next_refresh: When the next refresh may take a token; stored here for the scheduler.
     """
 
     __slots__ = ("_counted", "_returns", "limit", "next_refresh", "on_wire")
@@ -77,13 +76,13 @@ class TokenBucket:
         self.limit = limit
         self.on_wire = 0
         self.next_refresh = 0.0
-        self._returns: list[float] = []  # of the tokens of ended requests; ascending
-        self._counted = 0  # requests that have started and were not taken back
+        self._returns: list[float] = []  # when tokens of ended requests return; ascending
+        self._counted = 0  # requests that have started, without those put back
 
     def room(self, now: float, kept: int) -> int:
-        """Tokens that can be taken now, but for `kept` of them.
+        """Tokens that can be taken now, without `kept` of them.
 
-        Below 0 where more are out, or the limit was lowered.
+        Below 0 if more are out, or after the limit was lowered.
         """
         returns = self._returns
         if returns and returns[0] <= now:
@@ -99,24 +98,24 @@ class TokenBucket:
         return self._returns[nth - 1] if nth <= len(self._returns) else None
 
     def want(self, count: int, kept: int) -> None:
-        """So many calls wait for tokens, and leave `kept` alone.
+        """Note that `count` calls wait for tokens, and leave `kept` tokens.
 
-        Nothing: tokens return by themselves.
+        Does nothing: tokens return by themselves.
         """
 
     def take(self, now: float) -> int:
-        """A request starts, for which there is `room` now. Returns a mark for `own`."""
+        """Take a token, for which there is `room`, for a request. Returns a mark for `own`."""
         mark = self.on_wire + len(self._returns) - self._counted
         self.on_wire += 1
         self._counted += 1
         return mark
 
     def own(self, mark: int) -> int:
-        """At most so many of this client's requests are in the count that an answer tells, its own included."""
+        """Most requests of this client in an answer's count, the request of the mark included."""
         return mark + self._counted
 
     def return_at(self, when: float) -> None:
-        """A request has ended; its token returns then."""
+        """Note that a request has ended, and that its token returns at `when`."""
         self.on_wire -= 1
         if self._returns and when < self._returns[-1]:
             insort(self._returns, when)
@@ -124,7 +123,7 @@ class TokenBucket:
             self._returns.append(when)
 
     def put_back(self) -> None:
-        """The server does not count a request; its token returns now."""
+        """Return the token of a request that the server does not count, at once."""
         self.on_wire -= 1
         self._counted -= 1
 
@@ -134,25 +133,26 @@ class TokenBucket:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all tokens are there, as of the last look. Such a bucket can be forgotten."""
+        """Whether all tokens were back at the last look. Such a bucket can be forgotten."""
         return not self.on_wire and not self._returns
 
     def available(self, now: float) -> int:
-        """Tokens that could be had now."""
+        """Tokens that could be taken now."""
         return max(0, self.room(now, 0))
 
     def returns(self, now: float, period: float) -> list[float]:
-        """When each token can be had, ascending, if the requests on the wire end now."""
+        """When each token can be taken, ascending, if the requests on the wire end now."""
         room = self.room(now, 0)
         times = sorted([*[now] * room, *[now + period] * self.on_wire, *self._returns])
         return times[max(0, -room) :]
 
 
 def refresh_gap(bucket: Bucket, now: float, period: float, kept: int) -> float:
-    """Seconds to the next refresh, such that as many follow at the same distance as tokens are left and return for them.
+    """Seconds to the next refresh, so that refreshes are spread over the tokens that return.
 
-    Sooner, and after a burst of others they would use up what is left and then stop until the burst
-    returns.
+    As many refreshes can follow at the same distance as tokens are left and return for them. At a
+    shorter distance after a burst of other calls, refreshes would use up the rest and then stop
+    until the tokens of the burst return.
     """
     returns = [when - now for when in bucket.returns(now, period) if when > now]
     spare = max(0, bucket.available(now) - kept) + 1
