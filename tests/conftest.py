@@ -73,7 +73,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def loops(config: pytest.Config) -> list[str]:
-    """The names of the loops that were asked for."""
+    """The names of the configured loops."""
     wanted = config.getoption("--loop")
     return [name for name in LOOPS if wanted in {name, "both"}]
 
@@ -107,8 +107,10 @@ def loop_policy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_jitter(request: pytest.FixtureRequest) -> None:
-    """A test in virtual time has the same run each time: the jitter of retries is drawn from a seed
-    of its own."""
+    """A test in virtual time has the same run each time.
+
+    The jitter of retries is drawn from a seed of its own.
+    """
     random.seed(request.node.nodeid)
 
 
@@ -126,15 +128,15 @@ class BridgedResponse(ClientResponse):
 
 @pytest.fixture
 def mocked() -> Iterator[aioresponses]:
-    """aioresponses, for what was sent; whatever has to do with sockets has the sandbox."""
+    """aioresponses, for requests that are compared; tests of sockets use the sandbox."""
     with aioresponses() as mock:
         yield mock
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """The other side of a socket learns of it a moment later."""
+    """Wait up to a second: the other side of a socket sees a change a moment later."""
     for _ in range(100):
         if condition():
             return
         await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to that within a second")
+    raise AssertionError("the condition did not become true within 1 s")

@@ -7,5 +7,5 @@ _TIMES = {"few": 0.2, "usual": 1.0, "long": 50.0}
 
 
 def examples(usual: int) -> int:
-    """So many, where `usual` is what the suite tries without an option."""
+    """The number of examples, where `usual` is the number without an option."""
     return max(1, int(usual * _TIMES[extent]))

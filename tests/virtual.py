@@ -1,5 +1,7 @@
-"""Virtual time: a loop whose clock moves only when nothing is left to do, and a server without a
-network."""
+"""Virtual time: a loop with a clock that moves only when no callback is ready.
+
+And servers without a network.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from crustcredits._http.transport import Failure, Fate
 
 T = TypeVar("T")
 
-# A float residue can make a timer due "now" for ever; time has to move on each time nothing is
-# ready.
+# A float residue can make a timer due "now" for ever, so time moves by this each time no callback
+# is ready.
 _LEAST = 1e-6
 
 
@@ -31,7 +33,7 @@ class _Selector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("deadlock: nothing is scheduled and everybody waits")
+            raise RuntimeError("deadlock: no callback is scheduled, and all tasks wait")
         self.now += timeout
         return super().select(0)
 
@@ -58,7 +60,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         self.turns += 1
-        if not self._ready:  # type: ignore[attr-defined]  # what the base class keeps its callbacks in
+        if not self._ready:  # type: ignore[attr-defined]  # the base class keeps its callbacks there
             self._virtual.now += _LEAST
         super()._run_once()  # type: ignore[misc]  # typeshed leaves it out
 
@@ -75,8 +77,10 @@ def now() -> float:
 
 @attrs.frozen
 class Reply:
-    """What the fake server does with a request: after `seconds`, this status, or no answer with
-    this fate."""
+    """The fake server's reaction to a request.
+
+    After `seconds`, this status, or a failure with this fate instead of an answer.
+    """
 
     seconds: float = 0.01
     status: int = 200
@@ -96,9 +100,9 @@ def lost(error: Exception, fate: Fate = Fate.ABANDONED, *, seconds: float = 0.01
 
 
 class FakeServer:
-    """Stands where the transport stands.
+    """Takes the place of the transport.
 
-    `script` decides by key name and how often that key has been asked before.
+    `script` decides by key name and by how often that key was asked before.
     """
 
     def __init__(self, script: Callable[[str, int], Reply] = lambda name, times: Reply()) -> None:
@@ -138,8 +142,8 @@ class FakeServer:
 class WindowServer:
     """The same with a sliding window, as the API documents it. Several clients may share it.
 
-    `scope` is what it counts by, given a key; `lag` is by how many seconds its count is behind;
-    `said` is the limit that its headers tell. Round trips take between the two `seconds`, and
+    `scope` maps a key to the scope that counts it; `lag` is the seconds by which its count is
+    behind; `said` is the limit in its headers. Round trips take between the two `seconds`, and
     arrive somewhere within.
     """
 
@@ -175,7 +179,7 @@ class WindowServer:
         return Response(429 if refused else 200, headers, body)
 
     def count(self, scope: Any, name: str) -> tuple[bool, dict[str, str]]:
-        """A request arrives. What counts is the window as it was `lag` seconds ago."""
+        """Count a request that arrives, by the window as it was `lag` seconds ago."""
         window, when = self.windows[scope], now()
         while window and window[0] <= when - self.period:
             window.popleft()
@@ -193,7 +197,7 @@ class WindowServer:
         }
 
     def spend(self, requests: int, scope: Any = None) -> None:
-        """Somebody else spends so many at once."""
+        """Another client spends this many requests at once."""
         for _ in range(requests):
             self.count(scope, "others")
 

@@ -1,5 +1,4 @@
-"""Servers for the machine of `test_machine`: they count in different ways, and are told the
-time."""
+"""Servers for the machine of `test_machine`: they count in different ways."""
 
 from __future__ import annotations
 
@@ -13,26 +12,26 @@ import attrs
 
 # Distances between arrivals are sums of floats.
 EPSILON = 1e-6
-# A window counts a neighbour's requests at the most for so many seconds before its first request.
+# Most seconds before its first request for which a window counts a neighbour's requests.
 _BEFORE = 20.0
 
 
 @attrs.frozen(kw_only=True)
 class Rules:
-    """How a server counts, and what its answers tell.
+    """How a server counts, and the counts in its answers.
 
     Attributes:
         limit: Requests that it serves in a period.
-        period: Seconds of it.
-        scope: What has a count of its own. The accounts of a hidden group share one, and do not say
-            so.
-        window: Whether the window slides, or begins anew with each period; or slides beside one of
-            a second with a lower limit.
+        period: Seconds of the period.
+        scope: The scope with a count of its own. The accounts of a hidden group share one count
+            without declaring it.
+        window: Whether the window slides, or begins anew with each period, or slides beside a
+            window of one second with a lower limit.
         lag: Seconds by which its count lags behind the arrivals.
         counts_refused: Whether requests that it refuses count too.
-        neighbour: Requests that somebody else sends in a second, of each scope.
+        neighbour: Requests per second that another client sends, in each scope.
         tells: The counts in its answers: true ones, none, those of the short window, or a wrong
-            limit of which nothing is used.
+            limit that the server does not count by.
     """
 
     limit: int
@@ -46,13 +45,15 @@ class Rules:
 
     @property
     def short_limit(self) -> int:
-        """The limit of the short window of two."""
+        """The limit of the shorter of two windows."""
         return max(1, self.limit // 4)
 
     @property
     def is_honest(self) -> bool:
-        """Whether counts speak of the limit that refuses, and a request counts for a whole period:
-        the proof assumes both."""
+        """Whether the proof's assumptions hold for the counts.
+
+        The counts are about the limit that refuses, and a request counts for a whole period.
+        """
         return self.window != "fixed" and self.tells in {"counts", "nothing"}
 
     def scope_of(self, account: Hashable, number: int) -> Hashable:
@@ -66,7 +67,7 @@ class Rules:
 
 @attrs.frozen
 class Verdict:
-    """What a request met on its arrival."""
+    """The answer to a request on its arrival."""
 
     is_served: bool
     limit: int | None
@@ -83,7 +84,7 @@ class Window:
         self.neighbour_at = now - _BEFORE
 
     def arrive(self, now: float, *, serves_all: bool) -> Verdict:
-        """A request arrives."""
+        """Count a request that arrives."""
         rules = self.rules
         if rules.neighbour and not serves_all:
             self._let_neighbour_ask(now)

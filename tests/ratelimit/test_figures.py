@@ -1,5 +1,7 @@
-"""The scheduler in the situations that its rules were made for: no worse than the model in which
-the rules were found."""
+"""The scheduler in the situations that its rules were made for.
+
+It must be no worse than the model in which the rules were found.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,10 @@ SEEDS = range(5)
 
 @attrs.frozen(kw_only=True)
 class World:
-    """A server, a pool and neighbours; and what the model came to: seconds until the first and the
-    last good answer, refusals.
+    """A server, a pool and neighbours, with the model's result.
 
-    `good` says which keys are looked at, and `seconds` how long.
+    The result is seconds until the first and the last good answer, and refusals. `good` selects the
+    keys that are measured, and `seconds` is the length of the run.
     """
 
     first: float
@@ -64,7 +66,7 @@ class World:
     pace: float | None = 100.0
 
     def play(self, seed: int) -> tuple[float, float, int, int]:
-        """Once: first, last, refusals, and good keys that failed."""
+        """Run once; returns first, last, refusals, and good keys that failed."""
 
         async def check() -> tuple[float, float, int, int]:
             server = Server(
@@ -89,17 +91,17 @@ class World:
 
 
 def refused(prefix: str, headers: Headers) -> Callable[[], Special]:
-    """Keys whose names begin so are always refused."""
+    """Keys with this prefix in their names are always refused."""
     return lambda: lambda key, at: (429, headers) if key[0].startswith(prefix) else None
 
 
 def until(moment: float, status: int, headers: Headers) -> Callable[[], Special]:
-    """Everything is answered so until then."""
+    """Every request is answered like this until `moment`."""
     return lambda: lambda key, at: (status, headers) if at < moment else None
 
 
 def edge(rate: int, wait: float) -> Callable[[], Special]:
-    """A network in front of the API lets so many through per second."""
+    """A network in front of the API lets `rate` requests through per second."""
 
     def make() -> Special:
         gate = Leaky(rate * 60, 20)
@@ -109,7 +111,7 @@ def edge(rate: int, wait: float) -> Callable[[], Special]:
 
 
 def neighbour(rate: float) -> Callable[[Server], Awaitable[None]]:
-    """Somebody else asks so often per second, for more than a period."""
+    """Another client sends `rate` requests per second, for more than a period."""
 
     async def before(server: Server) -> None:
         server.neighbour(rate)
@@ -127,7 +129,7 @@ def says(limit: int, remaining: int) -> Callable[..., Headers]:
 
 
 def saturated(share: float) -> dict[str, Any]:
-    """A share of 500 accounts is used up by others."""
+    """A share of 500 accounts is used up by other clients."""
     full_up = {key[0] for key in keys(int(500 * share))}
     return {
         "pool": keys(500),
@@ -339,7 +341,7 @@ WORLDS: dict[str, World] = {
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_it_is_no_worse_than_the_model(name: str) -> None:
-    """By more than a tenth, 0.1 s or three refusals, whichever is more; median of five runs."""
+    """At most a tenth, 0.1 s or three refusals worse, by the largest of these; median of 5 runs."""
     world = WORLDS[name]
     runs = [world.play(seed) for seed in SEEDS]
     first, last, refusals, failed = (
@@ -353,7 +355,7 @@ def test_it_is_no_worse_than_the_model(name: str) -> None:
 
 @pytest.mark.virtual
 async def test_four_clients_that_know_nothing_of_each_other_share_one_limit() -> None:
-    """All of them are answered, with few refusals."""
+    """All their calls are answered, with few refusals."""
     server = Server(lambda scope: Sliding(300))
     clients = [Client(server, SchedulerTerms(), seed) for seed in range(4)]
     began = now()

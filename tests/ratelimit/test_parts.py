@@ -1,4 +1,4 @@
-"""The parts of the admission queue that are values: slots, the stated limit, quotas."""
+"""The parts of the admission queue that are values: slots, the advertised limit, quotas."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from crustcredits._ratelimit.token_bucket import TokenBucket, refresh_gap
 # --- slots
 
 
-def test_a_request_without_an_answer_stops_counting() -> None:
-    """After 0.4 s, and the slots are free again."""
+def test_a_request_without_an_answer_gives_its_slot_back() -> None:
+    """After 0.4 s, and then its slot is free again."""
     slots = ConnectionSlots[str](2)
     assert slots.next_overdue() is None
     slots.take("a", 0.0)
@@ -28,10 +28,10 @@ def test_a_request_without_an_answer_stops_counting() -> None:
     assert (slots.free, len(slots)) == (2, 0)
 
 
-def test_nobody_is_hurried_where_answers_are_slow_for_all() -> None:
-    """A slow API is not a hanging one: four times the usual answer is waited for.
+def test_no_request_hangs_early_when_answers_are_slow_for_all() -> None:
+    """A slow API is not a hanging one: the patience is four times the usual answer time.
 
-    What was never answered says nothing.
+    Requests without an answer do not change the usual time.
     """
     slots = ConnectionSlots[str](1)
     slots.take("a", 0.0)
@@ -45,9 +45,8 @@ def test_nobody_is_hurried_where_answers_are_slow_for_all() -> None:
     assert slots.usual == pytest.approx(1.1)
 
 
-def test_only_so_many_may_hang() -> None:
-    """Beyond eight times the slots those that hang count all the same, until one of them is
-    done."""
+def test_the_number_of_hanging_requests_is_bounded() -> None:
+    """Beyond eight times the slots, hanging requests hold slots until one of them ends."""
     slots = ConnectionSlots[int](2)
     for number in range(2 * (1 + HANGING_SHARE)):
         assert slots.free > 0
@@ -62,9 +61,9 @@ def test_only_so_many_may_hang() -> None:
 
 
 def test_a_lower_limit_is_followed_where_its_count_agrees() -> None:
-    """A count that has less than what had ended speaks of something else.
+    """An answer with a count below the number of ended requests is about another limit.
 
-    A higher limit is another one, unless it is asked for.
+    A higher limit is ignored unless it is configured.
     """
     limit = AdvertisedLimit(300, follows_higher=False)
     assert limit.hear("a", 60, used=5, seen=5) == 60
@@ -74,7 +73,7 @@ def test_a_lower_limit_is_followed_where_its_count_agrees() -> None:
 
 
 @pytest.mark.parametrize("absurd", [0, -5, 10**9])
-def test_an_absurd_limit_is_none(absurd: int) -> None:
+def test_an_absurd_limit_is_ignored(absurd: int) -> None:
     """Below one, or beyond any plan."""
     assert AdvertisedLimit(300, follows_higher=False).hear("a", absurd, used=1, seen=0) == 300
     assert AdvertisedLimit(300, follows_higher=True).hear("a", absurd, used=1, seen=0) in {
@@ -83,8 +82,8 @@ def test_an_absurd_limit_is_none(absurd: int) -> None:
     }
 
 
-def test_where_several_have_to_agree_the_last_three_accounts_do() -> None:
-    """Of what they say the nearest to the configured limit is followed, in both directions."""
+def test_a_limit_for_all_accounts_needs_the_last_three_accounts_to_agree() -> None:
+    """Of their limits the nearest to the configured one is followed, in both directions."""
     limit = AdvertisedLimit(300, follows_higher=True, voices=3)
     assert [limit.hear("a", 1, used=1, seen=0) for _ in range(5)] == [300] * 5
     assert limit.hear("b", 20, used=1, seen=0) == 300
@@ -97,9 +96,11 @@ def test_where_several_have_to_agree_the_last_three_accounts_do() -> None:
 # --- quotas
 
 
-def test_a_quota_says_when_the_last_of_so_many_calls_starts() -> None:
-    """After single calls that wait, in turns with other flows, and no faster than tokens, pace,
-    slots and cooldown allow."""
+def test_a_quota_estimates_when_the_last_of_several_calls_starts() -> None:
+    """After the single calls that wait, and in turns with other flows.
+
+    No faster than tokens, pace, slots and cooldown allow.
+    """
     quota = Quota(limit=3, free=1, returns=(0.0, 10.0, 20.0), period=60.0)
     assert [quota.seconds_for(count) for count in (0, 1, 2, 3, 4, 5, 7)] == [
         0,
@@ -129,8 +130,7 @@ def test_a_quota_says_when_the_last_of_so_many_calls_starts() -> None:
 
 
 def test_a_bucket_tells_when_its_tokens_return() -> None:
-    """Those that are free now, those on the wire after a period, and of a lowered limit the
-    last."""
+    """Free ones now, those on the wire after a period, and of a lowered limit the last ones."""
     bucket = TokenBucket(3)
     bucket.take(0.0)
     bucket.return_at(60.0)
@@ -140,10 +140,10 @@ def test_a_bucket_tells_when_its_tokens_return() -> None:
     assert (bucket.available(2.0), bucket.returns(2.0, 60.0)) == (0, [62.0])
 
 
-def test_refreshes_keep_such_a_distance_that_as_many_follow_as_tokens_return() -> None:
-    """Evenly over a period where none are out.
+def test_refreshes_are_spaced_by_the_tokens_that_return() -> None:
+    """Evenly over a period if none are out.
 
-    After a burst more slowly, and of many tokens some are looked at.
+    After a burst more slowly; of many tokens a sample is used.
     """
     bucket = TokenBucket(300)
     assert refresh_gap(bucket, 0.0, 60.0, 30) == pytest.approx(60 / 270)

@@ -66,7 +66,7 @@ class Pool(PoolFlow):
 
 
 def started(scheduler: Scheduler, at: float) -> list[Attempt]:
-    """What starts now."""
+    """The attempts that start at a time."""
     requests: list[Attempt] = []
     while isinstance(granted := scheduler.grant(at), Attempt):
         requests.append(granted)
@@ -94,8 +94,8 @@ def test_flows_take_turns_and_accounts_within_them() -> None:
     assert not len(queue)
 
 
-def test_a_draw_takes_calls_that_were_never_asked_and_leaves_single_calls_their_turns() -> None:
-    """Each once; those that have left are passed over."""
+def test_a_draw_takes_calls_without_a_request_and_single_calls_keep_their_turns() -> None:
+    """Each call is drawn once; calls that have left are passed over."""
     queue, flow, singles, draw = FairQueue(), Flow(), Flow(Kind.SINGLE), random.Random(1)
     calls = [call(str(number), flow, "one") for number in range(20)]
     calls[0].was_asked = True
@@ -113,7 +113,7 @@ def test_a_draw_takes_calls_that_were_never_asked_and_leaves_single_calls_their_
 
 
 def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
-    """Nothing of it remains."""
+    """Nothing of the flow remains."""
     queue, gone, flow = FairQueue(), Flow(), Flow()
     left = call("left", gone)
     queue.push(left)
@@ -124,7 +124,7 @@ def test_a_flow_whose_calls_have_all_left_is_passed_over() -> None:
 
 
 def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
-    """With each other, with its calls that have begun, and with other flows."""
+    """They take turns with each other, with calls that have begun, and with other flows."""
     queue, pool, other = FairQueue(), Pool(["A", None, "A", None, "A", "B", "B"]), Flow()
     queue.push(call("first", pool, "C"))
     queue.push_pool(pool)
@@ -141,7 +141,7 @@ def test_accounts_of_a_pool_take_turns_without_an_object_for_each_key() -> None:
 
 
 def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> None:
-    """Each once, in whichever order; what is left keeps its turns."""
+    """Each is taken once, in any order, and the remaining numbers keep their turns."""
     queue, other, pool, draw = (
         FairQueue(),
         FairQueue(),
@@ -172,7 +172,7 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
     assert other.length == 0
     other.push(call("after", Flow()))
     assert popped(other).key == "after"
-    other.remove_pool(pool)  # of which nothing is left there
+    other.remove_pool(pool)  # nothing of it is left there
     one = Pool(["A", "A"])
     queue.push_pool(one)
     one.take_out(0)
@@ -186,7 +186,7 @@ def test_numbers_of_a_pool_are_drawn_taken_out_and_moved_to_another_queue() -> N
 def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
     """Its next call begins when a token returns.
 
-    What is given up wakes others, and leaves nothing.
+    A pool that is given up wakes others, and leaves nothing.
     """
     scheduler, pool = (
         scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None),
@@ -208,8 +208,8 @@ def test_a_pool_that_the_common_bucket_stops_waits_there_as_a_whole() -> None:
     assert scheduler.hopeless(["a", "b"], 62.0, 61.5) == []
 
 
-def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
-    """Though its token would return."""
+def test_an_answer_wakes_no_call_during_its_accounts_cooldown() -> None:
+    """The token that would return belongs to the same account."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=2, scope="account"), pace=None), Flow()
     for name in ("a", "b", "c"):
         scheduler.put(call(name, flow, "A"))
@@ -220,8 +220,8 @@ def test_an_answer_wakes_nobody_while_its_account_cools_down() -> None:
     assert [request.call.key for request in started(scheduler, 31.0)] == ["c"]
 
 
-def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
-    """Where the count that processes share is out of reach, each of its calls is told so."""
+def test_waiting_calls_of_a_pool_are_given_up_with_the_bucket() -> None:
+    """When the count that processes share is out of reach, each call of the pool is handed back."""
     scheduler, pool = (
         scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None),
         Pool([None] * 5),
@@ -238,7 +238,7 @@ def test_what_waits_of_a_pool_is_given_up_with_the_bucket() -> None:
 
 
 def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
-    """Not after its start, and at once where the server does not count it."""
+    """Not after its start, and at once if the server does not count it."""
     bucket = TokenBucket(2)
     bucket.take(0.0)
     mark = bucket.take(1.0)
@@ -260,7 +260,7 @@ def test_a_token_returns_a_period_after_its_request_has_ended() -> None:
 
 @pytest.mark.virtual
 async def test_the_pace_is_cut_and_comes_back() -> None:
-    """By half, and then by 2 % of the configured rate per second.
+    """A cut halves it, and it recovers by 2 % of the configured rate per second.
 
     Without a pace the first cut sets one.
     """
@@ -286,7 +286,7 @@ async def test_the_pace_is_cut_and_comes_back() -> None:
 
 @pytest.mark.virtual
 async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
-    """Wherever it waits: for its turn, for its account, or called by a common token."""
+    """It may wait for its turn or for its account, or have been let out by a common token."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     calls = [call(name, flow) for name in "abcd"]
     for each in calls:
@@ -299,8 +299,8 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     assert not calls[2].called
     (second,) = started(scheduler, 61.4)
     assert second.call is calls[2]
-    # The next token calls the last call; before it starts it is given up, and the token is free for
-    # another.
+    # The next token lets out the last call. Before it starts it is given up, and the token is free
+    # for another.
     scheduler.ended(second, AttemptResult(status=None, unsent=True), 62.0)
     assert calls[3].called
     scheduler.remove(calls[3], 62.0)
@@ -310,8 +310,8 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
 
 
 @pytest.mark.virtual
-async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down() -> None:
-    """The call that it has called waits for its account, and blocks nobody behind it."""
+async def test_a_common_token_goes_to_the_next_call_during_an_accounts_cooldown() -> None:
+    """The call that it has let out waits for its account, and blocks no call behind it."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None), Flow()
     for name, account in (("a1", "A"), ("b1", "B"), ("a2", "A")):
         scheduler.put(call(name, flow, account))
@@ -333,7 +333,7 @@ async def test_a_common_token_goes_on_to_the_next_where_the_account_cools_down()
 
 @pytest.mark.virtual
 async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
-    """Eight times as many as count."""
+    """Eight times as many requests may hang as there are slots."""
     scheduler, flow = (
         scheduler_of(SchedulerTerms(requests=1000, scope="account"), pace=None, slots=2),
         Flow(),
@@ -351,7 +351,7 @@ async def test_requests_that_hang_hold_up_no_others_up_to_a_bound() -> None:
 
 @pytest.mark.virtual
 async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_next() -> None:
-    """Whoever asked knows why, and may put it again."""
+    """The caller of `grant` knows why, and may put the call again."""
     barred: set[str] = set()
     flow = Flow()
     scheduler = scheduler_of(
@@ -377,8 +377,8 @@ async def test_a_call_that_is_barred_is_handed_out_and_its_token_goes_to_the_nex
 
 
 @pytest.mark.virtual
-async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
-    """Wherever it waits; and one that waits nowhere only changes its flow."""
+async def test_a_call_that_gets_a_waiter_of_a_better_kind_moves_to_that_kind() -> None:
+    """In any queue; a call that waits nowhere only changes its flow."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     refreshes, singles = Flow(Kind.BACKGROUND), Flow(Kind.SINGLE)
     refresh, other = call("r", refreshes), call("o", flow)
@@ -397,10 +397,10 @@ async def test_a_call_that_a_better_kind_awaits_goes_with_that_kind() -> None:
 
 
 @pytest.mark.virtual
-async def test_what_is_certain_of_the_next_start() -> None:
-    """A cooldown, and a token that returns.
+async def test_the_earliest_start_is_predicted_only_when_certain() -> None:
+    """A cooldown and a returning token are certain.
 
-    While a request is on the wire nothing is, because its token may return at once.
+    While a request is on the wire nothing is certain, because its token may return at once.
     """
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
     one, two = call("one", flow), call("two", flow)
@@ -421,8 +421,8 @@ async def test_what_is_certain_of_the_next_start() -> None:
 
 
 @pytest.mark.virtual
-async def test_calls_of_a_bucket_whose_count_is_out_of_reach_are_given_up() -> None:
-    """All that wait there, and no others."""
+async def test_calls_that_wait_for_an_unreachable_bucket_are_given_up() -> None:
+    """All calls that wait there, and no others."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="auto"), pace=None), Flow()
     for name, account in (("a1", "A"), ("a2", "A"), ("b1", "B")):
         scheduler.put(call(name, flow, account))
@@ -434,8 +434,8 @@ async def test_calls_of_a_bucket_whose_count_is_out_of_reach_are_given_up() -> N
 
 
 @pytest.mark.virtual
-async def test_a_quota_of_an_account_tells_of_its_own_cooldown() -> None:
-    """And of what waits for it; an account that nobody has asked about has all its tokens."""
+async def test_a_quota_of_an_account_has_its_own_cooldown() -> None:
+    """It counts the account's waiting calls; an account without calls has all its tokens."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=5, scope="account"), pace=None), Flow()
     first_call, second_call = call("a1", flow, "A"), call("a2", flow, "A")
     scheduler.put(first_call)
@@ -447,8 +447,8 @@ async def test_a_quota_of_an_account_tells_of_its_own_cooldown() -> None:
     assert (scheduler.quota("B", 1.0).free, scheduler.quota("B", 1.0).cooldown) == (5, None)
 
 
-def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
-    """A flow whose calls have all left is no such one."""
+def test_a_queue_knows_whether_it_has_a_foreground_call() -> None:
+    """A flow without calls does not count as foreground."""
     queue, flow = FairQueue(), Flow()
     left = call("left", flow)
     queue.push(left)
@@ -461,10 +461,10 @@ def test_a_queue_knows_whether_somebody_awaits_one_of_its_calls() -> None:
 
 
 @pytest.mark.virtual
-async def test_what_only_single_calls_may_take() -> None:
+async def test_the_reserve_is_for_single_calls() -> None:
     """With a reserve a single call beside a large check hardly waits.
 
-    Without, it waits for the next token.
+    Without one it waits for the next token.
     """
     for reserve, median, worst in ((0.1, 0.1, 1.0), (0.0, 40.0, 62.0)):
         client = Client(Server(lambda scope: Sliding(300)), SchedulerTerms(reserve=reserve))
@@ -480,8 +480,8 @@ async def test_what_only_single_calls_may_take() -> None:
 
 
 @pytest.mark.virtual
-async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -> None:
-    """The same within a declared account."""
+async def test_the_reserve_of_an_account_of_several_keys_is_for_single_calls() -> None:
+    """The reserve holds within a declared account of several keys too."""
     client = Client(
         Server(lambda scope: Sliding(300), by_account), SchedulerTerms(reserve=0.1, scope="account")
     )
@@ -493,8 +493,8 @@ async def test_what_only_single_calls_may_take_of_an_account_of_several_keys() -
 
 
 @pytest.mark.virtual
-async def test_refreshes_give_way() -> None:
-    """A check that comes after them is not behind them."""
+async def test_background_calls_give_way_to_a_check() -> None:
+    """A check that comes after refreshes is not delayed by them."""
     client = Client(Server(lambda scope: Sliding(300), by_key), SchedulerTerms())
     client.put(keys(2000, "r"), Flow(Kind.BACKGROUND))
     await asyncio.sleep(1)
@@ -503,7 +503,7 @@ async def test_refreshes_give_way() -> None:
 
 
 @pytest.mark.virtual
-async def test_an_account_whose_last_answer_was_a_refusal_is_forgotten_too() -> None:
+async def test_an_account_is_forgotten_after_a_last_answer_that_was_a_refusal() -> None:
     """When its cooldown is over."""
     scheduler, flow = scheduler_of(SchedulerTerms(scope="account"), pace=None), Flow()
     for number in range(20):
@@ -532,7 +532,7 @@ async def test_single_calls_that_come_faster_than_the_limit_let_a_check_end() ->
     assert all(job.done is not None for job in check)
 
 
-def test_calls_that_were_asked_before_come_to_their_turn_while_new_ones_are_drawn() -> None:
+def test_calls_with_an_earlier_request_get_their_turn_while_new_ones_are_drawn() -> None:
     """Of four draws one goes by turn, where single calls are drawn too."""
     queue, singles, draw = FairQueue(), Flow(Kind.SINGLE), random.Random(1)
     asked = call("asked", singles)
@@ -544,7 +544,7 @@ def test_calls_that_were_asked_before_come_to_their_turn_while_new_ones_are_draw
 
 
 def test_calls_that_were_given_up_leave_nothing_behind() -> None:
-    """Also where nobody comes to their turn."""
+    """Also if no call of the queue has its turn."""
     queue, flow = FairQueue(), Flow()
     calls = [call(str(number), flow, f"a{number % 3}") for number in range(500)]
     for each in calls:
@@ -560,7 +560,7 @@ def test_calls_that_were_given_up_leave_nothing_behind() -> None:
 
 @pytest.mark.virtual
 async def test_idle_accounts_are_forgotten() -> None:
-    """When their tokens are back and nothing cools down."""
+    """When their tokens are back and no cooldown is on."""
     client = Client(Server(lambda scope: Sliding(300), by_key), SchedulerTerms())
     await client.check(keys(200))
     assert len(client.scheduler._accounts) == 200
@@ -571,7 +571,7 @@ async def test_idle_accounts_are_forgotten() -> None:
 
 @pytest.mark.virtual
 async def test_an_answer_that_contradicts_what_was_counted_does_not_lower_the_limit() -> None:
-    """One key in fifty tells of another limit."""
+    """One key in fifty states another limit."""
 
     numbers = itertools.count(1)
 
@@ -593,7 +593,7 @@ async def test_an_answer_that_contradicts_what_was_counted_does_not_lower_the_li
 
 
 def world(seed: int) -> dict[str, Any]:
-    """A pool, a server and trouble at random, where nobody else spends. Returns what came of it."""
+    """Run a random pool, server and failures, without other clients. Returns the results."""
     draw = random.Random(seed)
     limit = draw.choice([1, 2, 5, 11, 12, 13, 20, 60, 100])
     count = draw.randrange(1, 5 * limit + 5)
@@ -665,9 +665,11 @@ def world(seed: int) -> dict[str, Any]:
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=searches.examples(150))
-def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
-    """Whatever the delays, failures, lags and flows: while nobody else spends, the window itself
-    refuses nothing."""
+def test_no_window_exceeds_the_limit_and_every_call_ends(seed: int) -> None:
+    """With any delays, failures, lags and flows.
+
+    While no other client spends, the window itself refuses nothing.
+    """
     came = world(seed)
     assert came["open"] == came["on_wire"] == 0
     assert came["refused"] == 0
@@ -678,8 +680,10 @@ def test_nobody_sees_more_than_the_limit_and_every_call_ends(seed: int) -> None:
 @pytest.mark.parametrize(
     ("adopts", "limits"), [("lower", [30, 300]), ("any", [30, 1_200]), ("never", [300, 300])]
 )
-def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
-    """A lower one by default; a higher one, or none, where that is asked for."""
+def test_adopt_server_limit_decides_which_stated_limit_is_followed(
+    adopts: Any, limits: list[int]
+) -> None:
+    """A lower limit by default; a higher one, or none, if configured."""
     found = []
     for stated in (30, 1_200):
         scheduler, flow = (
@@ -694,7 +698,7 @@ def test_which_stated_limit_is_adopted(adopts: Any, limits: list[int]) -> None:
 
 
 def starts_by_period(scheduler: Scheduler, periods: int) -> list[list[Attempt]]:
-    """The requests that start in each period, where each is answered at once."""
+    """The requests that start in each period, if each is answered at once."""
     starts: list[list[Attempt]] = []
     for period in range(periods):
         starts.append(started(scheduler, 60.4 * period))
@@ -715,8 +719,7 @@ def starts_by_period(scheduler: Scheduler, periods: int) -> list[list[Attempt]]:
 async def test_a_token_that_a_check_may_not_take_goes_to_a_single_call(
     requests: int, calls: list[str], expected: list[int]
 ) -> None:
-    """Where a call of the check was let out, and then waits again for its account's token or for a
-    common one."""
+    """A call of the check was let out, and then waits again for a token of either bucket."""
     scheduler, flows = (
         scheduler_of(SchedulerTerms(requests=requests, reserve=0.3), pace=None),
         {"m": Flow(), "s": Flow(Kind.SINGLE)},
@@ -727,9 +730,8 @@ async def test_a_token_that_a_check_may_not_take_goes_to_a_single_call(
 
 
 @pytest.mark.virtual
-async def test_a_token_that_has_called_a_call_is_taken_by_no_other() -> None:
-    """The calls of one account, whose own token returns in the same moment, go before it only
-    once."""
+async def test_a_token_that_let_out_a_call_is_taken_by_no_other() -> None:
+    """Calls of one account pass it only once, although their token returns in the same moment."""
     scheduler, flow, singles = (
         scheduler_of(SchedulerTerms(requests=1), pace=None),
         Flow(),
@@ -745,8 +747,7 @@ async def test_a_token_that_has_called_a_call_is_taken_by_no_other() -> None:
 
 @pytest.mark.virtual
 async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
-    """Where all are counted together, also one of an account that was never told of a lower
-    limit."""
+    """If all are counted together, even an answer of an account without an earlier lower limit."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=12, scope="client"), pace=None), Flow()
     limits: list[int] = []
     for number, said in enumerate((6, 12)):

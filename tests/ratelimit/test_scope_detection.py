@@ -1,4 +1,4 @@
-"""What proves that an account is counted apart: the witnesses, against a naive account of them."""
+"""The proof that an account is counted separately: the witnesses, against a naive version."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Naive:
     requests: list[tuple[float, float]] = attrs.field(factory=list)
 
     def standing(self, started: float, now: float, period: float) -> int:
-        """As the rule says it: those that have been settled, less all that may have aged."""
+        """The rule as documented: settled requests, less all that may have aged out."""
         settled = sum(ended <= started - LAG for _, ended in self.requests)
         return settled - sum(start < now - period for start, _ in self.requests)
 
     def counted(self, started: float, now: float, period: float) -> int:
-        """What the server must have in its count if all count together."""
+        """The number that must be in the server's count if all count together."""
         return sum(
             ended <= started - LAG and start >= now - period for start, ended in self.requests
         )
@@ -39,10 +39,8 @@ ANSWERS = st.lists(
 
 @given(answers=ANSWERS, chunk=st.integers(1, 4))
 @example(answers=[(0, 0)] * 3 + [(75, 2)] * 3, chunk=1)
-def test_what_is_forgotten_of_the_witnesses_changes_no_answer(
-    answers: list[tuple[int, int]], chunk: int
-) -> None:
-    """And no more stand in a count than the server must have."""
+def test_forgotten_witnesses_change_no_result(answers: list[tuple[int, int]], chunk: int) -> None:
+    """And no more stand in a count than must be there."""
     period, end = 60.0, 0.0
     witnesses, naive = Witnesses(period, LATE), Naive()
     with patch("crustcredits._ratelimit.witnesses._CHUNK", chunk):
@@ -57,8 +55,8 @@ def test_what_is_forgotten_of_the_witnesses_changes_no_answer(
             naive.requests.append((start, end))
 
 
-def test_witnesses_of_the_last_periods_only_are_kept() -> None:
-    """However long it goes on, and after a burst too."""
+def test_only_witnesses_of_the_last_periods_are_stored() -> None:
+    """In a long run, and after a burst too."""
     witnesses = Witnesses(60.0, LATE)
     for _ in range(10_000):
         witnesses.add(0.0, 0.01)
@@ -72,8 +70,7 @@ def test_witnesses_of_the_last_periods_only_are_kept() -> None:
 
 
 def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: float = 5.0) -> bool:
-    """Whether an answer proves its account, where so many requests of others had ended at a
-    time."""
+    """Whether an answer proves its account, after `others` requests that ended at one time."""
     scope = ScopeDetection(60.0, LATE, proves=True)
     for _ in range(others):
         scope.served(0.0, ended)
@@ -81,8 +78,10 @@ def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: fl
 
 
 def test_ten_requests_that_are_missing_from_a_count_prove_its_account() -> None:
-    """Neither nine, nor such as may not be counted yet, nor where others may be in the count, nor
-    what may have aged out."""
+    """No proof follows from nine, or from requests that may not be counted yet or have aged out.
+
+    Nor where requests of others may be in the count.
+    """
     assert prove(1, 1)
     assert not prove(1, 1, others=9)
     assert not prove(1, 2)

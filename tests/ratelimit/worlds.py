@@ -1,5 +1,7 @@
-"""Worlds for the scheduler in virtual time: servers that count in different ways, neighbours, and a
-client without sockets."""
+"""Worlds for the scheduler in virtual time: servers, neighbours, and a client without sockets.
+
+The servers count in different ways.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,12 @@ class Counter(Protocol):
     limit: int
 
     def hit(self, at: float) -> tuple[bool, int, float]:
-        """A request arrives: whether it is served, what remains, and seconds until one more is."""
+        """Count an arrival: whether it is served, the remaining number, seconds until the next."""
         ...
 
 
 class Sliding:
-    """An exact sliding window, whose count may lag."""
+    """An exact sliding window; its count may lag."""
 
     def __init__(self, limit: int, period: float = 60.0, lag: float = 0.0) -> None:
         self.limit, self.period, self.lag = limit, period, lag
@@ -57,7 +59,7 @@ class Sliding:
 
 
 class Saturated:
-    """A window that others fill: a share of the requests is served."""
+    """A window that other clients fill: a share of the requests is served."""
 
     def __init__(self, limit: int, seed: str, share: float = 0.1) -> None:
         self.limit, self.share = limit, share
@@ -93,7 +95,7 @@ def full(limit: int, remaining: int, reset: float, *, served: bool) -> Headers:
 
 
 def only_reset(limit: int, remaining: int, reset: float, *, served: bool) -> Headers:
-    """A refusal says how long to wait, and nothing else is told."""
+    """A refusal states its wait, and there are no other headers."""
     return {} if served else {"wait": max(1, math.ceil(reset))}
 
 
@@ -119,8 +121,10 @@ Special = Callable[[Key, float], tuple[int | None, Headers] | None]
 
 @attrs.define(eq=False)
 class Server:
-    """A server that counts by `scope`, takes between the two `seconds`, and answers what `special`
-    says where it says something."""
+    """A server that counts by `scope`, and answers between the two `seconds`.
+
+    The answers of `special` come first, where it gives one.
+    """
 
     count: Callable[[Any], Counter]
     scope: Callable[[Key], Hashable] = together
@@ -152,7 +156,7 @@ class Server:
         return said
 
     def neighbour(self, rate: float, scope: Hashable = None) -> None:
-        """Somebody else asks so often per second."""
+        """Another client sends `rate` requests per second."""
         loop = asyncio.get_running_loop()
 
         def ask() -> None:
@@ -164,7 +168,7 @@ class Server:
 
 @attrs.define(eq=False)
 class Job:
-    """One call of a client, and how it ended: when, and with which status."""
+    """One call of a client, with the time and the status of its end."""
 
     key: Key
     call: Call
@@ -191,7 +195,7 @@ def scheduler(
     seed: int = 1,
     **options: Any,
 ) -> Scheduler:
-    """One endpoint alone."""
+    """A scheduler of one endpoint without others."""
     least = terms.requests / terms.window
     return Scheduler(
         terms, pace=Pace(pace, least), slots=ConnectionSlots(slots), seed=seed, **options
@@ -199,7 +203,7 @@ def scheduler(
 
 
 class Client:
-    """A scheduler at work: it sends what is granted, and tries again what was refused or failed."""
+    """A client with a scheduler: it sends granted requests, and retries failed ones."""
 
     def __init__(
         self, server: Server, terms: SchedulerTerms, seed: int = 7, pace: float | None = 100.0
@@ -231,7 +235,7 @@ class Client:
     async def check(
         self, keys: Sequence[Key], flow: Flow | None = None, seconds: float = 3000.0
     ) -> list[Job]:
-        """Ask for all, and wait until each call has ended; or for so long."""
+        """Ask for all keys, and wait until each call has ended, or for `seconds`."""
         jobs = self.put(keys, flow or Flow())
         try:
             async with asyncio.timeout(seconds):
@@ -303,7 +307,7 @@ class Client:
 
 
 def keys(count: int, prefix: str = "k", account: Callable[[int], str] | None = None) -> list[Key]:
-    """Keys by number, each an account of its own unless said."""
+    """Keys by number, each an account of its own unless `account` names one."""
     return [
         (f"{prefix}{number}", account(number) if account else f"{prefix}{number}")
         for number in range(count)
