@@ -1,7 +1,7 @@
-"""Who brings home the keys of a pool: the client, and what else one would reach for.
+"""The contenders that check a pool: the client, and other ways to do it.
 
-Everybody has one session with as many connections. The others are a bare gather with a gate before
-each request; there a key that is refused (429) waits what the answer asks, and tries again.
+Every contender has one session with as many connections. The others are a bare gather with a gate
+before each request; a refused key (429) waits as long as the answer asks, and tries again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AIOLIMITER = "aiolimiter `AsyncLimiter`"
 PYRATE = "pyrate-limiter `InMemoryBucket`"
 BARE = "bare `asyncio.gather`"
 
-# Brings home all keys from a URL; returns how many.
+# Checks all keys at a URL; returns how many were answered.
 Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, int]]
 # Held around each request.
 Gate: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]

@@ -1,5 +1,7 @@
-"""Processes that begin at the same moment: started beforehand, held at a barrier, and timed by
-whoever holds them."""
+"""Processes that begin at the same moment, are started before it, and are timed from outside.
+
+They wait at a barrier.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from typing import Any, TypeAlias
 
 import attrs
 
-# Awaited by a job once it is prepared; it goes on when all of them are.
+# Awaited by a job once it is prepared; returns when all jobs are.
 Barrier: TypeAlias = Callable[[], Awaitable[None]]
 # Run in a process, on a loop of its own; returns how many keys were answered.
 Job: TypeAlias = Callable[[Barrier], Coroutine[Any, Any, int]]
@@ -23,7 +25,7 @@ Job: TypeAlias = Callable[[Barrier], Coroutine[Any, Any, int]]
 
 @attrs.frozen
 class Kill:
-    """A process to end by SIGKILL, and how many seconds after the barrier."""
+    """A process to end by SIGKILL, and the seconds until then after the barrier."""
 
     place: int
     after: float
@@ -31,10 +33,10 @@ class Kill:
 
 @attrs.frozen
 class Ended:
-    """What came of the jobs."""
+    """The results of the jobs."""
 
-    seconds: float  # from the barrier to the end of the last one
-    answered: list[int | None]  # by each; None of one that was killed
+    seconds: float  # from the barrier to the end of the last job
+    answered: list[int | None]  # keys answered by each; None for a killed process
 
 
 @attrs.frozen
@@ -44,26 +46,26 @@ class _Worker:
 
 
 class Fleet:
-    """So many processes. First `prepare`, then `release`."""
+    """A number of processes. First `prepare`, then `release`."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers = workers
 
     def prepare(self, jobs: Sequence[Job]) -> None:
-        """Give each its job, which must pickle. Returns when all have come to the barrier."""
+        """Give each process its job, which must pickle. Returns when all are at the barrier."""
         for worker, job in zip(self._workers, jobs, strict=True):
             worker.control.send(job)
         for worker in self._workers:
             worker.control.recv()
 
     def release(self, kill: Kill | None = None) -> Ended:
-        """Let them go on. Returns when all have ended."""
+        """Let the processes run. Returns when all have ended."""
         began = time.perf_counter()
         for worker in self._workers:
             worker.control.send(None)
         if kill is not None:
             threading.Timer(kill.after, self._workers[kill.place].process.kill).start()
-        # In order: the last to be read has been waited for, and so have all before it.
+        # In order: when the last result is read, all before it have been awaited.
         answered = [self._read(place, kill) for place in range(len(self._workers))]
         return Ended(time.perf_counter() - began, answered)
 
@@ -79,7 +81,7 @@ class Fleet:
 
 @contextmanager
 def fleet(size: int) -> Iterator[Fleet]:
-    """So many processes, which end with the block."""
+    """Start `count` processes, which end with the block."""
     workers = [_start() for _ in range(size)]
     try:
         yield Fleet(workers)

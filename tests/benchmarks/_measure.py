@@ -1,4 +1,4 @@
-"""What the benchmarks share: the server's process, rounds in turns, tables and judged bounds.
+"""The parts that benchmarks share: the server's process, rounds in turns, tables, judged bounds.
 
 It knows none of the contenders.
 """
@@ -28,22 +28,22 @@ from crustcredits.testing import SandboxServer
 
 T = TypeVar("T")
 
-# As many connections for every contender: what `CreditsClient` uses unless told otherwise.
+# Connections of every contender: the default of `CreditsClient`.
 CONNECTIONS = 32
 
-# Seconds between two times that a sandbox tells.
+# Seconds between two times that a sandbox reports.
 CLOCK_STEP = 0.02
 
 # The account of keys that share one.
 _SHARED = "shared"
 
 
-# --- what a benchmark is
+# --- benchmarks
 
 
 @attrs.frozen
 class Bound:
-    """A figure that is judged: it may be at most so much."""
+    """A judged figure, with its most allowed value."""
 
     what: str
     measured: float
@@ -74,7 +74,9 @@ def whole(minimum: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"a whole number of at least {minimum}, not {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of at least {minimum}"
+            )
         return int(text)
 
     return parse
@@ -84,8 +86,10 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 
 def in_turns(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Run each contender once a round, one after the other, so that whatever slows the machine down
-    meets all of them."""
+    """Run each contender once a round, one after the other.
+
+    A slow moment of the machine then affects all of them.
+    """
     results: dict[str, list[T]] = {name: [] for name in contenders}
     for done in range(rounds):
         for name, run in contenders.items():
@@ -102,7 +106,7 @@ def _say(progress: str) -> None:
 
 
 def median_ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """The median of the rounds' ratios: two figures of one round have met the same machine."""
+    """The median of the rounds' ratios: two figures of one round come from the same conditions."""
     return statistics.median(our / peer for our, peer in zip(ours, peers, strict=True))
 
 
@@ -122,15 +126,14 @@ def compare(costs: Mapping[str, Sequence[float]]) -> tuple[float, list[tuple[str
 
 @attrs.frozen
 class Figures:
-    """What the server saw."""
+    """The figures of the server."""
 
     requests: int
     refused: int
-    worst_window: int | None  # None where the arrivals were not kept
+    worst_window: int | None  # None if the arrivals were not stored
     connections: int
-    arrivals: list[
-        float
-    ]  # when each request came, in seconds of the server's clock; empty where they were not kept
+    # When each request came, in seconds of the server's clock; empty if arrivals were not stored.
+    arrivals: list[float]
 
 
 class Server:
@@ -145,16 +148,16 @@ class Server:
     def open(self, secrets: Sequence[str], **options: Any) -> str:
         """Start a fresh sandbox, with an empty window, that knows these keys. Returns its URL.
 
-        `options` are the sandbox's, and `tells_time`: with it the credits of every key are the wall
-        time, so that an answer shows when it was given; and `shared`: secrets of keys that belong
-        to one account. Each other key has its own.
+        `options` are the sandbox's, and two more. With `tells_time` the credits of every key are
+        the wall time, so that an answer shows when it was given. `shared` has the secrets of keys
+        that belong to one account; each other key has an account of its own.
         """
         self._control.send((list(secrets), options))
         url: str = self._control.recv()
         return url
 
     def close(self) -> Figures:
-        """Stop it. Returns what it saw, once its port is closed."""
+        """Stop the sandbox. Returns its figures, once its port is closed."""
         self._control.send("figures")
         figures: Figures = self._control.recv()
         return figures
@@ -188,7 +191,7 @@ async def _serve_each(control: Connection) -> None:
         tells_time, shared = options.pop("tells_time", False), set(options.pop("shared", ()))
         async with SandboxServer(**options) as server:
             server.add_account(_SHARED)
-            # Different credits, or a pool's keys would all look like one account.
+            # With equal credits a pool's keys would all look like one account.
             keys = [
                 server.add_key(
                     secret=secret,
@@ -222,7 +225,7 @@ def make_secrets(count: int) -> list[str]:
     return [f"benchmark-{place:06}" for place in range(count)]
 
 
-# --- what is printed
+# --- output
 
 
 def print_machine(*peers: str) -> None:
@@ -246,7 +249,8 @@ def _processor() -> str:
 def print_table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A Markdown table below its caption.
 
-    The first column to the left, the others, which hold figures, to the right.
+    The first column is aligned to the left. The others, which hold figures, are aligned to the
+    right.
     """
     print(f"{caption}\n")
     print(_line(heads))
@@ -265,8 +269,10 @@ def rounds_text(rounds: int) -> str:
 
 
 def number(value: object) -> str:
-    """Whole numbers in full, others to three significant digits but never fewer than their whole
-    part has."""
+    """Format whole numbers in full, others to three significant digits.
+
+    The whole part never loses a digit.
+    """
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return (

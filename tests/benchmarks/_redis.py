@@ -1,4 +1,4 @@
-"""A Redis of the benchmark's own: its process, and how many messages it was sent."""
+"""A Redis of the benchmark's own: its process, and its number of messages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThereError
 
-# Seconds that it may take to begin, and to end.
+# Seconds that it may take to start, and to end.
 _PATIENCE = 10.0
 
-# What both who count here send, but for the greeting of a new connection. What a script calls
-# inside is no message.
+# The messages that both contenders with Redis send, except the greeting of a new connection. A
+# command inside a script is no message.
 _MESSAGES = ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_script|load")
 
 
 class RedisServer:
-    """One that runs, seen from outside.
+    """A running Redis, seen from outside.
 
     Attributes:
-        url: Where.
-        version: Which.
+        url: Its address.
+        version: Its version.
     """
 
     def __init__(self, port: int) -> None:
@@ -50,7 +50,7 @@ class RedisServer:
                 return
 
     def messages(self) -> int:
-        """Scripts that it has been told to run or to keep: a round trip each."""
+        """Scripts that clients sent it to run or to store: a round trip each."""
         calls = self._client.info("commandstats")
         return sum(calls.get(name, {}).get("calls", 0) for name in _MESSAGES)
 
@@ -60,7 +60,7 @@ class RedisServer:
 
 @contextmanager
 def redis_process() -> Iterator[RedisServer]:
-    """A fresh Redis on a free port of this machine, that writes nothing down.
+    """A fresh Redis on a free port of this machine, which stores nothing on disk.
 
     It ends with the block.
     """

@@ -1,8 +1,7 @@
-"""What `service` and `outage` share: an app in a process of its own, a load that costs little, and
-reading its answers.
+"""The parts that `service` and `outage` share: an app in a process, a cheap load, read answers.
 
 The credits of the sandbox's keys are the wall time, so an answer shows when the API gave it,
-whatever age it states.
+independent of the age it states.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KEYS = 100
 MAX_AGE = 5.0
 REVALIDATE = 120.0
 
-# Seconds that a load may take beyond those it was given.
+# Seconds that a load may take beyond its given time.
 _PATIENCE = 60.0
 
 
@@ -66,7 +65,7 @@ def key_names(count: int) -> list[str]:
 
 @attrs.frozen
 class App:
-    """Where the app runs."""
+    """The address and the process of the app."""
 
     process: int
     port: int
@@ -76,7 +75,7 @@ class App:
 def app_process(make_app: Callable[[], FastAPI]) -> Iterator[App]:
     """The app under uvicorn, one worker, in a process of its own that ends with the block.
 
-    `make_app` is sent there.
+    `make_app` is sent to that process.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -100,7 +99,7 @@ def _serve(control: Connection, make_app: Callable[[], FastAPI]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """It tells its port over a pipe, and ends when that is closed."""
+    """Reports its port over a pipe, and ends when the pipe is closed."""
 
     def __init__(self, config: uvicorn.Config, control: Connection) -> None:
         super().__init__(config)
@@ -109,7 +108,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._control.send(self.servers[0].sockets[0].getsockname()[1])
-        # No thread, which would count in the memory that is measured.
+        # No thread, which would count in the measured memory.
         asyncio.get_running_loop().add_reader(self._control.fileno(), self._end)
 
     def _end(self) -> None:
@@ -145,7 +144,7 @@ def request_for(path: str) -> bytes:
 class _Client(asyncio.Protocol):
     """One keep-alive connection.
 
-    It reads as little as it may, because it shares the machine with what it measures.
+    It reads as little as it may, because it shares the machine with the measured app.
     """
 
     def __init__(self, load: Load) -> None:
@@ -189,7 +188,7 @@ class Load:
         self._ended: asyncio.Future[None] | None = None
 
     async def run(self, requests: Iterable[bytes], seconds: float = math.inf) -> list[Answered]:
-        """Send them, for so long or until there are no more.
+        """Send the requests until they or the given seconds end.
 
         Returns the answers, in the order they came.
         """
@@ -253,8 +252,10 @@ async def load_on(app: App, connections: int) -> AsyncIterator[Load]:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """The pauses of this process's garbage collector, which grow with the answers it holds, would
-    count as the app's."""
+    """Turn off this process's garbage collector, because its pauses would count as the app's.
+
+    They grow with the answers that the process holds.
+    """
     gc.disable()
     try:
         yield
@@ -262,7 +263,7 @@ def no_collector() -> Iterator[None]:
         gc.enable()
 
 
-# --- what came
+# --- answers
 
 
 def must_be_ok(answers: Iterable[Answered]) -> None:
@@ -272,7 +273,7 @@ def must_be_ok(answers: Iterable[Answered]) -> None:
 
 
 class Stated(NamedTuple):
-    """What one key's answer says."""
+    """The statement of one key's answer."""
 
     name: str
     stale: bool

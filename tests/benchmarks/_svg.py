@@ -1,7 +1,7 @@
-"""A chart of a few curves as SVG text, to be read in a README: no script, no font of its own, light
-behind it everywhere.
+"""A chart of a few curves as SVG text for a README, on a light background.
 
-It knows curves and a line that they should stay below, and nothing of what they mean.
+No script, and no font of its own. It knows curves and a line that they should stay below, but not
+their meaning.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _INK, _SOFT, _FAINT, _ALARM, _TINT = "#1f2328", "#59636e", "#e4e7eb", "#c1121f",
 
 # Pixels by which a thinned line may be off: less than the eye sees.
 _TOLERANCE = 0.5
-# Ticks of the horizontal axis at the most.
+# Most ticks of the horizontal axis.
 _TICKS = 12
 
 
 @attrs.frozen(kw_only=True)
 class Curve:
-    """One line, from left to right, and what stands beside its colour."""
+    """One line, from left to right, and the name beside its colour."""
 
     name: str
     note: str
@@ -39,15 +39,15 @@ class Curve:
 
 @attrs.frozen(kw_only=True)
 class Chart:
-    """What is drawn.
+    """The content of a chart.
 
     The later curves lie above the earlier ones; the legend names them in the order of `legend`.
     """
 
     title: str
     subtitle: str
-    description: str  # for those who cannot see it
-    across: str  # what the horizontal axis shows
+    description: str  # for readers without sight
+    across: str  # the quantity of the horizontal axis
     limit: float
     limit_name: str
     tick: float  # of the horizontal axis
@@ -71,7 +71,7 @@ class Chart:
 
 @attrs.frozen
 class _Scale:
-    """From what is shown to pixels."""
+    """From values to pixels."""
 
     most_x: float
     most_y: float
@@ -109,7 +109,7 @@ def _limit(chart: Chart, scale: _Scale) -> list[str]:
     y = scale.y(chart.limit)
     return [
         _line((_LEFT, y), (_RIGHT, y), _ALARM, ' stroke-dasharray="5 5"'),
-        # In the middle and below, where the lines that keep to it leave room.
+        # In the middle and below, where lines under the limit leave room.
         _text(
             (_LEFT + _RIGHT) / 2,
             y + 20,
@@ -165,7 +165,7 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
     parts = [_block((left - 8, _TOP + 2), (_RIGHT, _TOP + 6 + 20 * len(curves)))]
     for place, curve in enumerate(curves):
         y = _TOP + 18 + 20 * place
-        # One behind the other, so that they cannot meet, however wide the font is.
+        # One behind the other, so that they cannot meet, with a font of any width.
         named = (
             f'<tspan font-weight="600">{escape(curve.name)}</tspan><tspan dx="8" '
             f'fill="{_SOFT}">{escape(curve.note)}</tspan>'
@@ -219,7 +219,7 @@ def _short(value: float) -> str:
 
 
 def steps(levels: Iterable[Point]) -> list[Point]:
-    """A line that keeps each level until the next begins."""
+    """A line that stays on each level until the next begins."""
     line: list[Point] = []
     for at, level in levels:
         if line:
@@ -229,7 +229,7 @@ def steps(levels: Iterable[Point]) -> list[Point]:
 
 
 def thinned(line: Sequence[Point], tolerance: float) -> list[Point]:
-    """As few of the points as make a line that is nowhere off by more (Douglas and Peucker).
+    """The fewest points that keep a line within this distance everywhere (Douglas and Peucker).
 
     Both ends stay.
     """

@@ -1,11 +1,12 @@
-"""Accounts that are counted apart, over Redis: many small ones from one process, and a large one
-that four processes share.
+"""Accounts that are counted separately, over Redis: many small ones, and one large account.
 
-The server keeps a strict sliding window for each account and answers after a random delay. The
-client says `scope="account"`, so each account has a bucket of its own in Redis. Many accounts: one
-key each, 300 requests in any minute for each, so nothing but the pace holds anybody up. A first
-start on an empty Redis takes 1.25 s more, in which no tokens are given; so it has a row of its own.
-One account: its keys are declared, and divided among the processes, which wait at a barrier.
+One process has the many small accounts, and four processes share the large one. The server has a
+strict sliding window for each account and answers after a random delay. The client uses
+`scope="account"`, so each account has a bucket of its own in Redis.
+
+Many accounts: one key each, 300 requests in any minute for each, so only the pace delays a request.
+A first start on an empty Redis takes 1.25 s more, in which no tokens are given; it has a row of its
+own. One account: its keys are declared, and divided among the processes, which wait at a barrier.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ DELAY = (0.0, 0.02)
 
 # Seconds that 300 accounts may take.
 _AT_MOST = 6.0
-# Of the floor and what the pace needs, the share that a declared account may take.
+# The largest ratio of a declared account's time to the floor plus the time of the pace.
 _OF_FLOOR = 1.06
 
 _FIRST = "one process, first start on an empty Redis"
@@ -55,7 +56,7 @@ _FOUR = f"{PROCESSES} processes, Redis greeted before"
 
 @attrs.frozen
 class Stage:
-    """Who is there for all rounds."""
+    """The parts that all rounds use."""
 
     server: Server
     redis: RedisServer
@@ -64,7 +65,7 @@ class Stage:
 
 @attrs.frozen
 class Task:
-    """What a process is given."""
+    """The input of a process."""
 
     url: str
     redis: str
@@ -77,7 +78,7 @@ class Task:
 
 @attrs.frozen
 class Run:
-    """What came of one round."""
+    """The result of one round."""
 
     seconds: float
     answered: int

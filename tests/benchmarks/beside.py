@@ -1,11 +1,10 @@
-"""Single calls beside a large check: how long each waits, with a part of the limit kept for them
-and without.
+"""Single calls beside a large check: how long each waits, with a reserve for them and without.
 
 The server counts all keys together, in a strict sliding window, and answers after a random delay.
-One client checks a pool that takes many windows, and again and again a `balance()` asks for a key
-beside it: each for another, because those who ask for one key at the same time share a call. With
-`--period 60` a whole run takes a quarter of an hour; `--seconds` breaks it off. The two clients run
-at the same time, with a server each: they wait for nearly all of it.
+One client checks a pool that takes many windows. Beside it a `balance()` asks for a key at
+intervals: each time another key, because callers of one key share a call. With `--period 60` a
+whole run takes a quarter of an hour; `--seconds` ends it early. The two clients run at the same
+time, with a server each: they wait for nearly all of it.
 """
 
 from __future__ import annotations
@@ -43,27 +42,27 @@ _EVERY = 7 / 60
 # Keys of the single calls: more than ever wait at once.
 _SINGLES = 1_000
 
-# Of the single calls that find a reserve, in seconds, at any period: the median and the longest.
+# Most seconds that single calls with a reserve may wait, at any period: the median and the longest.
 _MEDIAN, _LONGEST = 0.1, 1.0
 
 
 @attrs.frozen
 class Run:
-    """What one client saw."""
+    """The figures of one client."""
 
-    waits: list[
-        float
-    ]  # of the single calls; of those that were still waiting at the end, until then
+    waits: list[float]  # of the single calls; for calls without an end, until the end of the run
     failed: int  # single calls
-    answered: int  # keys of the check
+    answered: int  # answered keys of the check
     seconds: float
 
 
 async def _beside(
     url: str, pool: Sequence[str], singles: Sequence[str], limit: RateLimit, seconds: float
 ) -> Run:
-    """Check the pool, and ask for a key beside it now and then, until the check has ended or the
-    time is over."""
+    """Check the pool, and ask for a key beside it now and then.
+
+    It ends when the check has ended or the time is over.
+    """
     waits: list[float] = []
     landed: list[bool] = []
     failed = 0
@@ -184,7 +183,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--reserve",
         type=float,
         default=0.1,
-        help="share of the limit that is kept for single calls",
+        help="share of the limit that only single calls may take",
     )
 
 

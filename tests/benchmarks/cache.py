@@ -1,11 +1,10 @@
-"""Shared and kept answers: what an asker costs who joins a call that is under way, and one whose
-answer is there.
+"""Single-flight and cache entries: the cost of a waiter that joins a call, and of a fresh entry.
 
-Sharing: so many ask at once for few keys, over real HTTP, and only the keys may reach the wire.
-Beside it the least that a task can do who waits for what others wait for too: to await one of as
-many futures.
+Single-flight: many callers ask at once for few keys, over real HTTP, and only one request for each
+key may reach the wire. Beside it the cheapest possible task with a shared result: one that awaits
+one of as many futures.
 
-A kept answer: one that is young enough, beside aiocache's memory holding the same balance.
+Cache entry: a fresh one, beside aiocache's memory holding the same balance.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from tests.benchmarks._measure import (
 
 KEYS = 20
 
-# More than any run sends; the short window keeps the server from remembering them all.
+# More than any run sends; the short window lets the server forget them soon.
 _NO_LIMIT = 1_000_000
 _SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
 
-# Seconds; about what the sandbox needs to answer. It counts for nothing, because waiting takes no
+# Seconds; about as long as the sandbox takes to answer. Not counted, because waiting takes no
 # processor time.
 _DELAY = 0.02
 
@@ -50,14 +49,14 @@ def _client(url: str) -> CreditsClient:
     return CreditsClient(base_url=url, rate_limit=RateLimit(requests=_NO_LIMIT, pace=None))
 
 
-# --- sharing
+# --- single-flight
 
 
 @attrs.frozen
 class Shared:
     """One contender's one round."""
 
-    cost: float  # microseconds of processor time for each asker
+    cost: float  # microseconds of processor time for each caller
     requests: int
 
 
@@ -116,7 +115,7 @@ def _sharing(server: Server, askers: int, rounds: int) -> list[Bound]:
     ]
 
 
-# --- a kept answer
+# --- a cache entry
 
 
 async def _hit_ours(url: str, key: ApiKey, hits: int) -> float:
@@ -151,18 +150,18 @@ def _kept(server: Server, hits: int, rounds: int) -> list[Bound]:
     url = server.open(secrets, **_SERVER)
     balance = asyncio.run(_fetch(url, key))
     contenders = {
-        "`CreditsClient.balance`, kept": lambda: asyncio.run(_hit_ours(url, key, hits)),
+        "`CreditsClient.balance`, cached": lambda: asyncio.run(_hit_ours(url, key, hits)),
         "aiocache `SimpleMemoryCache.get`": lambda: asyncio.run(_hit_peers(balance, hits)),
     }
     ratio, rows = compare(in_turns(contenders, rounds))
     asked = server.close().requests
-    assert asked == 1 + rounds, f"{asked} requests where each client had to send one"
+    assert asked == 1 + rounds, f"{asked} requests instead of one by each client"
     print_table(
-        f"An answer that is kept, {hits:,} times a round; {rounds_text(rounds)}.",
+        f"A fresh cache entry, {hits:,} times a round; {rounds_text(rounds)}.",
         ("", "processor time, ns", "of aiocache's"),
         rows,
     )
-    return [Bound("a kept answer, of aiocache's", ratio, 0.2)]
+    return [Bound("a cache entry, of aiocache's", ratio, 0.2)]
 
 
 def run(options: argparse.Namespace) -> list[Bound]:
@@ -182,5 +181,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 BENCHMARK = Benchmark(
-    "shared and kept answers, against a bare gather and aiocache", run, _add_options
+    "single-flight and cache entries, against a bare gather and aiocache", run, _add_options
 )

@@ -1,5 +1,7 @@
-"""One call: what the client adds to the bare aiohttp session in processor time, with no limit in
-the way."""
+"""One call: the processor time that the client adds to the bare aiohttp session.
+
+No limit delays a call.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,17 @@ from tests.benchmarks._measure import (
     whole,
 )
 
-# More than any run sends; the short window keeps the server from remembering them all.
+# More than any run sends; the short window lets the server forget them soon.
 _NO_LIMIT = 1_000_000
 _SERVER = {"limit": _NO_LIMIT, "period": 1.0, "record": False}
 
-# So that opening the connections is not counted.
+# Calls that open the connections, which are not counted.
 _WARM_UP = 10 * CONNECTIONS
 
-# Starts in a group, and seconds between groups: what the default pace comes to.
+# Starts in a group, and seconds between groups: the result of the default pace.
 _GROUP, _GAP = 3, 0.03
 
-# Does the work for keys that were never seen before; returns the processor time in seconds, without
-# that of the first ones.
+# Does the work for new keys; returns the processor time in seconds, without that of the first ones.
 Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, float]]
 
 
@@ -115,8 +116,7 @@ async def _paced(url: str, secrets: Sequence[str]) -> float:
         return time.process_time() - began
 
 
-# By name: the contender, its peer, the target, and CI's bound: the value that was reached and a
-# tenth.
+# By name: the contender, its peer, the target, and CI's bound: the reached value and a tenth.
 _FREE: dict[str, tuple[Contender, str, float, float]] = {
     "`check`": (_check, "bare, gathered", 1.15, 1.6),
     "`stream`": (_stream, "bare, gathered", 1.15, 1.7),
@@ -143,7 +143,8 @@ _names = itertools.count()
 def _round(server: Server, contender: Contender, calls: int, runner: Callable[..., float]) -> float:
     """Microseconds of this process's processor time for each call."""
     secrets = [f"{secret}-{next(_names)}" for secret in make_secrets(_WARM_UP + calls)]
-    # With a window of its own, or the last contender's requests would look like somebody else's.
+    # With a window of its own, because the last contender's requests would look like another
+    # client's.
     url = server.open(secrets, **_SERVER)
     seconds = runner(contender(url, secrets))
     server.close()

@@ -1,5 +1,7 @@
-"""`quota().seconds_for(n)` beside the truth: when the last of `n` more calls started, in virtual
-time."""
+"""`quota().seconds_for(n)` beside the truth: the start of the last of `n` more calls.
+
+In virtual time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from crustcredits import CreditsClient, RateLimit
 from tests.benchmarks._measure import Benchmark, Bound, print_machine, print_table
 from tests.virtual import WindowServer, fake_client, keys, now, run
 
-# An estimate is right when it is within a third of the truth, or within so many seconds.
+# An estimate is right within a third of the truth, or within this many seconds.
 _SHARE, _SECONDS = 1 / 3, 0.5
 
 Before = Callable[[CreditsClient, WindowServer], Awaitable[object]]
@@ -57,7 +59,7 @@ def _neighbour(rate: float) -> Before:
 
 
 def _spent(count: int) -> Before:
-    """Others have spent so many at once, and this client has met that."""
+    """Other clients have spent this many requests at once, and this client was refused for it."""
 
     async def before(client: CreditsClient, server: WindowServer) -> None:
         server.spend(count)
@@ -68,7 +70,7 @@ def _spent(count: int) -> Before:
 
 @attrs.frozen
 class Situation:
-    """What was before, how many more calls, and how the client and the server are made."""
+    """The state before, the number of more calls, and the settings of client and server."""
 
     before: Before
     count: int

@@ -1,5 +1,7 @@
-"""The rows of the model behind the admission queue, beside this library's scheduler on the same
-worlds, in virtual time."""
+"""The model's rows behind the admission queue, beside this library's scheduler.
+
+The worlds are the same, in virtual time.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""A FastAPI service while the API is out of reach: what it answers meanwhile, what that costs, and
-how it comes back.
+"""A FastAPI service while the API is out of reach: its answers, their cost, and its recovery.
 
 One key's balance is asked for all the time over keep-alive connections. The sandbox is closed, so
 that its port refuses connections, and later opened again on the same port. Every second the app's
-process is looked at from outside.
+process is measured from outside.
 """
 
 from __future__ import annotations
@@ -53,24 +52,24 @@ from tests.benchmarks._service import (
 
 T = TypeVar("T")
 
-# Seconds between two looks at the process.
+# Seconds between two samples of the process.
 _STEP = 1.0
 
 # Seconds that an answer's age may be above `MAX_AGE` without being stale: it is stated a moment
 # after that was decided.
 _MOMENT = 0.05
 
-# Seconds after the return within which all has to be as before.
+# Seconds after the return within which all must be as before.
 _RETURN = 60.0
 
-# Milliseconds that an answer may take while the API is away: a kept one waits for nothing but the
-# app's turns and pauses.
+# Milliseconds that an answer may take while the API is away: a cache entry only waits for the app's
+# turns and pauses.
 _SLOWEST = 1000.0
 
 # Tasks of the server, the lifespan and the client.
 _FEW = 10
 
-# A minute's refreshes leave a tenth of the 300 requests alone.
+# A minute's refreshes leave a tenth of the 300 requests.
 _REFRESHES = 270 / 60
 
 _PHASES = ("before", "the API away", "after")
@@ -88,7 +87,7 @@ class Sample:
 
 @attrs.frozen
 class Course:
-    """All that was seen; times are of the performance counter."""
+    """All samples and answers; times are of the performance counter."""
 
     answers: list[Answered]
     samples: list[Sample]
@@ -97,7 +96,7 @@ class Course:
     refused: int
 
 
-# What an answer was, and what it says.
+# The kind of an answer, and its statement.
 Read: TypeAlias = tuple[Answered, Stated]
 
 
@@ -112,8 +111,7 @@ async def _course(
     samples: list[Sample] = []
     async with load_on(app, options.connections) as load, load_on(app, 1) as beside:
         must_be_ok(await load.run(requests))
-        # Until there is a refresh for each name, because only then there are as many tasks as ever
-        # after.
+        # Until there is a refresh for each name, because the number of tasks is stable only then.
         must_be_ok(await load.run(itertools.cycle(requests), MAX_AGE + 1))
         async with asyncio.TaskGroup() as group:
             sampling = group.create_task(_sample(beside, app.process, samples))
@@ -129,7 +127,7 @@ async def _outage(
 ) -> tuple[float, float, int]:
     """Close the sandbox in time, and open it again.
 
-    Returns when that was, and how many requests were refused till then.
+    Returns the two times, and how many requests were refused in between.
     """
     await asyncio.sleep(options.before)
     figures = await asyncio.to_thread(server.close)
@@ -159,12 +157,12 @@ def _memory(process: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-# --- what came of it
+# --- results
 
 
 def _print_answers(phases: Sequence[Sequence[Read]]) -> None:
     print_table(
-        "What the answers for one key said.",
+        "The answers for one key.",
         (
             "",
             "answers",
@@ -211,13 +209,15 @@ def _samples_row(samples: Sequence[Sample]) -> list[float]:
 
 
 def _unmarked(read: Sequence[Read]) -> int:
-    """Answers that are older than they may be and do not say so."""
+    """Answers that are too old and not marked as stale."""
     return sum(stated.age > MAX_AGE + _MOMENT and not stated.stale for _, stated in read)
 
 
 def _forgotten(read: Sequence[Read]) -> int:
-    """Stale answers without an error, though one before had it: nothing good can have come in
-    between."""
+    """Stale answers without an error after one with an error.
+
+    No good answer can have come in between.
+    """
     failed: set[str] = set()
     forgotten = 0
     for _, stated in read:
@@ -259,7 +259,7 @@ def _judge_process(samples: Sequence[Sequence[Sample]], connections: int) -> lis
     most = max(sample.tasks for of_one in samples for sample in of_one)
     middle, end = samples[0][len(samples[0]) // 2], samples[-1][-1]
     return [
-        # All may be old at once; before, those are fresh that were refreshed within `MAX_AGE`.
+        # All may be old at once; before, refreshed ones are fresh within `MAX_AGE`.
         Bound(
             "tasks after, above those before",
             tasks[-1] - tasks[0],

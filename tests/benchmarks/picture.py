@@ -1,8 +1,7 @@
-"""The README's picture: how many requests the server has counted in the last period, at each moment
-of a real run.
+"""The README's picture: requests that the server has counted in the last period of a real run.
 
-A pool under the rate limit, as in `pool`, one run for each contender. The server tells when each
-request reached it, whether or not it was refused. A curve ends with the last request.
+A pool under the rate limit, as in `pool`, one run for each contender. The server reports when each
+request reached it, refused or not. A curve ends with the last request.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from tests.benchmarks._measure import (
 from tests.benchmarks._svg import Chart, Curve, Point, steps
 from tests.benchmarks.pool import DELAY, LIMIT, PERIOD, Run, one_round
 
-# In kB: it is shown with each look at the README.
+# In kB: it loads with each view of the README.
 _MOST = 60
 
-# From below to above: their colour, also told apart by the colour-blind, their width, and what they
-# are called.
+# From below to above: their colour, also told apart by the colour-blind, their width, and their
+# name.
 _LOOKS = {
     BARE: ("#8c959f", 1.8, "asyncio.gather"),
     AIOLIMITER: ("#d55e00", 1.8, "aiolimiter"),
@@ -123,8 +122,10 @@ def _curve(name: str, run: Run) -> Curve:
 
 
 def _counted(arrivals: Sequence[float]) -> list[Point]:
-    """Each moment at which the count changes, in seconds since the first arrival, and the count
-    from then on."""
+    """Each moment at which the count changes, and the count from then on.
+
+    In seconds since the first arrival.
+    """
     first, last = arrivals[0], arrivals[-1]
     aged = [(at + PERIOD, -1) for at in arrivals if at + PERIOD <= last]
     changes = sorted([*((at, 1) for at in arrivals), *aged])

@@ -1,9 +1,8 @@
-"""A whole pool under the rate limit: time, refusals and worst window, beside what else one would
-reach for.
+"""A whole pool under the rate limit, beside other ways: time, refusals and worst window.
 
-The server keeps a strict sliding window and answers after a random delay. Every contender has to
-bring home every key, over one session with 32 connections. With `--period 60 --alone` it is the
-client alone, at the API's own period: three minutes a round.
+The server has a strict sliding window and answers after a random delay. Every contender must get an
+answer for every key, over one session with 32 connections. With `--period 60 --alone` only the
+client runs, at the API's own period: three minutes a round.
 """
 
 from __future__ import annotations
@@ -51,7 +50,8 @@ LIMIT = 300
 PERIOD = 6.0
 DELAY = (0.0, 0.02)
 
-# Of the least time, the share that a pool may take: at the API's own period, and at shorter ones.
+# The largest ratio of a pool's time to the least time: at the API's own period, and at shorter
+# ones.
 _LONG_PERIOD = 60.0
 _LONG, _SHORT = 1.02, 1.06
 
@@ -127,9 +127,9 @@ def _worst(runs: Sequence[Run]) -> tuple[int, int, int]:
 
 def _judge(runs: Sequence[Run], keys: int, floor: float, period: float) -> list[Bound]:
     refused, window, connections = _worst(runs)
-    # The floor is when the last window opens. What the pace costs is to start the keys of that
-    # window one by one, where without it they would start at once; in the windows before, it only
-    # spreads what had to wait anyway.
+    # The floor is when the last window opens. The pace adds the time to start the keys of that
+    # window one by one, which would start at once without it. In the windows before, it only
+    # spreads starts that had to wait anyway.
     least = floor + (keys % LIMIT or LIMIT) / (RateLimit().pace or math.inf)
     share = _LONG if period >= _LONG_PERIOD else _SHORT
     return [

@@ -1,28 +1,26 @@
-"""Four processes that spend one quota: time, refusals and worst window, beside what else one would
-reach for.
+"""Four processes that spend one quota, beside other ways: time, refusals and worst window.
 
-The server keeps one strict sliding window for all of them together, and answers after a random
-delay. Each process has keys of its own and has to bring home all of them. They are started
+The server has one strict sliding window for all of them together, and answers after a random delay.
+Each process has keys of its own and must get an answer for all of them. The processes are started
 beforehand, with imports done and loops running, wait at a barrier, and are timed from there to the
 end of the last one.
 
-Who counts in Redis has greeted it before the barrier. For crustcredits that takes more than a
-second on a Redis that knows nothing of its prefix, because no tokens are given until every process
-has had the time to say what it holds; a service waits for that once, when it first starts or Redis
+Contenders that count in Redis greet it before the barrier. For crustcredits the greeting takes more
+than a second on a Redis that does not know its prefix: no tokens are given until every process has
+had the time to report its leases. A service waits for that once, on its first start or after Redis
 has lost its memory, so it is not part of the time here. Each round has a fresh prefix.
 
-limits is used as its README does: try, and when there is no room, sleep until
-`get_window_stats().reset_time`. One task of a process tries at a time, or hundreds of them would do
-so in the same moment. What counts as a round trip is a script that Redis runs; both send nothing
-else.
+limits is used as its README does: try, and without room sleep until
+`get_window_stats().reset_time`. One task of a process tries at a time, because hundreds of them
+would do so in the same moment. A round trip is a script that Redis runs; both send nothing else.
 
-Without Redis, what starts within one round trip cannot be seen by the others; so that runs with
-longer ones too, all of one length.
+Without Redis, a process cannot see the starts of the others within one round trip. So that
+contender also runs with longer round trips, all of one length.
 
 Then one of the processes, chosen at random, is killed by SIGKILL at a random moment. The others
-must bring home all their keys nevertheless. Of the tokens in the dead one's hands nobody hears
-again: they come home after a period and two request timeouts, which is 26 s with the usual 10 s for
-each request, longer than all the rest takes; so it is 2 s in that run.
+must still get an answer for all their keys. The leases of the dead process expire after a period
+and two request timeouts. With the usual 10 s for each request that is 26 s, longer than all the
+rest takes; so the timeout is 2 s in that run.
 """
 
 from __future__ import annotations
@@ -72,11 +70,10 @@ DELAY = (0.0, 0.02)
 # Seconds that a request may take in the run with a kill.
 _SHORT = 2.0
 
-# A process is killed after a share of the floor between these: 1 to 12 s as long as nothing is told
-# otherwise.
+# A process is killed after a share of the floor between these: 1 to 12 s by default.
 _KILLED = (1 / 18.75, 12 / 18.75)
 
-# Without Redis, the share of the requests that may be refused, by how many seconds each takes.
+# Without Redis, the share of the requests that may be refused, by the seconds that each takes.
 _REFUSED_AT = {0.02: 0.04, 0.1: 0.1}
 
 _HEADERS = f"{OURS}, headers only"
@@ -87,13 +84,13 @@ _LIMITS = "limits `MovingWindowRateLimiter`, Redis"
 
 @attrs.frozen
 class Task:
-    """What one process is given."""
+    """The input of one process."""
 
     url: str
     secrets: Sequence[str]
     period: int
     redis: str
-    prefix: str  # nobody has used it before
+    prefix: str  # new in each round
 
 
 Work: TypeAlias = Callable[[Task, Barrier], Coroutine[Any, Any, int]]
@@ -101,7 +98,7 @@ Work: TypeAlias = Callable[[Task, Barrier], Coroutine[Any, Any, int]]
 
 @attrs.frozen
 class Stage:
-    """Who and what is there for all rounds."""
+    """The parts that all rounds use."""
 
     server: Server
     redis: RedisServer
@@ -111,8 +108,7 @@ class Stage:
 
     @property
     def floor(self) -> float:
-        """Seconds until the last window opens, and over which the pace of all spreads its
-        requests."""
+        """Seconds until the last window opens, plus those for which the pace spreads it."""
         every = PROCESSES * self.keys
         spread = (every % LIMIT or LIMIT) / (PROCESSES * (RateLimit().pace or math.inf))
         return (math.ceil(every / LIMIT) - 1) * self.period + spread
@@ -132,12 +128,14 @@ class Run:
 
     @property
     def refused_share(self) -> float:
-        """Of the requests; but for those of a process that was killed every one is either refused
-        or answers a key."""
+        """The refused share of the requests.
+
+        Except those of a killed process, each request is either refused or answers a key.
+        """
         return self.figures.refused / (self.answered + self.figures.refused)
 
 
-# --- what a process does
+# --- the work of a process
 
 
 async def _headers_only(task: Task, barrier: Barrier) -> int:
@@ -278,7 +276,7 @@ def _trips(runs: Sequence[Run]) -> float:
 
 
 def _unanswered(runs: Sequence[Run], stage: Stage) -> int:
-    """Keys that a process did not bring home, though it was there to the end."""
+    """Keys without an answer of processes that were not killed."""
     return max(
         sum(stage.keys - answered for answered in run.ended.answered if answered is not None)
         for run in runs
@@ -353,7 +351,7 @@ def _judge_redis(runs: Sequence[Run], stage: Stage) -> list[Bound]:
     ]
 
 
-# --- one is killed
+# --- one process is killed
 
 
 def _with_a_death(stage: Stage, seed: int) -> list[Bound]:
@@ -364,7 +362,7 @@ def _with_a_death(stage: Stage, seed: int) -> list[Bound]:
     print_table(
         f"{_REDIS}, and process {kill.place + 1} of {PROCESSES} is killed {kill.after:.2f} s "
         f"after the start (`--seed {seed}`). "
-        "The dead one's tokens come home after a period and twice the request timeout, "
+        "The leases of the dead process expire after a period and twice the request timeout, "
         f"which is {_SHORT:g} s here.",
         ("", "time, s", "429s", "worst window", "keys answered"),
         [
@@ -408,7 +406,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--period", type=whole(1), default=6, help="seconds that the server's window is long"
     )
-    parser.add_argument("--seed", type=whole(0), default=1, help="who is killed, and when")
+    parser.add_argument(
+        "--seed", type=whole(0), default=1, help="seed of the killed process, and of its time"
+    )
 
 
 BENCHMARK = Benchmark(

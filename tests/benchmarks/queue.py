@@ -1,4 +1,4 @@
-"""The admission queue by itself: what a call costs it, by how many others wait.
+"""The admission queue by itself: the cost of a call, by the number of others that wait.
 
 Each call is put, granted and ended, without a loop, a task or a socket; time is a number. `free`:
 there is a token for each. `flows`: the same, in a thousand flows. `scarce`: all accounts are
@@ -35,7 +35,7 @@ _SLOTS = 32
 
 
 def _drain(waiting: int, *, flows: int = 1, scarce: bool = False) -> float:
-    """Microseconds of processor time for each of so many calls that wait at once."""
+    """Microseconds of processor time for each of `count` calls that wait at once."""
     terms = SchedulerTerms(requests=300 if scarce else waiting, scope="client")
     scheduler = Scheduler(
         terms, pace=Pace(None, 5.0), slots=ConnectionSlots[Attempt](_SLOTS), seed=1
@@ -56,7 +56,7 @@ def _drain(waiting: int, *, flows: int = 1, scarce: bool = False) -> float:
             scheduler.ended(on_wire.popleft(), _SERVED, now)
             left -= 1
         else:
-            assert isinstance(granted, float), "those who wait are woken"
+            assert isinstance(granted, float), "a waiting call is let out"
             now = granted
     return (time.process_time() - began) / waiting * 1e6
 

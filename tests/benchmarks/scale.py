@@ -1,17 +1,16 @@
-"""Many keys in one process: how long the loop is blocked, what a known key takes of memory, and
-what kept answers cost.
+"""Many keys in one process: the loop's longest block, memory per key, the cost of cache entries.
 
-No server and no socket: a double stands where the transport stands and answers after 10 ms, with a
-count of its own for each key. `balance(timeout=2)` for as many keys at once, and beside it the
-least that a task with a deadline can be: one that sleeps for those 10 ms under `asyncio.timeout`. A
-callback that comes back every millisecond tells how long the loop was away; the longest time is the
-block. Then a `check(timeout=2)` of so many, and a `check` of kept keys. And in virtual time,
-without targets, single calls with a timeout that keep coming faster than the limit allows.
+No server and no socket: a double of the transport answers after 10 ms, with a count of its own for
+each key. `balance(timeout=2)` asks for as many keys at once. Beside it is the cheapest possible
+task with a deadline: one that sleeps for those 10 ms under `asyncio.timeout`. A callback every
+millisecond shows how long the loop was away; the longest time is the block. Then follow a
+`check(timeout=2)` of as many keys, and a `check` of keys with a cache entry. In virtual time,
+without targets, single calls with a timeout keep coming faster than the limit allows.
 
 Memory is measured in virtual time, at the default pace, by tracemalloc: after a check has answered
 all keys; after one more call, with which the queue forgets the check; and when no account has been
-asked for so long that the queue forgets it too. The keys are no more than the pace starts within
-one period, and are made before, so that they are not counted.
+asked for so long that the queue forgets it too. There are no more keys than the pace starts within
+one period. They are made before, so that they are not counted.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ from tests.benchmarks._measure import (
 _TRIP = 0.01
 _TIMEOUT = 2.0
 
-# Requests that each key is allowed, in what its answers tell.
+# Requests that each key is allowed, according to its answers.
 _LIMIT = 300
 
 # Keys that the default pace starts within one period.
 _IN_A_PERIOD = 5_000
 
-# More than the limit allows: seconds for which calls come, calls a second, their timeouts, and how
-# long answers take.
+# More than the limit allows: seconds for which calls come, calls a second, their timeouts, and the
+# delays of answers.
 _OVERLOAD = 300
 _RATES = (6, 20)
 _TIMEOUTS = (10, 30)
@@ -84,7 +83,7 @@ class _Asked:
 
 
 class _Double:
-    """Answers any key as the API would, counted by itself; remembers no key."""
+    """Answers any key as the API would, with a count of its own; remembers no key."""
 
     def __init__(self, asked: _Asked) -> None:
         self._asked = asked
@@ -124,18 +123,19 @@ def _keys(count: int) -> list[ApiKey]:
 
 @attrs.frozen
 class Burst:
-    """What came of so many at once."""
+    """The result of many calls at once."""
 
-    block: float  # milliseconds for which the loop was away at the longest
-    busy: float  # milliseconds of processor time that it took meanwhile
+    block: float  # the loop's longest absence, in milliseconds
+    busy: float  # milliseconds of processor time during that
     first: float  # seconds until the first request started
     seconds: float
     processor: float  # microseconds for each
     answered: int
-    # How many the pace lets start from the first request on, early enough for those who asked last.
+    # Starts that the pace allows from the first request on, early enough for the callers that asked
+    # last.
     allowed: int
-    on_wire: int  # whose time ended while their request was on the wire
-    other: int  # failed in another way than these, and not for the limit's sake
+    on_wire: int  # calls that expired while their request was on the wire
+    other: int  # failed in another way than these, and not because of the limit
 
 
 class _Turns:
@@ -154,7 +154,7 @@ class _Turns:
             max(self.longest, now - then),
             max(self.busiest, busy - busy_then),
         )
-        # Without load it need not spin; a millisecond is little beside what is looked for.
+        # Without load it need not spin; a millisecond is little beside the measured times.
         self._handle = self._loop.call_later(0.001, self._turn)
 
     def stop(self) -> None:
@@ -261,11 +261,11 @@ def _at_once(count: int, many: int, rounds: int) -> list[Bound]:
     print_table(
         f"{count:,} calls at once for as many keys that are answered after {_TRIP * 1000:g} "
         "ms, and checks; default settings; "
-        f"{rounds_text(rounds)}, but of what was answered the least. The ratio is of the "
-        "longest blocks in processor time, for "
-        "other work on the machine lengthens both. Allowed is what the pace lets start from "
-        "the first request on, early enough for "
-        "those who asked last; sent in vain is what was on the wire when its time ended.",
+        f"{rounds_text(rounds)}, but the least of the answered ones. The ratio is of the "
+        "longest blocks in processor time, because other work on the machine lengthens both. "
+        "Allowed are the starts that the pace allows from the first request on, early enough "
+        "for the callers that asked last; expired on the wire are calls with a request under "
+        "way at their deadline.",
         (
             "",
             "longest block, ms",
@@ -276,7 +276,7 @@ def _at_once(count: int, many: int, rounds: int) -> list[Bound]:
             "processor time a key, µs",
             "answered",
             "allowed",
-            "sent in vain",
+            "expired on the wire",
         ),
         [(name, *_row(of_one, ratios[name])) for name, of_one in runs.items()],
     )
@@ -314,8 +314,10 @@ def _run(do: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 async def _overload(rate: int, timeout: float, trip: tuple[float, float]) -> Counter[object]:
-    """What comes of so many single calls a second, each for another key, all of which are counted
-    together."""
+    """The result of too many single calls a second.
+
+    Each is for another key, and all keys are counted together.
+    """
     server = virtual.WindowServer(limit=_LIMIT, seconds=trip)
     results: Counter[object] = Counter()
     async with virtual.fake_client(server) as client:
@@ -343,12 +345,12 @@ def _overloads() -> list[Bound]:
         rows.append((name, results[True], results[APITimeoutError], results[RateLimitWaitError]))
     print_table(
         f"More single calls than the limit allows, for {_OVERLOAD} s of virtual time, "
-        f"{_LIMIT} requests in any 60 s; default "
-        "settings. Sent in vain is what was on the wire when its time ended.",
+        f"{_LIMIT} requests in any 60 s; default settings. Expired on the wire are calls with "
+        "a request under way at their deadline.",
         (
             "calls, their timeout and the delay of answers",
             "answered",
-            "sent in vain",
+            "expired on the wire",
             "refused for the limit",
         ),
         rows,
@@ -360,10 +362,12 @@ def _overloads() -> list[Bound]:
 
 
 async def _remember(keys: Sequence[ApiKey]) -> list[float]:
-    """Bytes for each key: once it has been answered, one call later, and three idle periods and
-    another call later."""
+    """Bytes for each key: after its answer, one call later, and after three idle periods.
+
+    Another call follows the idle periods.
+    """
     async with _client(max_entries=len(keys)) as client:
-        await client.balance(_keys(1)[0])  # imports, and what is made once
+        await client.balance(_keys(1)[0])  # imports, and objects that are made once
         before = _traced()
         assert (await client.check(keys)).ok
         traced = [_traced()]
@@ -391,8 +395,8 @@ def _memory(count: int) -> list[Bound]:
         ("", "bytes a key", "target"),
         [
             ("a `check` has just answered all", answered, ""),
-            ("one call later: the kept answer, and the account in the queue", known, "1,000"),
-            ("three periods and another call later: the kept answer", idle, "1,000"),
+            ("one call later: the cache entry, and the account in the queue", known, "1,000"),
+            ("three periods and another call later: the cache entry", idle, "1,000"),
         ],
     )
     return [
@@ -402,7 +406,7 @@ def _memory(count: int) -> list[Bound]:
     ]
 
 
-# --- kept answers
+# --- cache entries
 
 
 async def _kept(keys: Sequence[ApiKey], rounds: int) -> dict[str, list[float]]:
@@ -448,7 +452,7 @@ def _kept_answers(count: int, rounds: int) -> list[Bound]:
     costs = asyncio.run(_kept(_keys(count), rounds))
     *_, by_key, by_name = costs.values()
     print_table(
-        f"{count:,} kept answers; {rounds_text(rounds)}.",
+        f"{count:,} cache entries; {rounds_text(rounds)}.",
         ("", "processor time a key, µs", "of `d.get` by `ApiKey`", "of `d.get` by name"),
         [
             (name, statistics.median(cost), median_ratio(cost, by_key), median_ratio(cost, by_name))
@@ -471,12 +475,10 @@ def run(options: argparse.Namespace) -> list[Bound]:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=whole(1), default=50_000, help="calls at once")
     parser.add_argument("--many", type=whole(1), default=80_000, help="keys of the larger check")
-    parser.add_argument(
-        "--known", type=whole(1), default=10_000, help="keys whose answers are kept"
-    )
+    parser.add_argument("--known", type=whole(1), default=10_000, help="keys with a cache entry")
     parser.add_argument("--rounds", type=whole(1), default=5, help="rounds")
 
 
 BENCHMARK = Benchmark(
-    "tens of thousands of keys: the loop's block, memory, kept answers", run, _add_options
+    "tens of thousands of keys: the loop's block, memory, cache entries", run, _add_options
 )

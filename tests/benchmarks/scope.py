@@ -1,14 +1,13 @@
-"""How long a pool takes when the client has to find out by itself what the server counts by
-(`RateLimit(scope="auto")`).
+"""How long a pool takes while the client detects the scope that the server counts by.
 
-The client is `CreditsClient(base_url=…)` and is told nothing of accounts. The server keeps strict
-sliding windows and answers after a random delay. It counts by account, where each key has an
-account of its own; or all requests together; or by account, where four keys in ten share one and
-the pool is shuffled. Beside the first stands aiolimiter, which cannot know and has to take all
-requests to be counted together.
+The scope is `RateLimit(scope="auto")`, the default of `CreditsClient(base_url=…)`; no account is
+declared. The server has strict sliding windows and answers after a random delay. It counts by
+account, where each key has an account of its own; or all requests together; or by account, where
+four keys in ten share one and the pool is shuffled. Beside the first stands aiolimiter, which
+cannot know the scope and must assume that all requests are counted together.
 
-All of this takes as long as it says. Only a server whose count lags behind its answers, which the
-sandbox cannot play, is met in virtual time: without a network, and where waiting takes none.
+All rows run in real time but one: a server with a count that lags behind its answers, which the
+sandbox cannot play, runs in virtual time and without a network.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ DELAY = (0.0, 0.02)
 # Seconds by which a count lags behind.
 _LAG = 0.5
 
-# Of all keys, how many in ten share an account that they do not declare.
+# Of ten keys, how many share an account that they do not declare.
 _SHARED = 4
 
-# Seconds that a pool may take beyond what its pace needs, when nothing else holds it up.
+# Seconds that a pool may take beyond the time of its pace, if no limit delays it.
 _BESIDE = 2.0
 
 _APART = "counted by account, one for each key"
@@ -78,7 +77,7 @@ def _real(server: Server, contender: Contender, secrets: Sequence[str], **option
 
 def _in_real_time(server: Server, keys: int, period: int) -> list[Bound]:
     secrets = make_secrets(keys)
-    # For 60 s that is the default, as if nothing were given.
+    # 60 s is the default, as without this setting.
     client = partial(ours, limit=RateLimit(period=period))
     by_account = partial(_real, server, period=period, scope="account")
     runs = in_turns(
@@ -98,7 +97,7 @@ def _in_real_time(server: Server, keys: int, period: int) -> list[Bound]:
     print_table(
         f"{keys:,} keys, {LIMIT} requests in any {period} s, {DELAY[0] * 1000:g} to "
         f"{DELAY[1] * 1000:g} ms of delay, and a client "
-        "that is told nothing; 1 round.",
+        "without any configuration; 1 round.",
         ("", "time, s", "429s"),
         [(name, *attrs.astuple(run)) for name, (run,) in runs.items()],
     )
@@ -131,8 +130,7 @@ def _in_virtual_time(keys: int, period: int) -> list[Bound]:
         _TOGETHER: virtual.run(_check_lagging(keys, period, by_account=False)),
     }
     print_table(
-        f"The same in virtual time, with a server whose count is {_LAG:g} s behind what it "
-        "has answered.",
+        f"The same in virtual time, with a server whose count is {_LAG:g} s behind its answers.",
         ("", "time, s", "429s"),
         [(name, *attrs.astuple(run)) for name, run in runs.items()],
     )
@@ -170,5 +168,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 BENCHMARK = Benchmark(
-    "what the client finds out of how the server counts, in real time", run, _add_options
+    "the detection of the scope that the server counts by, in real time", run, _add_options
 )

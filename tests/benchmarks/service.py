@@ -1,12 +1,12 @@
-"""A FastAPI service under load: what its answers cost beside a constant one's, how old they are,
-and what it asks the API.
+"""A FastAPI service under load: the cost and age of its answers, and its requests to the API.
 
-uvicorn with one worker, the sandbox and the load have a process each. The load is a closed loop
-over keep-alive connections, in turns on one key's balance and on a route of the same app that
-answers with a constant. What an answer says of its age is compared with the truth, which stands in
-its credits.
+The cost is beside that of a constant answer. uvicorn with one worker, the sandbox and the load have
+a process each. The load is a closed loop over keep-alive connections, in turns on one key's balance
+and on a route of the same app that answers with a constant. The age that an answer states is
+compared with the truth, which its credits show.
 
-Then a pool at once, all of it kept, beside a route that builds as many models anew.
+Then a pool at once, with a cache entry for each key, beside a route that builds as many models
+anew.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ POOL_KEYS = 200
 # Seconds of one turn.
 _OURS, _CONSTANT, _POOL = 5.0, 1.0, 2.0
 
-# Seconds that a balance of the pool is kept: longer than any run takes, so that nothing is asked
+# The max age of the pool's balances in seconds: longer than any run takes, so that no key is asked
 # again.
 _POOL_AGE = 600.0
 
@@ -132,7 +132,7 @@ class Slice:
 
 @attrs.define
 class _Truth:
-    """What the answers said of their age, and what was true."""
+    """The stated ages of the answers, and the true ones."""
 
     ages: array[float] = attrs.field(factory=partial(array, "d"))
     stale: int = 0
@@ -162,7 +162,7 @@ async def _slice(
 
 
 def _table(caption: str, peer: str, slices: Mapping[str, Sequence[Slice]]) -> tuple[float, float]:
-    """Print it. Returns the median ratios of the time a request and of the 99th percentile."""
+    """Print the table. Returns the median ratios of time a request and 99th percentile."""
     ours, peers = slices.values()
     ratio, rows = compare({name: [run.cost for run in of_one] for name, of_one in slices.items()})
     late = median_ratio([run.late for run in ours], [run.late for run in peers])
@@ -237,7 +237,7 @@ def _judge(
     ratio, late = _table(caption, "the constant's", slices)
     oldest, window = max(truth.ages), figures.worst_window or 0
     print_table(
-        "What the answers for one key said, and what the API saw.",
+        "The stated ages of one key's answers, and the requests to the API.",
         (
             "answers",
             "of them stale",

@@ -1,10 +1,10 @@
-"""What does not fit on one machine, in virtual time: a million keys over 32 processes that share
-one limit in Redis.
+"""A fleet too large for one machine, in virtual time: a million keys over 32 processes.
 
-Nothing is measured here but what follows from the rules: each process is a `CreditsClient` with
-`RedisBuckets`, all on one virtual loop; the script is the real one, run by a Lua interpreter over a
-model of Redis's commands; the server is a strict sliding window. Round trips to the server and to
-Redis are drawn at random. Memory is that of all the processes and both servers together.
+They share one limit in Redis. Only the consequences of the rules are measured: each process is a
+`CreditsClient` with `RedisBuckets`, all on one virtual loop; the script is the real one, run by a
+Lua interpreter over a model of Redis's commands; the server is a strict sliding window. Round trips
+to the server and to Redis are drawn at random. Memory is that of all the processes and both servers
+together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TO_REDIS = (0.0002, 0.001)
 
 @attrs.frozen
 class Simulated:
-    """What came of one run."""
+    """The result of one run."""
 
     seconds: float
     refused: int
@@ -41,16 +41,14 @@ class Simulated:
     ends: list[float]  # of each process
     shares: list[
         float
-        # Of the answers that came in the first half of the time, each process's share times the
-        # processes.
+        # Of the answers in the first half of the time, each process's share times the processes.
     ]
     messages: int
     megabytes: float
 
 
 class _Counting(WindowServer):
-    """Keeps the times of arrivals and not whose they were, or its memory would be what is
-    measured."""
+    """Stores the times of arrivals without their keys, so that their memory is not measured."""
 
     def __init__(self) -> None:
         super().__init__(limit=LIMIT, period=PERIOD, seconds=TRAVEL)
@@ -71,7 +69,7 @@ def _keys(process: int, keys: int) -> Iterator[ApiKey]:
 async def _check(
     client: CreditsClient, process: int, keys: int, answered: list[list[float]]
 ) -> float:
-    """Bring home its keys; notes when every hundredth came."""
+    """Get an answer for all its keys; note when every hundredth came."""
     loop, places = asyncio.get_running_loop(), count(1)
     async for outcome in client.stream(_keys(process, keys)):
         assert outcome.ok, outcome.error
@@ -90,7 +88,7 @@ async def _simulate(processes: int, keys: int) -> Simulated:
         )
         for _ in range(processes)
     ]
-    # What an empty Redis makes the first message wait for is over when the clock starts.
+    # The clock starts after the wait of the first message to an empty Redis.
     await clients[0].account("simulated-first")
     began = asyncio.get_running_loop().time()
     server.windows.clear()

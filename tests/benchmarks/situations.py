@@ -1,8 +1,8 @@
-"""What a pool meets beside the quiet case, over real sockets: refused and saturated accounts,
-plans, bursts, networks in front.
+"""A pool in less quiet cases, over real sockets.
 
-A server in this process counts as the row says, and sends all documented headers; the client has
-its default settings but for what the row names. Time is real, so a row takes as long as it says.
+Refused and saturated accounts, plans, bursts, networks in front. A server in this process counts as
+the row says, and sends all documented headers; the client has its default settings except for those
+that the row names. Time is real, so a row takes as long as it says.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ _requests = itertools.count(10**30)
 
 @attrs.frozen(kw_only=True)
 class Situation:
-    """A pool and a server; `at_most` are seconds until the first and until the last good answer,
-    and keys that fail."""
+    """A pool and a server, with bounds.
+
+    `at_most` are seconds until the first and until the last good answer, and keys that fail.
+    """
 
     pool: Callable[[], Sequence[ApiKey]]
     at_most: tuple[float, float, int]
@@ -96,7 +98,7 @@ class _Api:
 
 @attrs.frozen
 class Run:
-    """What came of it."""
+    """The result of a situation."""
 
     first: float
     last: float
@@ -133,7 +135,7 @@ async def _play(situation: Situation) -> Run:
             client.check(pool, timeout=situation.timeout, on_outcome=landed)
         )
         waiting = asyncio.create_task(done.wait())
-        # What is refused for ever is not waited for.
+        # A check does not wait for keys that are refused for ever.
         await asyncio.wait([check, waiting], return_when=asyncio.FIRST_COMPLETED, timeout=300)
         for task in (check, waiting):
             task.cancel()
@@ -261,7 +263,7 @@ def run(options: argparse.Namespace) -> list[Bound]:
             if at_most < math.inf:
                 bounds.append(Bound(f"{name}: {what}", measured, at_most))
     print_table(
-        f"Default settings but for what is named, 0 to {DELAY[1] * 1000:g} ms of delay; "
+        f"Default settings except for those named, 0 to {DELAY[1] * 1000:g} ms of delay; "
         f"medians of {options.rounds}.",
         ("", "first good, s", "last good, s", "429s", "failed"),
         rows,

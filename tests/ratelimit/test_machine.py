@@ -716,7 +716,7 @@ class Machine(RuleBasedStateMachine):
             for name in waiting:
                 account = scheduler._accounts.get(name)
                 has_room = account is None or scheduler._account_room(account, kind, now) > 0
-                self.demand(not has_room, "an admissible call did not start")
+                self.demand(not has_room, "an admissible call was left over")
 
     def note_predictions(self) -> None:
         """Note the predicted earliest start of some accounts."""
@@ -949,7 +949,7 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
         ConnectionSlots,
         "_let_hang",
         lambda self: None,
-        "an admissible call did not start",
+        "an admissible call was left over",
     ),
     "R10 all may hang": (connection_slots, "HANGING_SHARE", 10**6, "more requests on the wire"),
     "R10 more than slots": (connection_slots, "_PATIENCE", 0.1, "more requests than slots"),
