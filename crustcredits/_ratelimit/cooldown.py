@@ -24,8 +24,8 @@ _MEMORY = 2
 # longest.
 _FIRST_HOLD = 0.25
 _LONGEST_UNKNOWN = 8.0
-# Most seconds by which a refused probe extends a cooldown, unless the counts are known to be of all
-# accounts together.
+# Most seconds by which a refused probe extends a cooldown, before doublings, unless the counts are
+# known to be of all accounts together.
 _WEAK_HOLD = 1.0
 # Refused probes in a cooldown before its length doubles, in case the server counts refused requests
 # too; and seconds of the longest.

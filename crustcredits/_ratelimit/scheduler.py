@@ -1,10 +1,12 @@
 """`Scheduler`: the admission queue of an endpoint, which decides the call that starts next.
 
-A call starts when, at one moment, no cooldown of the endpoint is on, the trial has room, a
-connection slot is free, the pace allows it, its account has a token and no cooldown, and the common
-bucket has a token for it. The call takes all of them in that moment. Every decision is a function
-of values and the time `now`. The dispatcher has the timers and tasks, and asks again at the moment
-that `grant` names. Both endpoints of a client share the pace and the slots.
+A call starts only without a cooldown of its endpoint or its account. The trial must have room, a
+connection slot must be free, and the pace must allow the start. The account's bucket and the common
+bucket must have a token each. The call takes all of them in that one moment.
+
+Every decision is a function of values and the time `now`. The dispatcher has the timers and tasks,
+and asks again at the moment that `grant` names. Both endpoints of a client share the pace and the
+slots.
 """
 
 from __future__ import annotations

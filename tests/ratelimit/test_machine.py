@@ -158,7 +158,8 @@ class Turns:
 class Machine(RuleBasedStateMachine):
     """Calls come, are given up, expire, or get a waiter of a better kind; time passes.
 
-    Answers come in any order.
+    Answers come in any order. The class is long because hypothesis takes all rules of a state
+    machine from one class.
     """
 
     broken: ClassVar[Any] = None  # the patch that breaks a rule on purpose
