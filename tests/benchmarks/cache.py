@@ -110,8 +110,8 @@ def _sharing(server: Server, askers: int, rounds: int) -> list[Bound]:
         [(*row, requests[row[0]]) for row in rows],
     )
     return [
-        Bound(f"requests on the wire for {askers:,} askers", max(requests.values()), KEYS),
-        Bound("processor time an asker, of the bare gather's", ratio, 2.0),
+        Bound(f"requests on the wire for {askers:,} callers", max(requests.values()), KEYS),
+        Bound("processor time a caller, of the bare gather's", ratio, 2.0),
     ]
 
 

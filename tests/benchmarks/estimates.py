@@ -125,12 +125,12 @@ def run_all(options: argparse.Namespace) -> list[Bound]:
     rows = [(name, *run(_play(situation))) for name, situation in SITUATIONS.items()]
     wrong = [name for name, said, took in rows if abs(said - took) > max(_SHARE * took, _SECONDS)]
     print_table(
-        "Seconds until the last of so many more calls starts.",
+        "Seconds until the last of that many more calls starts.",
         ("", "said", "true", "within a third"),
         [(name, said, took, "no" if name in wrong else "yes") for name, said, took in rows],
     )
     return [
-        Bound(f"of {len(rows)} estimates, those that are wrong by more than a third", len(wrong), 5)
+        Bound(f"of {len(rows)} estimates, the wrong ones (by more than a third)", len(wrong), 5)
     ]
 
 
