@@ -104,9 +104,9 @@ def _sharing(server: Server, askers: int, rounds: int) -> list[Bound]:
     ratio, rows = compare({name: [run.cost for run in of_one] for name, of_one in runs.items()})
     requests = {name: max(run.requests for run in of_one) for name, of_one in runs.items()}
     print_table(
-        f"{askers:,} askers at once for {KEYS} keys; {rounds_text(rounds)}, but of the "
+        f"{askers:,} callers at once for {KEYS} keys; {rounds_text(rounds)}, but of the "
         "requests the most.",
-        ("", "processor time an asker, µs", "of the bare one's", "requests on the wire"),
+        ("", "processor time a caller, µs", "of the bare one's", "requests on the wire"),
         [(*row, requests[row[0]]) for row in rows],
     )
     return [
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> list[Bound]:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--askers", type=whole(KEYS), default=10_000, help="askers at once, of each round"
+        "--askers", type=whole(KEYS), default=10_000, help="callers at once, in each round"
     )
     parser.add_argument("--hits", type=whole(1), default=20_000, help="hits of each round")
     parser.add_argument("--rounds", type=whole(1), default=15, help="rounds")
