@@ -1,4 +1,4 @@
-"""How many credits each of your Crustdata API keys has left, from asyncio code, within the API's rate limit."""
+"""Credits left on each of your Crustdata API keys, from asyncio, within the API's rate limit."""
 
 from crustcredits._cache.policy import CacheOptions
 from crustcredits._client import CreditsClient

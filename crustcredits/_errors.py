@@ -1,6 +1,6 @@
-"""The one tree of exceptions.
+"""The tree of all exceptions.
 
-Attributes, never the text, carry what a program needs; no secret gets in.
+Programs read the attributes, never the text. No error holds a secret.
 
 CrustCreditsError
 ├── ConfigurationError          (also a ValueError)
@@ -19,7 +19,7 @@ CrustCreditsError
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
 ├── BucketsUnavailableError
-├── CreditsRequirementError     this one and those below stand in `_report`, whose reports they hold
+├── CreditsRequirementError     this branch is defined in `_report`: its errors hold a report
 │   ├── InsufficientCreditsError
 │   └── CreditsUnknownError
 └── ClientClosedError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ErrorDetails(TypedDict, total=False):
-    """What each error can say of its call; see `CrustCreditsError`."""
+    """The attributes that every error can carry; see `CrustCreditsError`."""
 
     key_name: str | None
     attempts: int
@@ -44,16 +44,16 @@ class ErrorDetails(TypedDict, total=False):
 
 
 class CrustCreditsError(Exception):
-    """Root of everything that this library raises.
+    """Root of all errors that this library raises.
 
     Attributes:
-        message: What went wrong and what to do, in words, without the key's name.
-        key_name: The label of the key it happened to, or None when no single key is to blame. Never
-            its secret.
-        attempts: How many requests were put on the wire for this call.
-        request_id: The server's `x-request-id`, when an answer brought one.
-        rate_limit: What the last answer said of the rate limit, or None.
-        may_recover: Whether the same call may succeed later, with the same key: after an outage, a
+        message: The cause and the remedy in words, without the key's name.
+        key_name: The label of the failed key, never its secret. None when no single key is to
+            blame.
+        attempts: Number of requests that were put on the wire for this call.
+        request_id: The server's `x-request-id`, when a response carried one.
+        rate_limit: The rate limit in the headers of the last response, or None.
+        may_recover: Whether the same call may succeed later with the same key: after an outage, a
             timeout or a wait.
     """
 
@@ -79,8 +79,7 @@ class CrustCreditsError(Exception):
         return self.message if self.key_name is None else f"{self.key_name}: {self.message}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls the class with `args` alone, and keyword-only arguments without defaults
-        # would be missing.
+        # The default calls the class with `args` only; required keyword arguments would be missing.
         return rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -88,7 +87,7 @@ _ErrorT = TypeVar("_ErrorT", bound=CrustCreditsError)
 
 
 def renamed(error: _ErrorT, key_name: str | None) -> _ErrorT:
-    """A copy of an error that names this key, without a traceback."""
+    """A copy of an error with this `key_name` and without a traceback."""
     twin = copy.copy(error)
     twin.key_name = key_name
     return twin
@@ -96,25 +95,22 @@ def renamed(error: _ErrorT, key_name: str | None) -> _ErrorT:
 
 def rebuild(kind: type[_ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> _ErrorT:
     error = kind.__new__(kind, *args)
-    # OSError, a base of APITimeoutError, leaves this to the __init__ that is not called here.
+    # OSError, a base of APITimeoutError, sets `args` in its __init__, which is not called here.
     error.args = args
     error.__dict__.update(state)
     return error
 
 
 class ConfigurationError(CrustCreditsError, ValueError):
-    """An argument, a key, a file or an environment variable cannot be used.
-
-    No request was made for it.
-    """
+    """An argument, a key, a file or an environment variable cannot be used. No request was sent."""
 
 
 class APIConnectionError(CrustCreditsError):
-    """No whole answer came: name resolution, connecting, TLS, a reset, or a body cut short.
+    """No complete response: name resolution, connecting, TLS, a reset, or a body cut short.
 
     Attributes:
-        retryable: Whether it may pass, and is retried. False when the server's certificate cannot
-            be verified.
+        retryable: Whether the failure may pass, and is retried. False when the server's certificate
+            cannot be verified.
     """
 
     def __init__(
@@ -126,7 +122,7 @@ class APIConnectionError(CrustCreditsError):
 
 
 class APITimeoutError(CrustCreditsError, TimeoutError):
-    """No connection, or no whole answer, came in time. Retried while the call's own time lasts."""
+    """No connection, or no complete response, in time. Retried until the call's own deadline."""
 
     may_recover: bool = True
 
@@ -141,7 +137,7 @@ class APIStatusError(CrustCreditsError):
     def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message, **details)
         self.status = status
-        # 408: the request took too long to arrive. 425: it came too early (RFC 8470).
+        # 408: the request took too long to arrive. 425: the request came too early (RFC 8470).
         self.may_recover: bool = self.may_recover or status in {408, 425}
 
     def __str__(self) -> str:
@@ -157,10 +153,7 @@ class AuthenticationError(APIStatusError):
 
 
 class MissingKeyError(AuthenticationError):
-    """401: no key reached the API.
-
-    Something between here and there removed the `Authorization` header.
-    """
+    """401: no key reached the API. The `Authorization` header was removed on the way."""
 
 
 class InvalidKeyError(AuthenticationError):
@@ -172,16 +165,16 @@ class PaymentRequiredError(APIStatusError):
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the plan or the key's rights do not allow this."""
+    """403: the plan or the key's rights do not allow the request."""
 
 
 class RateLimitError(APIStatusError):
     """429: the server counts more requests than it allows.
 
     Attributes:
-        retry_after: Seconds until the server expects to take another request: the longer of
-            `x-ratelimit-reset`, which is at most the limit's period, and `Retry-After`, however
-            long; None when it said neither.
+        retry_after: Seconds until the server expects to accept another request: the longer of
+            `x-ratelimit-reset`, capped at the limit's period, and `Retry-After`, without a cap.
+            None without both headers.
     """
 
     may_recover: bool = True
@@ -202,7 +195,7 @@ class InternalServerError(APIStatusError):
     """5xx: the server or a gateway before it failed. Retried.
 
     Attributes:
-        retry_after: Seconds that a 503 asks to wait in `Retry-After`; None when it does not.
+        retry_after: Seconds from the `Retry-After` of a 503; None without one.
     """
 
     may_recover: bool = True
@@ -220,11 +213,11 @@ class InternalServerError(APIStatusError):
 
 
 class GatewayError(CrustCreditsError):
-    """A gateway, firewall or proxy answered 401, 402 or 403 in the API's place: the body is no JSON object. Retried.
+    """401, 402 or 403 from a gateway, firewall or proxy in the API's place. Retried.
 
-    It says nothing of the key. After eight such answers in a row only one probe at a time is sent
-    to the endpoint. Calls that have waited for it in vain have this error too, with `attempts` 0
-    where no request was sent for them.
+    The body is not a JSON object, so the status tells nothing about the key. Eight such answers in
+    a row open the circuit breaker of the endpoint: only one probe at a time is sent. Calls that
+    waited for a failed probe raise this error too, with `attempts` 0 where no request was sent.
 
     Attributes:
         status: The HTTP status.
@@ -241,10 +234,12 @@ class GatewayError(CrustCreditsError):
 
 
 class UnexpectedResponseError(CrustCreditsError):
-    """An answer came that is not what the API documents: not JSON, no number where credits belong, a redirect, too large.
+    """A response that the API does not document.
+
+    It is not JSON, has no number of credits, is too large, or is a redirect.
 
     Attributes:
-        status: The HTTP status it came with.
+        status: The HTTP status of the response.
     """
 
     def __init__(self, message: str, *, status: int, **details: Unpack[ErrorDetails]) -> None:
@@ -253,10 +248,10 @@ class UnexpectedResponseError(CrustCreditsError):
 
 
 class RateLimitWaitError(CrustCreditsError):
-    """The rate limit would hold this call back beyond its deadline; it was not sent.
+    """The rate limit would delay the call beyond its deadline. No request was sent.
 
     Attributes:
-        wait: Seconds it would have had to wait in all, at least.
+        wait: Least seconds of the whole wait.
     """
 
     may_recover: bool = True
@@ -267,9 +262,9 @@ class RateLimitWaitError(CrustCreditsError):
 
 
 class BucketsUnavailableError(CrustCreditsError):
-    """The count that several processes share is out of reach, so nothing was sent.
+    """The count that several processes share is out of reach, so no request was sent.
 
-    With `on_outage="raise"` only.
+    Raised with `on_outage="raise"` only.
     """
 
     may_recover: bool = True

@@ -1,6 +1,6 @@
-"""What comes back: frozen records, credits as exact decimals, times in UTC.
+"""Results as frozen records: credits as exact decimals, times in UTC.
 
-Nothing here parses or sends.
+This module neither parses nor sends.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Balance:
     """The credits one key has left, from `GET /user/credits`.
 
     Attributes:
-        key: The key that was asked.
+        key: The checked key.
         credits: Credits left, exact to the last digit sent. "May be fractional for some plans"
             (Crustdata's credits page).
-        checked_at: When the answer came, in UTC, by this machine's clock.
+        checked_at: Arrival of the response, in UTC, by this machine's clock.
         request_id: The server's `x-request-id`, or None.
-        rate_limit: The server's count as the answer told it, or None.
-        stale: Whether it is older than the `max_age` that was asked for, and was given all the
-            same: while it is refreshed, or because the API gave no newer one. `checked_at` tells
-            how old.
+        rate_limit: The rate limit in the headers of the response, or None.
+        stale: Whether the balance is older than the requested `max_age`. A stale balance is served
+            during a background refresh, or because the API gave no newer one. `checked_at` tells
+            its age.
     """
 
     key: ApiKey
@@ -49,7 +49,7 @@ class Balance:
     request_id: str | None = None
     rate_limit: RateLimitStatus | None = None
     stale: bool = False
-    # Which of two balances came last; the wall clock may have been set meanwhile.
+    # Order of arrival; the wall clock may have been set between two balances.
     _order: int = attrs.field(alias="order", factory=_next_order, eq=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,22 +73,23 @@ class Account(Balance):
         credits: "The shared pool all your API keys draw from" (Crustdata's API reference). Gate
             spending on this one.
         recurring_credits: Credits granted each billing cycle; 0 without a recurring grant, None
-            when not said.
+            when absent.
         recurring_credits_frequency: For example `monthly`.
-        recurring_credits_refresh_date: When the next grant comes, in UTC; None when not said or not
-            a date.
-        credit_rollover: Whether unused recurring credits carry over; None when not said.
-        wallets: As sent, numbers as `Decimal`; informational. None when absent. Like the next two
-            not to be changed: the same account may be given to others.
+        recurring_credits_refresh_date: Time of the next grant, in UTC; None when absent or not a
+            date.
+        credit_rollover: Whether unused recurring credits carry over; None when absent.
+        wallets: As sent, numbers as `Decimal`; informational. None when absent. Do not change this
+            and the next two fields: other callers may hold the same account.
         credit_topups: As sent, numbers as `Decimal`, soonest expiry first. None when absent.
-        extra: Fields this version does not know, and known ones of a kind it cannot read, as sent.
+        extra: Fields that this version does not know, and known fields of an undocumented kind, as
+            sent.
     """
 
     recurring_credits: Decimal | None = None
     recurring_credits_frequency: str | None = None
     recurring_credits_refresh_date: datetime | None = None
     credit_rollover: bool | None = None
-    # Lists and mappings have no hash; accounts have one all the same.
+    # Lists and mappings have no hash, so the hash of an account leaves them out.
     wallets: list[Any] | None = attrs.field(default=None, hash=False)
     credit_topups: list[Any] | None = attrs.field(default=None, hash=False)
     extra: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
@@ -106,8 +107,8 @@ class Account(Balance):
         }
 
 
-# `Report` and `Outcome` mean those of a `Balance` where a caller does not say; only checkers know
-# of such defaults before 3.13.
+# `Report` and `Outcome` without a parameter are those of `Balance`. Before Python 3.13 only type
+# checkers know such defaults.
 if TYPE_CHECKING:
     BalanceT = TypeVar("BalanceT", bound=Balance, covariant=True, default=Balance)
 else:
@@ -118,7 +119,7 @@ Source: TypeAlias = Literal["fetched", "shared", "cached", "none"]
 State: TypeAlias = Literal["fresh", "stale", "failed"]
 
 
-_set = object.__setattr__  # of a frozen record that is being made
+_set = object.__setattr__  # for use while a frozen record is being made
 
 
 @attrs.frozen(kw_only=True)
@@ -126,24 +127,24 @@ class Known(Generic[BalanceT]):
     """A key whose credits are known.
 
     Attributes:
-        balance: The answer. With `detail=True` it is an `Account`.
-        error: Why there is no newer balance, beside one from the cache; else None.
-        attempts: Requests that were sent for it; 0 for an answer from the cache.
-        source: `"fetched"` by this call; `"shared"` with another call for the same key that was
-            under way; or `"cached"`.
-        key: The key that was asked.
+        balance: The balance; an `Account` with `detail=True`.
+        error: The failure to get a newer balance than this cache entry; else None.
+        attempts: Requests that were sent; 0 for a cache entry.
+        source: `"fetched"` by this call; `"shared"` with a running call for the same key; or
+            `"cached"`.
+        key: The checked key.
         ok: Always True.
         credits: Credits left.
-        checked_at: When the balance came, in UTC.
-        stale: Whether the balance is older than was asked for.
+        checked_at: Arrival of the balance, in UTC.
+        stale: Whether the balance is older than the requested `max_age`.
     """
 
     balance: BalanceT
     error: CrustCreditsError | None = None
     attempts: int = 1
     source: Source = "fetched"
-    # Fields that repeat the balance's, and not properties, so that type checkers tell the two kinds
-    # of outcome apart by them.
+    # These repeat fields of the balance. They are not properties, so that type checkers can tell
+    # `Known` from `Unknown` by them.
     key: ApiKey = attrs.field(init=False, eq=False, repr=False)
     ok: Literal[True] = attrs.field(default=True, init=False, eq=False, repr=False)
     credits: Decimal = attrs.field(init=False, eq=False, repr=False)
@@ -161,7 +162,7 @@ class Known(Generic[BalanceT]):
 
     @property
     def age(self) -> float:
-        """Seconds since the balance came, at least 0, by the wall clock at the moment of reading."""
+        """Seconds since the balance arrived, at least 0, by the wall clock at each read."""
         return _age(self.checked_at)
 
     @property
@@ -176,7 +177,7 @@ class Known(Generic[BalanceT]):
 
     @property
     def rate_limit(self) -> RateLimitStatus | None:
-        """The server's count as the balance brought it, or None."""
+        """The rate limit in the headers of the balance's response, or None."""
         return self.balance.rate_limit
 
     def result(self) -> BalanceT:
@@ -184,7 +185,10 @@ class Known(Generic[BalanceT]):
         return self.balance
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: as the balance's `to_dict`, with `ok`, `attempts`, `source`, and an error as its type's name and text."""
+        """For JSON: the balance's `to_dict`, with `ok`, `attempts`, `source` and the error.
+
+        An error is an object with its `type` and its `message`.
+        """
         return _dict_of(self, self.balance.to_dict())
 
 
@@ -193,14 +197,14 @@ class Unknown:
     """A key whose credits are unknown, which is not zero.
 
     Attributes:
-        key: The key that was asked; an `UnusableKey` where its text or row cannot be a key.
-        error: Why there is no balance.
-        checked_at: When the error came, in UTC.
-        attempts: Requests that were sent for it; 0 for an error from the cache.
+        key: The checked key; an `UnusableKey` where the text or row cannot be a key.
+        error: The reason why there is no balance.
+        checked_at: Time of the error, in UTC.
+        attempts: Requests that were sent; 0 for an error from the cache.
         source: As in `Known`; `"none"` when no request was sent, because the key cannot be used, or
             the rate limit or an outage held the request back.
         ok: Always False.
-        balance: Always None, as are `credits`.
+        balance: Always None, like `credits`.
         stale: Always False.
     """
 
@@ -221,7 +225,7 @@ class Unknown:
 
     @property
     def age(self) -> float:
-        """Seconds since the error came, at least 0, by the wall clock at the moment of reading."""
+        """Seconds since the error, at least 0, by the wall clock at each read."""
         return _age(self.checked_at)
 
     @property
@@ -236,14 +240,14 @@ class Unknown:
 
     @property
     def rate_limit(self) -> RateLimitStatus | None:
-        """The server's count as the last answer told it, or None."""
+        """The rate limit in the headers of the last response, or None."""
         return self.error.rate_limit
 
     def result(self) -> NoReturn:
         """Raise the error.
 
         Raises:
-            CrustCreditsError: Always; a copy, because others may hold this outcome too.
+            CrustCreditsError: Always; a copy, because other callers may hold this outcome too.
         """
         raise copy.copy(self.error)
 
@@ -255,21 +259,21 @@ class Unknown:
             "credits": None,
             "checked_at": time_text(self.checked_at),
         }
-        told = {
+        details = {
             "stale": False,
             "request_id": self.request_id,
             "rate_limit": None if self.rate_limit is None else self.rate_limit.to_dict(),
         }
-        return _dict_of(self, known | told)
+        return _dict_of(self, known | details)
 
 
-#: The result for one key: `Known` or `Unknown`. `isinstance` and `match` tell them apart, also for
-#: type checkers.
+#: The result for one key: `Known` or `Unknown`. `isinstance` and `match` separate the two, for
+#: type checkers as well.
 Outcome: TypeAlias = Known[BalanceT] | Unknown
 
 
 def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcome[BalanceT]:
-    """The outcome of an equal secret, under `key`'s own name and account."""
+    """The outcome of a key with the same secret, under `key`'s own name and account."""
     if key is outcome.key or key == outcome.key:
         return outcome
     error = None if outcome.error is None else renamed(outcome.error, key.label)
@@ -280,7 +284,7 @@ def outcome_for(key: ApiKey | UnusableKey, outcome: Outcome[BalanceT]) -> Outcom
 
 
 def is_newer(answer: Balance | Unknown, other: Balance | Unknown) -> bool:
-    """Whether `answer` was received after `other`, or is the same."""
+    """Whether `answer` arrived after `other`, or is the same."""
     return answer._order >= other._order  # noqa: SLF001  # of this very module
 
 
@@ -302,17 +306,17 @@ def _age(checked_at: datetime) -> float:
 
 
 def credits_text(credits: Decimal) -> str:
-    """Every digit, without an exponent: `138940.37`."""
+    """Credits with every digit and without an exponent: `138940.37`."""
     return format(credits, "f")
 
 
 def time_text(time: datetime) -> str:
-    """ISO 8601 in UTC: `2026-09-01T00:00:00Z`."""
+    """A time as ISO 8601 in UTC: `2026-09-01T00:00:00Z`."""
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def plain(value: Any) -> Any:
-    """Data for JSON of what came in JSON: numbers as text, times as ISO 8601."""
+    """Parsed JSON as data that JSON can write again: numbers as text, times as ISO 8601."""
     if isinstance(value, Decimal):
         return credits_text(value)
     if isinstance(value, datetime):

@@ -1,4 +1,4 @@
-"""`RateLimitStatus`: the rate limit as the headers of one answer tell it. A leaf."""
+"""`RateLimitStatus`: the rate limit in the headers of one response. It imports no other module."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class RateLimitStatus:
-    """The server's own count, from the `x-ratelimit-*` headers of one answer.
+    """The server's own count, from the `x-ratelimit-*` headers of one response.
 
     Attributes:
-        limit: Requests allowed in the window, or None when not said.
+        limit: Requests allowed in the window, or None without the header.
         remaining: Requests left in the window after this one.
-        reset: Seconds until the oldest counted request ages out and one slot is free. Not until the
-            whole quota is.
+        reset: Seconds until the oldest counted request leaves the window and frees one slot, not
+            the whole quota.
 
     Source: Crustdata's best-practices page.
     """
@@ -25,5 +25,5 @@ class RateLimitStatus:
     reset: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The three numbers, None where the server did not say."""
+        """The three numbers, None where the server sent none."""
         return {"limit": self.limit, "remaining": self.remaining, "reset": self.reset}

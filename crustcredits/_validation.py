@@ -1,4 +1,4 @@
-"""Checks of arguments: one wording for all of them, and errors whose frames show none of them."""
+"""Checks of arguments, with one wording for all errors, and tracebacks without the arguments."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import attrs
 
 from crustcredits._errors import ConfigurationError
 
-# Far beyond use, and within what floats can hold: 10**400 is a finite number too.
+# Far beyond use, and within the range of a float: 10**400 is a finite number too.
 _MOST = 1e300
 _PACKAGE = __name__.partition(".")[0]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: An argument cannot be used, or is unknown.
+#: The error for an argument that cannot be used or is unknown.
 Refusal = ConfigurationError | TypeError
 
 #: Seconds, or a timedelta.
 Seconds: TypeAlias = float | timedelta
 
-# Seconds that need no closer look.
+# Seconds up to this bound skip the full check.
 _SENSIBLE = 1e9
 
 
 def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T | Refusal:
-    """The result, or the refusal of an argument: not raised, and without the frames that hold the arguments.
+    """The result, or the error for an argument: not raised, and without its traceback.
 
-    An argument may be a secret in the wrong place, and tracebacks are printed with local variables.
-    Callers drop their own variables, then raise.
+    The frames of a traceback hold the arguments. An argument may be a secret in the wrong place,
+    and many tools print local variables. Callers drop their own variables, then raise.
     """
     try:
         return function(*args, **kwargs)
@@ -46,10 +46,10 @@ def attempt(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) 
 
 
 def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A decorator for functions and coroutine functions: when they raise, no frame of this library holds local variables.
+    """Decorate a function or coroutine function to clear local variables from its tracebacks.
 
-    An argument may hold a secret, in its place or in a wrong one, and tracebacks are printed with
-    local variables.
+    When it raises, no frame of this library holds local variables. An argument may hold a secret,
+    in the right place or a wrong one, and many tools print tracebacks with local variables.
     """
     if inspect.iscoroutinefunction(function):
         return cast("Callable[_P, _T]", _hides_arguments_of_coroutine(function))
@@ -64,7 +64,7 @@ def hides_arguments(function: Callable[_P, _T]) -> Callable[_P, _T]:
         try:
             raise _without_locals(raised)
         finally:
-            del raised  # an error that holds the frame that holds the error is freed late
+            del raised  # breaks the reference cycle of frame and exception
 
     return call
 
@@ -85,34 +85,33 @@ def _hides_arguments_of_coroutine(
         try:
             raise _without_locals(raised)
         finally:
-            del raised  # as above
+            del raised  # breaks the reference cycle of frame and exception
 
     return call
 
 
 def _without_locals(error: BaseException) -> BaseException:
-    """The error, with the lines of its traceback, and no variables in the frames of this library.
+    """The error with its traceback, but without variables in the frames of this library.
 
-    Other frames are left alone, and all that comes below one of the caller's: an error that is
-    raised again has the frames of where it was raised before, perhaps by another task that runs
-    still.
+    The loop stops at the first frame of the caller's code and leaves the frames below it unchanged:
+    a re-raised error still has the frames of its earlier raise, perhaps in another running task.
     """
     entry = error.__traceback__
     while entry is not None:
         module = str(entry.tb_frame.f_globals.get("__name__")).partition(".")[0]
         if module == _PACKAGE:
-            with contextlib.suppress(RuntimeError):  # it runs still
+            with contextlib.suppress(RuntimeError):  # the frame is still running
                 entry.tb_frame.clear()
         elif module != "None" and module not in sys.stdlib_module_names:
             break
         entry = entry.tb_next
-    # The first frame is the decorator's, which is added again when it raises.
+    # The first frame is the decorator's; raising adds it again.
     return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
 
 
 def init_hides_arguments(cls: type[_T]) -> type[_T]:
-    """The same for classes whose `__init__` is generated."""
-    cls.__init__ = hides_arguments(cls.__init__)  # type: ignore[method-assign]  # this is what is wanted
+    """Apply `hides_arguments` to a class with a generated `__init__`."""
+    cls.__init__ = hides_arguments(cls.__init__)  # type: ignore[method-assign]  # intended
     return cls
 
 
@@ -132,7 +131,7 @@ def check_number(
     minimum: float = -math.inf,
     maximum: float = math.inf,
 ) -> None:
-    """Raise `ConfigurationError` unless `value` is a finite number of that range."""
+    """Raise `ConfigurationError` unless `value` is a finite number within the bounds."""
     if (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
@@ -149,22 +148,22 @@ def check_number(
 
 
 def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
-    """The seconds of what a caller gave.
+    """The duration in seconds, from a number or a `timedelta`.
 
     Raises:
-        ConfigurationError: It is no number of seconds of at least 0, or above `above`.
+        ConfigurationError: The value is not a finite number of at least 0, or not above `above`.
     """
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if (
         type(value) is not float or not max(0.0, above) < value <= _SENSIBLE
-    ):  # the short way of most calls
+    ):  # the short way for most calls
         check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
     return value
 
 
 def check_flag(what: str, value: object) -> bool:
-    """It, if it is True or False. Raises `ConfigurationError` otherwise."""
+    """The value, when it is True or False. Raises `ConfigurationError` otherwise."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{what} is True or False, not {_a(type(value))}")
     return value
@@ -177,10 +176,7 @@ def check_kind(what: str, value: object, kind: type) -> None:
 
 
 def shown(value: object) -> str:
-    """Numbers as they are.
-
-    Of anything else, which may be a key in the wrong place, only what it is.
-    """
+    """A number as it is, and only the type of anything else, which may be a misplaced key."""
     return (
         repr(value)[:80]
         if value is None or isinstance(value, (int, float, Decimal))
@@ -203,7 +199,7 @@ class Whole:
 
 
 class Number:
-    """An attrs validator: a finite number of a range, or None where that is said to be allowed."""
+    """An attrs validator: a finite number within `bounds`, or None with `optional=True`."""
 
     def __init__(self, *, optional: bool = False, **bounds: float) -> None:
         self._optional = optional

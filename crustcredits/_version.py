@@ -1,3 +1,3 @@
-"""The version, in one place: the package, the wheel and the `user-agent` header all read it here."""
+"""The version, the only copy: the package, the wheel and the `user-agent` header read it here."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""The API without I/O: a request out of a key; a model or an error out of (status, headers, body, now).
+"""The API without I/O: builds a request from a key, and reads a response as a model or an error.
 
-It must not know aiohttp, asyncio or a clock. Every fact of the API that the library relies on
-stands here, with its source.
+A response is (status, headers, body, now). This module must not know aiohttp, asyncio or a clock.
+It holds every fact of the API that the library relies on, with its source.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ ACCOUNT_CREDITS: Final = "/account/credits"
 # answers 400 without one.
 API_VERSION: Final = "2025-11-01"
 
-# A balance is a few hundred bytes. Anything near this is not one.
+# Bytes. A balance is a few hundred bytes; a body near this bound is not a balance.
 MAX_BODY: Final = 64 * 1024
 
-# `1E+999999999` and 5,000-digit integers are JSON, and would stall or break arithmetic. No balance
-# comes near these bounds.
+# `1E+999999999` and 5,000-digit integers are valid JSON, and would stall or break arithmetic. No
+# balance comes near these bounds.
 MAX_NUMBER_TEXT: Final = 64
 MAX_EXPONENT: Final = 64
 
-# Deeper than any account, and shallow enough for whatever prints or copies it.
+# Levels of nesting: deeper than any account, and shallow enough to print and copy.
 MAX_DEPTH: Final = 16
 
 _MAX_MESSAGE = 300
@@ -67,10 +67,10 @@ _USER_AGENT = f"crustcredits/{__version__}"
 
 @attrs.frozen(slots=True)
 class Response:
-    """One answer; `body` is None when it was larger than `MAX_BODY`.
+    """One response; `body` is None when it was larger than `MAX_BODY`.
 
-    `framed` is whether its headers told where the body ends; otherwise the end of the connection
-    does, be it too early.
+    `framed` is whether the headers delimit the body. Otherwise the end of the connection delimits
+    it, so a lost connection can cut the body short unnoticed.
     """
 
     status: int
@@ -80,7 +80,7 @@ class Response:
 
 
 def request_headers(key: ApiKey) -> dict[str, str]:
-    """The headers of a request; made at the last moment, because they hold the secret."""
+    """The headers of a request; built right before sending, because they hold the secret."""
     return {
         "Authorization": f"Bearer {key.get_secret_value()}",
         "x-api-version": API_VERSION,
@@ -93,8 +93,8 @@ def parse_base_url(
 ) -> str | ConfigurationError:
     """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
 
-    The error, not raised because its text may hold credentials, when it is no
-    `https://host[:port]`; plain `http` is taken for loopback only.
+    Returns an error when the URL is not `https://host[:port]`; plain `http` is accepted for
+    loopback only. The error is not raised, because the URL may hold credentials.
     """
     source = "base_url"
     if base_url is None:
@@ -111,9 +111,10 @@ def parse_base_url(
 
 
 def proxy_from_env(origin: str) -> str | None:
-    """The proxy that the environment names for `origin`: `HTTPS_PROXY` and the like, unless `NO_PROXY` excludes it.
+    """The proxy for `origin` from the environment: `HTTPS_PROXY` and the like, else None.
 
-    None for plain http, which stays on this machine: a proxy elsewhere would see the key.
+    None also when `NO_PROXY` excludes the origin, and for plain http, which stays on this machine:
+    a proxy elsewhere would see the key.
     """
     parts = urlsplit(origin)
     if parts.scheme != "https" or proxy_bypass(f"{parts.hostname}:{parts.port or 443}"):
@@ -124,7 +125,7 @@ def proxy_from_env(origin: str) -> str | None:
 
 
 def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | None:
-    """What is wrong with a proxy's URL; it may hold credentials, so it is not repeated."""
+    """The problem of a proxy's URL, or None; the URL may hold credentials and is not repeated."""
     if proxy is None:
         return None
     try:
@@ -135,7 +136,7 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
             and bool(parts.hostname)
             and parts.port != 0
         )
-    except ValueError:  # a port that is none, too
+    except ValueError:  # also from an invalid port
         usable = False
     remedy = "" if source == "proxy" else ", or exclude the API with NO_PROXY=api.crustdata.com"
     return (
@@ -187,9 +188,10 @@ def _is_loopback(host: str) -> bool:
 def read_response(
     path: str, key: ApiKey, response: Response, *, now: datetime, period: float
 ) -> Balance | CrustCreditsError:
-    """What an answer says: a `Balance`, an `Account` when `path` is `ACCOUNT_CREDITS`, or the error, not raised.
+    """Read a response: a `Balance`, an `Account` for `ACCOUNT_CREDITS`, or the error, not raised.
 
-    `now` is when it came; `period`, in seconds, bounds the wait that a refusal may ask for.
+    `now` is the time of arrival; `period`, in seconds, bounds the wait that `x-ratelimit-reset` may
+    ask for.
     """
     if response.status != 200:
         return _read_failure(key, response, now, period)
@@ -225,7 +227,7 @@ def read_response(
 
 
 def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
-    """What every answer's headers tell, as the fields of a model or an error."""
+    """The fields that models and errors take from the headers of every response."""
     return {
         "request_id": _clean(headers.get("x-request-id"), key),
         "rate_limit": read_rate_limit(headers),
@@ -234,7 +236,7 @@ def read_details(headers: Mapping[str, str], key: ApiKey) -> dict[str, Any]:
 
 # --- numbers and documents
 
-# Of our own: where a caller's context traps nothing, what is no number would become a NaN.
+# Our own context: under a caller's context without traps, invalid text would become a NaN.
 _CONTEXT = Context(traps=[InvalidOperation])
 
 
@@ -253,7 +255,7 @@ def _number(text: str) -> Decimal:
         number = Decimal(text, _CONTEXT)
     except InvalidOperation:  # an exponent of twenty digits
         raise _UnusableNumberError from None
-    # Of a zero too: written out, 0E-50000000 is 50 MB.
+    # Applies to zero as well: written out, 0E-50000000 takes 50 MB.
     if abs(number.adjusted()) > MAX_EXPONENT:
         raise _UnusableNumberError
     return number
@@ -270,12 +272,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-# White space as JSON has it, and a byte-order mark.
+# JSON's white space, and a byte-order mark.
 _AROUND_JSON = " \t\r\n\ufeff"
 _DECODER = json.JSONDecoder(
     parse_float=_number, parse_int=_number, parse_constant=_no_constant, object_pairs_hook=_once
 )
-# `raw_decode` without its one more call.
+# `raw_decode` without the cost of one more function call.
 _scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 
 
@@ -309,7 +311,10 @@ def _is_cut_short(response: Response) -> bool:
 
 
 def _user_of(document: Any) -> tuple[Any, str | None]:
-    """What holds the credits: the document, or the account in it (either shape has been seen at either address)."""
+    """The object that holds the credits: the document, or the account in it.
+
+    Both shapes have been seen at both addresses.
+    """
     if (
         isinstance(document, dict)
         and "credits" not in document
@@ -322,7 +327,7 @@ def _user_of(document: Any) -> tuple[Any, str | None]:
 def _account_of(document: Any, key: ApiKey) -> tuple[Any, str | None]:
     account = document.get("account") if isinstance(document, dict) else None
     if account is None and isinstance(document, dict) and "credits" in document:
-        account = document  # the other shape, as above
+        account = document  # the flat shape; see `_user_of`
     if not isinstance(account, dict):
         return None, "no account"
     if _is_deeper(account, MAX_DEPTH):
@@ -347,12 +352,12 @@ def _parts(value: Any) -> list[Any]:
     )
 
 
-# Half of a character, as JSON can spell it and no encoding can write it.
+# A lone surrogate: JSON can escape it, but no encoding can write it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _without_secret(value: Any, key: ApiKey) -> Any:
-    """A part of a document, which is kept and shown as sent: but without the secret, and without halves of characters."""
+    """A part of a document as sent, with the secret masked and lone surrogates replaced."""
     if isinstance(value, str):
         return _hide(_SURROGATE.sub("\ufffd", value), key)
     if isinstance(value, dict):
@@ -369,12 +374,12 @@ def _account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
         if isinstance(account.get(name), kind)
     }
     kept = {"credits", *fields, *(name for name in _ACCOUNT_FIELDS if account.get(name) is None)}
-    # The balance must not be lost for what only informs: a field of another kind than documented is
-    # kept as it came.
+    # An informational field must not cost the balance: a field of an undocumented kind goes into
+    # `extra` as sent.
     extra = {name: value for name, value in account.items() if name not in kept}
     for name in extra.keys() & _ACCOUNT_FIELDS.keys():
         _log.warning(
-            "%s: the account's %s is not of the documented kind; it is kept in extra",
+            "%s: the account's %s is not of the documented kind; read it in extra",
             key.label,
             name,
         )
@@ -401,13 +406,14 @@ def _read_refresh_date(fields: dict[str, Any], extra: dict[str, Any], key: ApiKe
     text = fields.pop(name)
     try:
         date = datetime.fromisoformat(text.strip())
-        # API reference: an ISO timestamp such as 2026-09-01T00:00:00Z. One without an offset is
-        # taken for UTC.
+        # API reference: an ISO timestamp such as 2026-09-01T00:00:00Z. Without an offset it is
+        # read as UTC.
         fields[name] = date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
     except (ValueError, OverflowError):
         extra[name] = text
         _log.warning(
-            "%s: the date of the account's next grant is no date; it is kept in extra", key.label
+            "%s: the account's recurring_credits_refresh_date is no date; read it in extra",
+            key.label,
         )
 
 
@@ -422,7 +428,7 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
     limit = _whole(headers.get("x-ratelimit-limit"))
     remaining = _whole(headers.get("x-ratelimit-remaining"))
     reset = _seconds(headers.get("x-ratelimit-reset"))
-    if reset is not None and math.isinf(reset):  # no JSON can hold it
+    if reset is not None and math.isinf(reset):  # JSON has no infinity
         reset = None
     if limit is None and remaining is None and reset is None:
         return None
@@ -430,11 +436,11 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
 
 
 def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
-    """Seconds that a refusal (429) asks to wait; None when it does not say.
+    """Seconds that a refusal (429) asks to wait; None when its headers name no wait.
 
     The longer of `x-ratelimit-reset`, "wait that many seconds" (best-practices page), and
-    `Retry-After`. No slot of a window can take longer than the window, so a reset is at most
-    `period`, also where it is an epoch.
+    `Retry-After`. A slot of a window frees within the window, so a reset counts as at most
+    `period` seconds, even where the server sends an epoch.
     """
     reset = _seconds(headers.get("x-ratelimit-reset"))
     slot = None if reset is None else min(max(reset, 0.0), period)
@@ -443,10 +449,10 @@ def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float
 
 
 def read_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
-    """Seconds that `Retry-After` asks to wait, as seconds or as a date; None when it does not.
+    """Seconds that `Retry-After` asks to wait, from seconds or a date; None without a usable one.
 
-    That the API sends it is unverified; gateways do. It speaks of no window, so it may be of any
-    length.
+    Gateways send this header; for the API it is unverified. The wait is not tied to a window, so
+    its length has no bound.
     """
     wait = _seconds(headers.get("Retry-After"))
     if wait is None:
@@ -470,7 +476,7 @@ def _whole(text: str | None) -> int | None:
     return _short_number(text) if len(text) < _SHORT_NUMBER else int(text)
 
 
-# Digits of a number that is kept once for all answers, which are mostly the same few.
+# Numbers with fewer digits are parsed once and memoized: most responses repeat the same few.
 _SHORT_NUMBER = 7
 _short_number = functools.lru_cache(maxsize=1_024)(int)
 _short_seconds = functools.lru_cache(maxsize=1_024)(float)
@@ -495,29 +501,28 @@ _STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
 }
 
 
-# What these say of a key, only a JSON object says for the API: pages come from gateways, firewalls
-# and captive portals.
+# These statuses speak for the API only with a JSON object as body: HTML pages come from gateways,
+# firewalls and captive portals.
 _OF_THE_KEY = (401, 402, 403)
 _NOT_THE_API = (
-    "a gateway answered in the API's place: the answer is no JSON object, so nothing is "
-    "known of the key; "
-    "look for a proxy or firewall between here and the API"
+    "a gateway answered in the API's place: the body is not a JSON object, so the key was not "
+    "checked; look for a proxy or firewall between here and the API"
 )
 
 
 def is_apis_own(response: Response) -> bool:
-    """Whether an answer that is no balance is the API's own all the same: a JSON object, no redirect and no 5xx."""
+    """Whether a response without a balance is the API's own: a JSON object with a 2xx or 4xx."""
     own = 200 <= response.status <= 299 or 400 <= response.status <= 499
     return own and isinstance(_parse_leniently(response.body), dict)
 
 
 def is_json_object(response: Response) -> bool:
-    """Whether an answer's body is a JSON object, whatever its status: not what a gateway sends."""
+    """Whether a body is a JSON object, at any status; gateways do not send JSON objects."""
     return isinstance(_parse_leniently(response.body), dict)
 
 
 def _parse_leniently(body: bytes | None) -> Any:
-    """The document of an error, in which no number and no name matters; None when there is none."""
+    """The document of an error, without checks of numbers and names; None when it is not JSON."""
     try:
         return json.loads(body or b"")
     except (ValueError, RecursionError):
@@ -530,17 +535,17 @@ def _read_failure(
     status = response.status
     details: dict[str, Any] = {"key_name": key.label, **read_details(response.headers, key)}
     if not 400 <= status <= 599:
-        what = (
-            "a redirect, which is not followed because it would take the key elsewhere"
+        kind_of_answer = (
+            "a redirect, which is not followed because it would send the key to another address"
             if 300 <= status <= 399
             else "an undocumented status"
         )
         return UnexpectedResponseError(
-            f"the API answered with {what} (HTTP {status})", status=status, **details
+            f"the API answered with {kind_of_answer} (HTTP {status})", status=status, **details
         )
     document = _parse_leniently(response.body)
     if status in _OF_THE_KEY and not isinstance(document, dict):
-        # Its headers may say a limit too, which is not the API's.
+        # The gateway's own rate-limit headers are dropped: they are not the API's.
         return GatewayError(
             _NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"]
         )
@@ -567,7 +572,7 @@ def _authentication_error(said: str | None) -> type[APIStatusError]:
 
 
 def _message(document: Any) -> str | None:
-    """The text of an error, from whichever of the places the vendor's own client meets it in."""
+    """The text of an error, from the first filled of the places that the vendor's client reads."""
     if not isinstance(document, dict):
         return None
     error = document.get("error")
@@ -586,17 +591,17 @@ def _message(document: Any) -> str | None:
     return next((text for text in candidates if isinstance(text, str) and text.strip()), None)
 
 
-# What a URL quotes nothing of (RFC 3986).
+# Text that URL quoting leaves unchanged (RFC 3986, unreserved characters).
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]*")
 
 
 def _clean(text: str | None, key: ApiKey) -> str | None:
-    """Text of the server's, fit for a log line: on one line, bounded, and without the secret should it echo it."""
+    """Text from the server, fit for a log line: one line, at most 300 characters, secret masked."""
     if text is None:
         return None
     if (
         len(text) <= _MAX_MESSAGE and text.isascii() and text.isprintable() and "%" not in text
-    ):  # such as the id of a request
+    ):  # the short way for most values, such as a request id
         secret = key.get_secret_value()
         if secret.isascii() and secret.lower() not in text.lower():
             return text.strip() or None
@@ -607,14 +612,14 @@ def _clean(text: str | None, key: ApiKey) -> str | None:
 
 
 def _hide(text: str, key: ApiKey) -> str:
-    """Without the secret, also where it is quoted as in a URL or in another case."""
+    """The text with the secret masked, also where it is URL-quoted or in another case."""
     secret = key.get_secret_value()
     if len(text) < len(secret):
         return text
     forms = {secret} if _UNRESERVED.fullmatch(secret) else {secret, quote(secret, safe="")}
     if (
         text.isascii() and secret.isascii()
-    ):  # elsewhere letters of other cases can be longer, or not be letters of ASCII
+    ):  # outside ASCII a letter's other case can be longer, or an ASCII letter
         lower = text.lower()
         forms = {form for form in forms if form.lower() in lower}
     for form in forms:

@@ -1,4 +1,4 @@
-"""When to try again, and after how long. Arithmetic only: it neither sleeps nor sends."""
+"""Retry decisions and backoff. Arithmetic only: this module neither sleeps nor sends."""
 
 from __future__ import annotations
 
@@ -19,40 +19,43 @@ from crustcredits._errors import (
 )
 from crustcredits._validation import Number, Whole, init_hides_arguments
 
-# Nothing was sent for these. They may recover, and are not for an attempt to mend.
+# Nothing was sent for these errors. They may recover, but another attempt does not help.
 _UNSENT = (BucketsUnavailableError, RateLimitWaitError)
 
-# After lost connections and answers of a gateway the fourth attempt comes no sooner than so many
-# seconds after the first failure. Jitter from 0 alone could spend all attempts within the first
-# second of an outage of the network or of name resolution.
+# After lost connections and gateway answers, the fourth attempt starts at least `_OUTAGE` seconds
+# after the first failure. Full jitter alone could spend all attempts within the first second of an
+# outage of the network or of name resolution.
 _LATE_ATTEMPT = 4
 _OUTAGE = 4.0
 
-# Seconds; a refresh is tried again after as long at the most, whatever the server asked: the
-# trouble may be over sooner.
+# Seconds. Upper bound of the wait that the server can ask of a background refresh: the trouble may
+# be over sooner.
 _LONGEST_PAUSE = 60.0
 
 
 @init_hides_arguments
 @attrs.frozen(kw_only=True)
 class Retry:
-    """How failures that may pass are tried again: lost connections, timeouts, gateways, 408, 425, 429 and 5xx. Others never are.
+    """How transient failures are retried: exponential backoff with full jitter.
+
+    Transient failures are lost connections, timeouts, gateway answers, 408, 425, 429 and 5xx. No
+    other failure is retried.
 
     Attributes:
-        attempts: Requests for one call at the most; 1 means never to try again. With more than 1, a
-            refusal that comes while several accounts are refused does not count, four times at
-            most: it says nothing of the key.
-        backoff: Seconds; before the second attempt the wait is drawn from 0 to this, and the bound
-            doubles each time. After lost connections and answers of a gateway the fourth attempt
-            comes no sooner than 4 s after the first failure, where the call has the time and
-            `backoff` is above 0, so that a short outage of the network, of name resolution or of a
-            gateway is survived.
-        backoff_max: Seconds; where the doubling stops.
+        attempts: Most requests for one call; 1 means no retry. With more than 1, up to four
+            refusals that come while several accounts are refused do not count: they tell nothing
+            about the key.
+        backoff: Seconds. The wait before the second attempt is drawn from 0 to this bound, and the
+            bound doubles with each attempt. After lost connections and gateway answers the fourth
+            attempt starts at least 4 s after the first failure, where the call's deadline allows it
+            and `backoff` is above 0. Calls then survive a short outage of the network, of name
+            resolution or of a gateway.
+        backoff_max: Seconds; the doubling stops at this bound.
         wait_max: Seconds; a refusal (429, or 503 with `Retry-After`) that asks for a longer wait is
             raised at once.
 
     Raises:
-        ConfigurationError: A value is not a number of that range.
+        ConfigurationError: A value is not a number of its range.
     """
 
     attempts: int = attrs.field(default=4, validator=Whole(1))
@@ -71,12 +74,12 @@ def retry_delay(
     elapsed: float = math.inf,
     patience: float = math.inf,
 ) -> float | None:
-    """Seconds to wait before the next attempt, or None when there is to be none.
+    """Seconds to wait before the next attempt, or None when the call is not retried.
 
-    `attempts` counts those made, `spared` the ones among them that do not count, because they tried
-    out the rate limit. `elapsed` is the time in seconds since the first of them failed, `patience`
-    the time that is left. A refusal waits as long as the server asked and a jitter more, so that
-    keys refused together do not come back together.
+    `attempts` counts the attempts made. `spared` counts those of them that probed the rate limit
+    and are not held against the call. `elapsed` is the seconds since the first failure, `patience`
+    the seconds left until the deadline. After a refusal the delay is the server's wait plus jitter,
+    so that keys refused together do not retry together.
     """
     if attempts - (spared if retry.attempts > 1 else 0) >= retry.attempts or not error.may_recover:
         return None
@@ -98,7 +101,7 @@ def refresh_delay(
     failures: int,
     uniform: Callable[[float, float], float] = random.uniform,
 ) -> float:
-    """Seconds before an answer is refreshed again after this many failures in a row, without end."""
+    """Seconds until the next background refresh after `failures` in a row; there is no limit."""
     return min(asked_wait(error) or 0.0, _LONGEST_PAUSE) + _jitter(retry, failures, uniform)
 
 

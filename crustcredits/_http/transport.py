@@ -1,8 +1,8 @@
 """One attempt over aiohttp, bounded in time and size. The core's only importer of aiohttp.
 
-It knows neither the rate limit nor retries. Nothing of aiohttp's leaves it: its exceptions and its
-frames carry the `Authorization` header, so ours are made inside and raised, if at all, where no
-`except` block links them.
+This module knows neither the rate limit nor retries. No aiohttp exception leaves it, because
+aiohttp's exceptions and frames carry the `Authorization` header. The library's own errors are made
+inside, and raised only where no `except` block links them to aiohttp's.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 
 ClientSession: TypeAlias = aiohttp.ClientSession
 
-# aiohttp would round a timeout above 5 s up to a whole second; these are kept as they are.
+# aiohttp would round a timeout above 5 s up to a whole second; this threshold prevents it.
 _NEVER_ROUNDED = math.inf
-# aiohttp takes a timeout of nought or less for none at all.
+# Seconds. aiohttp treats a timeout of 0 or less as no timeout.
 _SHORTEST = 0.001
-# A share of the timeout: connecting has to end before the whole, so that the exception tells which
-# of the two it was.
+# Share of the timeout for connecting: its own timeout fires first, so that the exception tells a
+# connection timeout from a response timeout.
 _CONNECTING = 0.9
 
 
 class Fate(enum.Enum):
-    """What became of a request, as far as the server's count goes."""
+    """The end of an attempt, as it matters for the server's count of requests."""
 
     UNSENT = "it certainly never left"
     ANSWERED = "the server counted it before it answered"
@@ -62,18 +62,21 @@ class Fate(enum.Enum):
 
 @attrs.frozen
 class Failure:
-    """An attempt without a whole answer."""
+    """An attempt without a complete response."""
 
     error: CrustCreditsError
     fate: Fate
 
 
 class _NotResentError(aiohttp.ClientError):
-    """Stands for a lost connection in aiohttp's eyes, which would send a GET again by itself after the real thing."""
+    """Replaces a lost-connection error, after which aiohttp would re-send the GET by itself."""
 
 
 class Transport:
-    """Sends requests over one aiohttp session: its own, opened when first needed, or a caller's, never closed."""
+    """Sends requests over one aiohttp session.
+
+    Its own session is opened by the first attempt; a caller's session is never closed.
+    """
 
     def __init__(
         self,
@@ -97,9 +100,9 @@ class Transport:
         }
 
     async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
-        """Send one request and read its whole answer within `timeout` seconds.
+        """Send one request and read the complete response within `timeout` seconds.
 
-        An answer of whatever status is a `Response`. Cancellation passes through, without aiohttp's
+        A response with any status is a `Response`. Cancellation passes through, without aiohttp's
         frames.
         """
         answers: list[aiohttp.ClientResponse] = []
@@ -114,13 +117,12 @@ class Transport:
             finally:
                 response.release()
             headers = response.headers
-            # The end of the body is told by a length or by chunks, or else by the end of the
-            # connection.
+            # A length or chunks delimit the body; without them the end of the connection does.
             framed = hdrs.CONTENT_LENGTH in headers or hdrs.TRANSFER_ENCODING in headers
             return Response(response.status, headers, body, framed=framed)
         except asyncio.CancelledError as error:
             caught: BaseException = error
-        except Exception as error:  # noqa: BLE001  # whatever aiohttp raises may carry the key
+        except Exception as error:  # noqa: BLE001  # any exception of aiohttp may carry the key
             caught = error
         try:
             if isinstance(caught, asyncio.CancelledError):
@@ -128,17 +130,17 @@ class Transport:
                 raise caught.with_traceback(None)
             return self._failure(caught, key, timeout, answers)
         finally:
-            del caught  # a frame that holds the exception that holds the frame is freed late
+            del caught  # breaks the reference cycle of frame and exception
 
     async def close(self) -> None:
-        """Close the session, if it is ours."""
+        """Close the session, unless it is a caller's."""
         if self._owned and self._session is not None:
             await self._session.close()
 
     def _options(
         self, session: aiohttp.ClientSession, key: ApiKey, timeout: float
     ) -> dict[str, Any]:
-        """Everything is said for each request, so that a caller's session cannot surprise."""
+        """Explicit options of one request, so that a caller's session settings do not apply."""
         headers = request_headers(key)
         guard = _once if self._owned else _guard(headers[hdrs.AUTHORIZATION])
         if not self._owned and (session.trust_env or session.auth is not None):
@@ -153,8 +155,8 @@ class Transport:
         }
 
     def _open(self) -> aiohttp.ClientSession:
-        # Slots bound the connections, not the connector: a wait there would count as time on the
-        # wire.
+        # Connection slots limit the connections, not the connector: a wait in the connector would
+        # count as time on the wire.
         connector = aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
@@ -185,17 +187,18 @@ class Transport:
             )
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(
-                ClientClosedError("the aiohttp session that was given is closed", **details),
+                ClientClosedError(
+                    "the aiohttp session is closed: the caller closed it; give an open session",
+                    **details,
+                ),
                 Fate.UNSENT,
             )
         if isinstance(error, aiohttp.ClientHttpProxyError):
-            remedy = (
-                "; give its user and password in the proxy's URL" if error.status == 407 else ""
-            )
+            remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
             said = f"the proxy refused to connect (HTTP {error.status}){remedy}"
             return Failure(APIConnectionError(said, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ServerFingerprintMismatch):
-            said = "the server's certificate is not that of the session's fingerprint"
+            said = "the server's certificate does not match the fingerprint of the session"
             return Failure(APIConnectionError(said, retryable=False, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
@@ -207,7 +210,7 @@ class Transport:
             said = f"could not connect{peer} ({_reason(error)})"
             return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
-            # No network's doing: the caller's session, its connector or its traces.
+            # Not a network failure: it comes from the session, its connector or its trace hooks.
             return Failure(
                 ConfigurationError(
                     f"the request failed in the session ({type(error).__name__})", **details
@@ -224,9 +227,9 @@ class Transport:
 
 
 def tls_problem(context: object) -> ConfigurationError | None:
-    """Why a caller's `ssl` cannot be used.
+    """The reason why a caller's `ssl` cannot be used, or None.
 
-    Not raised, because other arguments may hold credentials.
+    The error is not raised here, because other arguments may hold credentials.
     """
     if context is None:
         return None
@@ -240,8 +243,8 @@ def tls_problem(context: object) -> ConfigurationError | None:
             )
         )
     remedy = (
-        "certificates are always verified: give a context that trusts yours, or name their "
-        "file in SSL_CERT_FILE"
+        "certificates are always verified: give a context that trusts your certificates, or "
+        "name their file in SSL_CERT_FILE"
     )
     return ConfigurationError(f"ssl is an ssl.SSLContext, not {type(context).__name__}; {remedy}")
 
@@ -251,9 +254,9 @@ def _verifies(context: ssl.SSLContext) -> bool:
 
 
 def session_problem(session: object) -> ConfigurationError | None:
-    """Why requests cannot be sent over what a caller gave.
+    """The reason why a caller's `session` cannot be used, or None.
 
-    Not raised, because other arguments may hold credentials.
+    The error is not raised here, because other arguments may hold credentials.
     """
     if session is None or isinstance(session, aiohttp.ClientSession):
         return None
@@ -262,7 +265,7 @@ def session_problem(session: object) -> ConfigurationError | None:
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
     content = response.content
-    # A balance mostly comes together with its headers; then there is nothing to wait for.
+    # A balance mostly arrives with its headers; its body is then read without waiting.
     body = content.read_nowait() if content.is_eof() else await content.readany()
     while len(body) <= MAX_BODY:
         if content.at_eof():
@@ -281,13 +284,13 @@ def _client_timeout(seconds: float) -> aiohttp.ClientTimeout:
 
 
 def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResponse) -> None:
-    """Take the cookies of an answer out of a caller's jar: aiohttp 3.14 always stores them there."""
+    """Remove a response's cookies from a caller's jar, where aiohttp 3.14 always stores them."""
     if response.cookies:
         host = response.url.host or ""
         session.cookie_jar.clear(
-            lambda kept: (
-                kept.key in response.cookies
-                and f".{host}".endswith(f".{kept['domain'].lstrip('.')}")
+            lambda cookie: (
+                cookie.key in response.cookies
+                and f".{host}".endswith(f".{cookie['domain'].lstrip('.')}")
             )
         )
 
@@ -295,9 +298,9 @@ def _forget_cookies(session: aiohttp.ClientSession, response: aiohttp.ClientResp
 async def _once(
     request: aiohttp.ClientRequest, handler: ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """An aiohttp middleware: the request goes out once.
+    """An aiohttp middleware that sends the request once.
 
-    aiohttp itself would send it again over a connection found closed.
+    Without it aiohttp re-sends a GET when a reused connection turns out to be closed.
     """
     try:
         return await handler(request)
@@ -308,7 +311,10 @@ async def _once(
 
 
 def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
-    """The same for a caller's session: with this key, the host of the URL and no cookie, whatever the session would add."""
+    """`_once` for a caller's session: sets the key and the URL's host, and removes cookies.
+
+    The session's own values for these headers never reach the API.
+    """
 
     async def guard(
         request: aiohttp.ClientRequest, handler: ClientHandlerType
@@ -322,12 +328,14 @@ def _guard(authorization: str) -> aiohttp.ClientMiddlewareType:
 
 
 def _reason(error: BaseException) -> str:
-    """A word for the cause: the system's, OpenSSL's or the exception's name, but never its text, which may hold anything."""
+    """The cause in the words of the system or OpenSSL, else the name of the exception.
+
+    The exception's own text may hold anything, and is never used.
+    """
     if isinstance(error, _NotResentError) and error.__cause__ is not None:
         error = error.__cause__
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    # After the handshake aiohttp makes an error of its own of OpenSSL's, whose number is not the
-    # system's.
+    # After the handshake aiohttp wraps OpenSSL's error in its own; its errno is not the system's.
     tls = next(
         (
             each
@@ -342,13 +350,14 @@ def _reason(error: BaseException) -> str:
             f"{getattr(tls, 'verify_message', None) or 'OpenSSL gives no reason'}"
         )
     if tls is not None:
-        return f"TLS: {(getattr(tls, 'reason', None) or 'the handshake or a record failed').replace('_', ' ').lower()}"
+        reason = getattr(tls, "reason", None) or "the handshake or a record failed"
+        return f"TLS: {reason.replace('_', ' ').lower()}"
     if isinstance(cause, OSError) and (cause.strerror or "").startswith("[SSL"):
         return "TLS: the connection failed after the handshake"
     if isinstance(cause, ConnectionError) and cause.errno is None:
         return "the connection was closed"
     if not isinstance(cause, OSError) or cause.errno is None:
         return type(error).__name__
-    # Name resolution has numbers of its own, below zero, and aiohttp puts addresses into the text
-    # of the others.
+    # Errors of name resolution have negative numbers. For the others aiohttp puts addresses into
+    # the text.
     return os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or type(error).__name__

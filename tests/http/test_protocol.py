@@ -1,4 +1,4 @@
-"""Requests and answers as values: no loop, no clock, no socket."""
+"""Requests and responses as values: no loop, no clock, no socket."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def error(body: str | bytes | None, **options: Any) -> CrustCreditsError:
 # --- requests
 
 
-def test_a_request_carries_the_key_the_version_and_who_asks() -> None:
-    """`Bearer` by the documents; the version on both endpoints."""
+def test_a_request_carries_the_key_the_api_version_and_the_user_agent() -> None:
+    """The API documents `Bearer`; both endpoints get the version."""
     assert request_headers(KEY) == {
         "Authorization": "Bearer sk-0123456789",
         "x-api-version": "2025-11-01",
@@ -97,7 +97,7 @@ def test_a_request_carries_the_key_the_version_and_who_asks() -> None:
     ],
 )
 def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
-    """https, or http to this very machine."""
+    """https to any host, or http to loopback."""
     assert parse_base_url(given) == origin
     assert proxy_problem(given.strip()) is None
 
@@ -121,7 +121,7 @@ def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
     ],
 )
 def test_any_other_base_url_is_refused_with_the_reason(given: str, said: str) -> None:
-    """And not repeated, because it may hold credentials."""
+    """The URL is not repeated, because it may hold credentials."""
     refusal = parse_base_url(given)
     assert isinstance(refusal, ConfigurationError)
     assert f"base_url {said}" in str(refusal)
@@ -129,14 +129,14 @@ def test_any_other_base_url_is_refused_with_the_reason(given: str, said: str) ->
 
 
 @pytest.mark.parametrize("given", [5, "", "proxy", "ftp://proxy", "http://[", "http://"])
-def test_a_proxy_that_is_no_url_is_refused(given: object) -> None:
-    """And not repeated, because it may hold credentials."""
+def test_a_proxy_that_is_not_a_url_is_refused(given: object) -> None:
+    """The value is not repeated, because it may hold credentials."""
     assert "give it as http://host:port" in str(proxy_problem(given))
     assert proxy_problem(None) is None
 
 
-def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it is given; and errors name the variable."""
+def test_the_base_url_defaults_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument wins, and errors name the variable."""
     monkeypatch.delenv("CRUSTDATA_API_URL", raising=False)
     assert parse_base_url(None) == "https://api.crustdata.com"
     monkeypatch.setenv("CRUSTDATA_API_URL", "http://localhost:1")
@@ -154,7 +154,7 @@ def test_the_base_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     "text", ["9406", "138940.37", "12345678901234567890.123456", "0", "-3.5", "1E+3", "0.10"]
 )
 def test_credits_are_exact_to_the_last_digit(text: str) -> None:
-    """Never through a binary float."""
+    """The number never passes through a binary float."""
     found = balance(f'{{"credits": {text}}}')
     assert found.credits == Decimal(text)
     assert str(found.credits) == str(Decimal(text))
@@ -166,8 +166,8 @@ def test_credits_are_exact_to_the_last_digit(text: str) -> None:
     )
 
 
-def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
-    """Only what is missing is a reason to fail."""
+def test_a_byte_order_mark_and_unknown_fields_are_ignored() -> None:
+    """Only missing credits are a failure."""
     assert balance('\ufeff {"credits": 1, "plan": "pro"} ').credits == 1
 
 
@@ -194,8 +194,10 @@ def test_a_byte_order_mark_and_unknown_fields_do_no_harm() -> None:
         (None, "more than 64 KiB"),
     ],
 )
-def test_what_is_no_balance_is_an_unexpected_response(body: str | bytes | None, said: str) -> None:
-    """Never zero."""
+def test_a_body_without_a_balance_is_an_unexpected_response(
+    body: str | bytes | None, said: str
+) -> None:
+    """A missing number never counts as zero."""
     found = error(body, x_request_id="r-1")
     assert isinstance(found, UnexpectedResponseError)
     assert said in str(found)
@@ -206,7 +208,7 @@ def test_what_is_no_balance_is_an_unexpected_response(body: str | bytes | None, 
 
 
 def test_an_account_keeps_the_apis_field_names() -> None:
-    """With its own kinds: decimals, an aware time, lists as sent."""
+    """Values become decimals and an aware time; lists stay as sent."""
     found = account(
         recurring_credits=150000,
         recurring_credits_frequency="monthly",
@@ -225,8 +227,8 @@ def test_an_account_keeps_the_apis_field_names() -> None:
     assert found.extra == {"plan": {"name": "pro"}}
 
 
-def test_what_an_account_does_not_say_is_none() -> None:
-    """Absent and null alike; unknown fields land in extra, and these do not."""
+def test_absent_and_null_account_fields_are_none() -> None:
+    """Only unknown fields land in `extra`."""
     found = account(recurring_credits=None)
     assert found.recurring_credits is None
     assert found.recurring_credits_refresh_date is None
@@ -244,29 +246,29 @@ def test_what_an_account_does_not_say_is_none() -> None:
     ],
 )
 def test_the_refresh_date_is_an_aware_time_in_utc(text: str, expected: datetime) -> None:
-    """Whatever offset it came with; without one it is taken for UTC."""
+    """Any offset is converted; a time without an offset is read as UTC."""
     found = account(recurring_credits_refresh_date=text).recurring_credits_refresh_date
     assert found == expected
     assert found.tzinfo is UTC
 
 
 @pytest.mark.parametrize("text", ["soon", "", "2026-13-01", "0001-01-01T00:00:00+23:59"])
-def test_a_refresh_date_that_is_no_date_does_not_lose_the_balance(
+def test_an_unparsable_refresh_date_keeps_the_balance(
     text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is None, with a warning, and the text is kept."""
+    """The date is None, a warning is logged, and `extra` holds the text."""
     found = account(recurring_credits_refresh_date=text)
     assert found.credits == 1
     assert found.recurring_credits_refresh_date is None
     assert found.extra == {"recurring_credits_refresh_date": text}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "prod: the date of the account's next grant is no date" in caplog.text
+    assert "prod: the account's recurring_credits_refresh_date is no date" in caplog.text
 
 
-def test_a_field_of_another_kind_does_not_lose_the_balance(
+def test_a_field_of_an_undocumented_kind_keeps_the_balance(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What only informs is kept as it came, with a warning."""
+    """The field lands in `extra` as sent, with a warning."""
     found = account(
         recurring_credits="150000",
         credit_rollover=0,
@@ -284,8 +286,8 @@ def test_a_field_of_another_kind_does_not_lose_the_balance(
     assert len(caplog.records) == 4
 
 
-def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
-    """Neither in values nor in names, nor quoted or in another case."""
+def test_a_secret_echoed_by_the_server_is_masked() -> None:
+    """In values and names, URL-quoted and in another case."""
     echo = KEY.get_secret_value()
     found = account(
         api_key=echo,
@@ -315,8 +317,8 @@ def test_what_the_server_echoes_of_the_key_is_not_kept() -> None:
     assert str(refused) == "prod: *** (HTTP 403)"
 
 
-def test_an_absurdly_nested_account_is_unexpected() -> None:
-    """What prints or copies it would fail on it."""
+def test_an_account_nested_too_deeply_is_an_unexpected_response() -> None:
+    """Printing or copying it would exceed the recursion limit."""
     assert account(wallets=[[[[[[{"a": [1]}]]]]]]).wallets
     nested: Any = 1
     for _ in range(600):
@@ -330,15 +332,15 @@ def test_an_absurdly_nested_account_is_unexpected() -> None:
     "body", ['{"credits": null}', '{"account": null}', '{"account": {}}', "[]"]
 )
 def test_an_account_without_credits_is_an_unexpected_response(body: str) -> None:
-    """The balance is what it is for."""
+    """An account without its balance is of no use."""
     assert isinstance(error(body, path=ACCOUNT_CREDITS), UnexpectedResponseError)
 
 
 # --- headers
 
 
-def test_the_rate_limit_is_read_from_every_answer() -> None:
-    """Balances and errors alike, with the request's id."""
+def test_the_rate_limit_is_read_from_every_response() -> None:
+    """Balances and errors carry it, with the request id."""
     headers = {
         "x_ratelimit_limit": "30",
         "x_ratelimit_remaining": "29",
@@ -353,8 +355,8 @@ def test_the_rate_limit_is_read_from_every_answer() -> None:
 
 
 @pytest.mark.parametrize("nonsense", ["", "many", "-1", "1.5", "NaN", "\u0663", "9" * 30])
-def test_headers_that_are_no_numbers_are_left_out(nonsense: str) -> None:
-    """Rather than believed or raised."""
+def test_rate_limit_headers_that_are_not_numbers_are_left_out(nonsense: str) -> None:
+    """They are neither believed nor raised."""
     found = balance('{"credits": 1}', x_ratelimit_limit=nonsense, x_ratelimit_remaining="3")
     assert found.rate_limit == RateLimitStatus(limit=None, remaining=3, reset=None)
     assert balance('{"credits": 1}', x_ratelimit_limit=nonsense).rate_limit is None
@@ -383,8 +385,10 @@ def test_headers_that_are_no_numbers_are_left_out(nonsense: str) -> None:
         ({}, None),
     ],
 )
-def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    """The longer of the reset, which is within the window whatever it says, and of Retry-After."""
+def test_retry_after_is_the_longer_of_the_reset_and_the_retry_after_header(
+    headers: dict[str, str], seconds: float | None
+) -> None:
+    """The reset counts as at most the window."""
     found = error('{"message": "slow down"}', status=429, **headers)
     assert isinstance(found, RateLimitError)
     assert found.retry_after == seconds
@@ -428,10 +432,10 @@ def test_how_long_a_refusal_asks_to_wait(headers: dict[str, str], seconds: float
         (599, '{"non_field_errors": []}', InternalServerError, "a gateway before it failed"),
     ],
 )
-def test_an_error_status_is_its_own_error(
+def test_each_error_status_has_its_own_error_class(
     status: int, body: str | None, kind: type[APIStatusError], said: str
 ) -> None:
-    """With the API's own words where it has some."""
+    """The message is the API's own where the body has one."""
     found = error(body, status=status)
     assert type(found) is kind
     assert isinstance(found, APIStatusError)
@@ -442,15 +446,15 @@ def test_an_error_status_is_its_own_error(
 
 
 @pytest.mark.parametrize("status", [204, 301, 302, 307, 600])
-def test_a_redirect_or_an_undocumented_status_is_unexpected(status: int) -> None:
-    """Nothing is followed, and an empty success is no balance."""
+def test_a_redirect_or_an_undocumented_status_is_an_unexpected_response(status: int) -> None:
+    """No redirect is followed, and an empty success is no balance."""
     found = error("", status=status)
     assert isinstance(found, UnexpectedResponseError)
     assert found.status == status
 
 
-def test_what_the_server_says_is_fit_for_a_log_line() -> None:
-    """On one line, bounded, and without the key should it echo it."""
+def test_a_message_of_the_server_is_made_fit_for_a_log_line() -> None:
+    """It is one bounded line, and an echoed secret is masked."""
     said = json.dumps({"message": "bad key sk-0123456789\n\x1b[31m" + "x" * 1000})
     found = error(said, status=401, x_request_id="r sk-0123456789")
     assert "sk-0123456789" not in str(found) + str(found.request_id)
@@ -465,8 +469,10 @@ def test_what_the_server_says_is_fit_for_a_log_line() -> None:
 @pytest.mark.parametrize(
     "body", ["", "<html>Just a moment...</html>", '"no"', '["no"]', '{"message": "cut', None]
 )
-def test_what_a_gateway_says_of_a_key_is_not_the_apis_word(status: int, body: str | None) -> None:
-    """Only a JSON object is."""
+def test_401_402_and_403_without_a_json_object_are_gateway_errors(
+    status: int, body: str | None
+) -> None:
+    """Only a JSON object speaks for the API."""
     found = error(body, status=status, x_request_id="r-1")
     assert type(found) is GatewayError
     assert (found.status, found.request_id, found.rate_limit) == (status, "r-1", None)
@@ -474,8 +480,8 @@ def test_what_a_gateway_says_of_a_key_is_not_the_apis_word(status: int, body: st
     assert str(found).endswith(f"(HTTP {status})")
 
 
-def test_a_503_asks_to_wait_by_retry_after_alone() -> None:
-    """Its reset is the window's, which does not make the server well."""
+def test_a_503_asks_to_wait_by_retry_after_only() -> None:
+    """Its `x-ratelimit-reset` is about the window, not about the outage."""
     found = error("", status=503, Retry_After="17", x_ratelimit_reset="60")
     assert isinstance(found, InternalServerError)
     assert found.retry_after == 17
@@ -484,8 +490,8 @@ def test_a_503_asks_to_wait_by_retry_after_alone() -> None:
     assert without.retry_after is None
 
 
-def test_a_body_that_ends_with_the_connection_may_be_cut_short() -> None:
-    """Then it is a lost connection, and not an answer of the wrong shape."""
+def test_an_undelimited_body_that_is_cut_short_is_a_connection_error() -> None:
+    """A complete body of the wrong shape is still an unexpected response."""
     for body in (
         b"",
         b'{"credits": 94',
@@ -517,16 +523,16 @@ def test_a_body_that_ends_with_the_connection_may_be_cut_short() -> None:
 
 
 @pytest.mark.parametrize("text", ["1e99999999999999999999", "1E+999999999", "NaN"])
-def test_the_callers_decimal_context_does_not_matter(text: str) -> None:
-    """One that traps nothing would make a NaN of it."""
+def test_parsing_does_not_depend_on_the_callers_decimal_context(text: str) -> None:
+    """A context without traps would make a NaN of invalid text."""
     with decimal.localcontext(decimal.ExtendedContext):
         assert isinstance(error(f'{{"credits": {text}}}'), UnexpectedResponseError)
     with decimal.localcontext(decimal.Context(prec=2)):
         assert balance('{"credits": 138940.37}').credits == Decimal("138940.37")
 
 
-def test_a_name_that_stands_twice_is_refused() -> None:
-    """Nobody knows which of the two is right."""
+def test_json_with_a_duplicate_name_is_refused() -> None:
+    """The API does not document which of the two would be right."""
     found = error('{"credits": 1, "credits": 2}')
     assert isinstance(found, UnexpectedResponseError)
     assert "JSON in which a name stands twice" in str(found)
@@ -536,8 +542,8 @@ def test_a_name_that_stands_twice_is_refused() -> None:
     )
 
 
-def test_half_a_character_is_replaced() -> None:
-    """No encoding could write it; the balance is not lost for it."""
+def test_a_lone_surrogate_is_replaced() -> None:
+    """No encoding could write it, and the balance is kept."""
     found = read(
         '{"account": {"credits": 1, "plan\\ud800": "a\\udfffb", "wallets": ["\\ud83d\\ude00"]}}',
         path=ACCOUNT_CREDITS,
@@ -548,8 +554,8 @@ def test_half_a_character_is_replaced() -> None:
     json.dumps(found.to_dict(), ensure_ascii=False).encode()
 
 
-def test_either_shape_is_understood_at_either_address() -> None:
-    """Both have been seen."""
+def test_both_response_shapes_are_read_at_both_endpoints() -> None:
+    """Both shapes have been seen at both."""
     assert balance('{"account": {"credits": 7}}').credits == 7
     assert balance('{"credits": 7, "account": {"credits": 8}}').credits == 7
     flat = read('{"credits": 7, "recurring_credits": 9}', path=ACCOUNT_CREDITS)

@@ -1,4 +1,4 @@
-"""When to try again, and after how long."""
+"""Retry decisions and backoff."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crustcredits._http.retry import refresh_delay, retry_delay
 
 
 def longest(low: float, high: float) -> float:
-    """The longest that the jitter can draw."""
+    """The longest delay that the jitter can draw."""
     assert low == 0
     return high
 
@@ -31,8 +31,8 @@ def longest(low: float, high: float) -> float:
 @pytest.mark.parametrize(
     "error", [APIConnectionError("x"), APITimeoutError("x"), InternalServerError("x", status=503)]
 )
-def test_what_may_pass_is_tried_again_with_full_jitter(error: CrustCreditsError) -> None:
-    """The bound doubles each time up to the maximum, and the attempts are counted."""
+def test_transient_failures_are_retried_with_full_jitter(error: CrustCreditsError) -> None:
+    """The bound doubles up to `backoff_max`, and `attempts` ends the retries."""
     retry = Retry(attempts=8, backoff=0.25, backoff_max=8.0)
     assert [retry_delay(retry, error, made, longest) for made in range(1, 9)] == [
         0.25,
@@ -56,27 +56,27 @@ def test_what_may_pass_is_tried_again_with_full_jitter(error: CrustCreditsError)
         UnexpectedResponseError("x", status=200),
     ],
 )
-def test_what_will_not_pass_is_not_tried_again(error: CrustCreditsError) -> None:
-    """It would cost tokens and change nothing."""
+def test_permanent_failures_are_not_retried(error: CrustCreditsError) -> None:
+    """A retry would cost tokens and change nothing."""
     assert retry_delay(Retry(), error, 1, longest) is None
 
 
-def test_a_refused_key_waits_what_it_was_told_and_a_jitter_more() -> None:
-    """So that keys refused together do not come back together."""
+def test_a_refused_key_waits_the_servers_time_plus_jitter() -> None:
+    """Keys refused together do not retry together."""
     retry = Retry(wait_max=65.0)
     assert retry_delay(retry, RateLimitError("x", retry_after=60.0), 1, longest) == 60.25
     assert retry_delay(retry, RateLimitError("x", retry_after=0.0), 2, longest) == 0.5
     assert retry_delay(retry, RateLimitError("x"), 2, longest) == 0.5
 
 
-def test_a_refusal_that_asks_for_too_long_a_wait_is_raised() -> None:
+def test_a_refusal_that_asks_for_more_than_wait_max_is_raised() -> None:
     """The error carries the wait."""
     assert (
         retry_delay(Retry(wait_max=30.0), RateLimitError("x", retry_after=31.0), 1, longest) is None
     )
 
 
-def test_endless_attempts_do_not_overflow() -> None:
+def test_many_attempts_do_not_overflow_the_backoff() -> None:
     """2.0 to the power of 1024 would."""
     assert retry_delay(Retry(attempts=10_000), APIConnectionError("x"), 9_000, longest) == 8.0
 
@@ -91,17 +91,14 @@ def test_endless_attempts_do_not_overflow() -> None:
         {"wait_max": "60"},
     ],
 )
-def test_a_retry_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
-    """At once, by name."""
+def test_a_retry_with_an_unusable_value_is_refused(options: dict[str, Any]) -> None:
+    """The error names the option."""
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         Retry(**options)
 
 
-def test_a_refresh_pauses_after_each_failure() -> None:
-    """For what the server asked and a jitter whose bound doubles up to the cap.
-
-    There is no last time.
-    """
+def test_a_background_refresh_backs_off_after_each_failure() -> None:
+    """It waits the server's time, at most 60 s, plus jitter, without a last attempt."""
     retry = Retry(attempts=1, backoff=1.0, backoff_max=8.0, wait_max=5.0)
     down = InternalServerError("down", status=503)
     assert [

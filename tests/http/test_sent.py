@@ -1,6 +1,6 @@
-"""What is sent, seen by aioresponses.
+"""The requests that are sent, recorded by aioresponses.
 
-Whatever has to do with sockets is tested against a real server.
+Tests of sockets use a real server instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SENT = {
 
 
 async def test_a_balance_is_a_get_of_user_credits(mocked: aioresponses) -> None:
-    """With the bearer key and the version, and nothing followed."""
+    """It carries the bearer key and the version, and follows no redirect."""
     mocked.get(USER, body='{"credits": 138940.37}', response_class=BridgedResponse)
     async with CreditsClient() as client:
         assert (await client.balance("sk-0123456789")).credits == Decimal("138940.37")
@@ -36,7 +36,7 @@ async def test_a_balance_is_a_get_of_user_credits(mocked: aioresponses) -> None:
 
 
 async def test_an_account_is_a_get_of_account_credits(mocked: aioresponses) -> None:
-    """With the same headers: without the version it answers 400."""
+    """It carries the same headers: without the version the API answers 400."""
     mocked.get(ACCOUNT, payload={"account": {"credits": 7}}, response_class=BridgedResponse)
     async with CreditsClient(proxy="http://proxy.example:3128") as client:
         assert (await client.account(ApiKey(" sk-0123456789 "))).credits == 7
@@ -45,10 +45,10 @@ async def test_an_account_is_a_get_of_account_credits(mocked: aioresponses) -> N
     assert sent.kwargs["proxy"] == "http://proxy.example:3128"
 
 
-async def test_a_session_with_credentials_of_its_own_gets_the_key_past_them(
+async def test_the_key_replaces_a_sessions_own_credentials(
     mocked: aioresponses,
 ) -> None:
-    """aiohttp refuses both in one request; then the key is set after the session's."""
+    """aiohttp refuses both in one request, so a middleware sets the key afterwards."""
     mocked.get(USER, payload={"credits": 7}, response_class=BridgedResponse)
     async with (
         aiohttp.ClientSession(trust_env=True) as session,

@@ -36,7 +36,7 @@ FAST = Retry(backoff=0.001)
 async def listener(
     serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[int]:
-    """A server on a port of its own that does with each connection what it is told."""
+    """A server on a port of its own that runs `serve` for each connection."""
     writers: list[asyncio.StreamWriter] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,7 +54,7 @@ async def listener(
 
 @asynccontextmanager
 async def https_server(context: ssl.SSLContext) -> AsyncIterator[int]:
-    """An API over TLS, of which any key has 7 credits."""
+    """An API over TLS that answers 7 credits for any key."""
 
     async def answer(request: web.BaseRequest) -> web.Response:
         return web.json_response({"credits": 7})
@@ -79,8 +79,8 @@ def server_context(authority: trustme.CA, name: str = "localhost") -> ssl.SSLCon
     return context
 
 
-async def test_a_context_that_trusts_a_companys_authority_is_used(authority: trustme.CA) -> None:
-    """Also where a session is given."""
+async def test_a_context_that_trusts_a_private_authority_is_used(authority: trustme.CA) -> None:
+    """It applies to a caller's session as well."""
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
     async with AsyncExitStack() as stack:
@@ -98,15 +98,18 @@ async def test_a_context_that_trusts_a_companys_authority_is_used(authority: tru
     [
         (
             "localhost",
-            r"certificate verify failed: (self-signed certificate in certificate chain|unable to get local issuer certificate)",
+            (
+                r"certificate verify failed: (self-signed certificate in certificate chain"
+                r"|unable to get local issuer certificate)"
+            ),
         ),
         ("other.example", "certificate verify failed: "),
     ],
 )
-async def test_a_certificate_that_cannot_be_verified_is_told_and_not_tried_again(
+async def test_a_certificate_that_cannot_be_verified_is_not_retried(
     authority: trustme.CA, name: str, said: str
 ) -> None:
-    """By OpenSSL's words; its token is home at once."""
+    """The error has OpenSSL's reason, and the token returns at once."""
     async with (
         https_server(server_context(authority, name)) as port,
         CreditsClient(base_url=f"https://localhost:{port}", rate_limit=ONE) as client,
@@ -117,10 +120,10 @@ async def test_a_certificate_that_cannot_be_verified_is_told_and_not_tried_again
     assert (caught.value.attempts, caught.value.retryable) == (1, False)
 
 
-async def test_a_certificate_of_another_fingerprint_is_told_and_not_tried_again(
+async def test_a_certificate_with_another_fingerprint_is_not_retried(
     authority: trustme.CA,
 ) -> None:
-    """Where the session's connector expects one."""
+    """The session's connector expects a fingerprint."""
     async with AsyncExitStack() as stack:
         port = await stack.enter_async_context(https_server(server_context(authority)))
         connector = aiohttp.TCPConnector(ssl=aiohttp.Fingerprint(bytes(32)))
@@ -129,7 +132,7 @@ async def test_a_certificate_of_another_fingerprint_is_told_and_not_tried_again(
             base_url=f"https://localhost:{port}", session=session, rate_limit=ONE
         ) as client:
             with pytest.raises(
-                APIConnectionError, match="not that of the session's fingerprint"
+                APIConnectionError, match="does not match the fingerprint of the session"
             ) as caught:
                 await client.balance(SECRET)
             assert (caught.value.attempts, client.quota().free) == (1, 1)
@@ -163,15 +166,17 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (aiohttp.ClientPayloadError(SECRET), "ClientPayloadError"),
     ],
 )
-def test_the_reason_of_a_failure_is_never_its_text(error: Exception, reason: str) -> None:
-    """Which may hold anything; and OpenSSL's numbers are not the system's."""
+def test_the_reason_of_a_failure_is_never_the_exceptions_text(
+    error: Exception, reason: str
+) -> None:
+    """The text may hold anything, and OpenSSL's numbers are not the system's."""
     assert _reason(error) == reason
 
 
-async def test_a_server_that_wants_a_certificate_is_told_in_words_of_tls_or_of_the_connection(
+async def test_a_server_that_wants_a_client_certificate_is_a_connection_error(
     authority: trustme.CA,
 ) -> None:
-    """With TLS 1.3 it refuses after the handshake."""
+    """With TLS 1.3 the server refuses after the handshake."""
     context, trusting = server_context(authority), ssl.create_default_context()
     context.verify_mode = ssl.CERT_REQUIRED
     authority.configure_trust(trusting)
@@ -186,8 +191,8 @@ async def test_a_server_that_wants_a_certificate_is_told_in_words_of_tls_or_of_t
     assert "not permitted" not in str(caught.value)
 
 
-async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
-    """And not by the system's word for OpenSSL's number. It may pass, so it is tried again."""
+async def test_a_server_without_tls_is_reported_with_openssls_reason() -> None:
+    """OpenSSL's error number is not read as the system's. The failure may pass and is retried."""
 
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(64)
@@ -205,11 +210,11 @@ async def test_a_server_without_tls_is_told_by_openssls_reason() -> None:
     assert (caught.value.attempts, caught.value.retryable) == (2, True)
 
 
-async def test_a_handshake_that_hangs_never_reached_the_api(
+async def test_a_connection_timeout_returns_the_token_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its token is home at once; so it is with a proxy that does not answer."""
-    # The time to connect ends almost five seconds before that of the whole request: a slow machine
+    """The TLS handshake or the proxy hangs, so the request never left."""
+    # The connection timeout fires almost 5 s before that of the whole request: a slow machine
     # cannot swap the two.
     monkeypatch.setattr(transport, "_CONNECTING", 0.01)
 
@@ -230,8 +235,8 @@ async def test_a_handshake_that_hangs_never_reached_the_api(
                 assert client.quota().free == 1
 
 
-async def test_an_answer_that_hangs_may_have_reached_it() -> None:
-    """Its token stays out."""
+async def test_a_response_timeout_keeps_the_token_out() -> None:
+    """The request may have reached the API."""
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -248,8 +253,8 @@ async def test_an_answer_that_hangs_may_have_reached_it() -> None:
             assert client.quota().free == 0
 
 
-async def test_a_proxy_that_refuses_shows_its_status() -> None:
-    """And neither its words nor its credentials."""
+async def test_a_proxy_that_refuses_is_reported_by_its_status() -> None:
+    """Neither its reason phrase nor its credentials appear."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -263,7 +268,7 @@ async def test_a_proxy_that_refuses_shows_its_status() -> None:
     ):
         with pytest.raises(
             APIConnectionError,
-            match=r"the proxy refused to connect \(HTTP 407\); give its user and password",
+            match=r"the proxy refused to connect \(HTTP 407\); put its user and password",
         ) as caught:
             await client.balance(SECRET)
         assert client.quota().free == 1
@@ -271,11 +276,10 @@ async def test_a_proxy_that_refuses_shows_its_status() -> None:
     assert "words" not in str(caught.value)
 
 
-async def test_the_environments_proxy_is_used_when_asked_for(
+async def test_the_proxy_of_the_environment_is_used_with_trust_env_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And only then; neither where it is excluded, nor for plain http, which stays on this
-    machine."""
+    """`NO_PROXY` and plain http, which stays on this machine, exclude it."""
     asked: list[bytes] = []
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -331,16 +335,18 @@ def unverified() -> ssl.SSLContext:
         ({"trust_env": 1}, "trust_env is True or False, not int"),
     ],
 )
-def test_what_cannot_secure_a_connection_is_refused(options: dict[str, Any], said: str) -> None:
-    """When the client is made."""
+def test_options_that_cannot_secure_a_connection_are_refused(
+    options: dict[str, Any], said: str
+) -> None:
+    """The constructor raises."""
     with pytest.raises(ConfigurationError, match=said):
         CreditsClient(**options)
 
 
-def test_a_proxy_of_the_environment_that_is_no_url_is_refused(
+def test_a_proxy_of_the_environment_that_is_not_a_url_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its variable, and not repeated."""
+    """The error names the variable and does not repeat the value."""
     monkeypatch.setenv("HTTPS_PROXY", "socks5://bob:hunter2@localhost:1080")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -353,8 +359,8 @@ def test_a_proxy_of_the_environment_that_is_no_url_is_refused(
     CreditsClient()
 
 
-async def test_a_body_cut_short_without_a_length_is_a_lost_connection() -> None:
-    """So it is tried again, and only then."""
+async def test_a_body_cut_short_without_a_length_is_retried() -> None:
+    """It counts as a lost connection."""
     bodies = [b'{"credits": 94', b"", b'{"credits": 9406}']
 
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -373,8 +379,8 @@ async def test_a_body_cut_short_without_a_length_is_a_lost_connection() -> None:
     assert (report[0].credits, report[0].attempts) == (Decimal(9406), 3)
 
 
-async def test_a_given_session_keeps_its_own_cookies_and_sends_no_host_of_its_own() -> None:
-    """What the API sets is taken out of its jar, and all else stays."""
+async def test_a_callers_session_keeps_its_cookies_and_its_host_header_is_not_sent() -> None:
+    """Cookies that the API sets are removed from the session's jar."""
     seen: list[str | None] = []
 
     async def answer(request: web.BaseRequest) -> web.Response:

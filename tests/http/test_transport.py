@@ -1,5 +1,4 @@
-"""One attempt over real sockets: connections, timeouts, re-sends, cookies, redirects, foreign
-sessions."""
+"""One attempt over real sockets: connections, timeouts, re-sends, cookies, redirects, sessions."""
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ def client_of(sandbox: SandboxServer, **options: Any) -> CreditsClient:
     return CreditsClient(base_url=sandbox.url, retry=options.pop("retry", ONCE), **options)
 
 
-async def test_connections_are_kept_and_shared_by_all_keys(sandbox: SandboxServer) -> None:
-    """One session; no more connections than requests at once."""
+async def test_connections_are_reused_by_all_keys(sandbox: SandboxServer) -> None:
+    """One session opens no more connections than `concurrency`."""
     keys = [sandbox.add_key() for _ in range(30)]
     async with client_of(sandbox, concurrency=3, rate_limit=RateLimit(pace=None)) as client:
         assert (await client.check(keys)).ok
@@ -46,20 +45,17 @@ async def test_connections_are_kept_and_shared_by_all_keys(sandbox: SandboxServe
 
 
 async def test_a_closed_client_leaves_no_connection_open(sandbox: SandboxServer) -> None:
-    """Its session is its own."""
+    """The client closes the session that it opened."""
     async with client_of(sandbox) as client:
         await client.balance(sandbox.add_key())
         assert sandbox.connections == 1
     await eventually(lambda: sandbox.connections == 0)
 
 
-async def test_a_connection_found_closed_is_not_sent_over_again_by_aiohttp(
+async def test_aiohttp_does_not_resend_over_a_closed_connection(
     sandbox: SandboxServer,
 ) -> None:
-    """A second arrival for one token would break the promise.
-
-    The retry is ours, with a token of its own.
-    """
+    """A second arrival for one token would break the promise. The retry has a token of its own."""
     key = sandbox.add_key()
     sandbox.fail(key, Fault.STALE, times=1)
     async with client_of(sandbox) as client:
@@ -76,8 +72,8 @@ async def test_a_connection_found_closed_is_not_sent_over_again_by_aiohttp(
         assert client.quota().free == 297
 
 
-async def test_a_refused_connection_certainly_never_left() -> None:
-    """Its token is home at once."""
+async def test_a_refused_connection_returns_the_token_at_once() -> None:
+    """The request never left."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -88,7 +84,7 @@ async def test_a_refused_connection_certainly_never_left() -> None:
 
 
 async def test_a_name_that_does_not_resolve_is_a_connection_error() -> None:
-    """By the reserved name that never does; the token is home at once."""
+    """The reserved name `host.invalid` never resolves; the token returns at once."""
     async with CreditsClient(base_url="https://host.invalid", retry=ONCE) as client:
         with pytest.raises(APIConnectionError, match="could not connect"):
             await client.balance("sk-1")
@@ -108,15 +104,13 @@ async def test_a_name_that_does_not_resolve_is_a_connection_error() -> None:
         (Fault.REDIRECT, UnexpectedResponseError, "a redirect, which is not followed"),
     ],
 )
-async def test_what_a_network_does_is_an_error_of_ours(
+async def test_each_network_fault_is_an_error_of_the_library(
     sandbox: SandboxServer, fault: Fault, kind: type[Exception], said: str
 ) -> None:
-    """Bounded in time and size; the next request is not the worse for it."""
+    """Each is bounded in time and size, and the next request is served."""
     key, other = sandbox.add_key("troubled"), sandbox.add_key("fine")
     sandbox.fail(key, fault)
-    seconds = (
-        0.2 if kind is APITimeoutError else 5.0
-    )  # only what is to come too late needs a short one
+    seconds = 0.2 if kind is APITimeoutError else 5.0  # only the timeouts need a short one
     async with client_of(sandbox, request_timeout=seconds) as client:
         with pytest.raises(kind, match=said) as caught:
             await client.balance(key)
@@ -126,9 +120,11 @@ async def test_what_a_network_does_is_an_error_of_ours(
     assert [arrival.path for arrival in sandbox.arrivals] == ["/user/credits"] * 2
 
 
-async def test_an_answer_that_broke_off_still_tells_its_request(sandbox: SandboxServer) -> None:
-    """Its headers came, so the server has counted it: the token is out for the period and no
-    longer."""
+async def test_an_incomplete_response_still_carries_its_request_id(sandbox: SandboxServer) -> None:
+    """Its headers arrived, so the server has counted it.
+
+    The token stays out for the period and no longer.
+    """
     key = sandbox.add_key()
     for fault in (Fault.DRIP, Fault.CUT_SHORT):
         sandbox.fail(key, fault, times=1)
@@ -142,10 +138,10 @@ async def test_an_answer_that_broke_off_still_tells_its_request(sandbox: Sandbox
             assert client.quota().seconds_for(1) <= 0.2 + 1e-9
 
 
-async def test_no_cookie_goes_from_one_key_to_the_next() -> None:
-    """Neither from our session nor from a caller's with a jar of its own.
+async def test_cookies_of_one_key_are_not_sent_with_the_next() -> None:
+    """Neither by the library's session nor by a caller's with its own jar.
 
-    Jars keep none for bare addresses.
+    Jars store no cookie for an IP address, so the server has a name.
     """
     async with SandboxServer(host="localhost") as sandbox, aiohttp.ClientSession() as session:
         key, other = sandbox.add_key("first"), sandbox.add_key("second")
@@ -162,7 +158,7 @@ async def test_no_cookie_goes_from_one_key_to_the_next() -> None:
 async def hostile_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session whose every setting would spoil a request."""
+    """A session with every setting that could spoil a request."""
     (tmp_path / ".netrc").write_text("default login someone password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
 
@@ -182,13 +178,10 @@ async def hostile_session(
         yield session
 
 
-async def test_a_callers_session_cannot_surprise(
+async def test_the_settings_of_a_callers_session_do_not_apply(
     sandbox: SandboxServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its credentials, headers, timeouts, middlewares and habits are left out.
-
-    And it is not closed.
-    """
+    """Its credentials, headers, timeouts and middlewares are ignored, and it stays open."""
     key = sandbox.add_key(credits="138940.37")
     refused = sandbox.add_key()
     sandbox.fail(refused, Fault.FORBIDDEN)
@@ -204,8 +197,10 @@ async def test_a_callers_session_cannot_surprise(
     assert "Cookie" not in sent
 
 
-async def test_a_session_with_basic_credentials_sends_the_key(sandbox: SandboxServer) -> None:
-    """Not those."""
+async def test_a_session_with_basic_credentials_sends_the_key_instead(
+    sandbox: SandboxServer,
+) -> None:
+    """The session's `Authorization` header and its default auth are replaced."""
     key = sandbox.add_key()
     async with aiohttp.ClientSession(headers={"Authorization": "Basic default"}) as session:
         async with client_of(sandbox, session=session) as client:
@@ -220,17 +215,19 @@ async def test_a_session_with_basic_credentials_sends_the_key(sandbox: SandboxSe
     ] * 2
 
 
-async def test_a_given_session_that_is_closed_says_so(sandbox: SandboxServer) -> None:
-    """As an error of the whole call, because no key is to blame."""
+async def test_a_closed_session_of_the_caller_is_an_error_of_the_whole_call(
+    sandbox: SandboxServer,
+) -> None:
+    """No single key is to blame."""
     async with aiohttp.ClientSession() as session:
         pass
     async with client_of(sandbox, session=session) as client:
-        with pytest.raises(ClientClosedError, match="session that was given is closed"):
+        with pytest.raises(ClientClosedError, match="aiohttp session is closed"):
             await client.check([sandbox.add_key()])
 
 
-async def test_a_trace_that_raises_is_the_sessions_fault(sandbox: SandboxServer) -> None:
-    """Not the network's: it is not tried again, and no foreign exception escapes."""
+async def test_a_trace_hook_that_raises_is_a_configuration_error(sandbox: SandboxServer) -> None:
+    """It is not retried, and no foreign exception escapes."""
 
     async def fail(*arguments: object) -> None:
         raise ZeroDivisionError
@@ -249,10 +246,7 @@ async def test_a_trace_that_raises_is_the_sessions_fault(sandbox: SandboxServer)
 
 
 async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
-    """aiohttp would, above five seconds.
-
-    And a deadline that is just over is no reason to wait without end.
-    """
+    """aiohttp rounds up above 5 s. A timeout that has already passed does not wait without end."""
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     async with client_of(sandbox) as client:
@@ -266,18 +260,17 @@ async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
 
 
 async def test_a_proxy_that_cannot_be_reached_is_a_connection_error(sandbox: SandboxServer) -> None:
-    """And the request certainly never left."""
+    """The request never left, so the token returns at once."""
     async with client_of(sandbox, proxy="http://127.0.0.1:9") as client:
         with pytest.raises(APIConnectionError, match="could not connect"):
             await client.balance(sandbox.add_key())
         assert client.quota().free == 300
 
 
-async def test_cancelling_a_request_shows_nothing_of_its_inside(sandbox: SandboxServer) -> None:
-    """aiohttp's frames hold the key; they are not in the traceback.
-
-    The request goes on until the client is closed.
-    """
+async def test_a_cancelled_request_has_no_frames_of_aiohttp_in_its_traceback(
+    sandbox: SandboxServer,
+) -> None:
+    """aiohttp's frames hold the key. The request stays on the wire until the client is closed."""
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     async with client_of(sandbox, rate_limit=RateLimit(requests=1)) as client:
@@ -296,10 +289,10 @@ async def test_cancelling_a_request_shows_nothing_of_its_inside(sandbox: Sandbox
     assert quota.seconds_for(1) > 60.3 + 9
 
 
-async def test_cancelling_checks_at_random_points_leaves_no_connection_and_no_task(
+async def test_checks_cancelled_at_any_moment_leave_no_connection_and_no_task(
     sandbox: SandboxServer,
 ) -> None:
-    """Whatever they were doing."""
+    """The moments are 5 ms apart."""
     keys = [sandbox.add_key() for _ in range(40)]
     for number, key in enumerate(keys[::4]):
         sandbox.fail(key, (Fault.SILENCE, Fault.UNAVAILABLE, Fault.DRIP)[number % 3])
@@ -319,7 +312,7 @@ async def test_cancelling_checks_at_random_points_leaves_no_connection_and_no_ta
 
 
 async def test_closing_ends_requests_on_the_wire(sandbox: SandboxServer) -> None:
-    """With `ClientClosedError`, and without a connection left."""
+    """The call raises `ClientClosedError`, and no connection is left."""
     key = sandbox.add_key()
     sandbox.fail(key, Fault.SILENCE)
     client = client_of(sandbox)
