@@ -154,7 +154,7 @@ class Known(Generic[BalanceT]):
     def __attrs_post_init__(self) -> None:
         balance = self.balance
         if not isinstance(balance, Balance):
-            raise TypeError(f"balance is a Balance, not {type(balance).__name__}")
+            raise TypeError(f"balance must be a Balance, not {type(balance).__name__}")
         _set(self, "key", balance.key)
         _set(self, "credits", balance.credits)
         _set(self, "checked_at", balance.checked_at)

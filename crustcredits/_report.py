@@ -1,4 +1,4 @@
-"""What a whole pool came to. Sums are exact; what could not be checked is unknown, never zero."""
+"""The result of a whole pool, with exact sums. A key without a balance is unknown, never zero."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from crustcredits._models import (
 )
 from crustcredits._validation import check_number, hides_arguments
 
-# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of them fits;
-# if not, it raises.
+# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of balances
+# fits this precision; an inexact sum raises.
 _EXACT = decimal.Context(
     prec=400,
     Emax=decimal.MAX_EMAX,
@@ -42,15 +42,17 @@ _EXACT = decimal.Context(
     traps=[decimal.Inexact, decimal.InvalidOperation],
 )
 
-# How many names a message lists.
+# Most labels that a message lists.
 _NAMED = 10
 
 
 class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     """The outcomes of a pool, one for each key, in the order the keys were given.
 
-    Keys that declare one account share one balance, which is counted once: the newest answer's. A
-    key without a declared account counts as an account of its own.
+    Keys that declare the same account share one balance, which counts once: that of the newest
+    response. A key without a declared account counts as an account of its own.
+
+    The class is long because all of its sums and views share the same cached index of accounts.
     """
 
     def __init__(self, outcomes: Iterable[Outcome[BalanceT]]) -> None:
@@ -64,7 +66,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def __getitem__(self, index: Any) -> Outcome[BalanceT] | Sequence[Outcome[BalanceT]]:
         if isinstance(index, str):
             raise TypeError(
-                "a report is indexed by place; by_label finds an outcome by its key's label"
+                "a report is indexed by position; use by_label for an outcome by its key's label"
             )
         found: Outcome[BalanceT] | Sequence[Outcome[BalanceT]] = self._outcomes[index]
         return found
@@ -105,9 +107,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def stale(self) -> tuple[Known[BalanceT], ...]:
-        """The outcomes with a balance that is older than was asked for.
+        """The outcomes with a balance older than the requested `max_age`.
 
-        They count among the succeeded, and in all sums.
+        They count in `succeeded` and in all sums.
         """
         return tuple(outcome for outcome in self.succeeded if outcome.stale)
 
@@ -115,7 +117,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def by_label(self) -> Mapping[str, Outcome[BalanceT]]:
         """The outcomes by the labels of their keys.
 
-        Where two keys have one label, a usable key goes before an unusable one.
+        Where two keys have the same label, a usable key wins over an unusable one.
         """
         usable = {
             outcome.key.label: outcome
@@ -126,10 +128,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @property
     def total_credits(self) -> Decimal | None:
-        """Credits of all accounts whose balance is known, exact to the last digit; each account once.
+        """Credits of all accounts with a known balance, each once, exact to the last digit.
 
-        What failed is left out, so look at `ok` too; what is `stale` is in it. None when there were
-        keys and nothing is known of any.
+        Failed keys are left out, so check `ok` as well; stale balances count. None when every key
+        of a pool failed.
         """
         if self and not self.succeeded:
             return None
@@ -139,7 +141,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def accounts(self) -> Mapping[str, Decimal | None]:
         """Credits of each declared account, in the order of their first keys.
 
-        None where all its keys failed.
+        None for an account when all its keys failed.
         """
         return {
             account: credits
@@ -149,10 +151,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @hides_arguments
     def ranked(self, min_credits: Decimal | float = 0) -> tuple[Known[BalanceT], ...]:
-        """The keys whose account holds at least `min_credits`, richest account first, ties in the order given.
+        """The keys with at least `min_credits` in their account, richest account first.
 
-        Stale ones come last. Failed ones are left out, and keys of an account that is said since
-        then to be out of credits (402).
+        Ties keep the order given. Stale outcomes come last. Failed keys are left out, as are keys
+        of an account with a later answer that it is out of credits (402).
 
         Raises:
             ConfigurationError: `min_credits` is not a finite number.
@@ -177,13 +179,13 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def low(
         self, credits: Decimal | float | None = None, *, grant_share: Decimal | float | None = None
     ) -> tuple[Known[BalanceT], ...]:
-        """The keys whose account is low, in the order given. Failed keys are left out.
+        """The keys with a low account, in the order given. Failed keys are left out.
 
         Args:
-            credits: Low is less than this.
-            grant_share: Low is also less than this share of the account's recurring grant: 0.1 is a
-                tenth. It needs a report of `detail=True`. Accounts without a recurring grant are
-                not low by it.
+            credits: An account with less than this number of credits is low.
+            grant_share: An account with less than this share of its recurring grant is low as well:
+                0.1 is a tenth. Needs a report with `detail=True`. This rule never applies to an
+                account without a recurring grant.
 
         Raises:
             ConfigurationError: Neither is given, one of them is not a finite number, or
@@ -198,9 +200,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     ) -> tuple[str, ...]:
         """The declared accounts that are low, in the order of their first keys.
 
-        Unknown ones are left out.
-
-        The arguments and errors are those of `low`.
+        Accounts without a known balance are left out. Arguments and errors are as in `low`.
         """
         return tuple(
             account for account in self._low(credits, grant_share) if isinstance(account, str)
@@ -217,7 +217,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             isinstance(outcome.balance, Account) for outcome in self.succeeded
         ):
             raise ConfigurationError(
-                "grant_share needs to know the grants: check the pool with detail=True"
+                "grant_share needs the recurring grants, and this report does not have all of them; "
+                "check the pool with detail=True"
             )
         known = {
             account: balance for account, balance in self._newest.items() if balance is not None
@@ -231,10 +232,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @property
     def lookalikes(self) -> tuple[tuple[Known[BalanceT], ...], ...]:
-        """Groups of different undeclared keys whose answers are the same to the last digit, so may share an account.
+        """Groups of different undeclared keys with identical answers, which may share an account.
 
-        No answer names its account. Where a group does share one, `total_credits` counts it more
-        than once until the keys declare it.
+        No answer names its account. Where a group does share an account, `total_credits` counts it
+        more than once until the keys declare it.
         """
         groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
         for outcome in self.succeeded:
@@ -245,17 +246,16 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @property
     def available_credits(self) -> Decimal:
-        """Credits to count on, at least 0: as `total_credits`, without what may be counted twice or is not there.
+        """Credits that are certainly available, at least 0: a cautious `total_credits`.
 
-        An undeclared key whose answer is the same as another's may draw from that one's account,
-        and adds nothing. Neither does an account of which another key has since been told that it
-        is out of credits (402), or one that is overdrawn: nobody can pay its debt from another
-        account.
+        An undeclared key adds nothing when another key has the identical answer, because both may
+        draw from the same account. An account adds nothing when another of its keys got a later 402
+        (out of credits), or when it is overdrawn: no other account can pay its debt.
         """
         known = [
             (account, balance) for account, balance in self._newest.items() if balance is not None
         ]
-        # A declared account, known by a str, counts for itself, whatever others answer.
+        # A declared account, identified by a str, always counts, even with an identical answer.
         declared = [balance for account, balance in known if isinstance(account, str)]
         answers = {_answer(balance) for balance in declared}
         apart = {
@@ -269,13 +269,14 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @hides_arguments
     def require(self, credits: Decimal | float) -> None:
-        """Do nothing when there are so many `available_credits`.
+        """Do nothing when `available_credits` is at least `credits`.
 
         Raises:
-            InsufficientCreditsError: `available_credits` is less, and no key whose credits are
-                unknown could change that.
-            CreditsUnknownError: The known ones are less, and keys whose credits are unknown decide.
-            ConfigurationError: `credits` is no finite number of at least 0.
+            InsufficientCreditsError: `available_credits` is too low, and no key with unknown
+                credits could change that.
+            CreditsUnknownError: `available_credits` is too low, but keys with unknown credits may
+                hold the rest.
+            ConfigurationError: `credits` is not a finite number of at least 0.
         """
         needed, available = needed_credits(credits), self.available_credits
         if available >= needed:
@@ -283,12 +284,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         deciding = self._deciding()
         counts = (
             f"{credits_text(needed)} credits are needed and {credits_text(available)} are "
-            "known to be there"
+            "known to be available"
         )
         stale = _listed("; stale", self.stale)
         if deciding:
             errors = tuple(outcome.error for outcome in deciding)
-            undecided = _listed("; keys that could not be checked decide", deciding)
+            undecided = _listed("; keys that could not be checked may hold the rest", deciding)
             raise CreditsUnknownError(
                 f"{counts}{undecided}; see their errors, and {_remedy(errors)}{stale}",
                 needed=needed,
@@ -302,7 +303,10 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
 
     def _deciding(self) -> list[Unknown]:
-        """The failed keys that may hold what is missing: nothing else tells of their account, and no 402 says that it is spent."""
+        """The failed keys that may hold the missing credits.
+
+        No other answer tells the balance of their account, and no 402 says that it is spent.
+        """
         return [
             each
             for each in self.failed
@@ -310,12 +314,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         ]
 
     def _is_spent(self, account: Hashable, balance: Balance) -> bool:
-        """Whether a key of the account was told after this balance that the account is out of credits."""
+        """Whether a key of the account got a 402 (out of credits) after this balance."""
         return account in self._spent and is_newer(self._spent[account], balance)
 
     @cached_property
     def _spent(self) -> Mapping[Hashable, Unknown]:
-        """Of each account that is said to be out of credits, the last answer that says so."""
+        """The last 402 (out of credits) of each account that has one."""
         spent: dict[Hashable, Unknown] = {}
         for each in self.failed:
             known = spent.get(self._account(each), each)
@@ -327,14 +331,14 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """Do nothing when every key has a balance.
 
         Raises:
-            ExceptionGroup: All the errors of the failed keys.
+            ExceptionGroup: The errors of all failed keys.
         """
         errors = [outcome.error for outcome in self.failed]
         if errors:
             raise ExceptionGroup(f"{len(errors)} of {len(self)} keys could not be checked", errors)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the totals, and every outcome by its key's name; credits as text."""
+        """For JSON: the totals and every outcome, with its key's label and credits as text."""
         return {
             "ok": self.ok,
             "succeeded": len(self.succeeded),
@@ -352,14 +356,16 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     def credits_of(self, outcome: Unknown) -> Decimal | None: ...
     @hides_arguments
     def credits_of(self, outcome: Outcome[Any]) -> Decimal | None:
-        """Credits of the account that a key draws from, by the account's newest answer; None when no key of the account has one.
+        """Credits of the account of an outcome's key, from the account's newest answer.
+
+        None when no key of the account has a balance.
 
         Raises:
-            ConfigurationError: The outcome is not of this report.
+            ConfigurationError: The outcome is not in this report.
         """
         if not isinstance(outcome, (Known, Unknown)):
             raise ConfigurationError(
-                "credits_of takes an outcome of this report; by_label finds it by its key's label"
+                "credits_of takes an outcome of this report; use by_label to find one by label"
             )
         account = self._account(outcome)
         if account not in self._credits:
@@ -371,7 +377,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def _declared(self) -> Mapping[bytes, str]:
-        # The same secret may stand in the pool with its account and without.
+        # The same secret may be in the pool twice, with its account and without.
         return {
             outcome.key.digest: outcome.key.account
             for outcome in self._outcomes
@@ -384,10 +390,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def _newest(self) -> Mapping[Hashable, Balance | None]:
-        """The answer of each account, declared or not, that was received last.
-
-        None where nothing is known.
-        """
+        """The balance of each account, declared or not, that arrived last; None without one."""
         newest: dict[Hashable, Balance | None] = {}
         for outcome in self._outcomes:
             account, balance = self._account(outcome), outcome.balance
@@ -398,7 +401,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @cached_property
     def _credits(self) -> Mapping[Hashable, Decimal | None]:
-        """The credits of that."""
+        """The credits of each account's newest balance."""
         return {
             account: None if balance is None else balance.credits
             for account, balance in self._newest.items()
@@ -413,10 +416,11 @@ def _is_below(balance: Balance, share: Decimal) -> bool:
 
 
 def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
-    """What a batch of so many credits needs, with its margin.
+    """The credits that a batch needs: `credits` times `margin`.
 
     Raises:
-        ConfigurationError: One of them is no finite number of at least 0.
+        ConfigurationError: One argument is not a finite number of at least 0, or the product has
+            too many digits.
     """
     factors = _decimal("credits", credits), _decimal("margin", margin)
     for what, factor in zip(("credits", "margin"), factors, strict=True):
@@ -424,7 +428,7 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
     try:
         return _EXACT.multiply(*factors)
     except decimal.Inexact:
-        pass  # raised below, where no `except` block links it
+        pass  # the error is raised below, where no `except` block links it
     raise ConfigurationError("credits and margin have too many digits; round them up")
 
 
@@ -453,41 +457,43 @@ def _text(credits: Decimal | None) -> str | None:
     return None if credits is None else credits_text(credits)
 
 
-# What differs between two answers about one account.
+# Fields that may differ between two answers about the same account.
 _OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale", "_order"}
 
 
 def _answer(balance: Balance) -> str:
-    """What the server said of the account."""
+    """The account's data in an answer, as text to compare."""
     if not isinstance(balance, Account):
         return str(balance.credits)
     fields = attrs.asdict(balance, recurse=False)
     return repr({name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER})
 
 
-# What the API says of a key, or what is wrong with it before it is sent.
+# Errors of the key itself: the API refused it, or it cannot be sent.
 _OF_THE_KEY = (ConfigurationError, AuthenticationError, PermissionDeniedError, PaymentRequiredError)
 
 
 def _remedy(errors: Iterable[CrustCreditsError]) -> str:
-    """What to do where these errors decide."""
+    """The remedy for the errors of keys with unknown credits."""
     if any(error.may_recover for error in errors):
         return "check again"
     if all(isinstance(error, _OF_THE_KEY) for error in errors):
-        return "mend or remove these keys"
-    return "find out what answers in the API's place"
+        return "correct or remove these keys"
+    return "find the server that answers in the API's place"
 
 
 class CreditsRequirementError(CrustCreditsError):
-    """A pool is not known to hold the credits that a batch needs; `require` raises one of the two classes below.
+    """A pool is not known to hold the credits that a batch needs.
+
+    `require` raises one of its two subclasses.
 
     Attributes:
-        needed: Credits that were asked for, with the margin.
-        available: Credits known to be there; those of unknown keys count as nothing.
-        report: What was found. Empty in a copy that was pickled, because keys are not.
-        errors: Why keys are unknown.
-        unknown: The labels of the unknown keys, in the order of `errors`.
-        stale: The labels of the keys whose balance is an old one.
+        needed: Credits needed, with the margin.
+        available: Credits known to be available; keys with unknown credits add none.
+        report: The report of the pool. Empty after pickling, because keys are not pickled.
+        errors: The errors of the keys with unknown credits.
+        unknown: The labels of the keys with unknown credits, in the order of `errors`.
+        stale: The labels of the keys with a stale balance.
     """
 
     def __init__(
@@ -513,24 +519,24 @@ class CreditsRequirementError(CrustCreditsError):
         return rebuild(type(self), self.args, self.__dict__)
 
     def __deepcopy__(self, memo: object) -> Self:
-        return rebuild(type(self), self.args, self.__dict__)  # all that it holds is never changed
+        return rebuild(type(self), self.args, self.__dict__)  # its attributes are never changed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuild, (type(self), self.args, self.__dict__ | {"report": type(self.report)([])})
 
 
 class InsufficientCreditsError(CreditsRequirementError):
-    """The known balances are too low, and no key whose credits are unknown could change that."""
+    """The known balances are too low, and no key with unknown credits could change that."""
 
 
 class CreditsUnknownError(CreditsRequirementError):
-    """The known balances are too low, and keys whose credits are unknown may hold the rest.
+    """The known balances are too low, and keys with unknown credits may hold the rest.
 
     Attributes:
-        deciding: The errors of these keys, which name them in `key_name`. Keys whose account is
-            known from another key, or to be spent, are not among them.
-        may_recover: Whether one of these errors may. Else checking again does not help: the API
-            refused all these keys, none of them can be used, or something else answers in the API's
+        deciding: The errors of these keys, with their labels in `key_name`. Keys of an account that
+            is known from another key, or known to be spent, are not included.
+        may_recover: Whether one of these errors may recover. Otherwise another check does not help:
+            the API refused these keys, they cannot be used, or another server answers in the API's
             place.
     """
 

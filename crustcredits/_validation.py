@@ -119,7 +119,7 @@ def check_whole(what: str, value: object, *, minimum: int) -> None:
     """Raise `ConfigurationError` unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MOST:
         raise ConfigurationError(
-            f"{what} is a whole number of at least {minimum}, not {shown(value)}"
+            f"{what} must be a whole number of at least {minimum}, not {shown(value)}"
         )
 
 
@@ -144,7 +144,9 @@ def check_number(
         minimum > -math.inf
     )
     bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
-    raise ConfigurationError(f"{what} is a finite number{' and'.join(bounds)}, not {shown(value)}")
+    raise ConfigurationError(
+        f"{what} must be a finite number{' and'.join(bounds)}, not {shown(value)}"
+    )
 
 
 def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
@@ -165,14 +167,14 @@ def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
 def check_flag(what: str, value: object) -> bool:
     """The value, when it is True or False. Raises `ConfigurationError` otherwise."""
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{what} is True or False, not {_a(type(value))}")
+        raise ConfigurationError(f"{what} must be True or False, not {_a(type(value))}")
     return value
 
 
 def check_kind(what: str, value: object, kind: type) -> None:
     """Raise `ConfigurationError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
-        raise ConfigurationError(f"{what} is {_a(kind)}, not {type(value).__name__}")
+        raise ConfigurationError(f"{what} must be {_a(kind)}, not {type(value).__name__}")
 
 
 def shown(value: object) -> str:

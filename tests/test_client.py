@@ -546,7 +546,7 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
         outcomes = {
             outcome.key.name: outcome.error async for outcome in client.stream(keys(3), timeout=2)
         }
-        with pytest.raises(ConfigurationError, match="timeout is a finite number above 0"):
+        with pytest.raises(ConfigurationError, match="timeout must be a finite number above 0"):
             client.stream(keys(3), timeout=0)
     assert isinstance(outcomes["k1"], APITimeoutError)
     assert outcomes["k0"] is outcomes["k2"] is None
@@ -1005,19 +1005,19 @@ def test_making_a_client_needs_no_loop() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"concurrency": 0}, "concurrency is a whole number of at least 1"),
-        ({"request_timeout": 0}, "request_timeout is a finite number above 0"),
+        ({"concurrency": 0}, "concurrency must be a whole number of at least 1"),
+        ({"request_timeout": 0}, "request_timeout must be a finite number above 0"),
         ({"base_url": "http://example.com"}, "base_url is plain http"),
         ({"proxy": 5}, "proxy is no http"),
-        ({"rate_limit": 5}, "rate_limit is a RateLimit, not int"),
+        ({"rate_limit": 5}, "rate_limit must be a RateLimit, not int"),
         (
             {"buckets": "redis://:hunter2@localhost"},
             r"buckets is a str, not a token store: pass RedisBuckets\(url\)$",
         ),
         ({"buckets": Retry}, "buckets is the class Retry"),
-        ({"retry": None}, "retry is a Retry, not NoneType"),
-        ({"session": "x"}, "session is an aiohttp.ClientSession, not str"),
-        ({"request_timeout": 10**400}, "request_timeout is a finite number"),
+        ({"retry": None}, "retry must be a Retry, not NoneType"),
+        ({"session": "x"}, "session must be an aiohttp.ClientSession, not str"),
+        ({"request_timeout": 10**400}, "request_timeout must be a finite number"),
     ],
 )
 def test_a_client_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
@@ -1032,7 +1032,7 @@ async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
     server = FakeServer()
     async with fake_client(server) as client:
         for call in (client.balance(KEY, timeout=timeout), client.check([KEY], timeout=timeout)):
-            with pytest.raises(ConfigurationError, match="timeout is a finite number"):
+            with pytest.raises(ConfigurationError, match="timeout must be a finite number"):
                 await call
     assert not server.arrivals
 

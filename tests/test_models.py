@@ -59,8 +59,8 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_every_error_pickles_and_copies_with_all_it_carries(kind: type[CrustCreditsError]) -> None:
-    """Across processes, with its attributes and its text."""
+def test_every_error_pickles_and_copies_with_its_attributes(kind: type[CrustCreditsError]) -> None:
+    """The text survives as well."""
     arguments = EXAMPLE_ARGUMENTS.get(kind.__name__, {})
     error = kind(
         "it broke", key_name="prod", attempts=3, request_id="r-1", rate_limit=STATUS, **arguments
@@ -73,7 +73,7 @@ def test_every_error_pickles_and_copies_with_all_it_carries(kind: type[CrustCred
 
 
 def test_the_tree_of_errors_is_the_documented_one() -> None:
-    """Drawn in the docstring, as it is."""
+    """The module docstring draws it."""
     from crustcredits import _errors
 
     documented = _errors.__doc__ or ""
@@ -85,8 +85,8 @@ def test_the_tree_of_errors_is_the_documented_one() -> None:
     assert issubclass(ConfigurationError, ValueError)
 
 
-def test_a_balance_becomes_plain_data() -> None:
-    """Credits as text, times in UTC, the key by its name."""
+def test_a_balance_converts_to_json_data() -> None:
+    """Credits as text, times in UTC, the key by its label."""
     at = NOON.astimezone(timezone(timedelta(hours=2)))
     balance = Balance(
         key=KEY, credits=Decimal("138940.37"), checked_at=at, request_id="r-1", rate_limit=STATUS
@@ -102,8 +102,8 @@ def test_a_balance_becomes_plain_data() -> None:
     }
 
 
-def test_an_account_becomes_plain_data() -> None:
-    """To the last number in what is kept as sent."""
+def test_an_account_converts_to_json_data() -> None:
+    """Numbers in fields as sent are text, too."""
     account = Account(
         key=KEY,
         credits=Decimal("1E+3"),
@@ -130,7 +130,7 @@ def test_an_account_becomes_plain_data() -> None:
     [Balance, Account, Known, Unknown, RateLimitStatus, crustcredits.Quota, crustcredits.RateLimit],
 )
 def test_records_are_frozen_and_keyword_only(record: type) -> None:
-    """What came back does not change."""
+    """Results do not change."""
     parameters = inspect.signature(record).parameters.values()
     assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
@@ -152,7 +152,7 @@ def bad() -> Unknown:
 
 
 def test_an_outcome_with_a_balance_is_ok() -> None:
-    """And tells what the answer told."""
+    """It repeats the fields of the balance."""
     outcome = good()
     assert outcome.ok
     assert outcome.credits == 7
@@ -173,8 +173,8 @@ def test_an_outcome_with_a_balance_is_ok() -> None:
     }
 
 
-def test_a_stale_balance_stands_beside_its_error() -> None:
-    """Both true: there is a balance, and it is an old one."""
+def test_a_stale_outcome_has_a_balance_and_an_error() -> None:
+    """It is ok and stale at the same time."""
     outcome = attrs.evolve(
         good(),
         balance=attrs.evolve(good().result(), stale=True),
@@ -208,8 +208,8 @@ def test_an_outcome_with_an_error_has_unknown_credits() -> None:
     assert plain["request_id"] == "r-2"
 
 
-def test_an_outcome_of_nothing_said_says_nothing() -> None:
-    """An error before any answer has no id and no rate limit."""
+def test_an_error_before_any_response_has_no_response_fields() -> None:
+    """It has no request id and no rate limit."""
     outcome = Unknown(key=KEY, error=ConfigurationError("x"))
     assert outcome.to_dict()["rate_limit"] is None
     assert (outcome.request_id, outcome.rate_limit, outcome.source, outcome.attempts) == (
@@ -220,8 +220,8 @@ def test_an_outcome_of_nothing_said_says_nothing() -> None:
     )
 
 
-def test_an_outcome_is_told_under_the_name_of_an_equal_key() -> None:
-    """Balance and error too, without changing the first."""
+def test_an_outcome_is_renamed_for_a_key_with_the_same_secret() -> None:
+    """Its balance and its error are renamed, and the first outcome is unchanged."""
     other = ApiKey("sk-0123456789", name="other")
     outcome, failed = outcome_for(other, good()), outcome_for(other, bad())
     assert outcome.key is outcome.result().key is other
@@ -233,8 +233,8 @@ def test_an_outcome_is_told_under_the_name_of_an_equal_key() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, "bad", ValueError("x")])
-def test_no_outcome_holds_neither_a_balance_nor_an_error(wrong: Any) -> None:
-    """Nor something else in their place."""
+def test_every_outcome_holds_a_balance_or_an_error(wrong: Any) -> None:
+    """Values of other types are refused."""
     with pytest.raises(TypeError):
         Unknown(key=KEY, error=wrong)
     with pytest.raises(TypeError):

@@ -15,8 +15,8 @@ import crustcredits.redis
 import crustcredits.testing
 
 
-def test_what_is_public_is_listed_and_sorted() -> None:
-    """`__all__` is what the package holds, and nothing else is."""
+def test_public_names_are_listed_and_sorted() -> None:
+    """`__all__` equals the names of the package."""
     held = [
         name
         for name, value in vars(crustcredits).items()
@@ -28,8 +28,8 @@ def test_what_is_public_is_listed_and_sorted() -> None:
 @pytest.mark.parametrize(
     "module", [crustcredits, crustcredits.testing, crustcredits.fastapi, crustcredits.redis]
 )
-def test_what_is_public_is_documented(module: object) -> None:
-    """Every class and function, and every public method of theirs that is written here."""
+def test_public_names_are_documented(module: object) -> None:
+    """Every class, function and public method has a docstring."""
     for name in vars(module)["__all__"]:
         value = getattr(module, name)
         if not (inspect.isclass(value) or inspect.isfunction(value)):
@@ -43,12 +43,12 @@ def test_what_is_public_is_documented(module: object) -> None:
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
-    """One place holds it."""
+    """One module holds it."""
     assert metadata.version("crustcredits") == crustcredits.__version__
 
 
 def test_importing_the_package_loads_no_optional_part() -> None:
-    """A service pays for what it uses."""
+    """A service pays only for the parts that it imports."""
     ours = [
         "crustcredits.testing",
         "crustcredits.fastapi",

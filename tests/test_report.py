@@ -1,4 +1,4 @@
-"""What a pool came to: sums, ranks and gates."""
+"""Reports of a pool: sums, rankings and `require`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def names(outcomes: Sequence[Outcome[Any]]) -> list[str]:
 
 
 def test_a_report_is_a_sequence_of_outcomes() -> None:
-    """In the order the keys were given."""
+    """They are in the order the keys were given."""
     first, second = good("a", "1"), bad("b")
     report = Report([first, second])
     assert list(report) == [first, second]
@@ -85,23 +85,22 @@ def test_a_report_is_a_sequence_of_outcomes() -> None:
     assert Report([first]).ok
 
 
-def test_an_empty_report_is_ok_and_holds_nothing() -> None:
-    """Nothing was asked and nothing is unknown."""
+def test_an_empty_report_is_ok_with_zero_credits() -> None:
+    """No key was checked and none is unknown."""
     assert Report([]).ok
     assert Report([]).total_credits == 0
 
 
 def test_each_declared_account_counts_once_by_its_newest_answer() -> None:
-    """Its keys draw from one balance, whichever was asked last."""
+    """All its keys draw from one balance."""
     newest = good("a", "10", account="acme"), good("b", "11", account="acme")
     report = Report([newest[1], newest[0], good("c", "5")])
     assert report.total_credits == 16
     assert dict(report.accounts) == {"acme": Decimal(11)}
 
 
-def test_the_newest_answer_is_the_one_received_last() -> None:
-    """Also where the wall clock was set back between two answers, and where one is given again
-    under another label."""
+def test_the_newest_answer_is_the_last_to_arrive() -> None:
+    """A wall clock set back and a renamed outcome do not matter."""
     first, second = good("a", "10", account="acme", later=3600), good("b", "11", account="acme")
     assert Report([first, second]).total_credits == Report([second, first]).total_credits == 11
     renamed = outcome_for(ApiKey("secret-of-a", name="c", account="acme"), first)
@@ -109,10 +108,7 @@ def test_the_newest_answer_is_the_one_received_last() -> None:
 
 
 def test_a_failed_key_is_unknown_and_never_zero() -> None:
-    """An account of which nothing is known has no credits, not 0.
-
-    A pool of which nothing is known no total.
-    """
+    """An account or a pool without a known balance has None, not 0."""
     report = Report([bad("a", account="acme"), bad("b", account="x"), good("c", "5", account="x")])
     assert dict(report.accounts) == {"acme": None, "x": Decimal(5)}
     assert report.total_credits == 5
@@ -120,7 +116,7 @@ def test_a_failed_key_is_unknown_and_never_zero() -> None:
 
 
 def test_the_same_secret_counts_once_with_or_without_its_account() -> None:
-    """It is one account, however often it stands in the pool."""
+    """It is one account, however often the pool holds it."""
     twice = [
         good("a", "10", secret="s-1"),
         good("b", "10", secret="s-1", account="acme"),
@@ -133,7 +129,7 @@ def test_the_same_secret_counts_once_with_or_without_its_account() -> None:
 
 
 def test_sums_are_exact_to_the_last_digit() -> None:
-    """Whatever decimal context the caller has."""
+    """The caller's decimal context does not matter."""
     tiny, huge = "0." + "0" * 60 + "1", "9" * 64
     with localcontext() as context:
         context.prec = 3
@@ -141,8 +137,8 @@ def test_sums_are_exact_to_the_last_digit() -> None:
         assert str(report.total_credits) == f"{huge}.1" + "0" * 59 + "1"
 
 
-def test_ranking_goes_by_the_credits_of_the_account() -> None:
-    """Richest first, ties in the order given, failed ones left out."""
+def test_ranking_is_by_the_credits_of_the_account() -> None:
+    """Richest first, ties in the order given, failed keys left out."""
     report = Report(
         [
             good("a", "5"),
@@ -158,8 +154,8 @@ def test_ranking_goes_by_the_credits_of_the_account() -> None:
     assert names(report.ranked(Decimal("7.01"))) == []
 
 
-def test_low_names_the_keys_below_a_threshold() -> None:
-    """In the order given; what is unknown is not low."""
+def test_low_returns_the_keys_below_a_threshold() -> None:
+    """In the order given; unknown keys are not low."""
     report = Report([good("a", "5"), bad("b"), good("c", "4.99"), good("d", "0")])
     assert names(report.low(5)) == ["c", "d"]
     assert names(report.low(0)) == []
@@ -169,17 +165,17 @@ def test_low_names_the_keys_below_a_threshold() -> None:
     "threshold", [float("nan"), Decimal("Infinity"), Decimal("sNaN"), 10**400, "5"]
 )
 def test_a_threshold_is_a_finite_number(threshold: Any) -> None:
-    """Anything else is refused by its name."""
-    with pytest.raises(ConfigurationError, match="credits is a finite number"):
+    """Any other value is refused, with the argument's name."""
+    with pytest.raises(ConfigurationError, match="credits must be a finite number"):
         Report([]).low(threshold)
-    with pytest.raises(ConfigurationError, match="grant_share is a finite number"):
+    with pytest.raises(ConfigurationError, match="grant_share must be a finite number"):
         Report([]).low_accounts(grant_share=threshold)
-    with pytest.raises(ConfigurationError, match="min_credits is a finite number"):
+    with pytest.raises(ConfigurationError, match="min_credits must be a finite number"):
         Report([]).ranked(threshold)
 
 
 def test_undeclared_keys_with_the_same_answer_are_lookalikes() -> None:
-    """To the last digit; declared ones, failed ones and one secret given twice are not."""
+    """Equal to the last digit. Declared keys, failed keys and one secret given twice are not."""
     report = Report(
         [
             good("a", "138940.37"),
@@ -195,8 +191,8 @@ def test_undeclared_keys_with_the_same_answer_are_lookalikes() -> None:
     assert [names(group) for group in report.lookalikes] == [["a", "b"]]
 
 
-def test_lookalike_accounts_agree_in_everything_they_say() -> None:
-    """With the whole account at hand, equal credits alone are no likeness."""
+def test_lookalike_accounts_agree_in_all_fields() -> None:
+    """With full accounts, equal credits are not enough."""
 
     def account(name: str, grant: int) -> Known[Account]:
         key = ApiKey(f"secret-of-{name}", name=name)
@@ -219,8 +215,8 @@ def old(name: str, credits: str, **options: Any) -> Known[Balance]:
     return attrs.evolve(outcome, balance=attrs.evolve(outcome.result(), stale=True), error=error)
 
 
-def test_a_stale_balance_counts_and_is_told() -> None:
-    """It is known, only not of now: in all sums, not among the failed, and last in the ranking."""
+def test_a_stale_balance_counts_and_is_marked() -> None:
+    """It is in all sums, not in `failed`, and last in the ranking."""
     report = Report([old("a", "9"), good("b", "5"), bad("c"), old("d", "10")])
     assert report.total_credits == report.available_credits == 24
     assert not report.ok
@@ -233,10 +229,10 @@ def test_a_stale_balance_counts_and_is_told() -> None:
     assert Report([old("a", "1"), good("b", "1")]).lookalikes
 
 
-def test_available_credits_count_once_what_may_be_counted_twice() -> None:
-    """Undeclared keys with one answer, also with that of a declared account.
+def test_available_credits_count_identical_answers_once() -> None:
+    """Those of undeclared keys, also beside a declared account.
 
-    Declared accounts are different ones.
+    Declared accounts are always different.
     """
     twins = [
         good("a", "5"),
@@ -258,8 +254,8 @@ def test_available_credits_count_once_what_may_be_counted_twice() -> None:
     assert Report([good("a", "5"), good("b", "5")]).available_credits == 5
 
 
-def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> None:
-    """As another of its keys has just been told; what was answered after that counts again."""
+def test_an_account_with_a_later_402_adds_nothing_to_available_credits() -> None:
+    """A balance after the 402 counts again."""
     before, other = good("a", "5", account="x", later=3600), good("a", "5", account="y")
     first, failed = (
         bad(name, account="x", error=PaymentRequiredError("out of credits", status=402))
@@ -280,7 +276,7 @@ def test_an_account_that_is_out_of_credits_adds_nothing_to_the_available() -> No
 
 
 def test_an_overdrawn_account_takes_nothing_from_the_others() -> None:
-    """It cannot be spent from, and its debt is nobody else's; the total stays exact."""
+    """No other account pays its debt; `total_credits` stays exact."""
     report = Report([good("a", "-50", account="x"), good("b", "100"), good("c", "-5")])
     assert report.available_credits == 100
     assert report.total_credits == 45
@@ -290,9 +286,8 @@ def test_an_overdrawn_account_takes_nothing_from_the_others() -> None:
     Report([]).require(0)
 
 
-def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
-    """Nor does one of an account that was just said to be spent: the credits are too few, whatever
-    these keys would answer."""
+def test_a_failed_key_of_a_known_account_does_not_decide() -> None:
+    """Nor does one of a spent account: the credits are too few, even if these keys answered."""
     spent = bad("d", account="y", error=PaymentRequiredError("out of credits", status=402))
     silent = bad("c", account="y", error=APITimeoutError("too late"))
     known: list[Outcome] = [
@@ -305,7 +300,7 @@ def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
     assert caught.value.report is report
     assert caught.value.errors == tuple(outcome.error for outcome in report.failed)
     assert str(caught.value) == (
-        "6 credits are needed and 5 are known to be there; unknown: x/b, y/c, y/d; top up, "
+        "6 credits are needed and 5 are known to be available; unknown: x/b, y/c, y/d; top up, "
         "or run a smaller batch"
     )
     with pytest.raises(CreditsUnknownError) as undecided:
@@ -314,7 +309,7 @@ def test_a_key_of_an_account_that_is_known_does_not_decide() -> None:
     assert not isinstance(undecided.value, InsufficientCreditsError)
     assert isinstance(undecided.value, CreditsRequirementError)
     assert undecided.value.may_recover
-    assert str(undecided.value).endswith("decide: y/c; see their errors, and check again")
+    assert str(undecided.value).endswith("hold the rest: y/c; see their errors, and check again")
 
 
 OF_KEYS: list[CrustCreditsError | None] = [
@@ -347,17 +342,17 @@ OF_KEYS: list[CrustCreditsError | None] = [
     st.integers(0, 60),
 )
 @settings(max_examples=searches.examples(300))
-def test_a_gate_says_exactly_what_is_known(
+def test_require_agrees_with_an_independent_count(
     pool: list[tuple[str | None, int, bool, CrustCreditsError | None]], needed: int
 ) -> None:
-    """It passes, or is 409, 502 or 503 over HTTP, as counted here in another way."""
+    """It passes, or is 409, 502 or 503 over HTTP."""
     outcomes: list[Outcome[Balance]] = []
-    balances: dict[str, int] = {}  # of accounts and of keys for themselves, the last one given
+    balances: dict[str, int] = {}  # the last one of each account and of each undeclared key
     errors: dict[str, list[CrustCreditsError]] = defaultdict(list)
     for number, (account, credits, stale, error) in enumerate(pool):
         owner = account or f"key {number}"
         if error is None:
-            # No answer of an undeclared key is like another one, so that each counts.
+            # Answers of undeclared keys all differ, so that each counts.
             amount = credits if account else credits * 1000 + number + 100
             outcomes.append(
                 (old if stale else good)(f"k{number}", str(amount), account=account, later=number)
@@ -367,7 +362,7 @@ def test_a_gate_says_exactly_what_is_known(
             outcomes.append(bad(f"k{number}", account=account, error=error))
             errors[owner].append(error)
             if isinstance(error, PaymentRequiredError) and owner in balances:
-                balances[owner] = 0  # it was there, and is gone since
+                balances[owner] = 0  # a 402 after the balance: spent since
     spent = {
         owner
         for owner, said in errors.items()
@@ -397,7 +392,7 @@ def test_a_gate_says_exactly_what_is_known(
 
 
 def test_outcomes_are_found_by_label() -> None:
-    """Of two with one label, the one that can be used."""
+    """Of two keys with one label, the usable key is found."""
     unusable = Unknown(
         key=keys_from_records([{"secret": "", "name": "b"}])[0], error=ConfigurationError("empty")
     )
@@ -407,10 +402,10 @@ def test_outcomes_are_found_by_label() -> None:
     assert "c" not in report.by_label
 
 
-def test_the_credits_of_a_key_are_its_accounts() -> None:
-    """Also of one that failed, where another key of the account tells them.
+def test_credits_of_a_key_are_those_of_its_account() -> None:
+    """A failed key has them from another key of the account.
 
-    Another report's outcome is refused.
+    An outcome of another report is refused.
     """
     report = Report(
         [
@@ -425,8 +420,8 @@ def test_the_credits_of_a_key_are_its_accounts() -> None:
         report.credits_of(good("e", "1"))
 
 
-def test_low_goes_by_credits_and_by_a_share_of_the_grant() -> None:
-    """Equal is not low, and without a grant no share of it is."""
+def test_low_is_by_credits_or_by_a_share_of_the_grant() -> None:
+    """An equal value is not low, and without a grant the share does not apply."""
 
     def granted(name: str, credits: str, grant: int | None) -> Known[Account]:
         key = ApiKey(f"secret-of-{name}", name=name, account=name)
@@ -458,15 +453,15 @@ def test_low_goes_by_credits_and_by_a_share_of_the_grant() -> None:
 
 
 def test_reports_with_the_same_outcomes_are_equal() -> None:
-    """So that tests can compare them."""
+    """Tests can compare them."""
     first = good("a", "1")
     assert Report([first]) == Report([first])
     assert len({Report([first]), Report([first]), Report([])}) == 2
     assert Report([first]) != [first]
 
 
-def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
-    """Exactly what is needed is enough."""
+def test_require_passes_or_names_the_unknown_and_stale_keys() -> None:
+    """The exact number needed is enough."""
     report = Report(
         [
             good("a", "5"),
@@ -486,9 +481,9 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     assert len(error.unknown) == 13
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
     assert str(error) == (
-        "10 credits are needed and 9.5 are known to be there; keys that could not be "
-        f"checked decide: {listed} and 3 more; "
-        "see their errors, and mend or remove these keys; stale: b"
+        "10 credits are needed and 9.5 are known to be available; keys that could not be "
+        f"checked may hold the rest: {listed} and 3 more; "
+        "see their errors, and correct or remove these keys; stale: b"
     )
 
 
@@ -496,23 +491,23 @@ def test_require_passes_or_names_what_is_unknown_and_stale() -> None:
     "mistake",
     [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")],
 )
-def test_what_is_required_is_a_number_of_at_least_0(mistake: Any) -> None:
-    """And so is the margin."""
-    with pytest.raises(ConfigurationError, match="credits is a finite number"):
+def test_required_credits_and_margin_are_numbers_of_at_least_0(mistake: Any) -> None:
+    """Any other value is refused."""
+    with pytest.raises(ConfigurationError, match="credits must be a finite number"):
         Report([]).require(mistake)
-    with pytest.raises(ConfigurationError, match="margin is a finite number"):
+    with pytest.raises(ConfigurationError, match="margin must be a finite number"):
         needed_credits(5, mistake)
 
 
-def test_more_digits_than_can_be_summed_are_refused() -> None:
-    """Not rounded."""
+def test_credits_with_too_many_digits_are_refused() -> None:
+    """They are not rounded."""
     with pytest.raises(ConfigurationError, match="too many digits") as caught:
         needed_credits(Decimal("1." + "3" * 300), Decimal("1." + "3" * 300))
     assert caught.value.__context__ is None
 
 
 def test_raise_on_error_raises_all_errors_together() -> None:
-    """And nothing when there are none."""
+    """Without errors it does nothing."""
     Report([good("a", "1")]).raise_on_error()
     with pytest.raises(ExceptionGroup, match="2 of 3 keys could not be checked") as caught:
         Report([bad("a"), good("b", "1"), bad("c")]).raise_on_error()
@@ -522,8 +517,8 @@ def test_raise_on_error_raises_all_errors_together() -> None:
     ]
 
 
-def test_a_report_becomes_plain_data() -> None:
-    """With totals as text, and null where they are unknown."""
+def test_a_report_converts_to_json_data() -> None:
+    """Totals are text, and null where they are unknown."""
     report = Report(
         [good("a", "1.50", account="acme"), bad("b", account="x"), good("c", "2"), good("d", "2")]
     )
@@ -542,17 +537,14 @@ def test_a_report_becomes_plain_data() -> None:
     assert Report([bad("a")]).to_dict()["total_credits"] is None
 
 
-def test_a_gate_says_what_helps() -> None:
-    """To check again; to mend keys.
-
-    Or to look for what answers in the API's place, which is no fault of a key.
-    """
+def test_a_requirement_error_names_the_remedy() -> None:
+    """Check again, correct keys, or find the server that answers in the API's place."""
     for error, remedy in (
         (APIConnectionError("reset"), "check again"),
-        (InvalidKeyError("unknown", status=401), "mend or remove these keys"),
+        (InvalidKeyError("unknown", status=401), "correct or remove these keys"),
         (
             UnexpectedResponseError("no JSON", status=200),
-            "find out what answers in the API's place",
+            "find the server that answers in the API's place",
         ),
     ):
         report = Report[Balance]([Unknown(key=ApiKey("secret-0", name="prod"), error=error)])

@@ -1,5 +1,4 @@
-"""A canary secret through every source and every failure: found in nothing that a tool prints, logs
-or stores."""
+"""A canary secret goes through every source and failure, and appears in no output of any tool."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ from crustcredits.testing import Fault, SandboxServer
 
 CANARY = "sk-canary9f8e7d6c5b4a3928171605f4e3d2c1b0"
 OTHER = "sk-canary0011223344556677889900aabbccddee"
-# Tools cut long texts, so any piece of it counts.
+# Tools cut long texts, so any piece of the canary counts.
 PIECES = [CANARY[start : start + 10] for start in range(3, len(CANARY) - 9)] + ["canary00112233"]
 HERE = Path(__file__).name
 
@@ -64,8 +63,7 @@ def assert_no_canary(text: str) -> None:
 
 
 def everything_shown(error: BaseException) -> Iterator[str]:
-    """By every tool that prints tracebacks with local variables, as it comes and with long
-    values."""
+    """The output of each tool that prints local variables, by default and with long values."""
     yield "".join(traceback.format_exception(error))
     yield "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
     shapes: list[dict[str, Any]] = [{}, {"locals_max_string": 10_000, "locals_max_length": 1_000}]
@@ -93,7 +91,7 @@ def by_sentry(error: BaseException) -> str:
     client = sentry_sdk.Client(
         dsn="http://nobody@127.0.0.1:1/1",
         default_integrations=False,
-        before_send=lambda event, hint: events.append(event),  # which sends nothing
+        before_send=lambda event, hint: events.append(event),  # returns None: nothing is sent
         max_value_length=10_000,
     )
     with sentry_sdk.new_scope() as scope:
@@ -108,7 +106,7 @@ def by_sentry(error: BaseException) -> str:
 # --- sources
 
 
-# What is read stands here, so that no frame of the mistakes below has it in a local variable.
+# Module level, so that no frame of the mistakes below has these in a local variable.
 TEXTS = {
     "with a bad line": f"a={CANARY}\nb={OTHER} x",
     "the wrong way round": f"{CANARY}=prod",
@@ -176,7 +174,7 @@ def broken_rows() -> Iterator[dict[str, str]]:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_source_shows_no_secret(mistake: str, tmp_path: Path) -> None:
-    """Whatever tool shows the error."""
+    """In the output of any tool that prints the error."""
     with pytest.raises((CrustCreditsError, TypeError, LookupError)) as caught:
         MISTAKES[mistake](mistake, tmp_path)
     error = caught.value
@@ -186,8 +184,8 @@ def test_a_mistake_in_a_source_shows_no_secret(mistake: str, tmp_path: Path) -> 
         assert_no_canary(shown)
 
 
-def test_the_printers_would_show_a_secret_that_is_there() -> None:
-    """So that finding none means something."""
+def test_the_printing_tools_do_show_a_secret_that_is_there() -> None:
+    """So an output without the canary means something."""
 
     def fails(held: str) -> None:
         raise LookupError(len(held))
@@ -264,7 +262,7 @@ async def test_no_failing_call_shows_a_secret(
 async def test_no_unreachable_server_shows_a_secret(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the API, a proxy or Redis; nor do their own credentials show."""
+    """The API, a proxy or Redis is unreachable; their own credentials are not shown either."""
     caplog.set_level(logging.DEBUG)
     if "buckets" in options:
         options = options | {"buckets": RedisBuckets(options["buckets"], on_outage="raise")}
@@ -279,8 +277,7 @@ async def test_no_unreachable_server_shows_a_secret(
 
 
 class Fails:
-    """A store, a source of keys and a service that fail, each in its own way, and print what they
-    hold."""
+    """A failing store, source of keys and service, with a repr that shows its contents."""
 
     def __init__(self, held: str) -> None:
         self.held = held
@@ -350,9 +347,9 @@ CALLS: dict[str, Callable[[Any], object]] = {
 def each_argument(
     function: Callable[..., object], *first: object, but: str = "", **others: object
 ) -> dict[str, partial[object]]:
-    """Calls of `function`, each with the key for another of its optional arguments.
+    """Calls of `function`, each with the key as one of its optional arguments.
 
-    `but` are those that may be any text.
+    `but` names the arguments that may be any text.
     """
     names = [
         name
@@ -411,9 +408,8 @@ PLACES: dict[str, Callable[[], object]] = {
 }
 
 
-async def test_frames_of_others_keep_their_variables() -> None:
-    """Also those of another task that awaits the same error, which would be ended with its
-    frame."""
+async def test_frames_of_other_code_keep_their_variables() -> None:
+    """Another task that awaits the same error would end with its frame."""
     start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def falls_back(client: CreditsClient) -> str:
@@ -432,8 +428,8 @@ async def test_frames_of_others_keep_their_variables() -> None:
         assert await asyncio.wait_for(asyncio.gather(*tasks), 1) == ["went on"] * 3
 
 
-def test_a_chain_that_bites_its_tail_ends() -> None:
-    """As two errors that name each other."""
+def test_a_circular_chain_of_exceptions_ends() -> None:
+    """Two errors here name each other as context."""
 
     def source() -> Iterator[dict[str, str]]:
         first, second = LookupError("first"), LookupError("second")
@@ -448,7 +444,7 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
 
 
 async def test_a_lifespan_shows_nothing_of_its_clients_arguments() -> None:
-    """A partial prints them, and any start that fails has its frame."""
+    """A partial prints its arguments, and any start that fails has its frame."""
 
     @asynccontextmanager
     async def no_database(app: FastAPI) -> AsyncIterator[None]:
@@ -467,8 +463,8 @@ async def test_a_lifespan_shows_nothing_of_its_clients_arguments() -> None:
         assert_no_canary(shown)
 
 
-def test_what_hides_arguments_shows_where_a_fault_is() -> None:
-    """The frames of the caller's own code are there, with their lines."""
+def test_hiding_arguments_keeps_the_lines_of_the_traceback() -> None:
+    """The frames of the caller's own code are there."""
     with pytest.raises(LookupError) as caught:
         credits_router(Fails(CANARY), public=True)
     lines = traceback.format_exception(caught.value)
@@ -477,7 +473,7 @@ def test_what_hides_arguments_shows_where_a_fault_is() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_argument_in_the_wrong_place_is_shown(place: str) -> None:
+def test_no_misplaced_argument_is_shown(place: str) -> None:
     """Neither in the message nor in a frame."""
     with pytest.raises(
         (CrustCreditsError, TypeError, LookupError, OSError, AttributeError)
@@ -495,7 +491,7 @@ async def called(call: Callable[[Any], object], client: CreditsClient) -> None:
 
 @pytest.mark.parametrize("mistake", CALLS)
 async def test_no_mistaken_call_shows_a_secret(sandbox: SandboxServer, mistake: str) -> None:
-    """Arguments in the wrong place are not repeated."""
+    """Misplaced arguments are not repeated."""
     sandbox.add_key(secret=CANARY)
     async with CreditsClient(base_url=sandbox.url) as client:
         with pytest.raises((CrustCreditsError, TypeError, LookupError)) as caught:
@@ -508,7 +504,7 @@ async def test_no_mistaken_call_shows_a_secret(sandbox: SandboxServer, mistake: 
 
 
 def attributes(value: object, depth: int = 4) -> Iterator[str]:
-    """What can be reached from an object by its attributes and items, as text."""
+    """Everything reachable from an object by its attributes and items, as text."""
     yield repr(value)
     if depth == 0 or isinstance(value, (type, str, bytes, int, float)) or callable(value):
         return
@@ -527,8 +523,7 @@ def attributes(value: object, depth: int = 4) -> Iterator[str]:
 
 
 async def test_no_object_holds_a_secret_in_the_clear() -> None:
-    """Keys, balances, outcomes, reports, clients and the sandbox, by any attribute, private ones
-    included."""
+    """Keys, results, clients and the sandbox: by no attribute, private ones included."""
     async with (
         SandboxServer(record=False) as sandbox,
         CreditsClient(base_url=sandbox.url, max_age=60) as client,
@@ -550,7 +545,7 @@ async def test_no_object_holds_a_secret_in_the_clear() -> None:
 async def printed_by(
     sandbox: SandboxServer, *arguments: str, given: bytes = b"", **environ: str
 ) -> str:
-    """All that a real process prints, and its command line as others see it while it runs."""
+    """All output of a real process, and its command line as other processes see it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")}
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -569,9 +564,9 @@ async def printed_by(
 @pytest.mark.any_loop
 @pytest.mark.timeout(120)  # every command, with every mistake
 async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_path: Path) -> None:
-    """Of keys that are good, unknown or unusable, from every source, in each format.
+    """Good, unknown and unusable keys, from every source, in each format.
 
-    And no argument takes one.
+    No argument takes a secret.
     """
     sandbox.add_key("prod", secret=CANARY)
     (tmp_path / "keys.json").write_text(json.dumps({"acme/prod": CANARY, "dev": OTHER}))
@@ -589,8 +584,8 @@ async def test_the_command_line_prints_no_secret(sandbox: SandboxServer, tmp_pat
     assert len(sandbox.arrivals) >= 6
 
 
-def test_frames_below_those_of_the_standard_library_are_cleared_too() -> None:
-    """These keep their own variables; what they have called may be this library's again."""
+def test_frames_below_standard_library_frames_are_cleared_too() -> None:
+    """Standard library frames keep their variables; frames of this library below them do not."""
     with pytest.raises(json.JSONDecodeError) as unread:
         hides_arguments(json.loads)("no JSON")
     assert any(
@@ -598,10 +593,12 @@ def test_frames_below_those_of_the_standard_library_are_cleared_too() -> None:
     )
 
 
-async def test_an_error_that_is_raised_again_ends_no_other_task() -> None:
-    """Its traceback has the frames of where it was raised before, which may run still: here one
-    check closes what it began."""
-    told = LookupError("the same each time")
+async def test_a_re_raised_error_ends_no_other_task() -> None:
+    """Its traceback has frames of an earlier raise, perhaps in a running task.
+
+    Here one check closes the calls that it began.
+    """
+    shared = LookupError("the same each time")
     others: list[asyncio.Task[object]] = []
 
     async with SandboxServer() as server, CreditsClient(base_url=server.url, max_age=60) as client:
@@ -611,7 +608,7 @@ async def test_an_error_that_is_raised_again_ends_no_other_task() -> None:
         def on_outcome(outcome: Outcome[Balance]) -> None:
             if not others:
                 others.append(asyncio.create_task(client.check([kept], on_outcome=on_outcome)))
-            raise told
+            raise shared
 
         with pytest.raises(LookupError):
             await client.check(new, on_outcome=on_outcome)

@@ -148,7 +148,7 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
     if not isinstance(base_url, str):
-        return "", f"is a str, not {type(base_url).__name__}"
+        return "", f"must be a str, not {type(base_url).__name__}"
     try:
         parts = urlsplit(base_url.strip())
         port = "" if parts.port is None else f":{parts.port}"
@@ -289,7 +289,7 @@ def _parse(body: bytes | None) -> tuple[Any, str | None]:
         document, end = _scan(text, 0)
         return (document, None) if end == len(text) else (None, "something that is not JSON")
     except _TwiceError:
-        return None, "JSON in which a name stands twice"
+        return None, "JSON with a duplicate name"
     except _UnusableNumberError:
         return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
     except (ValueError, RecursionError, StopIteration):

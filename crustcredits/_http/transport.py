@@ -246,7 +246,9 @@ def tls_problem(context: object) -> ConfigurationError | None:
         "certificates are always verified: give a context that trusts your certificates, or "
         "name their file in SSL_CERT_FILE"
     )
-    return ConfigurationError(f"ssl is an ssl.SSLContext, not {type(context).__name__}; {remedy}")
+    return ConfigurationError(
+        f"ssl must be an ssl.SSLContext, not {type(context).__name__}; {remedy}"
+    )
 
 
 def _verifies(context: ssl.SSLContext) -> bool:
@@ -260,7 +262,9 @@ def session_problem(session: object) -> ConfigurationError | None:
     """
     if session is None or isinstance(session, aiohttp.ClientSession):
         return None
-    return ConfigurationError(f"session is an aiohttp.ClientSession, not {type(session).__name__}")
+    return ConfigurationError(
+        f"session must be an aiohttp.ClientSession, not {type(session).__name__}"
+    )
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:

@@ -1,8 +1,7 @@
-"""API keys: `ApiKey`, a secret that cannot print; `UnusableKey`, which stands for one in a pool; and pools of both.
+"""`ApiKey`, a secret that never prints; `UnusableKey`, its placeholder in a pool; pools of both.
 
-It knows nothing of files, requests or balances. A problem is returned as a value, and raised only
-when no frame holds a secret any more, because many tools print tracebacks with their local
-variables.
+This module knows nothing of files, requests or balances. A problem is returned as a value, and
+raised only when no frame holds a secret any more: many tools print tracebacks with local variables.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from crustcredits._keys.checks import (
 
 KEY_VARIABLE: Final = "CRUSTDATA_API_KEY"
 KEYS_VARIABLE: Final = "CRUSTDATA_API_KEYS"
-# Names that tell an environment from a pool.
+# Variable names that tell an environment from a pool of keys.
 _ENVIRONMENT = frozenset(
     {
         KEY_VARIABLE,
@@ -52,7 +51,7 @@ _ENVIRONMENT = frozenset(
 
 @runtime_checkable
 class SecretValue(Protocol):
-    """An object that keeps a secret, such as pydantic's `SecretStr`."""
+    """An object that holds a secret, such as pydantic's `SecretStr`."""
 
     def get_secret_value(self) -> str:
         """The secret in the clear."""
@@ -61,7 +60,7 @@ class SecretValue(Protocol):
 
 @attrs.frozen
 class Unreadable:
-    """Stands for a secret that could not be had; `error` is the name of the exception."""
+    """Replaces a secret that could not be read; `error` is the name of the exception."""
 
     error: str
 
@@ -72,19 +71,19 @@ class ApiKey:
     Args:
         secret: The key itself, a `str` or a `SecretStr`. Outer white space and a byte-order mark
             are dropped.
-        name: A name for people, unique within an account. By default a short fingerprint of the
-            secret, which gives nothing of it away.
-        account: Keys that name the same account share one balance: a report counts it once. The API
+        name: A name for people, unique within an account. The default is a short fingerprint that
+            gives nothing of the secret away.
+        account: Keys with the same account share one balance, and a report counts it once. The API
             does not tell which keys share an account, so only you can.
 
     Raises:
-        ConfigurationError: The secret cannot be one: it is empty, a placeholder or a URL, or holds
-            white space, commas, quotation marks, brackets or characters outside ASCII; or the name
-            or the account is empty, unprintable, holds a `/` that would make the label ambiguous,
-            or gives a secret away.
+        ConfigurationError: The secret cannot be an API key: it is empty, a placeholder or a URL, or
+            holds white space, commas, quotation marks, brackets or characters outside ASCII. Or the
+            name or the account is empty or unprintable, holds a `/` that would make the label
+            ambiguous, or gives a secret away.
 
-    `get_secret_value()` is the one way to the secret: no attribute holds it in the clear, and the
-    key neither prints nor pickles it. Keys are equal when secret, name and account are.
+    Only `get_secret_value()` returns the secret: no attribute holds it in the clear, and the key
+    neither prints nor pickles it. Keys are equal when secret, name and account are equal.
     """
 
     __slots__ = ("__weakref__", "_account", "_digest", "_name", "_reveal")
@@ -121,7 +120,7 @@ class ApiKey:
         self._account = None if account is None else account.strip()
 
     def get_secret_value(self) -> str:
-        """The key itself, to be sent and never to be shown."""
+        """The key itself, for sending and never for display."""
         return self._reveal()
 
     @property
@@ -131,20 +130,20 @@ class ApiKey:
 
     @property
     def account(self) -> str | None:
-        """The account whose balance it draws from, if declared."""
+        """The declared account, from which the key draws its balance, or None."""
         return self._account
 
     @property
     def label(self) -> str:
         """`account/name` where an account is declared, else the name.
 
-        Errors, logs, tables, JSON and routers show it.
+        Errors, logs, tables, JSON and routers show this label.
         """
         return self._name if self._account is None else label_of(self._name, self._account)
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that are equal for equal secrets and give nothing of them away."""
+        """16 bytes, equal for equal secrets, that give nothing of them away."""
         return self._digest
 
     def __repr__(self) -> str:
@@ -178,15 +177,14 @@ class ApiKey:
 
 @attrs.frozen(kw_only=True)
 class UnusableKey:
-    """A key of a pool that cannot be used, so that the others can be checked all the same.
+    """The placeholder of a key that cannot be used, so that the rest of its pool can be checked.
 
     It holds no secret.
 
     Attributes:
-        name: The name that was given; where it cannot be shown, or there is none, the key's place:
-            `keys[3]`.
-        account: The account that it declares, or None.
-        error: Why it cannot be used, and the remedy.
+        name: The given name; without one that may be shown, the key's position, such as `keys[3]`.
+        account: The declared account, or None.
+        error: The reason why the key cannot be used, and the remedy.
     """
 
     name: str
@@ -200,7 +198,7 @@ class UnusableKey:
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that tell it from other keys."""
+        """16 bytes, different from those of other keys."""
         return hashlib.blake2b(
             f"{self.label}\n{self.error}".encode(), digest_size=16, person=b"unusable"
         ).digest()
@@ -213,23 +211,23 @@ KeysLike: TypeAlias = Iterable[KeyLike] | Mapping[str, KeyLike] | Mapping[str, s
 
 
 def digest_of(secret: str) -> bytes:
-    """16 bytes that are equal for equal secrets and give nothing of them away."""
+    """16 bytes, equal for equal secrets, that give nothing of them away."""
     return hashlib.blake2b(secret.encode(), digest_size=16, person=b"crustcredits").digest()
 
 
 def label_of(name: str, account: str | None) -> str:
-    """`account/name`, or the name alone."""
+    """`account/name`, or the name without an account."""
     return name if account is None else f"{account}/{name}"
 
 
 def split_label(label: str) -> tuple[str | None, str]:
-    """Account and name of a label. An account holds no `/`, so the first one divides them."""
+    """Account and name of a label, split at the first `/`, because an account holds none."""
     account, slash, name = label.partition("/")
     return (account, name) if slash else (None, label)
 
 
 def unusable(problem: str, name: str, account: str | None = None) -> UnusableKey:
-    """Stands for a key with this problem."""
+    """An `UnusableKey` with this problem."""
     return UnusableKey(
         name=name,
         account=account,
@@ -238,7 +236,7 @@ def unusable(problem: str, name: str, account: str | None = None) -> UnusableKey
 
 
 def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiKey | UnusableKey:
-    """The key that a caller gave, under `label` where there is one; an `UnusableKey` where there is none, never a raise.
+    """A caller's key as an `ApiKey`, under `label` if given, or an `UnusableKey`; never raises.
 
     Callers rebind their own variable to the result before anything can be raised.
     """
@@ -248,34 +246,34 @@ def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiK
     if isinstance(key, ApiKey) and key.account is not None:
         if account not in {None, key.account}:
             return unusable(
-                "its label and the key itself declare two accounts; keep the right one", place
+                "its label and the key itself declare different accounts; keep the right one", place
             )
         account = key.account
     return make_key(clear_text(key), name, account, place=place)
 
 
 def make_key(secret: object, name: object, account: object, *, place: str) -> ApiKey | UnusableKey:
-    """The key of these parts, or an `UnusableKey` with the reason, called by its place where its label cannot be shown."""
+    """The key of these parts, or an `UnusableKey` with the reason.
+
+    The `UnusableKey` is named by `place` where its label must not be shown.
+    """
     problem = _problem(secret, name, account)
     if problem is not None:
         label = printable_label(secret, name, account)
         shown_account, shown_name = (None, place) if label is None else split_label(label)
         return unusable(problem, shown_name, shown_account)
-    key = ApiKey.__new__(ApiKey)  # whose __init__ would check the same again
-    key._fill(secret, name, account)  # noqa: SLF001  # of this very module
+    key = ApiKey.__new__(ApiKey)  # its __init__ would repeat the checks
+    key._fill(secret, name, account)  # noqa: SLF001  # of this module
     return key
 
 
 def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError:
-    """The keys of a pool, lazily.
-
-    The error, not raised, when this is no pool at all, such as a lone `str`.
-    """
+    """The keys of a pool, lazily; or the error, not raised, for a value such as a single `str`."""
     problem = _pool_problem(keys)
     if problem is not None:
         return ConfigurationError(problem)
-    # A `map` does not print its source, whose own iterator may. A source that can be changed
-    # meanwhile is copied.
+    # A `map` does not print its source, unlike some iterators. A source that may change during the
+    # iteration is copied.
     if isinstance(keys, Mapping):
         return _each_labelled(iter(tuple(keys.items())))
     assert isinstance(keys, Iterable)
@@ -286,7 +284,7 @@ def pool_of(keys: object) -> Iterator[ApiKey | UnusableKey]:
     """The keys of a pool, lazily.
 
     Raises:
-        ConfigurationError: This is no pool.
+        ConfigurationError: The value is not a pool.
     """
     pool = as_keys(keys)
     if isinstance(pool, ConfigurationError):
@@ -308,17 +306,14 @@ def _each(keys: Iterator[Any]) -> Iterator[ApiKey | UnusableKey]:
 def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | UnusableKey]:
     for number, (label, key) in enumerate(keys):
         key = as_key(key, label=label, place=f"keys[{number}]")  # noqa: PLW2901  # as above
-        label = None  # noqa: PLW2901  # it may be a secret, with its name for a value
+        label = None  # noqa: PLW2901  # a label may be a secret, in a mapping of secret to name
         yield key
 
 
 async def as_keys_async(
     advance: Callable[[], AsyncIterator[Any]], close: Callable[[], Awaitable[None]]
 ) -> AsyncGenerator[ApiKey | UnusableKey, None]:
-    """The keys of an asynchronous source, as they come.
-
-    However it ends, the source is closed, if it can be.
-    """
+    """The keys of an asynchronous source, as they come. At the end the source is always closed."""
     number = 0
     try:
         async for key in advance():
@@ -332,7 +327,10 @@ async def as_keys_async(
 def methods_of(
     keys: AsyncIterable[Any],
 ) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
-    """A source's iterator, and what closes it if it can be closed, as functions: they do not print it."""
+    """A source's iterator and its `aclose`, as functions that do not print the source.
+
+    The second does nothing for a source that cannot be closed.
+    """
     source = aiter(keys)
 
     async def close() -> None:
@@ -343,14 +341,14 @@ def methods_of(
 
 
 class Uniqueness:
-    """The keys of a pool that were taken so far: no two may have one label, nor one secret two accounts."""
+    """Checks the keys of a pool one by one: labels are unique, and a secret has one account."""
 
     def __init__(self) -> None:
         self._by_label: dict[str, ApiKey] = {}
         self._accounts: dict[bytes, str] = {}
 
     def take(self, key: ApiKey) -> str | None:
-        """Take a key beside the others; or the problem that it makes with one of them."""
+        """Add a key and return None, or return the problem with an earlier key."""
         label, declared = key.label, key.account
         namesake = self._by_label.get(label, key)
         if namesake is not key and namesake.digest != key.digest:
@@ -362,7 +360,7 @@ class Uniqueness:
             account = self._accounts.setdefault(key.digest, declared)
             if account != declared:
                 return (
-                    f"its secret stands under two accounts, {account!r} and {declared!r}; "
+                    f"its secret is declared under two accounts, {account!r} and {declared!r}; "
                     "remove the wrong entry"
                 )
         self._by_label[label] = key
@@ -370,7 +368,7 @@ class Uniqueness:
 
 
 def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | None:
-    """Why no report of this pool could be right: two keys have one label, or one secret stands under two accounts."""
+    """The contradiction in a pool, or None: a duplicate label, or one secret under two accounts."""
     taken = Uniqueness()
     for key in keys:
         problem = None if isinstance(key, UnusableKey) else taken.take(key)
@@ -380,17 +378,17 @@ def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | 
 
 
 def clear_text(secret: object) -> object:
-    """The secret of an object such as a `SecretStr`, or the name of the exception that it raised.
+    """The secret of an object such as a `SecretStr`, or `Unreadable` when its method raised.
 
-    Anything else as it is.
+    Any other value is returned as it is.
     """
-    if type(secret) is str:  # most are, and the check of a protocol takes its time
+    if type(secret) is str:  # the usual case; the check against the protocol is slow
         return secret
     if isinstance(secret, type) or not isinstance(secret, SecretValue):
         return secret
     try:
         return secret.get_secret_value()
-    except Exception as error:  # noqa: BLE001  # of a vault or a cipher: one key's trouble, and no other's
+    except Exception as error:  # noqa: BLE001  # of a vault or a cipher: only this key fails
         return Unreadable(type(error).__name__)
 
 
@@ -406,7 +404,7 @@ def _problem(secret: object, name: object, account: object) -> str | None:
 
 
 def printable_label(secret: object, name: object, account: object) -> str | None:
-    """The label of a key that cannot be used, or None where it has none or it gives something away."""
+    """The label of an unusable key, or None without one or where it may give a secret away."""
     usable = (
         label_problem("name", name, secret)
         or label_problem("account", account, secret)
@@ -417,26 +415,25 @@ def printable_label(secret: object, name: object, account: object) -> str | None
         or not isinstance(name, str)
         or any(looks_secret(part) or is_likely_key(part) for part in (name, account))
     ):
-        return None  # the two may be swapped
+        return None  # secret and name may be swapped
     return label_of(name.strip(), account.strip() if isinstance(account, str) else None)
 
 
 def _pool_problem(keys: object) -> str | None:
     if isinstance(keys, (str, bytes, bytearray, SecretValue, UnusableKey)):
         return (
-            f"many keys are expected here and this is one ({type(keys).__name__}); put it in a "
-            "list: [key]"
+            f"many keys are expected here, not one ({type(keys).__name__}); put it in a list: [key]"
         )
     if isinstance(keys, type(os.environ)) or (
         isinstance(keys, Mapping) and not _ENVIRONMENT.isdisjoint(keys)
     ):
         return (
-            "this is an environment, whose other values are no API keys; read it with "
+            "this is an environment, and its other values are no API keys; read it with "
             "keys_from_env()"
         )
     if isinstance(keys, Mapping) and "secret" in keys and not {"name", "account"}.isdisjoint(keys):
         return (
-            "this is one row, and not a mapping of label to secret; read it with "
+            "this is one row, not a mapping of label to secret; read it with "
             "keys_from_records([row])"
         )
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
@@ -446,7 +443,7 @@ def _pool_problem(keys: object) -> str | None:
         )
     if not isinstance(keys, (Iterable, Mapping)):
         return (
-            "keys are an iterable of str or ApiKey, or a mapping of label to secret, not "
+            "keys must be an iterable of str or ApiKey, or a mapping of label to secret, not "
             f"{type(keys).__name__}"
         )
     return None
@@ -454,6 +451,6 @@ def _pool_problem(keys: object) -> str | None:
 
 def _not_pickled() -> TypeError:
     return TypeError(
-        "an ApiKey is not pickled, so that its secret is never written out; pass its label "
-        "and read the secret there"
+        "an ApiKey is not pickled, so that its secret is never written out; pass its label, "
+        "and read the secret in the other process"
     )

@@ -1,7 +1,7 @@
-"""Checks of API keys and of their labels: whether a text can be one, and which other kind it seems to be.
+"""Checks of API keys and labels: whether a text can be one, and which other kind it seems to be.
 
-Pure: a problem is returned as a sentence and never raised, and no sentence repeats a secret. It
-must not know key objects or sources.
+Pure functions: a problem is returned as a sentence and never raised, and no sentence repeats a
+secret. This module must not know key objects or sources.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ _SCHEME = re.compile(r"(bearer|token)(\s|$)", re.IGNORECASE)
 
 _PLACEHOLDER = re.compile(
     r"""
-      [$%]\{?\w | \$\( | \{\{ | ^<.*>$                      # ${KEY}, $KEY, %KEY%, $(command), {{ key }}, <key>
-    | ^op://                                                # a reference to a secret store
+      [$%]\{?\w | \$\( | \{\{ | ^<.*>$        # ${KEY}, $KEY, %KEY%, $(command), {{ key }}, <key>
+    | ^op://                                  # a reference to a secret store
     | ^your[-_ ] | (^|[-_. ])your[-_ ]?(api|secret|key|token) | (key|token|secret)[-_ ]here$
     | (^|[-_. ])(replace|change)[-_ ]?me | ^(insert|enter|paste)[-_ ] | ^placeholder
     | \*{3,} | \.{3,} | … | (^|[-_.])x{3,}($|[-_.]) | x{6,}  # masked
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# Of these a placeholder has one, unless it has a mark that stands in no key; looking for them is
-# quick.
+# Quick filter: a placeholder contains one of these words, or a character that no key has.
 _HINTS = (
     "your",
     "here",
@@ -37,24 +36,25 @@ _HINTS = (
     "...",
 )
 _NO_VALUES = frozenset({"todo", "tbd", "fixme", "redacted", "null", "none", "nil", "undefined"})
-# Nothing but letters, digits and the marks of keys. Almost every key is such, and needs no further
-# look at its characters.
+# Only letters, digits and the punctuation of keys. Almost every key matches, and its characters
+# need no further check.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9+/_.~-]+=*")
 _VARIABLE = re.compile(r"[A-Z]{2,}(_[A-Z]{2,})+|(?i:(crustdata[-_])?api[-_]?keys?)")
 _OPTION = re.compile(r"--[a-z][a-z-]*(=.*)?")
-# Lower-case words between slashes, or a name with the suffix of a file. No generated key is either.
+# Lower-case words between slashes, or a name with a file suffix. No generated key is either.
 _PATH = re.compile(
-    r"(~|\.\.?)/.*|/(etc|home|mnt|opt|root|run|srv|tmp|usr|var)/.*|[a-z_.~-]*(/[a-z_.-]+)+|.*\.(txt|json|csv|tsv|env|ini|toml|ya?ml|pem|conf|cfg)",
+    r"(~|\.\.?)/.*|/(etc|home|mnt|opt|root|run|srv|tmp|usr|var)/.*|[a-z_.~-]*(/[a-z_.-]+)+"
+    r"|.*\.(txt|json|csv|tsv|env|ini|toml|ya?ml|pem|conf|cfg)",
     re.DOTALL,
 )
 
-# GitHub, GitLab, Slack, AWS, Google, SendGrid, Anthropic and OpenAI publish how their keys begin.
+# GitHub, GitLab, Slack, AWS, Google, SendGrid, Anthropic and OpenAI publish their key prefixes.
 _OTHER_SERVICE = re.compile(
-    r"gh[oprsu]_|github_pat_|glpat-|xox[abeprs]-|(AKIA|ASIA)[A-Z0-9]{16}$|AIza[\w-]{35}$|SG\.[\w-]+\.|sk-ant-|sk-proj-"
-    r"|npm_|pypi-|hf_|whsec_|rk_live_|shpat_|dop_v1_|hvs\.|xapp-|sk-or-v1-|sk-svcacct-|AGE-SECRET-KEY-"
+    r"gh[oprsu]_|github_pat_|glpat-|xox[abeprs]-|(AKIA|ASIA)[A-Z0-9]{16}$|AIza[\w-]{35}$"
+    r"|SG\.[\w-]+\.|sk-ant-|sk-proj-|npm_|pypi-|hf_|whsec_|rk_live_|shpat_|dop_v1_|hvs\.|xapp-|sk-or-v1-|sk-svcacct-|AGE-SECRET-KEY-"
 )
 
-# Marks that stand in no key, and the kind of text that they come from. The first one found counts.
+# Characters that no key has, and the kind of text that they come from. The first match counts.
 _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
     (re.compile("@"), "an '@': it seems to be an e-mail address, or a part of a connection string"),
@@ -103,14 +103,14 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile("[|&!?^*]"),
         (
-            "a mark that stands in no key: it seems to be a list, or a part of a URL; give the "
+            "a character that no key has: it seems to be a list, or a part of a URL; give the "
             "key bare"
         ),
     ),
     (
         re.compile(r"\\"),
         (
-            "a backslash: it seems to be a path, or a line that goes on in the next; give the "
+            "a backslash: it seems to be a path, or a line that continues on the next; give the "
             "key bare, on one line"
         ),
     ),
@@ -118,12 +118,12 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def trimmed(secret: str) -> str:
-    """Without outer white space and a byte-order mark, which come from files and clipboards."""
+    """The secret without outer white space and byte-order mark, which files and clipboards add."""
     return secret.strip().removeprefix(_BYTE_ORDER_MARK).strip()
 
 
 def secret_problem(secret: object) -> str | None:
-    """Why this cannot be an API key, or None."""
+    """The reason why a value cannot be an API key, or None."""
     if not isinstance(secret, str):
         return _kind_problem(secret)
     secret = trimmed(secret)
@@ -131,8 +131,8 @@ def secret_problem(secret: object) -> str | None:
         return "the API key is empty; put the key there, or leave the entry out"
     if _SCHEME.match(secret):
         return (
-            "the API key begins with 'Bearer' or 'Token'; give the bare key, the scheme is "
-            "added when it is sent"
+            "the API key begins with 'Bearer' or 'Token'; give the bare key, because the client "
+            "adds the scheme itself"
         )
     if _is_placeholder(secret):
         return (
@@ -144,7 +144,7 @@ def secret_problem(secret: object) -> str | None:
     if secret[0] == "-" and _OPTION.fullmatch(secret):
         return "the API key is an option of a command; put the key itself there"
     if _OTHER_SERVICE.match(secret):
-        return "the API key is a key of another service; put the key of Crustdata there"
+        return "the API key is a key of another service; put the Crustdata key there"
     if ("/" in secret or "." in secret) and _PATH.fullmatch(secret):
         return (
             "the API key is the path of a file; files are read by keys_from_file(), and named "
@@ -160,8 +160,8 @@ def _kind_problem(secret: object) -> str:
     elif isinstance(secret, dict):
         hint = "; rows of a database go through keys_from_records()"
     elif secret is None:
-        hint = "; is it missing where it comes from?"
-    return f"an API key is a str, a SecretStr or an ApiKey, not {type(secret).__name__}{hint}"
+        hint = "; is it missing at its source?"
+    return f"an API key must be a str, a SecretStr or an ApiKey, not {type(secret).__name__}{hint}"
 
 
 def _is_placeholder(secret: str) -> bool:
@@ -188,10 +188,10 @@ def _character_problem(secret: str) -> str | None:
             "the API key holds white space or control characters inside; is it one key, copied "
             "whole?"
         )
-    if "=" in secret.rstrip("="):  # at the end it is base64's padding
+    if "=" in secret.rstrip("="):  # a trailing '=' is base64 padding
         return (
-            "the API key holds '=': it seems to be a line NAME=SECRET, as of an env file; give "
-            "the secret alone"
+            "the API key holds '=': it seems to be a line NAME=SECRET, as in an env file; give "
+            "only the secret"
         )
     return None if any(map(str.isalnum, secret)) else _NO_LETTER
 
@@ -200,23 +200,23 @@ _NO_LETTER = "the API key holds no letter and no digit; copy it again from where
 
 
 def label_problem(part: str, label: object, secret: object) -> str | None:
-    """Why this cannot be the name or the account (`part` says which) of a key with that secret, or None."""
+    """The problem of `label` as the `part` (name or account) of this secret's key, or None."""
     if label is None:
         return None
     if not isinstance(label, str):
-        return f"the {part} of an API key is a str, not {type(label).__name__}"
+        return f"the {part} of an API key must be a str, not {type(label).__name__}"
     label = label.strip()
     if not label:
-        return f"the {part} of the API key is empty; leave it out or give one"
+        return f"the {part} of the API key is empty; give one or leave it out"
     if not label.isprintable():
         return f"the {part} of the API key holds unprintable characters"
     if label[0] in "'\"" or label[-1] in "'\"":
         return (
-            f"the {part} of the API key begins or ends with a quotation mark; are there quotes "
-            "around all of it?"
+            f"the {part} of the API key begins or ends with a quotation mark; remove quotes "
+            "around the whole entry"
         )
     if _gives_away(label, secret):
-        return f"the {part} of the API key holds its secret; give it another, because it is printed"
+        return f"the {part} of the API key holds its secret, and it is printed; choose another"
     if (looks_secret(label) or is_likely_key(label)) and (
         secret_problem(secret) is not None or not may_be_key(secret)
     ):
@@ -229,22 +229,22 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
 
 
 def slash_problem(name: object, account: object) -> str | None:
-    """Why a label of these two could be taken for another's, or None."""
+    """The reason why a label of this name and account would be ambiguous, or None."""
     if isinstance(account, str) and "/" in account:
         return (
-            "the account of the API key holds a '/', which divides account and name; give it "
-            "another"
+            "the account of the API key holds a '/', which divides account and name; choose "
+            "another account name"
         )
     if account is None and isinstance(name, str) and "/" in name:
         return (
-            "the name of the API key holds a '/', which divides account and name; give the two "
-            "apart: account= and name="
+            "the name of the API key holds a '/', which divides account and name; give both "
+            "separately: account= and name="
         )
     return None
 
 
 def _gives_away(label: str, secret: object) -> bool:
-    # A short secret (in a test, say) may stand inside an innocent word; a real one never does.
+    # A short secret, as in tests, may be part of an ordinary word; a real secret never is.
     whole = secret.casefold() if isinstance(secret, str) else ""
     bare, name = trimmed(whole), label.casefold()
     runs = _RUN.findall(name) if looks_secret(label) else []
@@ -257,7 +257,10 @@ _WORD_OR_NUMBER = re.compile(r"[A-Za-z]{12,24}|[A-Za-z]+[0-9]{1,8}|[0-9]+[A-Za-z
 
 
 def looks_secret(text: object) -> bool:
-    """Whether it looks generated: 12 letters and digits in a row or more that are no word, no number and no word with a number."""
+    """Whether a text looks generated: it has a varied run of at least 12 letters and digits.
+
+    A run that is a word, a number or a word with a number does not count.
+    """
     runs = _RUN.findall(text) if isinstance(text, str) else []
     return any(len(set(run)) >= _VARIED and not _WORD_OR_NUMBER.fullmatch(run) for run in runs)
 
@@ -268,7 +271,10 @@ _WORDS = re.compile(f"{_WORD}(?:[-_./ ]{_WORD})*")
 
 
 def may_be_key(text: object) -> bool:
-    """Whether it is long enough for an API key, and no words with numbers: a weaker test, which true keys almost never fail."""
+    """Whether a text is long enough for an API key, and is not words with numbers.
+
+    This test is weaker than `looks_secret`: real keys almost never fail it.
+    """
     return isinstance(text, str) and len(text) >= _SHORTEST_KEY and not _WORDS.fullmatch(text)
 
 
@@ -276,7 +282,7 @@ _MIXED = 7  # changes between letters and digits
 
 
 def is_likely_key(text: object) -> bool:
-    """Whether it is so long, and mixes letters and digits so often, that it is no name, such as a UUID."""
+    """Whether a text is too long and mixed of letters and digits for a name, such as a UUID."""
     if not isinstance(text, str) or len(text) < _SHORTEST_KEY or not _PLAIN_KEY.fullmatch(text):
         return False
     kinds = [char.isdigit() for char in text if char.isalnum()]
@@ -301,7 +307,7 @@ _SECRETS = (
 )
 _ENDS = ("password", "passwd", "secret", "token", "apikey", "secretkey", "accesskey", "privatekey")
 _KINDS_OF_KEYS = frozenset({"api", "access", "private", "secret", "public", "encryption", "ssh"})
-# Words that settings have and keys may have too: then the value decides.
+# Words in the names of both settings and keys: here the value decides.
 _PLAIN = frozenset(
     {
         *(
@@ -326,7 +332,7 @@ _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
 def is_setting(name: str, secret: object) -> bool:
-    """Whether a line `name=secret` seems to be a setting of a program, such as `DB_PASSWORD=…` or `port=…`, and not a key."""
+    """Whether a line `name=secret` looks like a setting (`DB_PASSWORD=…`, `port=…`), not a key."""
     words = [word.lower() for word in _PART.findall(name)]
     last = words[-1] if words else ""
     if not _PASSWORDS.isdisjoint(words) or last in _SECRETS or last.endswith(_ENDS):

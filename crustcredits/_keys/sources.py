@@ -1,8 +1,8 @@
-"""Where keys come from: text, files, the environment, and records such as a database's rows.
+"""Sources of keys: text, files, the environment, and records such as a database's rows.
 
-Nothing but an API key may become one, so a file is plain text, an env file, JSON or CSV, and any
-other is refused as a whole. A reader returns its problem as a value; each public function raises it
-once its own frame holds no secret.
+Only an API key may become an `ApiKey`, so a file is plain text, an env file, JSON or CSV, and any
+other kind is refused as a whole. Readers return a problem as a value; each public function raises
+it once its own frame holds no secret.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _CSV: Final = frozenset({".csv", ".tsv"})
 _ENV: Final = frozenset({".env"})
 _SUFFIXES: Final = _PLAIN | _JSON | _CSV | _ENV
 
-# Columns of CSV files that are not meant for this library, or do not name the secret.
+# Column names of CSV files for other programs, or without a column `secret`.
 _OTHER_COLUMNS: Final = frozenset(
     {
         "name",
@@ -82,14 +82,13 @@ _ASSIGNMENT = re.compile(
 )
 
 _A_SETTING = (
-    "its name is that of a setting: this seems to be the configuration of a program, and not "
-    "a list of keys; "
-    f"in an env file set {KEYS_VARIABLE}, in a list give each key another name, or write "
-    "acme/prod with the account before it"
+    "its name is a setting's name: this seems to be the configuration of a program, not a list "
+    f"of keys; in an env file set {KEYS_VARIABLE}, in a list rename the key, or write its account "
+    "before the name, as in acme/prod"
 )
 
 
-# A path of lower-case words, which no generated key is.
+# A path of lower-case words; no generated key has this form.
 _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
 
 
@@ -98,15 +97,16 @@ _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
 
 @hides_arguments
 def keys_from_text(text: str) -> list[ApiKey]:
-    """Read keys from text: one a line or divided by commas, each `secret`, `name=secret` or `account/name=secret`.
+    """Read keys from text with one key on each line, or with commas between keys.
 
-    A `#` at the start of a line or after white space begins a comment. An env file, JSON, and CSV
-    with a header row are read as `keys_from_file` says.
+    A key is `secret`, `name=secret` or `account/name=secret`. A `#` at the start of a line or after
+    white space begins a comment. An env file, JSON, and CSV with a header row are read as in
+    `keys_from_file`.
 
     Raises:
-        ConfigurationError: A line cannot be used (the error names it by its number); two keys of
-            one account have one name; one secret stands under two accounts; or the text is of
-            another kind, such as the settings of a program.
+        ConfigurationError: A line cannot be used (the error has its number); two keys of one
+            account have the same name; one secret is declared under two accounts; or the text is
+            of another kind, such as the settings of a program.
     """
     pool = _read_any(text)
     del text
@@ -115,23 +115,24 @@ def keys_from_text(text: str) -> list[ApiKey]:
 
 @hides_arguments
 def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
-    """Read keys from a UTF-8 file: plain text, an env file, JSON or CSV, by its suffix and its content.
+    """Read keys from a UTF-8 file: plain text, an env file, JSON or CSV.
 
-    - Plain text has no suffix, or `.txt`, `.text`, `.keys` or `.list`, and is read as
-      `keys_from_text` says.
+    The suffix and the content decide the kind:
+
+    - Plain text has no suffix, or `.txt`, `.text`, `.keys` or `.list`, and is read as in
+      `keys_from_text`.
     - An env file has a line `CRUSTDATA_API_KEY=…` or `CRUSTDATA_API_KEYS=…`, with or without
-      `export`. Only these two variables are read, as `keys_from_env` reads them, and all others are
-      ignored.
+      `export`. Only these two variables are read, as in `keys_from_env`; all others are ignored.
     - JSON is an object of labels and secrets, `{"acme/prod": "…"}`, or a list of objects with
       `secret`, `name` and `account`.
-    - CSV (`.csv` or `.tsv`) has a header row with a column `secret`, and `name` and `account` where
-      they are known; other columns are ignored.
+    - CSV (`.csv` or `.tsv`) has a header row with a column `secret`, and optional columns `name`
+      and `account`; other columns are ignored.
 
     Any other file is refused as a whole, so that no other secret of a service is sent as a key.
 
     Raises:
-        ConfigurationError: The file cannot be read or is of another kind; or as `keys_from_text`. A
-            path that may be a key in the wrong place is not repeated.
+        ConfigurationError: The file cannot be read or is of another kind; or as in
+            `keys_from_text`. A path that may be a misplaced key is not repeated.
     """
     pool = _read_file(path, "the keys file")
     del path
@@ -142,14 +143,15 @@ def keys_from_file(path: str | os.PathLike[str]) -> list[ApiKey]:
 def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
     """Read keys from the environment.
 
-    `CRUSTDATA_API_KEY` is one secret. `CRUSTDATA_API_KEYS` holds many, as `keys_from_text` reads
-    them. `CRUSTDATA_API_KEY_FILE` and `CRUSTDATA_API_KEYS_FILE` name files in their place, as
-    Docker's and Kubernetes' secrets are; the second may be any file that `keys_from_file` reads. A
-    secret that stands in both is kept once, under the name it has among the many. Returns an empty
-    list when no variable is set.
+    `CRUSTDATA_API_KEY` is one secret. `CRUSTDATA_API_KEYS` holds many, in the format of
+    `keys_from_text`. `CRUSTDATA_API_KEY_FILE` and `CRUSTDATA_API_KEYS_FILE` name files instead, as
+    for Docker's and Kubernetes' secrets; the second may be any file that `keys_from_file` reads. A
+    secret in both variables is returned once, under its name in `CRUSTDATA_API_KEYS`. Returns an
+    empty list when no variable is set.
 
     Raises:
-        ConfigurationError: A variable or its file cannot be used, or both are set.
+        ConfigurationError: A variable or its file cannot be used, or a variable and its `_FILE` are
+            both set.
     """
     pool = _read_environ(os.environ if environ is None else environ)
     del environ
@@ -158,11 +160,11 @@ def keys_from_env(environ: Mapping[str, str] | None = None) -> list[ApiKey]:
 
 @hides_arguments
 def keys_from_records(rows: Iterable[Mapping[str, Any]]) -> list[ApiKey | UnusableKey]:
-    """Read keys from mappings with `secret`, and `name` and `account` where they are known, such as a database's rows.
+    """Read keys from mappings such as a database's rows, with `secret`, `name` and `account`.
 
-    Other columns are ignored; a name or an account may be None or empty. A row that cannot be used
-    becomes an `UnusableKey`, and so does a row with the label of an earlier one, or with its secret
-    under another account. In a check it fails alone.
+    A name or an account may be missing, None or empty; other columns are ignored. A row that cannot
+    be used becomes an `UnusableKey`. So does a row that repeats an earlier label, or an earlier
+    secret under another account. In a check only that key fails.
 
     Raises:
         ConfigurationError: `rows` is not an iterable of rows.
@@ -188,15 +190,15 @@ def _or_raise(pool: _Pool) -> list[ApiKey]:
 def _read_environ(environ: object) -> _Pool:
     if not isinstance(environ, Mapping):
         return ConfigurationError(
-            f"an environment is a mapping of names to text, not {type(environ).__name__}"
+            f"an environment must be a mapping of names to text, not {type(environ).__name__}"
         )
     try:
         values = {name: environ.get(name) or "" for name in _VARIABLES}
-    except Exception as error:  # noqa: BLE001  # of a vault behind it, whose frames may hold anything
+    except Exception as error:  # noqa: BLE001  # of a vault behind it; its frames may hold secrets
         return ConfigurationError(f"the environment cannot be read ({type(error).__name__})")
     wrong = next((name for name, value in values.items() if not isinstance(value, str)), None)
     if wrong is not None:
-        return ConfigurationError(f"{wrong} has to be text, not {type(values[wrong]).__name__}")
+        return ConfigurationError(f"{wrong} must be text, not {type(values[wrong]).__name__}")
     texts: dict[str, str] = {name: value.strip() for name, value in values.items()}
     for name in (KEY_VARIABLE, KEYS_VARIABLE):
         if texts[name] and texts[f"{name}_FILE"]:
@@ -216,10 +218,10 @@ def _read_environ(environ: object) -> _Pool:
 
 
 def _read_variables(values: Mapping[str, Any], file: str) -> _Pool:
-    """Of an env file: the two variables, and nothing else."""
+    """The keys of an env file, from the two variables and no other."""
     single, many = values.get(KEY_VARIABLE, ""), values.get(KEYS_VARIABLE, "")
     if not (isinstance(single, str) and isinstance(many, str)):
-        return _refused(file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} hold text")
+        return _refused(file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} must be text")
     return _joined(
         single,
         _read(many, place=_at(file, f"{KEYS_VARIABLE}, line")),
@@ -237,10 +239,7 @@ def _joined(single: str, many: _Pool, *, place: str, required: bool = False) -> 
 
 
 def _assignments(text: str) -> dict[str, str]:
-    """The variables of an env file.
-
-    A value in quotes may go over several lines, which are no variables then.
-    """
+    """The variables of an env file. Lines inside a quoted value are not variables."""
     values: dict[str, str] = {}
     for found in _ASSIGNMENT.finditer(text):
         single, double, rest = found.group("single", "double", "bare")
@@ -274,7 +273,7 @@ def _text_of(path: Any, file: str) -> str | ConfigurationError:
     except OSError as error:
         problem = error.strerror or type(error).__name__
     except (TypeError, ValueError):
-        problem = "that is no path"
+        problem = "this is not a path"
     if _may_be_shown(path):
         return ConfigurationError(f"{file} {str(path)!r} cannot be read: {problem}")
     hint = (
@@ -285,7 +284,7 @@ def _text_of(path: Any, file: str) -> str | ConfigurationError:
 
 
 def _may_be_shown(path: Any) -> bool:
-    """Whether it is certainly a path, and not a key in the wrong place."""
+    """Whether a value is certainly a path, and not a misplaced key."""
     try:
         text = os.fsdecode(path)
         path = Path(text)
@@ -313,9 +312,9 @@ def _read_any(text: object) -> _Pool:
 
 
 def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
-    """The keys of a text of any kind; suffix and content tell which.
+    """The keys of a text of any kind; suffix and content decide the kind.
 
-    The number of a line is put behind `place`.
+    Errors append the line number to `place`.
     """
     text = text.removeprefix(_BYTE_ORDER_MARK)
     file = _file_of(place)
@@ -323,11 +322,11 @@ def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
         try:
             return _read_json(json.loads(text, object_pairs_hook=_once), file)
         except _TwiceError:
-            return _refused(file, "a name stands twice in one object; rename one of the two")
+            return _refused(file, "a name occurs twice in one JSON object; rename one of the two")
         except (ValueError, RecursionError):
             if suffix in _JSON or not text.lstrip().startswith(
                 "["
-            ):  # which may be a section of an ini file
+            ):  # a leading "[" may be a section of an ini file
                 return _refused(
                     file, "this is not valid JSON; correct it, or give the keys as text"
                 )
@@ -335,7 +334,7 @@ def _read(text: str, *, place: str, suffix: str = "") -> _Pool:
     if delimiter is not None:
         return _checked(_rows_of_csv(text, delimiter, place))
     if suffix in _CSV or _is_header(text):
-        columns = "a column 'secret', and 'name' and 'account' where they are known"
+        columns = "a column 'secret', and optional columns 'name' and 'account'"
         return _refused(file, f"a CSV file needs a header row with {columns}")
     return _read_lines(text, place, suffix)
 
@@ -349,8 +348,8 @@ def _read_lines(text: str, place: str, suffix: str) -> _Pool:
     if variables:
         return _refused(
             file,
-            f"{KEY_VARIABLE} or {KEYS_VARIABLE} stands inside the quotes of another value; "
-            "is one not closed?",
+            f"{KEY_VARIABLE} or {KEYS_VARIABLE} is inside the quotes of another value; "
+            "is a quotation mark missing?",
         )
     if suffix in _ENV or _EXPORT.search(text):
         return _refused(
@@ -362,14 +361,14 @@ def _read_lines(text: str, place: str, suffix: str) -> _Pool:
         kinds = "plain text (.txt or no suffix), an env file, JSON or CSV"
         return _refused(
             file,
-            "files of this kind are not read, because they may hold other secrets; keys may "
-            f"stand in {kinds}",
+            "files of this kind are not read, because they may hold other secrets; put the keys "
+            f"into {kinds}",
         )
     return _checked(_keys_of_entries(list(_entries_of(text, place))))
 
 
 def _file_of(place: str) -> str:
-    """The name of the file in a place such as `keys.txt, line`, or nothing."""
+    """The file name in a place such as `keys.txt, line`, or an empty text."""
     return place.removesuffix("line").removesuffix(", ")
 
 
@@ -391,7 +390,7 @@ def _checked(entries: _Entries) -> _Pool:
 
 
 def _entries_of(text: str, place: str) -> Iterator[tuple[str, str]]:
-    """The entries between commas and line ends, each with its place."""
+    """The entries between commas and line ends, each with its line number as place."""
     for number, line in enumerate(text.splitlines(), 1):
         for entry in _without_comment(line).split(","):
             if entry.strip():
@@ -399,9 +398,9 @@ def _entries_of(text: str, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_comment(line: str) -> str:
-    """The line without its comment.
+    """The line without its comment, or all of it where the comment seems to be part of a name.
 
-    But all of it where the comment seems to be half of a name, as in `customer #42=…`.
+    An example is `customer #42=…`.
     """
     entry = _COMMENT.sub("", line)
     rest = line[len(entry) :].partition("=")[2].strip()
@@ -413,8 +412,8 @@ def _without_comment(line: str) -> str:
 
 
 def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | UnusableKey]:
-    # Where other entries look like keys, a bare entry that certainly is none is a cell beside them,
-    # or half of a name.
+    # Where other entries look like keys, a bare entry that certainly is no key is a cell of a
+    # table, or a part of a name.
     mixed = any(
         may_be_key(entry if _is_bare(entry) else entry.partition("=")[2].strip())
         for entry, _ in entries
@@ -431,7 +430,7 @@ def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | Unusab
 
 
 def _is_bare(entry: str) -> bool:
-    """Whether it has no name: it has no `=`, or base64's padding at its end."""
+    """Whether an entry has no name: it has no `=` except base64 padding at its end."""
     return "=" not in entry.rstrip("=") and (
         not entry.endswith("=") or may_be_key(entry.rstrip("="))
     )
@@ -443,11 +442,12 @@ def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
     label, _, secret = entry.partition("=")
     if "#" in label and label.count(" #"):
         return unusable(
-            "a name holds no ' #', which begins a comment; give such names in JSON or CSV", place
+            "a name cannot hold ' #', which begins a comment; write such names in JSON or CSV",
+            place,
         )
     if secret.strip() and not secret.strip("= "):
         return unusable(
-            "nothing but '=' stands behind a name; a key that ends in '=' needs a name before it",
+            "only '=' follows the name; a key that ends in '=' needs a name before it",
             place,
         )
     return _labelled(label, secret, place)
@@ -461,7 +461,7 @@ def _labelled(label: str, secret: object, place: str) -> ApiKey | UnusableKey:
 
 
 def _at_place(key: ApiKey | UnusableKey, place: str) -> ApiKey | UnusableKey:
-    """In a file a line is easier to find than a name."""
+    """The key; an `UnusableKey` is named by its line, which is easier to find than a name."""
     return unusable(key.error.message, place) if isinstance(key, UnusableKey) else key
 
 
@@ -494,17 +494,14 @@ def _read_json(document: Any, file: str) -> _Pool:
             for row, place in zip(document, places, strict=False)
         )
     shapes = "{\"name\": \"secret\"}, or a list of objects with 'secret', 'name' and 'account'"
-    return _refused(file, f"this JSON does not hold keys; it has to be {shapes}")
+    return _refused(file, f"this JSON does not hold keys; write it as {shapes}")
 
 
 # --- CSV
 
 
 def _delimiter_of(text: str) -> str | None:
-    """The delimiter of a header row with a column `secret`.
-
-    None when the first line is no such row.
-    """
+    """The delimiter of a header row with a column `secret`; None without such a header row."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((mark for mark in ",;\t" if "secret" in _columns(first.split(mark))), None)
 
@@ -537,10 +534,10 @@ def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | Unu
                 columns = _columns(cells)
                 if any(columns.count(column) > 1 for column in _COLUMNS):
                     yield unusable(
-                        "a column stands twice in the header row; rename one of the two", where
+                        "a column occurs twice in the header row; rename one of the two", where
                     )
             elif len(cells) != len(columns):
-                yield unusable("the row has a different number of cells from the header row", where)
+                yield unusable("the row and the header row have different numbers of cells", where)
             else:
                 yield _at_place(_key_of_row(dict(zip(columns, cells, strict=True)), where), where)
     except csv.Error:
@@ -556,7 +553,7 @@ def _rows_problem(rows: object) -> str | None:
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         kind = type(rows).__name__
         return (
-            "rows are an iterable of mappings with 'secret', 'name' and 'account', not "
+            "rows must be an iterable of mappings with 'secret', 'name' and 'account', not "
             f"{kind}; put one row in a list: [row]"
         )
     return None
@@ -568,7 +565,7 @@ def _read_rows(rows: Iterator[Any]) -> list[ApiKey | UnusableKey]:
     for number, row in enumerate(rows):
         row = _key_of_row(row, f"rows[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         problem = None if isinstance(row, UnusableKey) else taken.take(row)
-        # By its place, because its label is that of an earlier row.
+        # Named by its position, because an earlier row has its label.
         pool.append(
             row if problem is None else unusable(f"{row.label}: {problem}", f"rows[{number}]")
         )
@@ -576,20 +573,20 @@ def _read_rows(rows: Iterator[Any]) -> list[ApiKey | UnusableKey]:
 
 
 def _key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
-    """The key of a mapping, or of anything with `keys()` and items by name, as the rows of database drivers have."""
+    """The key of a mapping, or of a row with `keys()` and items by name, as of database drivers."""
     try:
         names = set(row.keys())
         secret, name, account = (row[column] if column in names else None for column in _COLUMNS)
-    except Exception as error:  # noqa: BLE001  # of a driver, a vault or a cipher: one row's trouble, and no other's
+    except Exception as error:  # noqa: BLE001  # of a driver, vault or cipher: only this row fails
         problem = (
-            "a row is a mapping with 'secret', 'name' and 'account', and this "
+            "a row must be a mapping with 'secret', 'name' and 'account', and this "
             f"{type(row).__name__} cannot be read as one"
         )
         return unusable(f"{problem} ({type(error).__name__})", place)
     key = make_key(clear_text(secret), _text(name), _text(account), place=place)
     if "secret" not in names and isinstance(key, UnusableKey):
         return unusable(
-            "the row has no column 'secret'; give this name to the column of the keys",
+            "the row has no column 'secret'; rename the column that holds the keys",
             key.name,
             key.account,
         )
@@ -597,10 +594,7 @@ def _key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
 
 
 def _text(name: object) -> object:
-    """The name of a column: numbers and UUIDs, which databases have for names, as text.
-
-    An empty one is none.
-    """
+    """A name or account from a row: numbers and UUIDs as text, an empty value as None."""
     return (
         str(name)
         if isinstance(name, (int, uuid.UUID)) and not isinstance(name, bool)

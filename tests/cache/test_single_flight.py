@@ -405,7 +405,7 @@ async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistak
             client.check([KEY], **{name: mistake}),
         ):
             with pytest.raises(
-                ConfigurationError, match=f"{name} is a finite number of at least 0"
+                ConfigurationError, match=f"{name} must be a finite number of at least 0"
             ):
                 await call
         with pytest.raises(ConfigurationError, match=name):
@@ -431,7 +431,9 @@ async def test_at_most_so_many_answers_are_kept() -> None:
         assert (await outcome(client, two, max_age=60)).source == "fetched"
         await outcome(client, ApiKey("secret-bad", name="bad"))
         assert client.peek(one) is None
-    with pytest.raises(ConfigurationError, match="max_entries is a whole number of at least 1"):
+    with pytest.raises(
+        ConfigurationError, match="max_entries must be a whole number of at least 1"
+    ):
         CreditsClient(max_entries=0)
 
 
@@ -1037,7 +1039,7 @@ async def test_a_pool_that_holds_enough_gives_its_report() -> None:
         assert len(server.arrivals) == 2
         with pytest.raises(
             InsufficientCreditsError,
-            match=r"150\.60 credits are needed and 150\.5 are known to be there",
+            match=r"150\.60 credits are needed and 150\.5 are known to be available",
         ) as caught:
             await client.require(Decimal("125.5"), keys(2), margin=Decimal("1.2"), max_age=60)
     assert caught.value.needed == Decimal("150.60")
@@ -1056,7 +1058,7 @@ async def test_a_gate_waits_for_what_is_true_now() -> None:
         await asyncio.sleep(100)
         assert (await client.require(5000, [KEY], stale_while_revalidate=600)).stale
         await asyncio.sleep(100)
-        with pytest.raises(InsufficientCreditsError, match="10 are known to be there"):
+        with pytest.raises(InsufficientCreditsError, match="10 are known to be available"):
             await client.require(5000, [KEY])
         await asyncio.sleep(100)
         report = await client.require(5, [KEY])

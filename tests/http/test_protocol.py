@@ -117,7 +117,7 @@ def test_a_base_url_is_an_origin(given: str, origin: str) -> None:
         ("https://api crustdata.com", "has white space"),
         ("https://api.crustdata.com:port", "is not a URL"),
         ("https://a..b", "is not a URL"),
-        (b"https://api.crustdata.com", "is a str, not bytes"),
+        (b"https://api.crustdata.com", "must be a str, not bytes"),
     ],
 )
 def test_any_other_base_url_is_refused_with_the_reason(given: str, said: str) -> None:
@@ -535,7 +535,7 @@ def test_json_with_a_duplicate_name_is_refused() -> None:
     """The API does not document which of the two would be right."""
     found = error('{"credits": 1, "credits": 2}')
     assert isinstance(found, UnexpectedResponseError)
-    assert "JSON in which a name stands twice" in str(found)
+    assert "JSON with a duplicate name" in str(found)
     assert isinstance(
         error('{"account": {"credits": 1, "a": {"b": 1, "b": 2}}}', path=ACCOUNT_CREDITS),
         UnexpectedResponseError,

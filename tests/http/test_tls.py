@@ -324,8 +324,11 @@ def unverified() -> ssl.SSLContext:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ssl": False}, "ssl is an ssl.SSLContext, not bool; certificates are always verified"),
-        ({"ssl": "ca.pem"}, "ssl is an ssl.SSLContext, not str"),
+        (
+            {"ssl": False},
+            "ssl must be an ssl.SSLContext, not bool; certificates are always verified",
+        ),
+        ({"ssl": "ca.pem"}, "ssl must be an ssl.SSLContext, not str"),
         ({"ssl": unverified()}, "ssl does not verify the server's certificate"),
         (
             {"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)},

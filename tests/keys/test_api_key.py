@@ -1,4 +1,4 @@
-"""Keys: what is taken, what is refused and how, and where many of them come from."""
+"""API keys: accepted and refused secrets and labels, pools, and the usual sources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from crustcredits._keys.api_key import as_key, as_keys, contradiction
 SECRET = "sk-0123456789abcdef"
 
 
-def test_the_secret_is_reached_by_one_method_alone() -> None:
+def test_only_get_secret_value_returns_the_secret() -> None:
     """No attribute, property or state holds it in the clear."""
     key = ApiKey(SECRET, name="prod", account="acme")
     assert key.get_secret_value() == SECRET
@@ -44,34 +44,34 @@ def test_the_secret_is_reached_by_one_method_alone() -> None:
         vars(key)
 
 
-def test_a_secret_str_is_a_secret() -> None:
-    """Pydantic's, or anything else with `get_secret_value()`; alone and in pools."""
+def test_a_secret_str_is_accepted_as_a_secret() -> None:
+    """Any object with `get_secret_value()` is, as a single key and in a pool."""
     assert ApiKey(SecretStr(SECRET)).get_secret_value() == SECRET
     assert as_key(SecretStr(SECRET)) == ApiKey(SECRET)
     pool = as_keys({"acme/prod": SecretStr(SECRET)})
     assert isinstance(pool, Iterator)
     assert next(pool) == ApiKey(SECRET, name="prod", account="acme")
-    assert "this is one (SecretStr); put it in a list" in str(as_keys(SecretStr(SECRET)))
+    assert "not one (SecretStr); put it in a list" in str(as_keys(SecretStr(SECRET)))
 
 
 def test_the_label_is_account_and_name() -> None:
-    """Or the name alone. Only the part behind an account may have a slash."""
+    """Without an account it is the name. Only a name with an account may hold a slash."""
     assert ApiKey(SECRET, name="prod").label == "prod"
     assert ApiKey(SECRET, name="prod", account="acme").label == "acme/prod"
     assert ApiKey(SECRET, name="eu/prod", account="acme").label == "acme/eu/prod"
     with pytest.raises(
         ConfigurationError,
-        match=r"the name of the API key holds a '/'.*give the two apart: account= and name=",
+        match=r"the name of the API key holds a '/'.*give both separately: account= and name=",
     ):
         ApiKey(SECRET, name="acme/prod")
     with pytest.raises(ConfigurationError, match="the account of the API key holds a '/'"):
         ApiKey(SECRET, name="prod", account="big/co")
     refused = as_key(ApiKey(SECRET, account="globex"), label="acme/prod")
     assert isinstance(refused, UnusableKey)
-    assert "declare two accounts" in str(refused.error)
+    assert "declare different accounts" in str(refused.error)
 
 
-def test_an_environment_is_no_pool() -> None:
+def test_an_environment_is_refused_as_a_pool() -> None:
     """Its other values would be sent as keys."""
     for environ in (
         os.environ,
@@ -85,8 +85,8 @@ def test_an_environment_is_no_pool() -> None:
     )
 
 
-def test_a_secret_that_cannot_be_had_fails_alone() -> None:
-    """And the key that was to hold it can be printed."""
+def test_a_secret_object_that_raises_fails_only_its_own_key() -> None:
+    """The error and the placeholder can be printed safely."""
 
     class Sealed:
         def get_secret_value(self) -> str:
@@ -103,24 +103,24 @@ def test_a_secret_that_cannot_be_had_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("name", [SECRET.upper(), SECRET[:18], f"x {SECRET[3:]}"])
-def test_a_name_with_a_piece_of_the_secret_is_refused(name: str) -> None:
-    """In any case, and where the secret is wrapped in something else."""
+def test_a_name_with_a_part_of_the_secret_is_refused(name: str) -> None:
+    """In any case, and where other text surrounds the secret."""
     for secret in (SECRET, f"Bearer {SECRET}", f"'{SECRET}'"):
         refused = as_key(secret, label=name)
         assert isinstance(refused, UnusableKey)
         assert name not in repr(refused)
 
 
-def test_a_key_does_not_print() -> None:
-    """Neither by repr, str, format nor in a container."""
+def test_a_key_does_not_print_its_secret() -> None:
+    """Neither by repr, str and format, nor inside a container."""
     key = ApiKey(SECRET, name="prod", account="acme")
     assert repr(key) == "ApiKey('***', name='prod', account='acme')"
     assert SECRET not in f"{key} {key!r} {[key]} { {key: key} }"
     assert key.get_secret_value() == SECRET
 
 
-def test_a_key_without_a_name_is_called_by_a_fingerprint() -> None:
-    """Equal for equal secrets, and nothing of the secret is in it."""
+def test_a_key_without_a_name_is_named_by_a_fingerprint() -> None:
+    """It is equal for equal secrets, and holds no part of the secret."""
     key = ApiKey(SECRET)
     assert key.name == ApiKey(f" {SECRET}\n").name
     assert key.name != ApiKey(SECRET + "0").name
@@ -131,7 +131,7 @@ def test_a_key_without_a_name_is_called_by_a_fingerprint() -> None:
 
 @pytest.mark.parametrize("raw", [f" {SECRET} ", f"\ufeff{SECRET}\r\n", f"\t\ufeff {SECRET}"])
 def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
-    """They come from files and clipboards."""
+    """Files and clipboards add them."""
     assert ApiKey(raw).get_secret_value() == SECRET
 
 
@@ -169,8 +169,8 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         (None, "not NoneType"),
     ],
 )
-def test_a_secret_that_cannot_be_one_is_refused_by_the_keys_name(raw: str, said: str) -> None:
-    """The error says what to do, and shows nothing of what was given."""
+def test_an_unusable_secret_is_refused_under_the_keys_name(raw: str, said: str) -> None:
+    """The error has the remedy, and repeats nothing of the secret."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         ApiKey(raw, name="prod")
     assert caught.value.key_name == "prod"
@@ -204,7 +204,7 @@ def test_a_secret_that_cannot_be_one_is_refused_by_the_keys_name(raw: str, said:
     ],
 )
 def test_a_placeholder_is_refused(raw: str) -> None:
-    """A template that nobody filled in is no key."""
+    """An unfilled template is no key."""
     with pytest.raises(
         ConfigurationError, match="is a placeholder, or a reference that was not replaced"
     ) as caught:
@@ -213,7 +213,7 @@ def test_a_placeholder_is_refused(raw: str) -> None:
 
 
 def test_the_name_of_a_variable_is_refused() -> None:
-    """Its value was meant."""
+    """The value of the variable was meant."""
     with pytest.raises(ConfigurationError, match="is the name of a variable"):
         ApiKey("CRUSTDATA_API_KEY")
 
@@ -221,8 +221,8 @@ def test_the_name_of_a_variable_is_refused() -> None:
 @pytest.mark.parametrize(
     "raw", [f"{SECRET}=", f"{SECRET}==", "a.b_c~d+e/f-g", "0" * 300, "x-1", "Foxxxy", "yourself-7"]
 )
-def test_what_may_be_a_key_is_taken(raw: str) -> None:
-    """Base64's padding stands at its end."""
+def test_a_text_that_may_be_a_key_is_accepted(raw: str) -> None:
+    """Base64 padding may end it."""
     assert ApiKey(raw).get_secret_value() == raw
 
 
@@ -245,10 +245,7 @@ def test_what_may_be_a_key_is_taken(raw: str) -> None:
 def test_a_name_that_looks_more_like_a_secret_is_not_repeated(
     name: str, account: str | None, said: str
 ) -> None:
-    """The two may have been swapped.
-
-    Where the secret looks like one too, the name may look as it likes.
-    """
+    """Name and secret may be swapped. Beside a secret that looks like one, any name is accepted."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         ApiKey("prod", name=name, account=account)
     assert "0123" not in str(caught.value)
@@ -267,8 +264,8 @@ def test_a_name_that_looks_more_like_a_secret_is_not_repeated(
         assert ApiKey("s-1", name=innocent).name == innocent
 
 
-def test_a_mapping_of_secret_to_name_fails_without_a_word_of_the_secret() -> None:
-    """Each alone, by its place."""
+def test_a_mapping_of_secret_to_name_does_not_show_the_secret() -> None:
+    """Each key fails on its own, named by its position."""
     for name in (
         "prod",
         "jane.doe@example-company.com",
@@ -292,29 +289,27 @@ def test_a_mapping_of_secret_to_name_fails_without_a_word_of_the_secret() -> Non
         ("prod", "acme'", "the account of the API key begins or ends with a quotation mark"),
         (SECRET, None, "the name of the API key holds its secret"),
         (f"my {SECRET}", None, "the name of the API key holds its secret"),
-        (7, None, "the name of an API key is a str, not int"),
+        (7, None, "the name of an API key must be a str, not int"),
         ("prod", " ", "the account of the API key is empty"),
         ("prod", SECRET, "the account of the API key holds its secret"),
     ],
 )
-def test_a_label_that_cannot_be_printed_is_refused(
-    name: str, account: str | None, said: str
-) -> None:
-    """Names and accounts stand in logs and reports."""
+def test_an_unprintable_label_is_refused(name: str, account: str | None, said: str) -> None:
+    """Logs and reports show names and accounts."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         ApiKey(SECRET, name=name, account=account)
     assert SECRET not in str(caught.value)
 
 
-def test_a_short_secret_may_stand_in_an_innocent_word() -> None:
-    """Tests use such; a real secret is long."""
+def test_a_short_secret_may_be_part_of_a_name() -> None:
+    """Tests use short secrets; a real secret is long."""
     assert ApiKey("a", name="acme").name == "acme"
     with pytest.raises(ConfigurationError):
         ApiKey("a", name="a")
 
 
 def test_keys_are_values() -> None:
-    """Equal by their parts, hashable, copied as themselves, and never pickled."""
+    """They are equal by their parts, hashable, copied as themselves, and never pickled."""
     key = ApiKey(SECRET, name="prod")
     assert key == ApiKey(SECRET, name="prod")
     assert hash(key) == hash(ApiKey(SECRET, name="prod"))
@@ -332,7 +327,7 @@ def test_keys_are_values() -> None:
 
 
 def test_a_pool_is_an_iterable_or_a_mapping() -> None:
-    """Of secrets and keys, in their order."""
+    """It holds secrets and keys, in their order."""
     prod = ApiKey("s-prod", name="prod", account="acme")
     listed = as_keys(iter([prod, "s-2"]))
     assert isinstance(listed, Iterator)
@@ -350,7 +345,7 @@ def test_a_pool_is_an_iterable_or_a_mapping() -> None:
 
 
 @pytest.mark.parametrize("lone", ["sk-1", b"sk-1", bytearray(b"sk-1"), ApiKey("sk-1")])
-def test_a_lone_key_where_many_are_expected_is_refused(lone: object) -> None:
+def test_a_single_key_is_refused_as_a_pool(lone: object) -> None:
     """A str would be read letter by letter."""
     refusal = as_keys(lone)
     assert isinstance(refusal, ConfigurationError)
@@ -358,8 +353,8 @@ def test_a_lone_key_where_many_are_expected_is_refused(lone: object) -> None:
     assert "sk-1" not in str(refusal)
 
 
-def test_what_is_no_pool_is_refused() -> None:
-    """With the way to go."""
+def test_a_value_that_is_no_pool_is_refused() -> None:
+    """The error names the remedy."""
     assert "not int" in str(as_keys(7))
 
     async def source() -> None: ...
@@ -370,8 +365,8 @@ def test_what_is_no_pool_is_refused() -> None:
     assert "goes to stream()" in str(as_keys(Source()))
 
 
-def test_a_key_that_cannot_be_used_does_not_spoil_its_pool() -> None:
-    """It is named by its name in a mapping, else by its place."""
+def test_an_unusable_key_does_not_fail_its_pool() -> None:
+    """It is named by its name in a mapping, else by its position."""
     refused = list(as_keys(["s-1", "", b"s-3"]))  # type: ignore[arg-type]  # an Iterator here
     assert [key.name for key in refused[1:]] == ["keys[1]", "keys[2]"]
     assert all(isinstance(key, UnusableKey) for key in refused[1:])
@@ -388,17 +383,17 @@ def test_a_key_that_cannot_be_used_does_not_spoil_its_pool() -> None:
         ),
         (
             [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b", account="emca")],
-            "b: its secret stands under two accounts, 'acme' and 'emca'",
+            "b: its secret is declared under two accounts, 'acme' and 'emca'",
         ),
     ],
 )
-def test_a_pool_that_contradicts_itself_is_refused(pool: list[ApiKey], said: str) -> None:
-    """Its report could not be right."""
+def test_a_contradictory_pool_is_refused(pool: list[ApiKey], said: str) -> None:
+    """No report of it could be right."""
     assert said in str(contradiction(pool))
 
 
 def test_one_secret_may_have_two_names() -> None:
-    """Also once with its account and once without; and a refused key contradicts nobody."""
+    """It may occur with its account and without; unusable keys never contradict others."""
     twice = [
         ApiKey("s-1", name="a", account="acme"),
         ApiKey("s-1", name="b"),
@@ -410,7 +405,7 @@ def test_one_secret_may_have_two_names() -> None:
 # --- text, files, the environment
 
 
-def test_text_gives_keys_by_line_and_comma() -> None:
+def test_text_is_read_by_line_and_comma() -> None:
     """With names, accounts and comments."""
     text = (
         "\ufeff# the pool\ns-1\n\n prod = s-2 , s-3 # the third\nacme/dev=s-4=,\nbig/co/ci=s-5#6\n"
@@ -429,30 +424,30 @@ def test_text_gives_keys_by_line_and_comma() -> None:
     ("text", "said"),
     [
         ("s-1\nprod=\n", "line 2: the API key is empty"),
-        ("s-secretxxxxxxx==", "line 1: nothing but '=' stands behind a name"),
+        ("s-secretxxxxxxx==", "line 1: only '=' follows the name"),
         ("=s-secret", "line 1: the name of the API key is empty"),
         ("/prod=s-secret", "line 1: the account of the API key is empty"),
         ("a=s-1\n\n# x\nb=s secret", "line 4: the API key holds white space"),
         ("ok\nBearer s-secret", "line 2: the API key begins with"),
         ("a=s-1\na=s-2", "a: two different keys have this name"),
-        ("x/a=s-1, y/b=s-1", "y/b: its secret stands under two accounts"),
+        ("x/a=s-1, y/b=s-1", "y/b: its secret is declared under two accounts"),
     ],
 )
 def test_a_bad_line_is_reported_by_its_number(text: str, said: str) -> None:
     """Its text may be a secret."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         keys_from_text(text)
-    assert "secret" not in str(caught.value).replace("its secret stands", "")
+    assert "secret" not in str(caught.value).replace("its secret is declared", "")
 
 
 def test_keys_are_read_from_text_only() -> None:
-    """Bytes would read as one strange key."""
+    """Bytes would be read as one strange key."""
     with pytest.raises(ConfigurationError, match="from a str, not bytes; decode it first"):
         keys_from_text(b"s-1")  # type: ignore[arg-type]  # the mistake under test
 
 
 def test_a_file_is_read_as_text(tmp_path: Path) -> None:
-    """UTF-8, with or without a byte-order mark; a bad line is named with the file."""
+    """It is UTF-8, with or without a byte-order mark; an error has the file and the line."""
     path = tmp_path / "keys.txt"
     path.write_text("\ufeffprod=s-1\n", encoding="utf-8")
     assert [key.name for key in keys_from_file(path)] == ["prod"]
@@ -461,8 +456,8 @@ def test_a_file_is_read_as_text(tmp_path: Path) -> None:
         keys_from_file(str(path))
 
 
-def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    """By the system's word or by its encoding."""
+def test_an_unreadable_file_is_reported_with_the_reason(tmp_path: Path) -> None:
+    """The reason is the system's text, or the encoding."""
     with pytest.raises(ConfigurationError, match="No such file or directory"):
         keys_from_file(tmp_path / "missing")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00s")
@@ -470,12 +465,12 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         keys_from_file(tmp_path / "binary")
     assert caught.value.__context__ is None
     for path in ("a\0b", None, 5):
-        with pytest.raises(ConfigurationError, match="that is no path"):
+        with pytest.raises(ConfigurationError, match="this is not a path"):
             keys_from_file(path)  # type: ignore[arg-type]  # the mistake under test
 
 
-def test_a_pool_that_changes_while_it_is_read_is_read_as_it_was() -> None:
-    """And no frame shows its secrets."""
+def test_a_pool_that_changes_during_iteration_is_read_as_it_was() -> None:
+    """Mappings and sets are copied first."""
     mapping, secrets = {"a": "s-1", "b": "s-2"}, {"s-3", "s-4"}
     named, bare = as_keys(mapping), as_keys(secrets)
     assert isinstance(named, Iterator)
@@ -488,7 +483,7 @@ def test_a_pool_that_changes_while_it_is_read_is_read_as_it_was() -> None:
 
 
 def test_the_environment_holds_one_key_or_many() -> None:
-    """A secret that stands in both is kept once, under its name."""
+    """A secret in both variables is returned once, under its name."""
     assert keys_from_env({}) == []
     assert keys_from_env({"CRUSTDATA_API_KEY": " ", "CRUSTDATA_API_KEYS": ""}) == []
     assert [key.get_secret_value() for key in keys_from_env({"CRUSTDATA_API_KEY": " s-1\n"})] == [
@@ -500,8 +495,8 @@ def test_the_environment_holds_one_key_or_many() -> None:
     assert [key.name for key in same] == ["a", "b"]
 
 
-def test_the_environment_is_the_processes_own_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read when called."""
+def test_the_default_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read at each call."""
     monkeypatch.setenv("CRUSTDATA_API_KEYS", "prod=s-1")
     monkeypatch.delenv("CRUSTDATA_API_KEY", raising=False)
     assert [key.name for key in keys_from_env()] == ["prod"]
@@ -514,15 +509,14 @@ def test_the_environment_is_the_processes_own_by_default(monkeypatch: pytest.Mon
         ({"CRUSTDATA_API_KEYS": "a=s-1\nb="}, "CRUSTDATA_API_KEYS, line 2: the API key is empty"),
     ],
 )
-def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], said: str) -> None:
-    """So that one knows where to look."""
+def test_an_unusable_variable_is_named_in_the_error(environ: dict[str, str], said: str) -> None:
+    """With the line inside its value."""
     with pytest.raises(ConfigurationError, match=said):
         keys_from_env(environ)
 
 
 def local_variables(error: BaseException) -> str:
-    """What a tool that prints tracebacks with local variables would show of the library's own
-    frames."""
+    """The local variables of the library's own frames, as many tools print them."""
     shown, traceback = [], error.__traceback__
     while traceback is not None:
         if "/crustcredits/" in traceback.tb_frame.f_code.co_filename:
@@ -547,7 +541,7 @@ def local_variables(error: BaseException) -> str:
     ],
 )
 def test_no_frame_of_a_traceback_holds_a_secret(mistake: Callable[[], object]) -> None:
-    """Many tools print tracebacks with their local variables."""
+    """Many tools print tracebacks with local variables."""
     with pytest.raises(ConfigurationError) as caught:
         mistake()
     assert SECRET not in local_variables(caught.value)

@@ -1,5 +1,4 @@
-"""Where keys come from: what is read of which kind of file, what is refused, and that nothing but
-keys becomes one."""
+"""Sources of keys: the kinds of text and files, refusals, and a search for wrongly read secrets."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ ONE, TWO = "sk-0123456789abcdef01", "sk-fedcba987654321000"
 
 
 def parts(keys: list[ApiKey]) -> list[tuple[str, str]]:
-    """Labels and secrets."""
+    """The labels and secrets of keys."""
     return [(key.label, key.get_secret_value()) for key in keys]
 
 
@@ -68,10 +67,10 @@ EMPTY=
     "name",
     [".env", ".env.local", "prod.env", "settings", "settings.txt", "settings.sh", "app.conf"],
 )
-def test_of_an_env_file_only_our_variables_are_read(file: File, name: str) -> None:
-    """Whatever it is called.
+def test_only_the_librarys_variables_of_an_env_file_are_read(file: File, name: str) -> None:
+    """The file may have any name.
 
-    Other secrets, and what stands inside the quotes of another value, are left alone.
+    Other secrets, and lines inside another quoted value, are ignored.
     """
     assert parts(keys_from_file(file(name, ENV))) == [("acme/prod", ONE), ("acme/dev", TWO)]
 
@@ -86,10 +85,10 @@ def test_of_an_env_file_only_our_variables_are_read(file: File, name: str) -> No
         (f"CRUSTDATA_API_KEY=old-one\nCRUSTDATA_API_KEY={ONE}\r\n", ONE),
     ],
 )
-def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret: str) -> None:
-    """With quotes, comments and spaces; the last one counts.
+def test_a_variable_of_an_env_file_may_have_shell_syntax(line: str, secret: str) -> None:
+    """With quotes, comments and spaces; the last assignment counts.
 
-    Also from standard input, which is text.
+    The same text may come from stdin.
     """
     assert [key.get_secret_value() for key in keys_from_text(f"OTHER=1\n{line}\n")] == [secret]
 
@@ -102,8 +101,10 @@ def test_a_variable_of_an_env_file_is_read_as_shells_write_it(line: str, secret:
         ("secrets", "export GITHUB_TOKEN=ghp_0123456789abcdef\n"),
     ],
 )
-def test_an_env_file_without_our_variables_is_refused(file: File, name: str, content: str) -> None:
-    """None of its secrets is taken for a key."""
+def test_an_env_file_without_the_librarys_variables_is_refused(
+    file: File, name: str, content: str
+) -> None:
+    """None of its secrets is read as a key."""
     with pytest.raises(
         ConfigurationError, match="sets neither CRUSTDATA_API_KEY=… nor CRUSTDATA_API_KEYS=…"
     ) as caught:
@@ -114,14 +115,14 @@ def test_an_env_file_without_our_variables_is_refused(file: File, name: str, con
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"customer #42={ONE}", "line 1: a name holds no ' #'"),
+        (f"customer #42={ONE}", "line 1: a name cannot hold ' #'"),
         (f"a={ONE},\\\nb={TWO}", "line 1: the API key holds a backslash"),
         ("db.internal:5432:app:app:s3cret", "line 1: the API key holds a colon"),
         (f"prod: {ONE}", "line 1: the API key holds a colon: it seems to be a line of YAML"),
         ("/run/secrets/crustdata-1", "is the path of a file"),
         ("../secrets/key1", "is the path of a file"),
         ("ghp_0123456789abcdef0123456789abcdef0123", "is a key of another service"),
-        ("JWTSECRET=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
+        ("JWTSECRET=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
         ("~/keys", "is the path of a file"),
         ("keys.json", "is the path of a file"),
         ("--keys-file", "is an option of a command"),
@@ -131,12 +132,12 @@ def test_an_env_file_without_our_variables_is_refused(file: File, name: str, con
             "name,email,password\nbob,bob,hunter2",
             "a CSV file needs a header row with a column 'secret'",
         ),
-        ("user=admin\nport=5432", "line 1: its name is that of a setting"),
-        ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
-        ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: its name is that of a setting"),
-        ('{"name": "x", "version": "1.0.0"}', "entry 1: its name is that of a setting"),
-        (f"MSG='it\nCRUSTDATA_API_KEY={ONE}\nB='x'", "stands inside the quotes of another value"),
-        (f"name,secret,secret\nprod,{ONE},{TWO}", "line 1: a column stands twice"),
+        ("user=admin\nport=5432", "line 1: its name is a setting's name"),
+        ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
+        ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
+        ('{"name": "x", "version": "1.0.0"}', "entry 1: its name is a setting's name"),
+        (f"MSG='it\nCRUSTDATA_API_KEY={ONE}\nB='x'", "is inside the quotes of another value"),
+        (f"name,secret,secret\nprod,{ONE},{TWO}", "line 1: a column occurs twice"),
     ],
 )
 def test_text_of_another_kind_is_refused_with_the_reason(text: str, said: str) -> None:
@@ -146,8 +147,8 @@ def test_text_of_another_kind_is_refused_with_the_reason(text: str, said: str) -
     assert ONE not in str(caught.value)
 
 
-def test_words_of_settings_are_names_where_the_value_is_a_key() -> None:
-    """Or where an account stands before them; and comments are comments."""
+def test_setting_words_are_accepted_as_names_of_a_likely_key() -> None:
+    """An account before the name decides as well, and comments are ignored."""
     for label in (
         "user",
         "PROD_EU",
@@ -180,7 +181,7 @@ FORMATS: dict[str, Callable[[random.Random], str]] = {
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_keys_of_usual_formats_are_read(form: str) -> None:
-    """Bare, in lists of one to a hundred; and with names that look generated too."""
+    """Bare, in lists of 1 to 100 keys, and with names that look generated."""
     draw = random.Random(form)
     for count in (1, 2, 3, 10, 100) * 20:
         secrets = [FORMATS[form](draw) for _ in range(count)]
@@ -191,7 +192,7 @@ def test_keys_of_usual_formats_are_read(form: str) -> None:
 
 
 class Broken(dict[str, str]):
-    """An environment behind which a vault is out of reach."""
+    """An environment with an unreachable vault behind it."""
 
     def get(self, name: str, default: object = None) -> Any:
         raise LookupError(ONE)
@@ -202,14 +203,14 @@ class Broken(dict[str, str]):
     [
         (
             {"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE},
-            "CRUSTDATA_API_KEY has to be text, not int",
+            "CRUSTDATA_API_KEY must be text, not int",
         ),
         (Broken(), "the environment cannot be read \\(LookupError\\)"),
-        (ONE, "an environment is a mapping of names to text, not str"),
+        (ONE, "an environment must be a mapping of names to text, not str"),
     ],
 )
-def test_what_is_no_environment_is_refused(environ: Any, said: str) -> None:
-    """And a variable without a value, as dotenv has them, is not set."""
+def test_a_value_that_is_no_environment_is_refused(environ: Any, said: str) -> None:
+    """A variable with None for a value, as from dotenv, counts as not set."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         keys_from_env(environ)
     assert ONE not in str(caught.value)
@@ -228,9 +229,9 @@ def test_what_is_no_environment_is_refused(environ: Any, said: str) -> None:
         "STRIPE_KEY=a1",
     ],
 )
-def test_a_name_that_is_a_settings_is_refused_in_text(line: str) -> None:
-    """`name=secret` is also how other programs keep their secrets."""
-    with pytest.raises(ConfigurationError, match="line 2: its name is that of a setting"):
+def test_the_name_of_a_setting_is_refused_in_text(line: str) -> None:
+    """Other programs write their secrets as `name=secret`, too."""
+    with pytest.raises(ConfigurationError, match="line 2: its name is a setting's name"):
         keys_from_text(f"prod={ONE}\n{line}\n")
 
 
@@ -239,7 +240,7 @@ def test_a_name_that_is_a_settings_is_refused_in_text(line: str) -> None:
 
 @pytest.mark.parametrize("name", ["keys.json", "keys.txt", "keys"])
 def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str) -> None:
-    """By its suffix or by its content."""
+    """The suffix or the content decides that it is JSON."""
     assert parts(keys_from_file(file(name, json.dumps({"acme/prod": ONE, "dev": TWO})))) == [
         ("acme/prod", ONE),
         ("dev", TWO),
@@ -266,17 +267,17 @@ def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str)
     ("content", "said"),
     [
         ("{", "this is not valid JSON"),
-        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name stands twice in one object"),
+        (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name occurs twice in one JSON object"),
         (json.dumps([ONE, TWO]), "this JSON does not hold keys"),
         (json.dumps({"secret": ONE, "name": "prod"}), "this JSON does not hold keys"),
         (json.dumps(ONE), "this JSON does not hold keys"),
         (
             json.dumps({"prod": {"secret": ONE}}),
-            "keys.json, entry 1: an API key is a str, a SecretStr or an ApiKey, not dict",
+            "keys.json, entry 1: an API key must be a str, a SecretStr or an ApiKey, not dict",
         ),
         (
             json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}),
-            "keys.json, entry 2: its name is that of a setting",
+            "keys.json, entry 2: its name is a setting's name",
         ),
         (
             json.dumps([{"secret": ONE}, {"name": "dev"}]),
@@ -284,12 +285,12 @@ def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str)
         ),
         (
             json.dumps({"CRUSTDATA_API_KEYS": [ONE]}),
-            "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS hold text",
+            "CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS must be text",
         ),
     ],
 )
 def test_other_json_is_refused(file: File, content: str, said: str) -> None:
-    """The message says where, and shows no value."""
+    """The message has the position, and shows no value."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         keys_from_file(file("keys.json", content))
     assert ONE not in str(caught.value)
@@ -301,7 +302,7 @@ def test_other_json_is_refused(file: File, content: str, said: str) -> None:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("name", ["keys.csv", "keys.txt", "keys"])
 def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
-    """Columns in any order, others ignored, empty cells for what is not known."""
+    """Columns may have any order, unknown ones are ignored, and cells may be empty."""
     rows = [
         ["owner", "Name", "Secret", "account"],
         ["bob@x.io", "prod", f'"{ONE}"', "acme"],
@@ -324,7 +325,7 @@ def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
         ),
         (
             f"name,secret\nprod,{ONE}\ndev,{TWO},x\n",
-            "keys.csv, line 3: the row has a different number of cells",
+            "keys.csv, line 3: the row and the header row have different numbers",
         ),
         (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not CSV"),
         ("name,secret\nprod,\n", "keys.csv, line 2: the API key is empty"),
@@ -338,8 +339,8 @@ def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("text", [f"prod,{ONE},acme\n", f"hunter2\n{ONE}\n"])
-def test_a_bare_entry_that_looks_like_no_key_is_refused_beside_those_that_do(text: str) -> None:
-    """Such as the cells of a CSV file without a header row. With a name it is a key."""
+def test_a_bare_entry_unlike_a_key_is_refused_beside_likely_keys(text: str) -> None:
+    """An example is a cell of a CSV file without a header row. With a name the entry is a key."""
     with pytest.raises(
         ConfigurationError, match=r"line 1: this does not look like a key, as other entries do"
     ):
@@ -363,7 +364,7 @@ def test_a_bare_entry_that_looks_like_no_key_is_refused_beside_those_that_do(tex
     ],
 )
 def test_a_file_of_another_kind_is_refused(file: File, name: str, content: str) -> None:
-    """By its suffix, which the message explains."""
+    """The suffix decides, and the message explains it."""
     with pytest.raises(ConfigurationError, match="files of this kind are not read"):
         keys_from_file(file(name, content))
 
@@ -382,7 +383,7 @@ def test_a_file_of_another_kind_is_refused(file: File, name: str, content: str) 
     ],
 )
 def test_content_of_another_kind_is_refused(file: File, content: str, said: str) -> None:
-    """Although the name of the file would do."""
+    """The name of the file would be accepted."""
     with pytest.raises(ConfigurationError, match=said):
         keys_from_file(file("keys", content))
 
@@ -401,7 +402,7 @@ def test_content_of_another_kind_is_refused(file: File, content: str, said: str)
     ],
 )
 def test_a_path_that_may_be_a_key_is_not_repeated(path: str, shown: bool) -> None:
-    """`keys_from_file(<the keys>)` is a mistake that should cost no key."""
+    """A key given to `keys_from_file` by mistake must not appear in the error."""
     with pytest.raises(ConfigurationError, match=r"No such file|File name too long") as caught:
         keys_from_file(path)
     assert (path in str(caught.value)) is shown
@@ -409,19 +410,19 @@ def test_a_path_that_may_be_a_key_is_not_repeated(path: str, shown: bool) -> Non
     assert ("its path is not repeated" in str(caught.value)) is not shown
 
 
-def test_a_file_that_exists_is_named_when_it_cannot_be_read(tmp_path: Path) -> None:
-    """A directory, here."""
+def test_an_existing_path_is_named_when_it_cannot_be_read(tmp_path: Path) -> None:
+    """The path here is a directory."""
     with pytest.raises(ConfigurationError, match=str(tmp_path)):
         keys_from_file(tmp_path)
-    with pytest.raises(ConfigurationError, match="that is no path"):
+    with pytest.raises(ConfigurationError, match="this is not a path"):
         keys_from_file([ONE])  # type: ignore[arg-type]  # the mistake under test
 
 
 # --- the environment
 
 
-def test_files_stand_in_for_variables(file: File) -> None:
-    """As Docker's and Kubernetes' secrets do: one key, and any file of keys."""
+def test_a_file_variable_replaces_a_variable(file: File) -> None:
+    """Docker's and Kubernetes' secrets are such files: one key, or any file of keys."""
     single, many = (
         str(file("one", f"{ONE}\n")),
         str(file("many.json", json.dumps({"acme/prod": TWO}))),
@@ -433,7 +434,7 @@ def test_files_stand_in_for_variables(file: File) -> None:
     assert keys_from_env({"CRUSTDATA_API_KEY_FILE": " ", "CRUSTDATA_API_KEYS_FILE": ""}) == []
 
 
-def test_a_file_that_a_variable_names_has_to_be_right(file: File) -> None:
+def test_an_unusable_file_of_a_variable_is_refused(file: File) -> None:
     """The error names the variable, and no path that may be a key."""
     with pytest.raises(
         ConfigurationError, match="the file of CRUSTDATA_API_KEY_FILE cannot be read: No such file"
@@ -467,7 +468,7 @@ def test_a_file_that_a_variable_names_has_to_be_right(file: File) -> None:
     ],
 )
 def test_a_list_is_not_sent_as_one_key(environ: dict[str, str], said: str) -> None:
-    """The message says where a list goes."""
+    """The message names the variable for a list."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         keys_from_env(environ)
     assert ONE not in str(caught.value)
@@ -477,7 +478,7 @@ def test_a_list_is_not_sent_as_one_key(environ: dict[str, str], said: str) -> No
 
 
 def test_a_label_in_text_is_account_and_name() -> None:
-    """An account has no slash, so the first one divides them.
+    """The first slash divides them, because an account holds none.
 
     One name in two accounts is two keys.
     """
@@ -491,8 +492,8 @@ def test_a_label_in_text_is_account_and_name() -> None:
         keys_from_text(f"acme/prod={ONE}, acme/prod={TWO}")
 
 
-def test_the_padding_of_a_bare_key_is_no_empty_value() -> None:
-    """One `=`, or two, at the end of what looks generated."""
+def test_the_base64_padding_of_a_bare_key_is_no_empty_value() -> None:
+    """One or two `=` may end a text that looks generated."""
     assert [key.get_secret_value() for key in keys_from_text(f"{ONE}=\n{TWO}==")] == [
         f"{ONE}=",
         f"{TWO}==",
@@ -501,8 +502,8 @@ def test_the_padding_of_a_bare_key_is_no_empty_value() -> None:
 
 
 @pytest.mark.parametrize("text", [f"{ONE}=prod", f"a={TWO}\n{ONE}/prod=s-1"])
-def test_a_secret_in_the_place_of_a_name_is_not_repeated(text: str) -> None:
-    """The message says which way round it goes."""
+def test_a_secret_in_place_of_a_name_is_not_repeated(text: str) -> None:
+    """The message has the right order."""
     with pytest.raises(
         ConfigurationError, match="looks more like a secret than its value does"
     ) as caught:
@@ -514,21 +515,21 @@ def test_a_secret_in_the_place_of_a_name_is_not_repeated(text: str) -> None:
 
 
 class BrokenRow:
-    """Of a driver that gives up."""
+    """A row of a database driver that fails."""
 
     def keys(self) -> list[str]:
         raise LookupError(TWO)
 
 
 class Sealed:
-    """A secret of a vault that is out of reach."""
+    """A secret of an unreachable vault."""
 
     def get_secret_value(self) -> str:
         raise RuntimeError(TWO)
 
 
 class Row:
-    """As database drivers have them: no mapping, but with `keys()` and items by name."""
+    """A row of a database driver: no mapping, but with `keys()` and items by name."""
 
     def __init__(self, **cells: Any) -> None:
         self._cells = cells
@@ -552,8 +553,8 @@ def test_records_are_rows_of_a_database() -> None:
     assert [key.label for key in found] == ["acme/prod", ApiKey(TWO).label, "dev"]
 
 
-def test_a_row_that_cannot_be_used_fails_alone() -> None:
-    """It has its label, or its place where that would show a secret; and no secret."""
+def test_an_unusable_row_fails_only_its_own_key() -> None:
+    """It is named by its label, or by its position where the label may show a secret."""
     rows: list[Any] = [
         {"secret": ONE, "name": "prod", "account": "acme"},
         {"secret": None, "name": "dev", "account": "acme"},
@@ -587,13 +588,13 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
     assert not hasattr(found[1], "get_secret_value")
     errors = [str(key.error) for key in found if isinstance(key, UnusableKey)]
     assert errors[0] == (
-        "acme/dev: an API key is a str, a SecretStr or an ApiKey, not NoneType; is it "
-        "missing where it comes from?"
+        "acme/dev: an API key must be a str, a SecretStr or an ApiKey, not NoneType; is it "
+        "missing at its source?"
     )
     assert errors[3].startswith("lost: the row has no column 'secret'")
-    assert errors[4].startswith("rows[5]: a row is a mapping with 'secret'")
+    assert errors[4].startswith("rows[5]: a row must be a mapping with 'secret'")
     assert errors[5].startswith("rows[6]: acme/prod: two different keys have this name")
-    assert errors[6].startswith("rows[7]: globex/other: its secret stands under two accounts")
+    assert errors[6].startswith("rows[7]: globex/other: its secret is declared under two accounts")
     assert errors[8].endswith("this BrokenRow cannot be read as one (LookupError)")
     assert (
         errors[9]
@@ -602,14 +603,14 @@ def test_a_row_that_cannot_be_used_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("rows", [{"secret": ONE}, ONE, 7])
-def test_what_is_no_rows_is_refused(rows: Any) -> None:
-    """One row goes into a list."""
+def test_a_value_that_is_no_iterable_of_rows_is_refused(rows: Any) -> None:
+    """The remedy for one row is a list."""
     with pytest.raises(ConfigurationError, match=r"put one row in a list: \[row\]"):
         keys_from_records(rows)
 
 
-def test_what_the_source_of_rows_raises_is_raised() -> None:
-    """And no frame of ours shows the row before."""
+def test_an_exception_of_the_source_of_rows_is_raised() -> None:
+    """No frame of the library shows the earlier row."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
         yield {"secret": ONE}
@@ -624,8 +625,8 @@ def test_what_the_source_of_rows_raises_is_raised() -> None:
             assert ONE not in repr(traceback.tb_frame.f_locals)
 
 
-def test_a_refused_row_takes_no_other_with_it() -> None:
-    """It has no label that another could have."""
+def test_a_refused_row_does_not_refuse_a_later_one() -> None:
+    """Its label stays free for another key."""
     rows = [
         {"secret": ONE, "name": "a", "account": "x"},
         {"secret": ONE, "name": "a", "account": "y"},
@@ -635,7 +636,7 @@ def test_a_refused_row_takes_no_other_with_it() -> None:
 
 
 def test_numbers_and_uuids_are_names_of_rows() -> None:
-    """As databases have them."""
+    """Databases have them as ids."""
     number = uuid.UUID(int=7)
     (key,) = keys_from_records([{"secret": ONE, "name": 7, "account": number}])
     assert key.label == f"{number}/7"
@@ -644,7 +645,7 @@ def test_numbers_and_uuids_are_names_of_rows() -> None:
 # --- nothing else is sent
 
 TRUE_KEYS = [f"sk-{number:02}a1b2c3d4e5f6a7b8" for number in range(20)]
-# What else lies in such files: all of these would be sent if they were taken for keys.
+# Other contents of such files: each would be sent if it were read as a key.
 OTHER_SECRETS = [
     "postgres://app:hunter2@db/app",
     "sk_live_51H0123456789abcdefghij",
@@ -687,7 +688,7 @@ def text_file(keys: dict[str, str], others: dict[str, str]) -> str:
 
 
 def bare_file(keys: dict[str, str], others: dict[str, str]) -> str:
-    """Without names every entry says that it is a key; what looks like one cannot be told apart."""
+    """Bare entries, without other secrets that look like keys: they cannot be distinguished."""
     others = {name: value for name, value in others.items() if not looks_secret(value)}
     return "\n".join(",".join([*keys.values(), value]) for value in [*others.values(), ""])
 
@@ -728,10 +729,10 @@ SHAPES = [env_file, text_file, bare_file, json_file, json_records, csv_file, hea
     shape=st.sampled_from(SHAPES),
     indent=st.sampled_from(["", " ", "\n", "\ufeff"]),
 )
-def test_nothing_but_a_true_key_ever_becomes_one(
+def test_only_true_keys_are_ever_read_as_keys(
     keys: dict[str, str], others: dict[str, str], shape: Callable[..., str], indent: str
 ) -> None:
-    """Of any mix of keys and other secrets, in any shape, there come true keys or none."""
+    """Any mix of keys and other secrets, in any format, gives true keys or an error."""
     try:
         found = keys_from_text(indent + shape(keys, others))
     except ConfigurationError as error:
@@ -741,8 +742,8 @@ def test_nothing_but_a_true_key_ever_becomes_one(
     assert {key.get_secret_value() for key in found} <= set(keys.values())
 
 
-def test_the_search_finds_what_is_sent() -> None:
-    """Files with nothing else in them are read, so that the search above is no empty one."""
+def test_the_searched_formats_are_readable() -> None:
+    """Files with only keys are read, so the search above is not empty."""
     keys = {"prod": TRUE_KEYS[0], "acme/dev": TRUE_KEYS[1]}
     for shape in (env_file, text_file, json_file):
         assert parts(keys_from_text(shape(keys, {}))) == list(keys.items())
@@ -758,10 +759,10 @@ def test_the_search_finds_what_is_sent() -> None:
     )
 
 
-def test_half_of_a_name_is_not_sent_as_a_key() -> None:
+def test_a_part_of_a_name_is_not_sent_as_a_key() -> None:
     """A comma in a customer's name divides it.
 
-    What is left of it is no key where the others are.
+    The rest does not look like a key, as other entries do.
     """
     with pytest.raises(
         ConfigurationError, match="this does not look like a key, as other entries do"

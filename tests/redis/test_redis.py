@@ -363,7 +363,7 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
         ({"prefix": b"acme"}, "prefix is a str, not bytes"),
         ({"on_outage": "ignore"}, "'local' or 'raise'"),
         ({"on_outage": ["raise"]}, "'local' or 'raise'"),
-        ({"share": 0}, "share is a finite number above 0"),
+        ({"share": 0}, "share must be a finite number above 0"),
         ({"share": 1.5}, "at most 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A user's code, which is type-checked and never run."""
+"""Code of a user, for type checkers only; it never runs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def many(
 
 
 def takes_a_report(report: Report) -> list[Outcome]:
-    """Without saying of what: of balances."""
+    """Without a type parameter a report is one of balances."""
     return [outcome for outcome in report if outcome.ok]
 
 
@@ -138,7 +138,7 @@ async def wrapped(
     age: Seconds,
     **freshness: Unpack[CacheOptions],
 ) -> Report:
-    """Whoever wraps the client can say what it takes."""
+    """A wrapper of the client can annotate the client's arguments."""
     await client.balance(key, max_age=age)
     RateLimit(scope=scope)
     return await client.check(pool, **freshness)

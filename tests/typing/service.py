@@ -1,5 +1,4 @@
-"""A user's service of some 100 lines around outcomes, reports and gates: type-checked, without a
-cast, and never run."""
+"""A user's service around outcomes, reports and gates, for type checkers only, without a cast."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ def line_by_match(outcome: Outcome[Account]) -> str:
 
 
 def credits_by_field(outcome: Outcome) -> Decimal:
-    """The shared fields narrow too."""
+    """The shared fields narrow the type as well."""
     if outcome.balance is not None:
         return outcome.balance.credits
     raise outcome.error
@@ -115,7 +114,7 @@ async def low_keys(client: CreditsClient, keys: AsyncIterator[ApiKey]) -> list[s
 
 
 def by_hand(key: ApiKey, at: datetime) -> Iterable[Outcome]:
-    """For tests of what uses outcomes."""
+    """Outcomes made by hand, for tests of code that uses them."""
     yield Known(balance=Balance(key=key, credits=Decimal(5), checked_at=at))
     yield Unknown(key=key, error=CrustCreditsError("no answer", key_name=key.label, attempts=1))
     print(Quota(limit=300, free=20).seconds_for(30))
