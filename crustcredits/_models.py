@@ -71,7 +71,7 @@ class Account(Balance):
 
     Attributes:
         credits: "The shared pool all your API keys draw from" (Crustdata's API reference). Gate
-            spending on this one.
+            spending on this number.
         recurring_credits: Credits granted each billing cycle; 0 without a recurring grant, None
             when absent.
         recurring_credits_frequency: For example `monthly`.

@@ -217,8 +217,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             isinstance(outcome.balance, Account) for outcome in self.succeeded
         ):
             raise ConfigurationError(
-                "grant_share needs the recurring grants, and this report does not have all of them; "
-                "check the pool with detail=True"
+                "grant_share needs the recurring grants, and this report lacks some or all of "
+                "them; check the pool with detail=True"
             )
         known = {
             account: balance for account, balance in self._newest.items() if balance is not None

@@ -1,3 +1,3 @@
-"""The version, the only copy: the package, the wheel and the `user-agent` header read it here."""
+"""The only copy of the version: the package, the wheel and the `user-agent` header use it."""
 
 __version__ = "0.1.0"

@@ -1008,7 +1008,7 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"concurrency": 0}, "concurrency must be a whole number of at least 1"),
         ({"request_timeout": 0}, "request_timeout must be a finite number above 0"),
         ({"base_url": "http://example.com"}, "base_url is plain http"),
-        ({"proxy": 5}, "proxy is no http"),
+        ({"proxy": 5}, "proxy is not an http"),
         ({"rate_limit": 5}, "rate_limit must be a RateLimit, not int"),
         (
             {"buckets": "redis://:hunter2@localhost"},

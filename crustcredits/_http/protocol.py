@@ -142,7 +142,9 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
     return (
         None
         if usable
-        else ConfigurationError(f"{source} is no http(s) URL; give it as http://host:port{remedy}")
+        else ConfigurationError(
+            f"{source} is not an http(s) URL; give it as http://host:port{remedy}"
+        )
     )
 
 
@@ -283,7 +285,7 @@ _scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignor
 
 def _parse(body: bytes | None) -> tuple[Any, str | None]:
     if body is None:
-        return None, f"more than {MAX_BODY // 1024} KiB, which is no balance"
+        return None, f"more than {MAX_BODY // 1024} KiB, which is too large for a balance"
     try:
         text = body.decode().strip(_AROUND_JSON)
         document, end = _scan(text, 0)

@@ -334,7 +334,7 @@ def unverified() -> ssl.SSLContext:
             {"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)},
             "ssl does not verify the server's certificate",
         ),
-        ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is no http\(s\) URL"),
+        ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is not an http\(s\) URL"),
         ({"trust_env": 1}, "trust_env is True or False, not int"),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_proxy_of_the_environment_that_is_not_a_url_is_refused(
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(
         ConfigurationError,
-        match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is no http",
+        match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is not an http",
     ) as caught:
         CreditsClient(trust_env=True)
     assert "hunter2" not in str(caught.value)
