@@ -188,7 +188,7 @@ class Transport:
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             return Failure(
                 ClientClosedError(
-                    "the aiohttp session is closed: the caller closed it; give an open session",
+                    "the given aiohttp session is closed; give an open session",
                     **details,
                 ),
                 Fate.UNSENT,

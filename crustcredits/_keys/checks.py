@@ -216,7 +216,7 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
             "around the whole entry"
         )
     if _gives_away(label, secret):
-        return f"the {part} of the API key holds its secret, and it is printed; choose another"
+        return f"the {part} of the API key holds its secret, but labels are printed; choose another"
     if (looks_secret(label) or is_likely_key(label)) and (
         secret_problem(secret) is not None or not may_be_key(secret)
     ):

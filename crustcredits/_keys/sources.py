@@ -586,7 +586,7 @@ def _key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
     key = make_key(clear_text(secret), _text(name), _text(account), place=place)
     if "secret" not in names and isinstance(key, UnusableKey):
         return unusable(
-            "the row has no column 'secret'; rename the column that holds the keys",
+            "the row has no column 'secret'; give this name to the column that holds the keys",
             key.name,
             key.account,
         )

@@ -360,7 +360,7 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
         ({"prefix": ""}, "not empty"),
         ({"prefix": "a{b}"}, "without braces"),
         ({"prefix": "a\nb"}, "printable"),
-        ({"prefix": b"acme"}, "prefix is a str, not bytes"),
+        ({"prefix": b"acme"}, "prefix must be a str, not bytes"),
         ({"on_outage": "ignore"}, "'local' or 'raise'"),
         ({"on_outage": ["raise"]}, "'local' or 'raise'"),
         ({"share": 0}, "share must be a finite number above 0"),

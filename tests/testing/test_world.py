@@ -119,7 +119,7 @@ async def test_the_whole_api_can_be_down() -> None:
         client.api.up()
         errors = [type(each.error) for each in await client.check(pool)]
         assert errors == [type(None), PaymentRequiredError, InvalidKeyError]
-        with pytest.raises(ConfigurationError, match="fault is a Fault, not str"):
+        with pytest.raises(ConfigurationError, match="fault must be a Fault, not str"):
             client.api.down("503")  # type: ignore[arg-type]  # the mistake under test
 
 
@@ -287,7 +287,9 @@ def test_what_is_spent_or_added_is_at_least_0() -> None:
 @pytest.mark.parametrize("wrong", [["a"], {5: 5}, {"a": None}, {"a": [1]}])
 def test_a_client_in_memory_is_made_of_labels_and_credits(wrong: Any) -> None:
     """Anything else is refused with a word of what is expected."""
-    with pytest.raises(ConfigurationError, match=r"is a Mapping|is a str|credits are exact"):
+    with pytest.raises(
+        ConfigurationError, match=r"must be a Mapping|must be a str|credits are exact"
+    ):
         fake_client(wrong)
 
 
