@@ -246,7 +246,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
 
     @property
     def available_credits(self) -> Decimal:
-        """Credits that are certainly available, at least 0: a cautious `total_credits`.
+        """Credits to rely on, at least 0: a cautious `total_credits`.
 
         An undeclared key adds nothing when another key has the identical answer, because both may
         draw from the same account. An account adds nothing when another of its keys got a later 402
