@@ -1,8 +1,8 @@
-"""Token buckets that several processes share, counted in Redis. Needs the extra `redis`.
+"""Token buckets shared by several processes and counted in Redis. Needs the extra `redis`.
 
-It owns the messages, the script, and counting alone while Redis is out of reach. It must not know
-calls, keys or HTTP. Start reading in `shared_tokens.py`, which does no I/O; `coordinator.py` sends
-its messages, `exchange.lua` answers them.
+This package owns the messages, the script and degraded mode. It must not know calls, keys or HTTP.
+Start reading in `shared_tokens.py`, which does no I/O; `coordinator.py` sends its messages,
+`exchange.lua` answers them.
 """
 
 try:

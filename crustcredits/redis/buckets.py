@@ -23,27 +23,25 @@ _log = logging.getLogger("crustcredits")
 
 
 class RedisBuckets:
-    """Token buckets that all processes share which use the same prefix on the same Redis.
+    """Token buckets shared by all processes with the same prefix on the same Redis.
 
-    Give it to one client at a time: `CreditsClient(buckets=RedisBuckets("redis://…"))`. It keeps
-    the same promise as buckets in the process: no window of one period ever holds more requests
-    than the limit, of all processes together, while they reach Redis or none does. A process that
-    dies with tokens in its hands breaks nothing: they come home after a period, two request
-    timeouts and a second.
+    Give it to one client at a time: `CreditsClient(buckets=RedisBuckets("redis://…"))`. No window
+    of one period holds more requests than the limit, over all processes together, while all of them
+    reach Redis or none does. The tokens of a process that dies return after its lease: a period,
+    two request timeouts and one second.
 
     Args:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`,
             `RedisCluster` included, which is never closed here.
-        prefix: What the names of the keys begin with: one for each quota, so another for another
-            base URL. They lie in one slot of a cluster.
-        on_outage: What to do when Redis has not answered for two seconds. With `"local"` this
-            process goes on with its share of the limit: until all that others may have sent has
-            aged out, a period, two request timeouts and a second, only out of tokens of its own
-            that come home, and then with the whole share. It says so once in the log, and comes
-            back by itself. With `"raise"` calls that need a token fail with
-            `BucketsUnavailableError`.
-        share: This process's share of the limit while it is alone, above 0 and at most 1; one
-            request at least. Those of all processes together should be no more than 1.
+        prefix: Start of every Redis key name. Use one for each quota, so another for another base
+            URL. All names of a prefix lie in one slot of a cluster.
+        on_outage: Behaviour after Redis has not answered for two seconds. `"local"` is degraded
+            mode: this process counts by itself. Until every lease of other processes has expired
+            (a period, two request timeouts and one second), it uses only its own returning tokens,
+            then its whole share. The start and the end are logged once each, and recovery is
+            automatic. With `"raise"`, calls that need a token fail with `BucketsUnavailableError`.
+        share: This process's share of the limit in degraded mode, above 0 and at most 1; at least
+            one request. The shares of all processes should add up to no more than 1.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -62,18 +60,17 @@ class RedisBuckets:
         client: object = (
             _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
         )
-        del (
-            url_or_client
-        )  # It may hold a password, and tracebacks are printed with local variables.
+        # The URL may hold a password, and tracebacks can print local variables.
+        del url_or_client
         if isinstance(client, ConfigurationError):
             raise client
         if not isinstance(client, (Redis, RedisCluster)):
             raise _wrong_kind(client)
         check_kind("prefix", prefix, str)
         if not prefix or not prefix.isprintable() or set(prefix) & set("{}"):
-            raise ConfigurationError("prefix is printable text without braces, and not empty")
+            raise ConfigurationError("prefix must be non-empty printable text without braces")
         if on_outage not in ("local", "raise"):
-            raise ConfigurationError("on_outage is 'local' or 'raise'")
+            raise ConfigurationError("on_outage must be 'local' or 'raise'")
         check_number("share", share, above=0, maximum=1)
         self._prefix = f"{{{prefix}}}:"
         self._share = share
@@ -88,15 +85,15 @@ class RedisBuckets:
         self._link = self._make_link()
 
     def open(self, *, period: float, late: float, pace: float | None) -> None:
-        """A client begins to use it: see `TokenStore`.
+        """Bind these buckets to a client: see `TokenStore`.
 
         Raises:
-            ConfigurationError: Another client uses it, which is not closed.
+            ConfigurationError: Another client uses them and is not closed.
         """
         if self._opened:
             raise ConfigurationError(
-                "these buckets have a client already; make new RedisBuckets, with the same "
-                "prefix, for each"
+                "these buckets are in use by another client; make new RedisBuckets with the same "
+                "prefix for each client"
             )
         self._opened = True
         if self._link.closed:
@@ -108,9 +105,9 @@ class RedisBuckets:
         return self._link.tokens(f"{self._prefix}{path}{_hidden(whose)}", limit)
 
     async def close(self) -> None:
-        """Say what is still to be said, if Redis is there, and close the connections, if they are ours.
+        """Report what is still queued, if Redis is reachable, and close connections opened here.
 
-        Then another client may use it.
+        Afterwards another client may use these buckets.
         """
         await self._link.close()
         self._opened = False
@@ -118,14 +115,14 @@ class RedisBuckets:
 
 def _connect(url: str) -> Redis | ConfigurationError:
     try:
-        client = Redis.from_url(
-            url, retry=Retry(NoBackoff(), 0)
-        )  # when it is asked again is decided here
-        # Now, and not at the first call, it is to say that it does not know an option of the URL.
+        # The coordinator decides about retries.
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        # Build one connection now, so that redis-py rejects an unknown URL option here and not at
+        # the first call.
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError, RedisError):
         return ConfigurationError(
-            "the URL is none of Redis, or has an option that redis-py does not know: "
+            "the URL is not a Redis URL, or has an option unknown to redis-py; use "
             "redis://host:port/number"
         )
     return client
@@ -134,7 +131,7 @@ def _connect(url: str) -> Redis | ConfigurationError:
 def _wrong_kind(client: object) -> ConfigurationError:
     if client is None:
         return ConfigurationError(
-            "url_or_client is None; is the variable set that should hold the URL of Redis?"
+            "url_or_client is None; set the variable that should hold the Redis URL"
         )
     kind = f"{type(client).__module__.partition('.')[0]}.{type(client).__qualname__}"
-    return ConfigurationError(f"url_or_client is a URL, or a client of redis.asyncio, not a {kind}")
+    return ConfigurationError(f"url_or_client must be a URL or a redis.asyncio client, not {kind}")

@@ -1,7 +1,7 @@
-"""`Coordinator`: the exchange of messages with Redis, and degraded mode while there is none.
+"""`Coordinator`: exchanges messages with Redis, with heartbeat and degraded mode.
 
-The content of messages is decided in `shared_tokens`, their effect in Redis in `exchange.lua`.
-Redis's clock is the only clock: all times in messages are spans. Neither keys nor values hold a
+`shared_tokens` decides the content of messages, `exchange.lua` their effect in Redis. Redis's clock
+is the only shared clock, so all times in messages are durations. Neither keys nor values hold a
 secret.
 """
 
@@ -26,27 +26,27 @@ _log = logging.getLogger("crustcredits")
 SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
 SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
-# Seconds that Redis may take to answer.
+# Seconds that one Redis call may take.
 _PATIENCE = 1.0
-# Seconds without an answer after which it counts as gone. Until then all wait: what a process
-# spends by itself while the others are still served comes on top of what they spend.
+# Seconds without an answer before degraded mode. Until then all calls wait: requests that a process
+# in degraded mode sends while Redis still serves the others are in addition to theirs.
 _GRACE = 2.0
-# Seconds that what has ended may wait for other things to be said; the lease covers for it until
-# then.
+# Seconds for which the report of an ended attempt may wait for other reports; its lease covers it
+# until then.
 _REPORT = 0.1
-# Seconds after a loss of the count, or without an answer, in which no tokens are given, so that
-# every process can say what it holds: each sends a message every half a second.
+# Seconds after a lost count, or without an answer, in which no tokens are granted, so that every
+# process can register its tokens: each sends a heartbeat every half second.
 PAUSE = 2.5 * BEAT
-# Buckets of one message at the most.
+# Most buckets in one message.
 _BUCKETS = 64
-# Seconds that the marker of an idle prefix is remembered.
+# Seconds after which Redis forgets the marker of an idle prefix.
 _LIFE = 86_400.0
 
 
 class Coordinator:
-    """What carries the messages: one at a time, and none while there is nothing to say.
+    """Exchanges messages with Redis: one at a time, and none while there is nothing to report.
 
-    See `Link`.
+    See `Link`. It is long because the message loop and degraded mode share its state.
     """
 
     terms: Terms
@@ -60,38 +60,36 @@ class Coordinator:
         self._raises = raises
         self.closed = False
         self._all: WeakSet[SharedTokens] = WeakSet()
-        self._in_hand: set[SharedTokens] = set()  # of which some wait for their use
-        self._due: dict[
-            SharedTokens, float
-        ] = {}  # who has something to say, and when at the latest
-        self._soonest = math.inf  # of these times
-        self._process = ""  # made when first needed, since a process may fork before
+        self._in_hand: set[SharedTokens] = set()  # buckets with granted tokens that wait for use
+        # Buckets with something to report, each with its latest time.
+        self._due: dict[SharedTokens, float] = {}
+        self._soonest = math.inf  # earliest of these times
+        self._process = ""  # made at first use, since a process may fork before
         self._epoch = 0
-        self._untold: WeakSet[SharedTokens] = (
-            WeakSet()
-        )  # who has to say in this epoch what it holds
-        self._clock: tuple[int, float] | None = (
-            None  # what Redis's said last, in microseconds, and when it was asked
-        )
+        # Buckets whose tokens are not registered in this epoch yet.
+        self._untold: WeakSet[SharedTokens] = WeakSet()
+        # Last Redis time in microseconds, and the loop's time at which it was asked for.
+        self._clock: tuple[int, float] | None = None
         self._number = 0
-        self._failing: float | None = None  # since when nothing was answered
-        self._gone = False  # and that for too long
-        # None may be given for a while: nothing was answered for so long that others may be alone.
+        self._failing: float | None = None  # loop time of the first failure in a row
+        self._gone = False  # failing for longer than the grace time
+        # No tokens may be granted for a while: Redis was out of reach for so long that other
+        # processes may be in degraded mode.
         self._hold = False
         self._last = 0.0
         self._timer: asyncio.Handle | None = None
-        self._due_at: float | None = None  # when it runs; uvloop's handles do not tell
+        self._due_at: float | None = None  # loop time of the timer; uvloop's handles do not give it
         self._settling: asyncio.Handle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def tokens(self, name: str, limit: int) -> SharedTokens:
-        """The tokens of the bucket of that name."""
+        """Return the tokens of the bucket of that name."""
         tokens = SharedTokens(self, name, limit)
         self._all.add(tokens)
         return tokens
 
     async def close(self) -> None:
-        """Say what is still to be said, and let the client go."""
+        """Send every queued report, and close the Redis client if it was opened here."""
         self.closed = True
         self._stop_timers()
         if self._task is not None:
@@ -106,12 +104,12 @@ class Coordinator:
     # --- for the tokens
 
     def now(self) -> float:
-        """The loop's time."""
+        """Return the loop's time."""
         return _now()
 
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
-        """These have something to say."""
-        if self.closed and at_once:  # nobody is served any more
+        """Queue a message for these tokens."""
+        if self.closed and at_once:  # no call is served after closing
             return
         now = _now()
         due = max(now, tokens.not_before) if at_once else now + _REPORT
@@ -121,12 +119,12 @@ class Coordinator:
         self._arrange()
 
     def number(self, count: int) -> int:
-        """The first of so many new ones: no two tokens of a process have the same."""
+        """Reserve `count` token numbers, unique within this process, and return the first."""
         self._number += count
         return self._number - count
 
     def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
-        """Of these some are in hand, and go back when they are not used."""
+        """Watch these tokens, so that granted ones that stay unused are given back."""
         self._in_hand.add(tokens)
 
     # --- messages, one at a time
@@ -176,12 +174,13 @@ class Coordinator:
         self._soonest = min(self._due.values(), default=math.inf)
         said = self._greeting(now, registers=bool(self._untold.difference(batch)))
         for tokens in batch:
-            # What the first one in vain may bring is enough to be given back.
+            # While Redis fails, no further tokens are asked for: the numbers of the first failed
+            # message are enough to give back.
             said += tokens.message(now, self._epoch, asks=self._failing is None and not self.closed)
         try:
             async with asyncio.timeout(_PATIENCE):
                 answers = _read(await self._call(self._keys(batch), said), len(batch))
-        except Exception as error:  # noqa: BLE001  # a client of another loop, a script that is not ours: nobody may hang for it
+        except Exception as error:  # noqa: BLE001  # any error: no call may hang because of it
             self._lost(
                 batch,
                 f"{type(error).__name__}: {error}"
@@ -192,7 +191,7 @@ class Coordinator:
             self._heard(batch, answers)
 
     def _greeting(self, now: float, *, registers: bool) -> list[str | int]:
-        """What a message says of its process."""
+        """Return the part of a message that describes its process."""
         told, asked = self._clock or (0, now)
         terms = self.terms
         said: list[str | int] = [
@@ -213,7 +212,7 @@ class Coordinator:
     async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
         try:
             return await self._client.evalsha(SHA, len(keys), *keys, *said)
-        except NoScriptError:  # never heard of it, or SCRIPT FLUSH
+        except NoScriptError:  # unknown script, or SCRIPT FLUSH
             return await self._client.eval(SCRIPT, len(keys), *keys, *said)
 
     def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
@@ -224,8 +223,8 @@ class Coordinator:
         self._come_back()
         if not known:
             _log.warning(
-                "the count of the rate limit in Redis was lost, or its clock was set; this "
-                "process says what it holds"
+                "the rate limit's count in Redis was lost, or Redis's clock was set; this "
+                "process registers its tokens again"
             )
         if epoch != self._epoch:
             self._epoch = epoch
@@ -262,11 +261,11 @@ class Coordinator:
         if not self._gone:
             self._gone = True
             later = (
-                f"for {self.terms.lease:.0f} s with tokens of its own, then with "
+                f"for {self.terms.lease:.0f} s with its own returning tokens, then with "
                 f"{self.terms.share:.3g} of the limit"
             )
-            goes_on = "calls fail" if self._raises else f"this process goes on by itself, {later},"
-            _log.warning("Redis is out of reach (%s); %s until it is back", why, goes_on)
+            effect = "calls fail" if self._raises else f"degraded mode, {later},"
+            _log.warning("Redis is out of reach (%s); %s until it answers", why, effect)
         if self._raises:
             for tokens in list(self._all):
                 tokens.fail()
@@ -275,8 +274,8 @@ class Coordinator:
 
     def _go_alone(self, since: float) -> None:
         self.degraded = True
-        # A request for which another process had its token then may still come, and counts for a
-        # period.
+        # An attempt with a token of another process from before the outage may still arrive, and
+        # then counts for a period.
         self.settles_at = since + self.terms.lease
         self._due.clear()
         for tokens in list(self._all):
@@ -293,7 +292,7 @@ class Coordinator:
         self._failing = None
         if self._gone:
             self._gone = False
-            _log.warning("Redis is back; the processes count together again")
+            _log.warning("Redis answers again; the processes share one count of the rate limit")
         if self.degraded:
             self.degraded = self.settled = False
             if self._settling is not None:
@@ -310,16 +309,16 @@ class Coordinator:
 
 
 def _read(answers: Any, buckets: int) -> list[list[int]]:
-    """What Redis answered, or a `ValueError` or `TypeError` when that is no answer of the script's."""
+    """Parse Redis's answer; raise `ValueError` or `TypeError` if the script did not make it."""
     rows = [[int(number) for number in row] for row in answers]
     known, _, _, _ = rows[0]
     if len(rows) != 1 + (buckets if known else 0) or any(len(row) < 3 for row in rows):
-        raise ValueError("not the script's answer")
+        raise ValueError("the answer is not from the script")
     return rows
 
 
 def _hidden(whose: str | bytes | None) -> str:
-    """Whose the tokens are, as part of a name: the SHA-256 of an account's name or of a key's digest."""
+    """Hash the tokens' owner for a key name: SHA-256 of an account name or of a key's digest."""
     if whose is None:
         return ""
     kind, text = ("key", whose) if isinstance(whose, bytes) else ("account", whose.encode())

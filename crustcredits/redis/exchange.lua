@@ -1,20 +1,29 @@
--- What one process has to say of its tokens, and to ask for: one atomic message for any number of buckets.
+-- One atomic message of one process, for any number of buckets: its reports about its tokens, and
+-- its requests for more. Times and durations are in microseconds, unless stated otherwise.
 --
--- A bucket is a sorted set with a member for each token that is out, scored with the microsecond of this server's clock at
--- which it comes home; and a line, a hash of the processes that wait: since when, when they were heard last, and how many
--- may be out for them. KEYS[1] is the marker: a hash without which the count is taken for lost. Then come the two of each bucket.
+-- A bucket is a sorted set with one member for each token that is out. Its score is the time, by
+-- this server's clock, at which the token returns. A hash holds the waiting processes: for each, when it
+-- began to wait, its last message, and how many tokens may be out for it. KEYS[1] is the marker, a
+-- hash; without it the count is taken for lost. The two keys of each bucket follow.
 --
--- ARGV, spans and times in microseconds: process; the epoch it knows (0: none); whether no tokens may be given for a while (1),
--- because it had no answer for long, or has more to register; a fresh epoch; what this server's clock said last, as far as it knows
--- (0: nothing), and how long ago that is by its own, give or take a slack; the pause after a loss; the lease of a new token; how long
--- members are kept after they have come home; milliseconds that the marker lives. Then for each bucket: tokens wanted; how many may
--- be out; the number of the first new one; the age of a request of which to tell how many can have been counted when it
--- arrived (-1: none); how many homes and how many returned ones follow; the homes, each with its number and when it is
--- to come home from now; the returned ones, each with its number.
+-- ARGV, for the process:
+--   process; the epoch it knows (0: none);
+--   1 if no tokens may be granted for a while, because it had no answer for long or has more to
+--   register, else 0; a fresh epoch;
+--   this server's last time as far as it knows (0: none), its age by the process's own clock, and
+--   the tolerance of that age;
+--   the duration without grants after a loss; the lease of a new token;
+--   how long members stay after their return; milliseconds that the marker lives.
+-- Then for each bucket:
+--   tokens wanted; how many may be out; the number of the first new token;
+--   the age of a request for which to count the tokens out at its arrival (-1: none);
+--   the number of return times and of given-back tokens that follow;
+--   the return times, each as a number and the duration until then; the numbers given back.
 --
--- Answer: {known, epoch, until tokens are given again, this server's clock}, and for each bucket {given, out, counted, and when the
--- next ones come home from now, as many as were wanted in vain}. `known` is 0 where the process has to register what it holds
--- first: then nothing else was done.
+-- Answer: {known, epoch, duration until tokens are granted again, this server's clock}, and for
+-- each bucket {given, out, counted, and the durations until the next tokens return, one for each
+-- token that was wanted and not given}. `known` is 0 if the process has to register its tokens
+-- first; then nothing else was done.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -37,15 +46,16 @@ local function name(number)
     return process .. ':' .. whole(number)
 end
 
--- Which server this is. One that takes over, or starts again, may not have all that the last one was told.
+-- Identity of this server. After a failover or restart, reports to the last one may be missing.
 local server = redis.pcall('INFO', 'server')
 local run = type(server) == 'string' and string.match(server, 'run_id:(%w+)')
 
 local marker = redis.call('HMGET', KEYS[1], 'epoch', 'run', 'opens', 'longest', 'heard')
 local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
--- Where INFO is not allowed nothing is concluded from it.
+-- Without permission for INFO, nothing is concluded from it.
 local same = run == false or run == nil or run == marker[2]
--- The clock was set, so that tokens come home at the wrong time; or this message is read long after it was sent.
+-- The clock was set, so that tokens return at the wrong time, or this message is read long after it
+-- was sent.
 local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < (tonumber(marker[5]) or 0)
 if not epoch or not same or ((known == epoch or known == 0) and astray) then
     epoch, opens = fresh, now + pause
@@ -62,14 +72,15 @@ if known ~= epoch and known ~= 0 then
     return {head}
 end
 
--- Never sooner than others have said: they may keep theirs for longer.
+-- Only ever extend the lifetime: other processes may have longer leases.
 local function live(key, milliseconds)
     if redis.call('PTTL', key) < milliseconds then
         redis.call('PEXPIRE', key, milliseconds)
     end
 end
 
--- How many processes have waited longer than this one, which joins the line, and can be served; and since when it has waited itself.
+-- Number of processes that have waited longer than this one and can be served, and the time since
+-- which this one has waited.
 local function ahead(line, out)
     local entries, own, began = redis.call('HGETALL', line), now, {}
     for entry = 1, #entries, 2 do
@@ -104,11 +115,12 @@ for bucket = 2, #KEYS, 2 do
         redis.call('ZREM', key, name(read()))
     end
     for number = first, first + wanted - 1 do
-        -- The message may have come before, and its answer was lost.
+        -- The message may have arrived before, with its answer lost.
         redis.call('ZREM', key, name(number))
     end
     redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - kept))
-    redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf') -- of a clock that was ahead
+    -- Members from a clock that was ahead.
+    redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf')
     local counted = -1
     if age >= 0 then
         counted = redis.call('ZCOUNT', key, '(' .. whole(now - age), '+inf')
@@ -117,7 +129,7 @@ for bucket = 2, #KEYS, 2 do
     local out = redis.call('ZCOUNT', key, later, '+inf')
     local given = 0
     if wanted > 0 and now >= opens then
-        -- Whoever has waited longer finds one when it comes, however far away it is.
+        -- One token stays free for each process that has waited longer, however slow it is.
         local before, since = ahead(line, out)
         given = math.max(0, math.min(wanted, room - out - before))
         if given > 0 then

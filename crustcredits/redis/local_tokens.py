@@ -1,4 +1,4 @@
-"""`LocalTokens`: what a process counts by itself of tokens that it shares with others.
+"""`LocalTokens`: this process's own count of tokens that it shares with others.
 
 Times are the running loop's.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 
-# Seconds after its grant by which a token that others could use has to be on the wire.
+# Seconds after its grant by which a shared token must be used for an attempt.
 FRESH = 1.0
 
 
 class LocalTokens:
-    """Tokens that are counted in this process.
+    """Tokens counted in this process.
 
-    All alike: it does not matter which one a call has.
+    All are alike: it does not matter which one a call takes.
     """
 
     __slots__ = ("_capacity", "_counted", "_home", "free", "in_flight")
@@ -25,33 +25,32 @@ class LocalTokens:
         self.in_flight = 0
         self._capacity = limit
         self._counted = 0
-        self._home: list[
-            float
-        ] = []  # when the tokens that are out, and not in flight, come home; ascending
+        # Return times of used tokens that are not in flight, ascending.
+        self._home: list[float] = []
 
     @property
     def available(self) -> int:
-        """Tokens that could be had now."""
+        """Number of tokens that are free now."""
         return max(0, self.free)
 
     def resize(self, limit: int) -> None:
-        """So many there are from now on; more may be out than is left."""
+        """Set the number of tokens; more may be out than remain."""
         self.free += limit - self._capacity
         self._capacity = limit
 
     def is_idle(self) -> bool:
-        """Whether none is out."""
+        """Whether no token is out."""
         return not self.in_flight and not self._home
 
     def collect(self, now: float) -> None:
-        """Make those free that have come home by `now`."""
+        """Free the tokens whose return time has come."""
         home = bisect_right(self._home, now)
         if home:
             del self._home[:home]
             self.free += home
 
     def start(self, now: float) -> int:
-        """One goes onto the wire. Returns a mark for `own`."""
+        """Use one token for an attempt; return a mark for `own`."""
         self.collect(now)
         mark = self.in_flight + len(self._home) - self._counted
         self.free -= 1
@@ -60,29 +59,32 @@ class LocalTokens:
         return mark
 
     def end(self, home: float) -> None:
-        """One has left the wire, and comes home then."""
+        """End one attempt; its token returns at `home`."""
         self.in_flight -= 1
         insort(self._home, home)
 
     def unsend(self) -> None:
-        """One has left the wire, and is free: the server does not count it here."""
+        """End one attempt that the server does not count here; its token is free at once."""
         self.in_flight -= 1
         self._counted -= 1
         self.free += 1
 
     def own(self, mark: int) -> int:
-        """Requests of this process that the server can have counted when the one of that mark arrived, itself included."""
+        """Most requests of this process that the server can have counted at that mark's arrival.
+
+        The request of that mark is included.
+        """
         return mark + self._counted
 
     def next_home(self, missing: int) -> float | None:
-        """When so many more will be free. None: not before a request on the wire ends."""
+        """Time at which `missing` more tokens are free; None: not before an attempt ends."""
         return self._home[missing - 1] if missing <= len(self._home) else None
 
     def homes(self) -> Sequence[float]:
-        """When those that are out and not in flight come home, ascending."""
+        """Return times of the tokens that are out and not in flight, ascending."""
         return self._home
 
     def returns(self, now: float, period: float) -> list[float]:
-        """When each of those that may be out can be had at the earliest, ascending, if what is in flight ends now."""
+        """Earliest free time of each token, ascending, if every attempt in flight ends now."""
         times = sorted([*[now] * self.free, *[now + period] * self.in_flight, *self._home])
         return times[max(0, -self.free) :]

@@ -1,8 +1,7 @@
-"""`SharedTokens`: what one process knows and has to say of tokens that several processes share.
+"""`SharedTokens`: one process's view of the tokens of a bucket that several processes share.
 
-Whoever counts for all of them is asked in messages, made and read here as values. How a message
-travels, and when, is the link's. Tokens are alike, so whichever of this process's was granted first
-is the next to go, whoever goes.
+Messages to Redis are made and read here as values; the link decides how and when they travel.
+Tokens are alike, so the token granted first is used first.
 """
 
 from __future__ import annotations
@@ -16,23 +15,30 @@ import attrs
 
 from crustcredits.redis.local_tokens import FRESH, LocalTokens
 
-# Tokens that one bucket asks for in a message, at the most.
+# Most tokens that one bucket asks for in a message.
 MOST = 32
-# Of what is to go in a second at the pace, the share that is asked for ahead.
+# Share of one second's starts, at the configured pace, that is asked for ahead.
 _AHEAD = 0.15
-# Seconds between two messages for tokens that were not there, so that one brings those that come
-# home in between.
+# Seconds between two messages for missing tokens, so that one message fetches all that return in
+# between.
 GAP = 0.05
-# Seconds between two messages at the most, while somebody waits or tokens are out: so late may a
-# loss of the count be noticed.
+# Most seconds between two messages while a call waits or tokens are out; a lost count is noticed
+# within this time.
 BEAT = 0.5
-# Instead of the age of a request, of which to tell how many were counted: none is asked about.
+# In the place of a request's age: count nothing for this bucket.
 _COUNTS_NOTHING = -1
 
 
 @attrs.frozen
 class Terms:
-    """What holds for all tokens of one client: seconds from an attempt's end to its token's coming home, and that one takes."""
+    """Terms of all tokens of one client, in seconds.
+
+    Attributes:
+        period: From the end of an attempt to the return of its token.
+        late: Longest duration of an attempt.
+        pace: Starts a second; None without a limit.
+        share: Share of the limit in degraded mode.
+    """
 
     period: float
     late: float
@@ -41,26 +47,29 @@ class Terms:
 
     @property
     def lease(self) -> float:
-        """Seconds after its grant that a token of which nothing is heard comes home: whoever has it cannot use it any more."""
-        # It begins at the latest when it is stale, lasts as long as it may, and arrives as late as
-        # it may.
+        """Seconds after its grant at which Redis takes back a token without a report.
+
+        No process can use the token any more by then.
+        """
+        # Worst case: the attempt starts when the token is just about to expire, lasts as long as it
+        # may, and arrives as late as it may.
         return FRESH + self.late + self.late + self.period
 
     @property
     def ahead(self) -> int:
-        """Tokens that may be granted and not on the wire yet."""
+        """Most tokens that may be granted and not used yet."""
         return MOST if self.pace is None else max(1, min(MOST, int(self.pace * _AHEAD)))
 
 
 class Link(Protocol):
-    """What carries the messages.
+    """Carries the messages.
 
     Attributes:
-        terms: What holds for all tokens.
-        degraded: Whether it is broken, so that each process goes on by itself.
-        settled: Whether it has been so for long enough that no other process has more than its
+        terms: The terms of all tokens.
+        degraded: Whether each process counts by itself, because the link is broken.
+        settled: Whether degraded mode has lasted so long that no other process has more than its
             share out.
-        settles_at: When that is to be.
+        settles_at: The time at which `settled` becomes true.
     """
 
     terms: Terms
@@ -69,24 +78,30 @@ class Link(Protocol):
     settles_at: float
 
     def now(self) -> float:
-        """The time."""
+        """Return the loop's time."""
         ...
 
     def number(self, count: int) -> int:
-        """The first of so many new numbers."""
+        """Reserve `count` new token numbers, and return the first."""
         ...
 
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
-        """These have something to say."""
+        """Queue a message for these tokens."""
         ...
 
     def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
-        """Of these some are in hand: `collect` is to be called until there are none."""
+        """Watch these tokens: `collect` is called until none is granted and unused."""
         ...
 
 
 class Granted(NamedTuple):
-    """A token of this process: its number, since when its lease counts, and whether this process gave it itself."""
+    """One token of this process.
+
+    Attributes:
+        number: Its number, unique within the process.
+        at: When its lease began.
+        degraded: Whether the process granted it by itself.
+    """
 
     number: int
     at: float
@@ -95,7 +110,7 @@ class Granted(NamedTuple):
 
 @attrs.frozen
 class _Sent:
-    """What was in the message that is under way."""
+    """Contents of the message under way."""
 
     at: float
     first: int
@@ -105,36 +120,37 @@ class _Sent:
 
 
 class SharedTokens:
-    """The tokens of one bucket, as this process knows them.
+    """One process's view of the tokens of a bucket.
 
-    While the link works, those in hand are free. When it does not, this process counts by itself,
-    for its share: for a period only as many as it had out itself when the link was lost, because
-    the others may have had the rest.
+    While the link works, granted tokens are free. In degraded mode this process counts by itself,
+    for its share. For one lease it uses at most as many as it had out when the link failed, because
+    other processes may have used the rest. It has many methods because it serves its bucket and the
+    link.
     """
 
     def __init__(self, link: Link, name: str, limit: int) -> None:
         self.name = name
-        self.epoch: int = 0  # the last one in which all of this was told
-        self.not_before: float = (
-            -math.inf
-        )  # when it makes sense to ask again for what was not there
+        self.epoch: int = 0  # the last one in which all tokens were registered
+        # When it makes sense to ask again for tokens that were not there.
+        self.not_before: float = -math.inf
         self._link = link
         self.limit: int = limit
-        self._own = LocalTokens(limit)  # of this process alone
-        self._had = 0  # of these, how many were out when the link was lost
+        self._own = LocalTokens(limit)  # the count of this process
+        self._had = 0  # used tokens of this process when the link failed
         self._hand: deque[Granted] = deque()
         self._on_wire: deque[Granted] = deque()
-        self._ended: deque[tuple[int, float]] = deque()  # number and coming home
-        self._unreported: list[tuple[int, float]] = []  # of these, what is still to be told
+        self._ended: deque[tuple[int, float]] = deque()  # number and return time
+        self._unreported: list[tuple[int, float]] = []  # of these, those to report
         self._returned: list[Granted] = []
         self._wanted = 0
-        self._kept = 0  # of these, those that whoever waits leaves alone
+        self._kept = 0  # of the limit, the reserve that the waiting calls may not use
         self._sent: _Sent | None = None
+        # Used tokens of other processes at the last answer, and when these have returned.
         self._others, self._others_until = (
             0,
             0.0,
-        )  # what other processes had out when last heard, and when that has come home
-        self._coming: list[float] = []  # when the next ones come home
+        )
+        self._coming: list[float] = []  # when the next tokens return
         if link.degraded:
             self._own.resize(self._share())
 
@@ -142,12 +158,12 @@ class SharedTokens:
 
     @property
     def free(self) -> int:
-        """Tokens that can be taken now."""
+        """Number of tokens that can be used now."""
         return self._own.free if self._link.degraded else len(self._hand)
 
     @property
     def available(self) -> int:
-        """Tokens that could be had now, as far as is known; also those that have to be sent for."""
+        """Number of tokens that could be had now, as far as known, including those to ask for."""
         if self._link.degraded:
             return self._own.available
         return max(0, self.limit - self._others_out(self._link.now()) - self._own_out())
@@ -159,15 +175,15 @@ class SharedTokens:
 
     @property
     def in_flight(self) -> int:
-        """Tokens on the wire."""
+        """Number of tokens used by attempts under way."""
         return self._own.in_flight
 
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
-        """Call `wake` when tokens have come, and `fail` when none can be had."""
+        """Call `wake` when tokens have arrived, and `fail` when none can be had."""
         self._wake, self._fail = wake, fail
 
     def resize(self, limit: int) -> None:
-        """So many there are from now on; more may be out."""
+        """Set the number of tokens; more may be out."""
         if limit == self.limit:
             return
         self.limit = limit
@@ -176,18 +192,18 @@ class SharedTokens:
             self._own.resize(self._share())
 
     def is_idle(self) -> bool:
-        """Whether none is out, and nothing is to be said, so that they can be forgotten."""
+        """Whether no token is out and nothing is queued, so that the bucket can be forgotten."""
         return self._own.is_idle() and not self._has_to_say()
 
     def is_settling(self) -> bool:
-        """Whether none is out, and something is still to be said."""
+        """Whether no token is out, but a report is still queued."""
         return self._own.is_idle() and self._has_to_say()
 
     def _has_to_say(self) -> bool:
         return bool(self._hand or self._unreported or self._returned or self._sent)
 
     def collect(self, now: float) -> None:
-        """Make those free that have come home by `now`, and give back those that were in hand for too long."""
+        """Free tokens whose return time has come, and give back expired granted ones."""
         self._own.collect(now)
         while self._ended and self._ended[0][1] <= now:
             self._ended.popleft()
@@ -195,7 +211,7 @@ class SharedTokens:
             self._give_up(self._hand)
 
     def start(self, now: float) -> int:
-        """One of the free ones goes onto the wire. Returns a mark for `own`."""
+        """Use one free token for an attempt; return a mark for `own`."""
         mark = self._own.start(now)
         if self._link.degraded:
             self._on_wire.append(Granted(self._link.number(1), now, degraded=True))
@@ -206,7 +222,7 @@ class SharedTokens:
         return mark
 
     def end(self, home: float) -> None:
-        """One has left the wire, and comes home then."""
+        """End one attempt; its token returns at `home`."""
         self._own.end(home)
         ended = self._on_wire.popleft().number, home
         self._ended.append(ended)
@@ -215,29 +231,35 @@ class SharedTokens:
             self._link.say(self, at_once=False)
 
     def unsend(self) -> None:
-        """One has left the wire, and is free: the server does not count it here."""
+        """End one attempt that the server does not count here; its token is free at once."""
         self._own.unsend()
         self._give_up(self._on_wire)
 
     def own(self, mark: int) -> int:
-        """Requests of this process that the server can have counted when the one of that mark arrived, itself included."""
+        """Most requests of this process that the server can have counted at that mark's arrival.
+
+        The request of that mark is included.
+        """
         return self._own.own(mark)
 
     def need(self, count: int, kept: int) -> None:
-        """So many calls wait, and leave `kept` of the tokens alone: they are sent for.
+        """Ask for tokens for `count` waiting calls, which may not use `kept` of the limit.
 
-        With 0 nobody waits any more.
+        With 0 no call waits any more.
         """
         self._wanted, self._kept = count, kept
         if not self._link.degraded and self.wants:
             self._link.say(self, at_once=True)
 
     def next_home(self, missing: int) -> float | None:
-        """When so many more will be free; None where they are sent for, or not known."""
+        """Time at which `missing` more tokens are free; None if unknown or asked for."""
         return self._own.next_home(missing) if self._link.degraded else None
 
     def returns(self, now: float, period: float) -> list[float]:
-        """An estimate: the others' may be used by the others again, and of the far ones nothing is known."""
+        """Estimate when tokens return, ascending.
+
+        Other processes may use theirs again, and nothing is known of tokens in the far future.
+        """
         if self._link.degraded:
             times = self._own.returns(now, period)
             return sorted(
@@ -248,7 +270,7 @@ class SharedTokens:
         times = sorted(
             [*[now] * free, *[now + period] * self._own.in_flight, *self._own.homes(), *others]
         )
-        # More may be out than may. Of all, the next ones were told when they were wanted in vain.
+        # More may be out than the limit. The last answer gave the exact times of the next ones.
         times = times[max(0, len(times) - capacity) :]
         for place, told in enumerate(self._coming[: len(times)]):
             times[place] = min(times[place], max(now, told))
@@ -258,23 +280,23 @@ class SharedTokens:
 
     @property
     def has_in_hand(self) -> bool:
-        """Whether there are tokens of Redis that wait for their use."""
+        """Whether granted tokens of Redis wait for their use."""
         return bool(self._hand)
 
     @property
     def wants(self) -> bool:
-        """Whether it has to ask for tokens: somebody waits, and not enough are on their way to the wire already."""
+        """Whether to ask for tokens: a call waits, and too few are granted already."""
         return self._asked_for() > 0
 
     def holds(self, now: float) -> bool:
-        """Whether whoever counts would let others have too many, if it forgot these, or too few, if it heard no more of them."""
+        """Whether this process has tokens that Redis must know about."""
         self.collect(now)
         return bool(self._hand or self._on_wire or self._ended or self._returned)
 
     def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
-        """What it has to say, and with `asks` to ask for.
+        """Return this bucket's part of a message, with `asks` also asking for tokens.
 
-        All that it holds, if it has not told that in this epoch.
+        Registers every token that is out, if that has not been done in this epoch.
         """
         self.collect(now)
         terms = self._link.terms
@@ -297,9 +319,9 @@ class SharedTokens:
         return said + [token.number for token in self._returned]
 
     def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
-        """The message was understood, and this is the answer.
+        """Take the answer to the message under way.
 
-        No tokens are given for `pause` seconds.
+        No tokens are granted for `pause` seconds.
         """
         sent, self._sent = self._sent, None
         assert sent is not None
@@ -318,7 +340,7 @@ class SharedTokens:
             self._arrived(Granted(sent.first + place, sent.at) for place in range(given))
 
     def unanswered(self) -> None:
-        """It is not known whether the message was heard: what it may have brought goes back."""
+        """Give back the tokens that the message may have brought: Redis may have received it."""
         sent, self._sent = self._sent, None
         assert sent is not None
         self._returned += [
@@ -326,29 +348,29 @@ class SharedTokens:
         ]
 
     def fail(self) -> None:
-        """Nobody can be asked: whoever waits is told."""
+        """Fail every waiting call: Redis is out of reach."""
         self._wanted = 0
         self._fail()
 
     def let_go(self) -> None:
-        """The client is closed: what is in hand goes back."""
+        """Give back every granted token, because the client is closed."""
         self._wanted = 0
         while self._hand:
             self._give_up(self._hand)
 
     def lose_touch(self) -> None:
-        """The link has failed for the first time."""
+        """Note how many tokens are out at the first failure of the link."""
         self.collect(self._link.now())
         self._had = self._own_out()
 
     def go_alone(self) -> None:
-        """The link is broken: from now on this process counts by itself."""
+        """Enter degraded mode."""
         self.epoch = 0
         self._unreported.clear()
         self.change()
 
     def change(self) -> None:
-        """The link is whole again, or has been broken for so long that the whole share may be used."""
+        """Adapt to the end of degraded mode, or to the use of the whole share."""
         self.not_before = -math.inf
         self._own.resize(self._share())
         self._wake()
@@ -356,7 +378,7 @@ class SharedTokens:
     # --- inside
 
     def _asked_for(self) -> int:
-        """How many to ask for: not one by one, but half of those that may be on their way to the wire, or all that are wanted."""
+        """Number of tokens to ask for: all that are wanted, or at least half of the ahead limit."""
         ahead = self._link.terms.ahead
         room = ahead - len(self._hand)
         return min(self._wanted, room) if room >= min(self._wanted, (ahead + 1) // 2) else 0
@@ -369,11 +391,11 @@ class SharedTokens:
 
     @property
     def share(self) -> int:
-        """What may be out of these, while this process is alone."""
+        """Number of tokens that may be out in degraded mode."""
         return self._share()
 
     def _share(self) -> int:
-        """What may be out of these while this process is alone."""
+        """Number of tokens that may be out in degraded mode."""
         return self._whole_share() if self._link.settled else min(self._whole_share(), self._had)
 
     def _whole_share(self) -> int:
@@ -383,7 +405,7 @@ class SharedTokens:
         self._hand.extend(granted)
         if self._hand:
             self._link.keeps_an_eye_on(self)
-        self._wanted = 0  # whoever still waits says so
+        self._wanted = 0  # calls that still wait ask again
         self._wake()
 
     def _all_homes(self, now: float) -> list[tuple[int, float]]:
@@ -393,13 +415,13 @@ class SharedTokens:
 
     def _give_up(self, tokens: deque[Granted]) -> None:
         token = tokens.popleft()
-        # Nobody else knows of one that this process has given itself, before it has been told.
+        # Redis does not know a token that this process granted by itself and has not registered.
         if self.epoch or self._sent is not None or not token.degraded:
             self._returned.append(token)
             self.not_before = -math.inf
-            self._link.say(self, at_once=self.wants)  # whoever waits here can have it
+            self._link.say(self, at_once=self.wants)  # a call that waits here can have it
 
 
 def micro(seconds: float) -> int:
-    """Seconds as whole microseconds."""
+    """Convert seconds to whole microseconds."""
     return math.ceil(seconds * 1e6)

@@ -170,7 +170,7 @@ async def test_a_process_goes_on_without_the_server_and_comes_back(
         await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
     assert [record.message[:16] for record in caplog.records][:2] == [
         "Redis is out of ",
-        "Redis is back; t",
+        "Redis answers ag",
     ]
 
 
@@ -246,7 +246,7 @@ def test_another_client_may_use_them_when_the_first_is_closed(
             CreditsClient(base_url=sandbox.url, buckets=buckets) as client,
         ):
             await client.balance(sandbox.add_key(), timeout=5)
-            with pytest.raises(ConfigurationError, match="have a client already"):
+            with pytest.raises(ConfigurationError, match="in use by another client"):
                 CreditsClient(buckets=buckets)
 
     open_prefix(redis_server, prefix)
@@ -348,16 +348,16 @@ async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url_or_client": "http://:hunter2@localhost"}, "the URL is none of Redis"),
-        ({"url_or_client": "redis://:hunter2@localhost:port"}, "the URL is none of Redis"),
-        ({"url_or_client": 5}, "a client of redis.asyncio, not a builtins.int"),
-        ({"url_or_client": SynchronousRedis()}, "a client of redis.asyncio, not a redis.Redis"),
-        ({"url_or_client": None}, "is the variable set"),
+        ({"url_or_client": "http://:hunter2@localhost"}, "the URL is not a Redis URL"),
+        ({"url_or_client": "redis://:hunter2@localhost:port"}, "the URL is not a Redis URL"),
+        ({"url_or_client": 5}, "a redis.asyncio client, not builtins.int"),
+        ({"url_or_client": SynchronousRedis()}, "a redis.asyncio client, not redis.Redis"),
+        ({"url_or_client": None}, "set the variable"),
         (
             {"url_or_client": "redis://:hunter2@localhost?retires=5"},
-            "an option that redis-py does not know",
+            "an option unknown to redis-py",
         ),
-        ({"prefix": ""}, "not empty"),
+        ({"prefix": ""}, "non-empty"),
         ({"prefix": "a{b}"}, "without braces"),
         ({"prefix": "a\nb"}, "printable"),
         ({"prefix": b"acme"}, "prefix must be a str, not bytes"),

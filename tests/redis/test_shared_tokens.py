@@ -456,7 +456,7 @@ async def test_after_a_loss_every_process_says_what_it_holds_before_tokens_are_g
     assert (
         1
         <= sum(
-            "the count of the rate limit in Redis was lost" in record.message
+            "the rate limit's count in Redis was lost" in record.message
             for record in caplog.records
         )
         <= 3
@@ -804,13 +804,10 @@ async def test_an_outage_is_told_to_the_log_once_and_its_end_too(
         await one.acquire()
         one.unused()
         await one.send()
-    goes_on = (
-        "this process goes on by itself, for 81 s with tokens of its own, then with 0.123 of "
-        "the limit"
-    )
+    goes_on = "degraded mode, for 81 s with its own returning tokens, then with 0.123 of the limit"
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", f"Redis is out of reach ({REFUSED}); {goes_on}, until it is back"),
-        ("WARNING", "Redis is back; the processes count together again"),
+        ("WARNING", f"Redis is out of reach ({REFUSED}); {goes_on}, until it answers"),
+        ("WARNING", "Redis answers again; the processes share one count of the rate limit"),
     ] * 2
 
 
@@ -1033,8 +1030,8 @@ async def test_the_log_says_once_that_calls_fail(
     redis.down = False
     await one.send()
     assert [record.message for record in caplog.records] == [
-        f"Redis is out of reach ({REFUSED}); calls fail until it is back",
-        "Redis is back; the processes count together again",
+        f"Redis is out of reach ({REFUSED}); calls fail until it answers",
+        "Redis answers again; the processes share one count of the rate limit",
     ]
 
 
@@ -1164,7 +1161,7 @@ async def test_buckets_serve_one_client_only(redis: FakeRedis) -> None:
     buckets = connected(redis)
     async with fake_client(FakeServer(), buckets=buckets):
         with pytest.raises(
-            ConfigurationError, match="make new RedisBuckets, with the same prefix, for each"
+            ConfigurationError, match="make new RedisBuckets with the same prefix for each client"
         ):
             CreditsClient(buckets=buckets)
 
