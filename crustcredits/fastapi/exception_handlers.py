@@ -1,6 +1,6 @@
-"""Errors of this library as `application/problem+json`, wherever a route raises them.
+"""Errors of this library as `application/problem+json`, for every route that raises them.
 
-Which document an error becomes is decided in `problem_details`.
+`problem_details` decides the document for each error.
 """
 
 import logging
@@ -21,13 +21,17 @@ _log = logging.getLogger("crustcredits")
 
 @hides_arguments
 def install_exception_handlers(app: FastAPI) -> None:
-    """Answer this library's errors, wherever a route raises them, with `application/problem+json`; web sockets are closed.
+    """Answer this library's errors with `application/problem+json`; close web sockets.
 
-    Timeouts are 504; out of reach is 503; refused or held back by the rate limit is 503 with
-    `Retry-After`. Not enough credits is 409. Credits that are unknown are 503 with `Retry-After`
-    where a key that decides may recover, else 502. A mistake in the service's own set-up is 500;
-    and the rest, also the API's 401, 402 and 403, is 502. What the API said goes to the log, and
-    none of it into the answer.
+    - 409: too few credits.
+    - 500: a mistake in the service's own set-up.
+    - 502: every other error, including the API's 401, 402 and 403.
+    - 503: the API or Redis is out of reach.
+    - 503 with `Retry-After`: the rate limit refuses or delays the request.
+    - 503 with `Retry-After`, else 502: credits are unknown, and a key that decides may recover.
+    - 504: a timeout.
+
+    The API's own text goes to the log and never into the answer.
     """
     app.add_exception_handler(CrustCreditsError, _on_error)  # type: ignore[arg-type]  # typed for requests or for web sockets
 

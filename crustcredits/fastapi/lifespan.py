@@ -1,6 +1,6 @@
 """The client of an app: opened with the app, closed with the app, found through a dependency.
 
-It must not know routes. A test puts another client in the dependency's place.
+This module must not know routes. A test can override the dependency with another client.
 """
 
 import inspect
@@ -29,35 +29,33 @@ def credits_lifespan(
     *,
     lifespan: Lifespan[FastAPI] | None = None,
 ) -> Lifespan[FastAPI]:
-    """A lifespan for `FastAPI(lifespan=…)` that opens a client with the app and closes it with the app.
+    """Return a lifespan for `FastAPI(lifespan=…)` that opens a client and closes it with the app.
 
     Args:
-        make_client: Makes the client, each time the app starts: `CreditsClient`, or a
+        make_client: Makes the client at each start of the app: `CreditsClient`, or a
             `functools.partial` or `lambda` of it with arguments.
-        lifespan: Your own. It runs inside: the client is there before it starts and until it has
-            ended. To nest the other way, enter this one in yours: `async with
+        lifespan: Your own lifespan. It runs inside: the client opens before its start and closes
+            after its end. To nest the other way, enter this one in yours: `async with
             credits_lifespan()(app): yield`.
 
     Raises:
-        ConfigurationError: `make_client` is a client and no function that makes one.
+        ConfigurationError: `make_client` is a client and not a function that makes one.
     """
     if isinstance(make_client, Starlette):
         raise ConfigurationError(
-            "credits_lifespan was given the app; call it: FastAPI(lifespan=credits_lifespan())"
+            "credits_lifespan got the app itself; write FastAPI(lifespan=credits_lifespan())"
         )
     if not (lifespan is None or callable(lifespan)):
         raise ConfigurationError(
-            f"lifespan is what FastAPI takes for one, not {type(lifespan).__name__}"
+            f"lifespan must be a callable lifespan of FastAPI, not {type(lifespan).__name__}"
         )
     if not callable(make_client):
         raise ConfigurationError(
-            "make_client is a function that makes a client, because each start of the app "
-            "needs a new one; "
+            "make_client must be a function, because each start of the app needs a new client; "
             "give CreditsClient itself, or functools.partial(CreditsClient, …)"
         )
-    make = _unprinted(
-        make_client
-    )  # a partial prints its arguments, and this function's frame lives as long as the app
+    # A partial prints its arguments, and this function's frame lives as long as the app.
+    make = _unprinted(make_client)
     inner = lifespan or _no_lifespan
     if inspect.isasyncgenfunction(inner):
         inner = asynccontextmanager(inner)
@@ -69,8 +67,7 @@ def credits_lifespan(
             setattr(app.state, _STATE, client)
             try:
                 async with inner(app) as state:
-                    # In the lifespan's state too, which reaches the apps that are mounted below
-                    # this one.
+                    # Also in the lifespan's state, which mounted sub-apps can see.
                     yield {**(state or {}), _STATE: client}
             finally:
                 setattr(app.state, _STATE, outer)
@@ -84,7 +81,7 @@ def _unprinted(make_client: Callable[[], CreditsClient]) -> Callable[[], Credits
         made: object = make_client()
         if not isinstance(made, CreditsClient):
             raise ConfigurationError(
-                f"make_client is to make a CreditsClient, and made a {type(made).__name__}"
+                f"make_client must return a CreditsClient, not {type(made).__name__}"
             )
         return made
 
@@ -97,34 +94,33 @@ async def _no_lifespan(app: Any) -> AsyncIterator[None]:
 
 
 async def get_credits_client(connection: HTTPConnection) -> CreditsClient:
-    """The dependency: the app's client, for requests and web sockets. What to override in tests.
+    """Dependency: the app's client, for requests and web sockets. Override it in tests.
 
     Raises:
         ConfigurationError: The lifespan did not run.
     """
-    # The lifespan's state is that of this very start of the app; a server may know none.
+    # The lifespan's state belongs to this start of the app; some servers have none.
     client = getattr(connection.state, _STATE, None) or getattr(connection.app.state, _STATE, None)
     return _client_or_error(client)
 
 
-#: The parameter of a route that wants the client.
+# : Type of a route parameter that receives the client.
 CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 
 
 @hides_arguments
 def credits_client_of(app: Any) -> CreditsClient:
-    """The client of a running app, or of the app in a `TestClient`: for your own lifespan, and for tasks beside the requests.
+    """Return the client of a running app, for your own lifespan and for background tasks.
 
-    It belongs to the app's loop, which under `TestClient` is another than the test's. An override
-    of `get_credits_client` reaches the routes and not this: where your lifespan uses the client,
-    let `make_client` make another in tests.
+    `app` may also be a `TestClient`. The client belongs to the app's loop, which under `TestClient`
+    is not the test's loop. An override of `get_credits_client` affects routes only: where your
+    lifespan uses the client, let `make_client` make another one in tests.
 
     Raises:
         ConfigurationError: The lifespan did not run, or has ended.
     """
-    while not hasattr(app, "state") and hasattr(
-        app, "app"
-    ):  # a TestClient, and middlewares around the app
+    # A TestClient, and middlewares around the app.
+    while not hasattr(app, "state") and hasattr(app, "app"):
         app = app.app
     return _client_or_error(getattr(getattr(app, "state", None), _STATE, None))
 
@@ -132,7 +128,7 @@ def credits_client_of(app: Any) -> CreditsClient:
 def _client_or_error(client: CreditsClient | None) -> CreditsClient:
     if client is None:
         raise ConfigurationError(
-            "the app has no credits client, because its lifespan did not run: make it with "
+            "the app has no credits client, because its lifespan did not run; make the app with "
             "FastAPI(lifespan=credits_lifespan()), "
             "and in tests use `with TestClient(app)` or override get_credits_client"
         )

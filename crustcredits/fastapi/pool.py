@@ -1,4 +1,4 @@
-"""`Pool`: the keys that a router shows, and what is answered of them.
+"""`Pool`: the keys that a router shows, and the answers of its routes.
 
 It knows the client, and nothing of HTTP.
 """
@@ -24,7 +24,7 @@ _Key: TypeAlias = ApiKey | UnusableKey
 
 
 class Pool:
-    """The keys of a router, and what its routes answer."""
+    """The keys of a router, and the answers of its routes."""
 
     def __init__(self, keys: Iterable[_Key], freshness: CachePolicy, timeout: float) -> None:
         self._keys = list(keys)
@@ -33,10 +33,10 @@ class Pool:
             raise problem
         if not self._keys:
             _log.warning(
-                "the pool of this router is empty; are CRUSTDATA_API_KEYS or "
-                "CRUSTDATA_API_KEY set, if it comes from there?"
+                "the pool of this router is empty; if it comes from the environment, "
+                "set CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY"
             )
-        # Of two with one label, the one that can be used.
+        # Of two keys with the same label, the usable one.
         self._by_label = {
             key.label: key for key in sorted(self._keys, key=lambda key: isinstance(key, ApiKey))
         }
@@ -52,7 +52,7 @@ class Pool:
         sort: Sort,
         max_age: float,
     ) -> Report[Any]:
-        """Of the keys that declare `account`, those in `state`; None for all.
+        """Check the keys that declare `account`, and list those in `state`; None means all.
 
         Raises:
             ClientClosedError: The client was closed.
@@ -70,10 +70,10 @@ class Pool:
     async def outcome(
         self, client: CreditsClient, label: str, max_age: float
     ) -> Outcome[Any] | None:
-        """What came of the key of this label; None when there is none.
+        """Check the key of this label; None if there is none.
 
         Raises:
-            CrustCreditsError: There is no balance, and why.
+            CrustCreditsError: There is no balance; the error says why.
         """
         key = self._by_label.get(label)
         if key is None:
@@ -89,7 +89,7 @@ class Pool:
             max_age=max_age,
             stale_while_revalidate=self._freshness.revalidate,
             stale_if_error=self._freshness.if_error,
-            # Not what the caller says of balances: a key that works again is to be seen.
+            # Errors have an age limit of their own, so that a repaired key is noticed.
             max_error_age=self._freshness.error_age,
         )
         if report.failed or self._ailing:
@@ -97,17 +97,16 @@ class Pool:
         return report
 
     def _note(self, report: Report[Any]) -> None:
-        """Tell the log when a key begins to fail: callers are not told what the API said."""
+        """Log each key that begins to fail, because callers never see the API's text."""
         failed = {outcome.key: outcome for outcome in report.failed}
         for key in failed.keys() - self._ailing:
             _log.warning("%s", failed[key].error)
         self._ailing = (self._ailing - {outcome.key for outcome in report}) | failed.keys()
 
     def health(self, client: CreditsClient) -> HealthResponse:
-        """What is known without asking."""
-        recent = min(
-            self._freshness.max_age + self._freshness.revalidate, 1e300
-        )  # what the client takes for an age
+        """Sum up the cache entries, without a request."""
+        # The client's upper bound for an age.
+        recent = min(self._freshness.max_age + self._freshness.revalidate, 1e300)
         outcomes = [
             (key, None if isinstance(key, UnusableKey) else client.peek(key, max_age=recent))
             for key in self._keys
@@ -117,7 +116,7 @@ class Pool:
             outcome is None and not isinstance(key, UnusableKey) for key, outcome in outcomes
         )
         reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
-        reasons += [f"{never} of {len(outcomes)} keys have not been answered for yet"] * bool(never)
+        reasons += [f"{never} of {len(outcomes)} keys have no answer yet"] * bool(never)
         reasons = reasons or ["the pool is empty"] * (not outcomes)
         if len(reasons) > _REASONS:
             reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
@@ -127,12 +126,12 @@ class Pool:
         return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
 
 
-# How many reasons a health check lists.
+# Most reasons that a health check lists.
 _REASONS = 20
 
 
 def _reasons(key: _Key, outcome: Outcome[Any] | None) -> list[str]:
-    """What is wrong with a key, if anything."""
+    """List the problems of one key."""
     if isinstance(key, UnusableKey):
         return [f"{key.label}: the key cannot be used"]
     if outcome is None:

@@ -1,7 +1,7 @@
-"""What a service answers when a check failed, without I/O: an HTTP status, and words that are ours alone.
+"""The answer of a service to a failed check, without I/O: an HTTP status and fixed texts.
 
-What the API said stays in the log: neither its text nor its status is the business of the service's
-own callers. It must not know FastAPI.
+The API's text and status go to the log only; callers of the service never see them. This module
+must not know FastAPI.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Problem:
     Attributes:
         status: The HTTP status of the service's answer.
         type: `urn:crustcredits:` and the name of the error's class.
-        title: What went wrong, the same for all errors of a class.
-        key: The label of the key it happened to, or None.
-        retry_after: Whole seconds after which it is worth asking again; None where nobody knows.
+        title: The problem, the same for all errors of a class.
+        key: The label of the failed key, or None.
+        retry_after: Whole seconds after which a retry may succeed; None if unknown.
         more: Further members.
     """
 
@@ -58,7 +58,7 @@ class Problem:
     more: dict[str, Any] = attrs.field(factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """For JSON; what is None is left out."""
+        """Return the members for JSON, without those that are None."""
         members = {
             "type": self.type,
             "title": self.title,
@@ -69,8 +69,8 @@ class Problem:
         return {name: value for name, value in members.items() if value is not None} | self.more
 
 
-# The first class that fits counts. The API's 401, 402 and 403 are about this service's keys: its
-# own callers have done nothing wrong, so for them it is a bad gateway.
+# The first matching class counts. The API's 401, 402 and 403 are about this service's keys and not
+# about its callers, so callers get a bad gateway.
 _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
     (InsufficientCreditsError, 409, "Not enough credits are there"),
     (CreditsUnknownError, 503, "Not enough credits are known to be there, and some are unknown"),
@@ -96,22 +96,22 @@ _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
     (CrustCreditsError, 502, "The credits could not be checked"),
 )
 
-# A refusal that does not say how long: by then every slot of a one-minute window is free.
+# Seconds for a refusal without a wait: by then every token of a one-minute window is free.
 _WINDOW = 60
-# Nobody knows how long an outage lasts. Callers come back after so many seconds.
+# Seconds until a retry during an outage of unknown length.
 _OUTAGE = 5
-# And at the longest, where the wait has no end.
+# Most seconds of a `Retry-After`, also for a wait without end.
 _LONGEST = 86_400.0
 
 
 def problem_of(error: CrustCreditsError) -> Problem:
-    """What to answer for `error`."""
+    """Return the problem document for `error`."""
     status, title = next(
         (status, title) for kind, status, title in _ANSWERS if isinstance(error, kind)
     )
     more: dict[str, Any] = {}
     if isinstance(error, CreditsUnknownError) and not error.may_recover:
-        status = 502  # the API, or the keys' own text, says no: asking again does not help
+        status = 502  # the API or the key's own text is at fault: a retry does not help
     if isinstance(error, CreditsRequirementError):
         more = {
             "needed": credits_text(error.needed),

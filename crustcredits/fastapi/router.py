@@ -1,6 +1,6 @@
 """`credits_router`: routes that show a pool of keys. Keys appear by their labels.
 
-The answers are made in `pool`, in the models of `schemas`.
+`pool` makes the answers, in the models of `schemas`.
 """
 
 import logging
@@ -46,36 +46,36 @@ def credits_router(
     prefix: str = "",
     tags: Sequence[str] = ("credits",),
 ) -> APIRouter:
-    """A router that shows a pool: `GET /keys`, `GET /keys/{label}` and `GET /healthz`, below `prefix`.
+    """Return a router: `GET /keys`, `GET /keys/{label}` and `GET /healthz` below `prefix`.
 
-    `/healthz` never does I/O: it tells from kept answers whether the pool is `ok`, `degraded` or
-    `unknown`, with status 200. A key that cannot be used is listed as failed.
+    `/healthz` does no I/O: it reads the cache, and its status is `ok`, `degraded` or `unknown`,
+    always with HTTP status 200. An unusable key is listed as failed.
 
     Args:
         keys: The pool; keys are shown by their labels.
-        public: Say `True` to let everybody see it.
-        dependencies: Else who may, as for `APIRouter`: `[Depends(…)]` of what raises where somebody
-            may not.
-        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may ask for older answers,
-            not for newer ones, so that they cannot use up the rate limit.
-        stale_while_revalidate: The same, as for `CreditsClient`. What the client itself goes by
-            does not count here.
+        public: `True` lets everybody see it.
+        dependencies: Access checks, as for `APIRouter`: `[Depends(…)]` of functions that raise to
+            refuse a caller.
+        max_age: Seconds, or a timedelta, as for `CreditsClient`. Callers may accept older answers,
+            but not demand newer ones, so that they cannot use up the rate limit.
+        stale_while_revalidate: The same, as for `CreditsClient`. The client's own setting is
+            not used here.
         stale_if_error: The same, as for `CreditsClient`.
         max_error_age: The same, as for `CreditsClient`; by default `max_age`, and at least 1 s.
-        timeout: Seconds, or a timedelta, that a caller waits at the most.
+        timeout: Most seconds that a caller waits, or a timedelta.
         prefix: As for `APIRouter`.
         tags: As for `APIRouter`.
 
     Raises:
-        ConfigurationError: Neither or both of `public` and `dependencies` are given; this is no
-            pool, or two different keys have one name, or one secret two accounts; or another
+        ConfigurationError: Neither or both of `public` and `dependencies` are given; `keys` is no
+            pool, or has two different keys of one name or two accounts of one secret; or another
             argument cannot be used.
     """
     pool = pool_of(keys)
     check_kind("prefix", prefix, str)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise ConfigurationError(
-            "prefix begins with '/' and does not end with one: prefix='/credits'"
+            "prefix must begin with '/' and not end with one: prefix='/credits'"
         )
     problem = _audience_problem(public, dependencies)
     if problem is not None:
@@ -93,29 +93,32 @@ def credits_router(
 
 
 def _audience_problem(public: object, dependencies: Sequence[object]) -> str | None:
-    # Nothing but True makes it public: a setting that is missing, or a text, is no such word.
+    # Only True makes the router public: a missing setting or a text must not.
     if not isinstance(public, bool):
-        return f"say who may see the credits: public is True or False, not {type(public).__name__}"
+        return (
+            "access to the credits is undecided: public must be True or False, not "
+            f"{type(public).__name__}"
+        )
     if public and dependencies:
         return (
-            "say who may see the credits: everybody, with public=True, or whom the "
-            "dependencies let through, but not both"
+            "access to the credits is ambiguous: give public=True for everybody, or "
+            "dependencies= for a check, but not both"
         )
     if not public and not dependencies:
         return (
-            "say who may see the credits: give dependencies=[Depends(…)], or public=True for "
-            "everybody"
+            "access to the credits is undecided: give dependencies=[Depends(…)], or public=True "
+            "for everybody"
         )
     wrong = next((each for each in dependencies if not isinstance(each, DependsParam)), None)
     return (
         None
         if wrong is None
-        else f"dependencies are Depends(…); wrap this {type(wrong).__name__} in it"
+        else f"dependencies must be Depends(…); wrap this {type(wrong).__name__} in it"
     )
 
 
 def _documented(answers: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document."""
+    """Return the error responses for the OpenAPI document."""
     content = {"application/problem+json": {"schema": ProblemResponse.model_json_schema()}}
     documented: dict[int | str, dict[str, Any]] = {
         status: {"description": description, "content": content}
@@ -131,9 +134,9 @@ _CLOSING = {503: "The service is shutting down"}
 _UNKNOWN = {
     404: "No key of the pool has this label",
     500: "The key cannot be used",
-    502: "The API says no to the service's key, or something that is no balance",
+    502: "The API refuses the service's key, or its answer is no balance",
     503: (
-        "The API cannot be reached, or the rate limit leaves no room, or the service is "
+        "The API cannot be reached, the rate limit refuses the request, or the service is "
         "shutting down"
     ),
     504: "The API does not answer in time",
@@ -144,7 +147,7 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
     bounds = Query(
         ge=floor,
         le=max(floor, 1e9),
-        description="Seconds that a balance may be old without being stale.",
+        description="Age in seconds up to which a balance is fresh.",
     )
 
     @router.get(
@@ -160,7 +163,7 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
             str | None, Query(description="Only keys that declare this account.")
         ] = None,
         sort: Annotated[
-            Sort, Query(description="`-` for the largest first; what is unknown comes last.")
+            Sort, Query(description="`-` for the largest first; unknown values come last.")
         ] = "given",
         max_age: Annotated[float, bounds] = floor,
     ) -> Any:
@@ -182,7 +185,7 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
             outcome = await pool.outcome(client, label, max_age)
         except CrustCreditsError as error:
             return _problem_response(problem_of(error))
-        # The label is not repeated: it may be a secret in the wrong place.
+        # The answer does not repeat the label, which may be a secret in the wrong place.
         return outcome or _problem_response(
             Problem(status=404, type="about:blank", title="Not Found")
         )
@@ -190,7 +193,7 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
     @router.get(
         "/healthz",
         response_model=HealthResponse,
-        summary="What is known of the pool without asking",
+        summary="State of the pool, without a request",
     )
     async def get_health(client: CreditsDep) -> Any:
         return pool.health(client)

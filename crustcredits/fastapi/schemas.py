@@ -1,4 +1,4 @@
-"""The pydantic models of what a service answers, made from ours by their attributes.
+"""Pydantic models of a service's answers, made from this library's models by their attributes.
 
 They know keys by their labels only.
 """
@@ -65,7 +65,7 @@ class _Response(BaseModel):
 
 class _Dated(_Response):
     if TYPE_CHECKING:
-        checked_at: datetime  # each has it where it reads best
+        checked_at: datetime  # each subclass places it among its fields
 
     @computed_field(description="Seconds since `checked_at`.")  # type: ignore[prop-decorator]  # mypy knows no such property
     @property
@@ -75,7 +75,7 @@ class _Dated(_Response):
 
 
 class ErrorResponse(_Response):
-    """Why a key has no balance, or no newer one."""
+    """The reason why a key has no balance, or no newer one."""
 
     type: str
     title: str
@@ -88,7 +88,7 @@ class BalanceResponse(_Dated):
     account: AccountName = None
     credits: Credits
     checked_at: CheckedAt
-    stale: Annotated[bool, Field(description="Whether it is older than was asked for.")]
+    stale: Annotated[bool, Field(description="Whether it is older than requested.")]
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
@@ -119,7 +119,7 @@ class AccountResponse(BalanceResponse):
 
 
 class KeyResponse(_Dated):
-    """What came of checking one key, made from an `Outcome`."""
+    """The outcome of checking one key, made from an `Outcome`."""
 
     key: KeyName
     account: AccountName = None
@@ -127,7 +127,7 @@ class KeyResponse(_Dated):
         State,
         Field(
             description=(
-                "`stale`: older than was asked for. `failed`: the credits are unknown, not zero."
+                "`stale`: older than requested. `failed`: the credits are unknown, not zero."
             )
         ),
     ]
@@ -155,7 +155,7 @@ class KeyResponse(_Dated):
 
 
 class PoolResponse(_Response):
-    """What a pool came to, made from a `Report`. Unknown credits are null, never 0."""
+    """The outcomes of a pool, made from a `Report`. Unknown credits are null, never 0."""
 
     ok: Annotated[bool, Field(description="Whether every key listed has a balance.")]
     succeeded: int
@@ -191,7 +191,7 @@ class PoolResponse(_Response):
 
 
 class HealthResponse(_Response):
-    """What is known of a pool without asking."""
+    """The state of a pool according to the cache."""
 
     status: Annotated[
         Literal["ok", "degraded", "unknown"],

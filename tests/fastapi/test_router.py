@@ -196,7 +196,7 @@ def test_without_the_lifespan_an_error_says_what_to_do() -> None:
     @app.get("/")
     async def never(client: CreditsDep) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="its lifespan did not run: make it with"):
+    with pytest.raises(ConfigurationError, match="its lifespan did not run; make the app with"):
         TestClient(app).get("/")
     with TestClient(app):
         pass
@@ -249,18 +249,18 @@ def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
     """What is easily mistyped: not called, no lifespan, and a function that makes something
     else."""
     with (
-        pytest.raises(
-            ConfigurationError, match=r"call it: FastAPI\(lifespan=credits_lifespan\(\)\)"
-        ),
+        pytest.raises(ConfigurationError, match=r"write FastAPI\(lifespan=credits_lifespan\(\)\)"),
         TestClient(
             FastAPI(lifespan=credits_lifespan)  # type: ignore[arg-type]  # the mistake under test
         ),
     ):
         pass
-    with pytest.raises(ConfigurationError, match="lifespan is what FastAPI takes for one, not str"):
+    with pytest.raises(
+        ConfigurationError, match="lifespan must be a callable lifespan of FastAPI, not str"
+    ):
         credits_lifespan(lifespan="x")  # type: ignore[arg-type]  # the mistake under test
     with (
-        pytest.raises(ConfigurationError, match="made a dict"),
+        pytest.raises(ConfigurationError, match="must return a CreditsClient, not dict"),
         TestClient(
             FastAPI(lifespan=credits_lifespan(dict))  # type: ignore[arg-type]  # the mistake under test
         ),
@@ -391,13 +391,13 @@ def test_a_pool_response_can_be_read_back() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "say who may see the credits"),
-        ({"dependencies": []}, "say who may see the credits"),
+        ({}, "access to the credits is undecided: give dependencies"),
+        ({"dependencies": []}, "access to the credits is undecided: give dependencies"),
         ({"public": True, "dependencies": [Depends(list)]}, "but not both"),
-        ({"public": None}, "public is True or False, not NoneType"),
-        ({"public": 1, "dependencies": [Depends(list)]}, "public is True or False, not int"),
-        ({"public": "no"}, "public is True or False, not str"),
-        ({"dependencies": [list]}, r"dependencies are Depends\(…\); wrap this type in it"),
+        ({"public": None}, "public must be True or False, not NoneType"),
+        ({"public": 1, "dependencies": [Depends(list)]}, "public must be True or False, not int"),
+        ({"public": "no"}, "public must be True or False, not str"),
+        ({"dependencies": [list]}, r"dependencies must be Depends\(…\); wrap this type in it"),
         ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
         (
             {"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}},
@@ -595,7 +595,7 @@ def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> N
     """It is mostly a variable that is not set."""
     credits_router([], public=True)
     assert (
-        "the pool of this router is empty; are CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY set"
+        "the pool of this router is empty; if it comes from the environment, set CRUSTDATA_API_KEYS"
         in caplog.text
     )
 
@@ -680,7 +680,7 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
             "status": "unknown",
             "keys": 2,
             "known": 0,
-            "reasons": ["2 of 2 keys have not been answered for yet"],
+            "reasons": ["2 of 2 keys have no answer yet"],
         }
         await caller.get("/credits/keys/prod")
         assert (await health())["status"] == "degraded"
