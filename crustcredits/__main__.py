@@ -1,8 +1,7 @@
-"""Where `python -m crustcredits` and the script `crustcredits` begin.
+"""Entry point of `python -m crustcredits` and of the script `crustcredits`.
 
-It knows nothing but where the command line is.
-
-Typer and rich are optional, so nothing that needs them is imported before `main` is called.
+It knows only the name of the command line's module. Typer and rich are optional, so nothing that
+needs them is imported before `main` is called.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; without the extra `cli`, say in a line what to install."""
+    """Run the command line; without the extra `cli`, print one line on how to install it."""
     try:
-        from crustcredits.cli import app  # noqa: PLC0415  # so that its absence is ours to report
+        from crustcredits.cli import app  # noqa: PLC0415  # so that its absence is reported here
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
             raise

@@ -1,9 +1,8 @@
-"""The command line: `crustcredits demo` on a sandbox of its own, `crustcredits check` on your keys.
+"""The command line: `crustcredits demo` on its own sandbox, `crustcredits check` on your keys.
 
-It owns options, exit statuses and what people see: the bar, the tables, the words. It must not know
-how a key is asked or how calls are held back; both are the client's. Standard output carries the
-result, standard error everything else. Secrets come from the environment, a file or standard input,
-never from an argument, and nothing here prints one.
+This module owns options and exit statuses; requests and the rate limit are the client's. Standard
+output carries the result, standard error everything else. Secrets come from the environment, a file
+or standard input, never from an argument, and nothing here prints one.
 """
 
 from __future__ import annotations
@@ -35,23 +34,27 @@ from crustcredits.testing import SandboxServer
 from crustcredits.testing._demo import demo_pool
 
 _LOW, _USAGE, _FAILED = 1, 2, 3
+# As in sysexits.h, and 128 plus the signal's number.
 _UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = (
     74,
     130,
     141,
-)  # as sysexits.h has it, and 128 and the signal's number
+)
 
 
-# Typer does not export the base of its errors about usage.
+# Typer does not export the base class of its usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__base__ or Exception
 
 
 class _WrongValueError(typer.BadParameter):
-    """A value that cannot be used, in words of our own."""
+    """An unusable value, with this module's own message."""
 
 
 def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
-    """What `parse` returns; or a usage error that repeats no argument, because it may be a key in the wrong place."""
+    """Return the result of `parse`, or raise a usage error that repeats no argument.
+
+    An argument may be a key in the wrong place.
+    """
     try:
         return parse()
     except _WrongValueError:
@@ -65,7 +68,7 @@ def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
         }:
             raise
         near = getattr(error, "possibilities", None)
-        problem = "No such option; it is not repeated here, because it may be a key."
+        problem = "No such option; its text is not repeated, because it may be a key."
         if near:
             problem += f" Is {' or '.join(sorted(near))} meant?"
     raise _UsageError(problem, context)
@@ -77,7 +80,7 @@ class _Command(TyperCommand):
 
 
 class _Commands(TyperGroup):
-    """Commands by their names. One that does not exist is not repeated either."""
+    """Commands by their names. An unknown name is not repeated either."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return _without_values(partial(super().parse_args, ctx, args), ctx)
@@ -91,14 +94,14 @@ app: typer.Typer = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print local variables
-    rich_markup_mode=None,  # its boxes keep their escape sequences with NO_COLOR
+    rich_markup_mode=None,  # its boxes contain escape sequences even with NO_COLOR
 )
-_SETTINGS = {"allow_extra_args": True}  # only to be refused without being repeated
+_SETTINGS = {"allow_extra_args": True}  # only to refuse them without repeating them
 
 
 def _positive(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < math.inf:
-        raise _WrongValueError("it is a finite number of seconds above 0.")
+        raise _WrongValueError("it must be a finite number of seconds above 0.")
     return seconds
 
 
@@ -124,16 +127,16 @@ def demo(
     context: typer.Context,
     *,
     keys: Annotated[
-        int, typer.Option(min=1, max=100_000, metavar="N", help="How many keys.")
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Number of keys.")
     ] = 120,
     window: Annotated[
         float,
         typer.Option(
-            callback=_positive, metavar="SECONDS", help="In which 300 requests are allowed."
+            callback=_positive, metavar="SECONDS", help="Period of the limit of 300 requests."
         ),
     ] = 60,
 ) -> None:
-    """Check a made-up pool, broken here and there, on a stand-in for the API.
+    """Check a made-up pool with some broken keys on a sandbox of the API.
 
     Needs no key and no network; exits with 0.
     """
@@ -173,7 +176,8 @@ def check(
         typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer."),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(callback=_positive, metavar="SECONDS", help="Time for them all.")
+        float | None,
+        typer.Option(callback=_positive, metavar="SECONDS", help="Time limit for all keys."),
     ] = None,
 ) -> None:
     """Check your keys, from CRUSTDATA_API_KEY and CRUSTDATA_API_KEYS or from a file.
@@ -188,13 +192,13 @@ def check(
       0    every key was checked, and none is below --min-credits
       1    some key is below --min-credits
       2    wrong usage, no keys, or keys or settings that cannot be used
-      3    some key could not be checked, whatever the others hold
+      3    some key could not be checked, regardless of the others
       74   the result could not be written
-      130  interrupted by Ctrl-C; what had landed is shown
-    """  # noqa: D301  # \b keeps the lines below it as they are
+      130  interrupted by Ctrl-C; the results so far are shown
+    """  # noqa: D301  # \b keeps the line breaks below it
     with _exit_statuses(context):
         if as_json and as_jsonl:
-            context.fail("--json and --jsonl cannot be had together; give one of them.")
+            context.fail("--json and --jsonl exclude each other; give one of them.")
         floor = _floor(min_credits)
         run = Run(_read_keys(keys_file), detail=detail, timeout=timeout, lines=as_jsonl)
         run.finish(run.check(CreditsClient(trust_env=True)))
@@ -211,10 +215,10 @@ def check(
 
 @contextlib.contextmanager
 def _exit_statuses(context: typer.Context) -> Iterator[None]:
-    """What every command does with arguments, and with what may end it early."""
+    """Refuse arguments, and turn errors and interruptions into exit statuses."""
     if context.args:
         context.fail(
-            "Keys are not taken as arguments, which others can read; use CRUSTDATA_API_KEYS "
+            "Keys cannot be arguments, which other users can read; use CRUSTDATA_API_KEYS "
             "or --keys-file."
         )
     try:
@@ -225,8 +229,8 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     except OSError as error:
-        # Or the interpreter would try at its end to write what is left, and complain.
-        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123  # no path of a file is meant
+        # Otherwise the interpreter would try to write the rest at its end, and complain.
+        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # noqa: PTH123  # not the path of a file
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(_CLOSED_PIPE) from None
@@ -244,11 +248,13 @@ def _leave(run: Run, status: int) -> None:
 
 
 def _floor(text: str | None) -> Decimal | None:
-    with contextlib.suppress(InvalidOperation):  # as comparing NaN raises too
+    with contextlib.suppress(InvalidOperation):  # comparing NaN raises too
         floor = None if text is None else Decimal(text)
         if floor is None or 0 <= floor < math.inf:
             return floor
-    raise typer.BadParameter("it is a number of credits, 0 or more.", param_hint="'--min-credits'")
+    raise typer.BadParameter(
+        "it must be a number of credits, 0 or more.", param_hint="'--min-credits'"
+    )
 
 
 def _read_keys(path: str | None) -> list[ApiKey]:

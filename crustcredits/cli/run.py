@@ -1,4 +1,4 @@
-"""One run of a check on the command line: its bar on standard error, and the report at its end."""
+"""One run of a check on the command line: its progress bar on standard error, and its report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from crustcredits.testing import SandboxServer
 
 
 class Run:
-    """One check of a pool, and what has landed of it so far, however it ends."""
+    """One check of a pool, and its outcomes so far, however it ends."""
 
     def __init__(
         self, pool: list[ApiKey], *, detail: bool, timeout: float | None = None, lines: bool = False
@@ -38,9 +38,9 @@ class Run:
         self._bar: Bar | None = None
 
     async def check(self, client: CreditsClient) -> None:
-        """Ask for every key, with a bar where there is a terminal for it, and close the client."""
+        """Check every key, with a progress bar on an interactive terminal, and close the client."""
         async with client:
-            # Lines on the same terminal would run into the bar, and are progress enough.
+            # Lines on the same terminal would run into the bar, and show progress themselves.
             console = console_of(sys.stderr)
             if console.is_interactive and not (self._lines and sys.stdout.isatty()):
                 self._bar = Bar(client, self, console)
@@ -50,14 +50,14 @@ class Run:
                 )
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let `work`, which checks, come to its end or to Ctrl-C."""
+        """Run `work`, which checks the pool, until its end or Ctrl-C."""
         try:
             asyncio.run(work)
         except KeyboardInterrupt:
             self.interrupted = True
 
     def report(self) -> Report:
-        """What has landed, in the order of the pool; of the rest, that it was not checked."""
+        """Return the outcomes so far, in the order of the pool; the rest are "not checked"."""
         now = datetime.now(UTC)
         return Report(
             self.landed.get(key) or Unknown(key=key, error=NOT_CHECKED, checked_at=now)
@@ -78,10 +78,10 @@ async def rehearse(sandbox: SandboxServer, run: Run, limit: RateLimit) -> None:
 
 
 class Bar(Progress):
-    """How far a run has come, on standard error, and when the rate limit lets the last of it start."""
+    """Progress of a run on standard error, with the time until its last call may start."""
 
     def __init__(self, client: CreditsClient, run: Run, console: Console) -> None:
-        # Standard output may go elsewhere, so it is not led past the bar.
+        # Standard output may be redirected, so the bar leaves it unchanged.
         super().__init__(
             BarColumn(24),
             MofNCompleteColumn(),
@@ -96,7 +96,7 @@ class Bar(Progress):
         self.move()
 
     def move(self) -> None:
-        """Show what has landed."""
+        """Show the outcomes so far."""
         quota = self._client.quota(detail=self._run.detail)
         remaining = self.total_line - len(self._run.landed)
         to_come = max(0, remaining - quota.waiting - quota.in_flight)

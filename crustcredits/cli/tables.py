@@ -1,4 +1,4 @@
-"""What people see of a report: tables, totals and failures, in terminals of any width."""
+"""The text of a report for people: tables, totals and failures, in terminals of any width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._report import Report
 
 NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
-NARROWEST = 76  # columns; on fewer the terminal wraps the lines, so that no digit is cut
+NARROWEST = 76  # columns; a narrower terminal wraps the lines, so that no digit is cut
 LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 
 
@@ -32,7 +32,7 @@ def tables_of(report: Report, floor: Decimal | None) -> Iterator[RenderableType]
     failures = [outcome for outcome in report.failed if outcome.error is not NOT_CHECKED]
     if failures:
         yield Group(Text("Could not be checked", style="bold"), _failures_table(failures))
-    # What is 0 adds nothing, however often it is counted.
+    # An account with 0 credits adds nothing, however often it is counted.
     alike = [
         outcome.key.label for group in report.lookalikes if group[0].credits for outcome in group
     ]
@@ -103,16 +103,17 @@ def total_line(report: Report) -> str:
         report.accounts.get(outcome.key.account or "") is None for outcome in report.failed
     )
     known = "unknown" if credits is None else f"{credits:,f} credits"
-    return f"Total: {known}" + f"; keys of which nothing is known: {unknown}" * bool(unknown)
+    return f"Total: {known}" + f"; unknown keys: {unknown}" * bool(unknown)
 
 
 def plain_table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
+        # Only these columns may be narrowed, because their text may be long.
         names = header in {
             "key",
             "account",
-        }  # the only ones to be narrowed, because they may be long
+        }
         table.add_column(
             header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names
         )
@@ -133,7 +134,7 @@ def printable(text: str) -> str:
 
 
 def console_of(stream: TextIO | None) -> Console:
-    # Said outright, or FORCE_COLOR and its like would colour files.
+    # Set explicitly, since FORCE_COLOR and the like would colour files.
     lively = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
     return Console(file=stream, force_terminal=lively, highlight=False, emoji=False)
 

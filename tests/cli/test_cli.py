@@ -183,7 +183,7 @@ def test_the_demo_shows_every_kind_of_key() -> None:
     assert "contoso/prod unknown failed" in " ".join(result.out.split())
     assert row(result, "waystar") == "waystar 1 unknown"
     assert row(result, "alpine") == "alpine 1 17,041,325"
-    assert "Total: 281,552,662.24 credits; keys of which nothing is known: 3\n" in result.out
+    assert "Total: 281,552,662.24 credits; unknown keys: 3\n" in result.out
     assert "contoso/prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
     assert result.lines[-1].startswith("Requests: 45 in ")
     assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; 429s: 0")
@@ -284,7 +284,7 @@ def test_unknown_is_not_zero(api: SandboxServer) -> None:
     assert result.status == 3
     assert row(result, "acme/lost") == "acme/lost unknown failed"
     assert row(result, "acme") == "acme 1 unknown"
-    assert "Total: unknown; keys of which nothing is known: 1\n" in result.out
+    assert "Total: unknown; unknown keys: 1\n" in result.out
 
 
 def test_retries_are_told(api: SandboxServer) -> None:
@@ -458,14 +458,17 @@ def test_a_minimum_that_is_no_number_of_credits(floor: str) -> None:
     """`--min-credits` takes a number of 0 or more, or it is a usage error."""
     result = run("check", "--min-credits", floor, CRUSTDATA_API_KEY="some-secret")
     assert (result.status, result.out) == (2, "")
-    assert "Invalid value for '--min-credits': it is a number of credits, 0 or more." in result.err
+    assert (
+        "Invalid value for '--min-credits': it must be a number of credits, 0 or more."
+        in result.err
+    )
 
 
 def test_json_and_jsonl_exclude_each_other() -> None:
     """Both at once is a usage error."""
     result = run("check", "--json", "--jsonl", CRUSTDATA_API_KEY="some-secret")
     assert (result.status, result.out) == (2, "")
-    assert "--json and --jsonl cannot be had together" in result.err
+    assert "--json and --jsonl exclude each other" in result.err
 
 
 def test_time_runs_out(api: SandboxServer) -> None:
@@ -843,5 +846,5 @@ def test_an_option_that_is_near_is_named() -> None:
     assert "Is --timeout meant?" in run("check", "--time-out", "3").err
     assert "Option '--timeout' requires an argument" in run("check", "--timeout").err
     assert (
-        "Invalid value for '--keys': it takes N. How many keys." in run("demo", "--keys", "0").err
+        "Invalid value for '--keys': it takes N. Number of keys." in run("demo", "--keys", "0").err
     )
