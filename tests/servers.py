@@ -1,4 +1,4 @@
-"""Real Redis servers, each in a directory of its own, ended by their process."""
+"""Real Redis servers, each in a directory of its own, ended by the test process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
-# Seconds that a server may take to come up; the one of a cluster waits for two of its own accord.
+# Seconds that a server may take to start; a cluster's server waits for two by itself.
 _PATIENCE = 10.0
 
 
@@ -71,7 +71,7 @@ class RedisServer:
         self._process = None
 
     def restart(self) -> None:
-        """It has lost everything, also the scripts."""
+        """Restart with an empty memory, without scripts."""
         self.stop()
         self.start()
 
@@ -81,7 +81,7 @@ class RedisServer:
         shutil.rmtree(self._directory)
 
     def ask(self, *command: str | int) -> object:
-        """The answer to one command, over a connection of its own."""
+        """Return the answer to one command, over a connection of its own."""
         with contextlib.closing(Redis(unix_socket_path=str(self.socket))) as client:
             return client.execute_command(*command)  # type: ignore[no-untyped-call]
 
@@ -109,13 +109,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
-    """One for all tests, which use a prefix each."""
+    """One server for all tests, each with its own prefix."""
     server = RedisServer()
     yield server
     server.remove()
 
 
 def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a package be imported anew."""
+    """Make a package import again from scratch."""
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)

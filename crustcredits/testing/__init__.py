@@ -1,4 +1,4 @@
-"""Stand-ins for the API, for your tests and for ours: `SandboxServer` on a loopback socket, and `fake_client` without one.
+"""Stand-ins for the API: `SandboxServer` on a loopback socket, `fake_client` without one.
 
 Both answer as the API's documents say, have balances that change with time, and fail in every way
 that `Fault` lists. The rest of the library never imports this package, and this package imports no

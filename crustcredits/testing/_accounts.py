@@ -1,6 +1,6 @@
 """`Account`: a balance that changes with time.
 
-It is told the time, and knows no keys and no requests.
+It receives the time as an argument, and knows no keys and no requests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Stretch:
 @attrs.frozen
 class _TopUp:
     credits: Decimal
-    left: Decimal  # at the most, as of the last change of the balance
+    left: Decimal  # at most, as of the last change of the balance
     ends: float
     expires_at: datetime | None
 
@@ -61,12 +61,12 @@ class Account:
         self._grant: _Grant | None = None
 
     def set_credits(self, credits: Decimal, now: float) -> None:
-        """The balance is this from now on; what is spent per second goes on."""
+        """Set the balance from now on; spending per second continues."""
         self._advance(now)
         self._stretch(now, credits, self._stretches[-1].per_second)
 
     def spend(self, credits: Decimal, now: float) -> None:
-        """Spend at once, even more than is there."""
+        """Spend at once, even more than the balance."""
         self.set_credits(self.credits_at(now) - credits, now)
 
     def spend_per_second(self, credits: Decimal, now: float) -> None:
@@ -76,7 +76,7 @@ class Account:
     def grant(
         self, credits: Decimal, now: float, seconds: float, frequency: str, *, rollover: bool
     ) -> None:
-        """Credits come after `seconds`, and then every 30 days."""
+        """Grant credits after `seconds`, and then every 30 days."""
         self._grant = _Grant(
             credits, now + seconds, datetime.now(UTC) + timedelta(seconds=seconds), rollover
         )
@@ -87,7 +87,7 @@ class Account:
         }
 
     def top_up(self, credits: Decimal, now: float, seconds: float | None) -> None:
-        """Add credits; what is left of them is lost after `seconds`."""
+        """Add credits; the remainder of them is lost after `seconds`."""
         self.set_credits(self.credits_at(now) + credits, now)
         ends = math.inf if seconds is None else now + seconds
         expires_at = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
@@ -97,7 +97,7 @@ class Account:
         )
 
     def credits_at(self, now: float, lag: float = 0.0) -> Decimal:
-        """The balance, or what it was `lag` seconds before."""
+        """Return the balance, or the balance of `lag` seconds ago."""
         self._advance(now)
         moment = now - lag
         return next(stretch for stretch in reversed(self._stretches) if stretch.start <= moment).at(
@@ -105,7 +105,7 @@ class Account:
         )
 
     def document(self, now: float, lag: float = 0.0) -> dict[str, Any]:
-        """The account as `/account/credits` shows it."""
+        """Return the account as `/account/credits` shows it."""
         document = {"credits": self.credits_at(now, lag)} | self._fields
         if self._grant is not None:
             document["recurring_credits_refresh_date"] = _text(self._grant.date)
@@ -123,7 +123,7 @@ class Account:
         return document
 
     def _left(self, now: float) -> list[tuple[_TopUp, Decimal]]:
-        """What each top-up still holds, given the balance: those that expire last are spent last."""
+        """Remainder of each top-up for the balance: the last to expire are spent last."""
         rest, left = max(self._stretches[-1].at(now), Decimal(0)), []
         for top_up in reversed(self._top_ups):
             left.append((top_up, min(top_up.left, rest)))
@@ -131,7 +131,7 @@ class Account:
         return left[::-1]
 
     def _advance(self, now: float) -> None:
-        """Let come and go what was to come and go by now, in this order of time."""
+        """Apply every grant and expiry that is due by now, in order of time."""
         while True:
             grant_at = math.inf if self._grant is None else self._grant.comes
             expiry = self._top_ups[0].ends if self._top_ups else math.inf
@@ -156,7 +156,7 @@ class Account:
 
     def _stretch(self, start: float, credits: Decimal, per_second: Decimal) -> None:
         self._top_ups = [attrs.evolve(top_up, left=left) for top_up, left in self._left(start)]
-        if start == -math.inf:  # before time begins there is no past to tell of
+        if start == -math.inf:  # before any loop runs there is no history
             self._stretches.clear()
         self._stretches.append(_Stretch(start, credits, per_second))
 

@@ -1,4 +1,4 @@
-"""`FakeAPI`: accounts, keys and faults, and what is answered to whom.
+"""`FakeAPI`: accounts, keys and faults, and the answer to each request.
 
 It decides, and has no socket.
 """
@@ -42,11 +42,11 @@ class Arrival:
     """One request as it reached the sandbox.
 
     Attributes:
-        at: When, in the running loop's time.
-        key: The label of the key, or None when no known key was sent.
-        path: The path asked for.
+        at: The running loop's time of arrival.
+        key: The label of the key, or None if no known key was sent.
+        path: The path of the request.
         headers: As sent. They hold the secret, so they do not print.
-        refused: Whether the window was full, so that it was answered 429.
+        refused: Whether it was answered 429 because the window was full.
     """
 
     at: float
@@ -58,14 +58,14 @@ class Arrival:
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """What is answered to one request, and what happens to its connection besides, or instead."""
+    """The answer to one request, and the fault of its connection, if any."""
 
     status: int
     headers: Mapping[str, str]
     body: str
     kind: str = "application/json"
     fault: Fault | None = None
-    label: str | None = None  # of the key, if it is known
+    label: str | None = None  # of the key, if known
 
 
 @attrs.frozen
@@ -86,17 +86,16 @@ class _Order:
 
 
 class FakeAPI:
-    """A world of accounts and keys that answers as the API's documents say, and fails as it is told to.
+    """A world of accounts and keys that answers as the API's documents say, and fails on request.
 
-    `SandboxServer` puts it on a socket, and `fake_client` into memory. Accounts are told apart by
+    `SandboxServer` puts it on a socket, and `fake_client` into memory. Accounts are identified by
     their names, and an account's balance is changed through any of its keys. Time is the running
-    loop's. Its methods are many because they are all that a test can do to the world.
+    loop's. It has many methods because they are all that a test can do to the world.
 
     Attributes:
-        arrivals: Every request, in the order they came; empty without `record`.
-        requests: How many came.
-        refused: How many were answered 429 because the window was full. Refusals that were ordered
-            do not count.
+        arrivals: Every request, in order of arrival; empty without `record`.
+        requests: Number of requests.
+        refused: Requests answered 429 because the window was full. Ordered refusals do not count.
     """
 
     @hides_arguments
@@ -109,7 +108,7 @@ class FakeAPI:
         record: bool = True,
     ) -> None:
         if scope not in {"client", "account", "key"}:
-            raise ConfigurationError("scope is 'client', 'account' or 'key'")
+            raise ConfigurationError("scope must be 'client', 'account' or 'key'")
         check_whole("limit", limit, minimum=1)
         check_number("period", period, above=0)
         self.arrivals: list[Arrival] = []
@@ -151,8 +150,8 @@ class FakeAPI:
         """Issue a key and return it.
 
         It belongs to `account`, which must be open, or without one to an account of its own with
-        `credits`. With `declared=False` the returned key does not say which account it belongs to.
-        The secret is random unless given.
+        `credits`. With `declared=False` the returned key does not name its account. The secret is
+        random unless given.
 
         Raises:
             ConfigurationError: There is no such account, or the secret or the name cannot be used.
@@ -172,7 +171,7 @@ class FakeAPI:
 
     @hides_arguments
     def key(self, label: str) -> ApiKey:
-        """The key that was issued under this label.
+        """Return the key that was issued under this label.
 
         Raises:
             ConfigurationError: There is none.
@@ -184,7 +183,7 @@ class FakeAPI:
 
     @hides_arguments
     def revoke(self, key: ApiKey) -> None:
-        """The API does not know the key any more, for good: 401.
+        """Answer 401 to this key for good.
 
         Raises:
             ConfigurationError: The key was not issued here.
@@ -211,18 +210,18 @@ class FakeAPI:
         *,
         per_second: Decimal | int | str | None = None,
     ) -> None:
-        """Spend from the account that `key` draws from: `credits` at once, or so many per second from now on, down to 0.
+        """Spend `credits` of the account of `key` at once, or `per_second` from now on, down to 0.
 
         `per_second=0` ends the latter.
 
         Raises:
             ConfigurationError: The key was not issued here, neither or both amounts are given, or
-                one is not exact; or no loop runs whose time would pass.
+                one is not exact; or no loop runs, so time does not pass.
         """
         account = self._account_of(key)
         if (credits is None) == (per_second is None):
             raise ConfigurationError(
-                "spend credits at once, or with per_second= as time passes; give one of them"
+                "amount undecided: give either credits, spent at once, or per_second="
             )
         if credits is not None:
             account.spend(_amount(credits), _now())
@@ -239,14 +238,14 @@ class FakeAPI:
         frequency: str = "monthly",
         rollover: bool = False,
     ) -> None:
-        """Give the account of `key` a recurring grant: `credits` come after so many seconds, and every 30 days from then on.
+        """Give the account of `key` `credits` in `after` seconds, then every 30 days.
 
-        Without `rollover` all that is no top-up is lost when the grant comes, also what the account
-        began with; top-ups stay.
+        Without `rollover`, all credits except top-ups are lost when the grant comes, including the
+        account's first balance; top-ups stay.
 
         Raises:
             ConfigurationError: The key was not issued here, an argument cannot be used, or no loop
-                runs whose time would pass.
+                runs, so time does not pass.
         """
         account, wait = self._account_of(key), seconds("after", after, above=0)
         account.grant(_amount(credits), _time("grant()"), wait, frequency, rollover=rollover)
@@ -255,14 +254,15 @@ class FakeAPI:
     def top_up(
         self, key: ApiKey, credits: Decimal | int | str, *, expires: Seconds | None = None
     ) -> None:
-        """Buy credits for the account of `key`; what is left of them is lost after `expires` seconds, or never.
+        """Buy credits for the account of `key`; the rest is lost after `expires` seconds, or never.
 
-        They stand in `credit_topups` as long as any are left. How the API names its members is not
-        documented; these are `origin`, `original_credits`, `remaining_credits` and `expires_at`.
+        A top-up appears in `credit_topups` until it is spent. The API does not document the names
+        of its members; these are `origin`, `original_credits`, `remaining_credits` and
+        `expires_at`.
 
         Raises:
             ConfigurationError: The key was not issued here, an argument cannot be used, or no loop
-                runs whose time would pass.
+                runs, so time does not pass.
         """
         account, wait = (
             self._account_of(key),
@@ -272,10 +272,10 @@ class FakeAPI:
 
     @hides_arguments
     def lag(self, after: Seconds) -> None:
-        """Answer with the balances of so many seconds ago, as a replica that is behind would; 0 ends it.
+        """Answer with the balances of `after` seconds ago, as a delayed replica would; 0 ends it.
 
         Raises:
-            ConfigurationError: It is no number of seconds of at least 0.
+            ConfigurationError: `after` is no number of seconds of at least 0.
         """
         self._lag = seconds("after", after)
 
@@ -283,12 +283,12 @@ class FakeAPI:
 
     @hides_arguments
     def down(self, fault: Fault = Fault.UNAVAILABLE) -> None:
-        """The whole API fails with `fault`, for known and unknown keys, until `up()`."""
+        """Let the whole API fail with `fault`, for known and unknown keys, until `up()`."""
         check_kind("fault", fault, Fault)
         self._down = fault
 
     def up(self) -> None:
-        """The API works again. Faults that were ordered for single keys stay."""
+        """Let the API work again. Faults that were ordered for single keys stay."""
         self._down = None
 
     @hides_arguments
@@ -301,11 +301,11 @@ class FakeAPI:
         retry_after: int | None = None,
         path: str | None = None,
     ) -> None:
-        """Answer the next `times` requests of `key` with `fault`, or all of them; after faults ordered before.
+        """Answer the next `times` requests of `key`, or all, with `fault`, after earlier faults.
 
-        `retry_after` is what a `REFUSED` one is told to wait, in whole seconds; by default each is
-        told another time within the period, as accounts hammered from elsewhere would be. With
-        `path` (`"/user/credits"` or `"/account/credits"`) only requests to that endpoint fail.
+        `retry_after` is the wait in a `REFUSED` answer, in whole seconds; by default each answer
+        names another time within the period, as for accounts that are also used from elsewhere.
+        With `path` (`"/user/credits"` or `"/account/credits"`) only requests to that endpoint fail.
 
         Raises:
             ConfigurationError: The key was not issued here, or another argument cannot be used.
@@ -316,7 +316,7 @@ class FakeAPI:
             if number is not None:
                 check_whole(what, number, minimum=1)
         if path is not None and path not in _PATHS:
-            raise ConfigurationError(f"path is one of {' and '.join(_PATHS)}")
+            raise ConfigurationError(f"path must be one of {' and '.join(_PATHS)}")
         self._orders[key.digest].append(_Order(fault, times, retry_after, path))
 
     @hides_arguments
@@ -332,14 +332,14 @@ class FakeAPI:
     # --- what came
 
     def worst_window(self) -> int:
-        """The most arrivals on one endpoint within any one period, whatever `scope` counts by.
+        """Return the most arrivals on one endpoint within any one period, over all keys.
 
         Raises:
             ConfigurationError: With `record=False` it is not known.
         """
         if not self._record:
             raise ConfigurationError(
-                "without record=True the arrivals are not kept, so the worst window is unknown"
+                "the worst window is unknown, because arrivals are not recorded; use record=True"
             )
         return max(
             (_worst_window(times, self._period) for times in self._times_by_path().values()),
@@ -355,12 +355,12 @@ class FakeAPI:
     # --- answers
 
     def _key_of(self, secret: str | None) -> ApiKey | None:
-        """The key of this secret, also when it is revoked."""
+        """Return the key of this secret, also a revoked one."""
         known = None if secret is None else self._keys.get(digest_of(secret))
         return None if known is None else known[0]
 
     def answer(self, method: str, path: str, headers: Mapping[str, str]) -> Answer:
-        """Count a request that arrives now, and decide what to answer."""
+        """Count a request that arrives now, and decide its answer."""
         scheme, _, secret = headers.get("Authorization", "").partition(" ")
         key = self._key_of(secret) if scheme == "Bearer" else None
         refused, told = self._count(path, headers, key)
@@ -377,7 +377,7 @@ class FakeAPI:
     ) -> tuple[bool, dict[str, str]]:
         """Count an arrival, unless the window is full.
 
-        Returns whether it is, and the headers that every answer brings.
+        Returns whether it is full, and the headers of every answer.
         """
         now = asyncio.get_running_loop().time()
         window = self._windows[path, self._scope_of(headers, key)]
@@ -459,7 +459,7 @@ class FakeAPI:
         )
 
     def _spread_reset(self) -> int:
-        """Seconds that the next ordered refusal asks for: a moment of its own, as each account's window would."""
+        """Seconds that the next ordered refusal asks for, different each time."""
         self._refusals += 1
         return 1 + int(max(self._period - 1, 0) * (self._refusals * 0.618 % 1))
 
@@ -485,19 +485,19 @@ def _credits(credits: Decimal | int | str) -> Decimal:
         if not isinstance(credits, (float, bool)) and Decimal(credits).is_finite():
             return Decimal(credits)
     raise ConfigurationError(
-        f"credits are exact: give a finite Decimal, an int or their text, not {shown(credits)}"
+        f"credits must be exact: give a finite Decimal, an int or their text, not {shown(credits)}"
     )
 
 
 def _amount(credits: Decimal | int | str) -> Decimal:
     amount = _credits(credits)
     if amount < 0:
-        raise ConfigurationError("credits that are spent or added are at least 0")
+        raise ConfigurationError("credits to spend or add must be at least 0")
     return amount
 
 
 def _now() -> float:
-    """The running loop's time; before any loop runs, the beginning of time."""
+    """Return the running loop's time, or minus infinity without a loop."""
     with contextlib.suppress(RuntimeError):
         return asyncio.get_running_loop().time()
     return -math.inf
@@ -506,7 +506,9 @@ def _now() -> float:
 def _time(what: str) -> float:
     now = _now()
     if now == -math.inf:
-        raise ConfigurationError(f"{what} needs a time that passes; call it in a coroutine")
+        raise ConfigurationError(
+            f"{what} needs a running loop for its time; call it in a coroutine"
+        )
     return now
 
 

@@ -1,6 +1,6 @@
 """The made-up pool of `crustcredits demo`: good keys and broken ones.
 
-It knows the sandbox, and nothing of how they are shown.
+It knows the sandbox, and nothing of the display.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COMPANIES = (  # noqa: SIM905  # as a list it takes forty lines
 
 
 def demo_pool(sandbox: SandboxServer, count: int) -> list[ApiKey]:
-    """The same pool every time, but for its secrets and for dates that stay ahead."""
+    """Make the same pool every time, except for its secrets and for dates in the future."""
     draw = random.Random(11)
     for place, company in enumerate(_COMPANIES):
         credits = (

@@ -1,6 +1,6 @@
-"""`Fault`: what can go wrong with an answer, in one table.
+"""`Fault`: every way in which an answer can fail, in one table.
 
-And the bodies of those that are a plain answer.
+And the bodies of faults that are a plain answer.
 """
 
 from __future__ import annotations
@@ -9,36 +9,36 @@ import enum
 
 
 class Fault(enum.Enum):
-    """What can go wrong with the answer to a key; `fail` orders it, and `down` for all keys.
+    """Ways in which the answer to a key can fail; `fail` orders one, and `down` for all keys.
 
-    | fault             | what is answered                                        | error                     |
-    | ----------------- | ------------------------------------------------------- | ------------------------- |
-    | `REFUSED`         | 429, as when the account is hammered from elsewhere     | `RateLimitError`          |
-    | `INTERNAL_ERROR`  | 500 with a JSON error                                   | `InternalServerError`     |
-    | `BAD_GATEWAY`     | 502 with a gateway's HTML                               | `InternalServerError`     |
-    | `UNAVAILABLE`     | 503 with an empty body                                  | `InternalServerError`     |
-    | `INVALID_KEY`     | 401, the API does not know the key                      | `InvalidKeyError`         |
-    | `PAYMENT_REQUIRED`| 402, out of credits                                     | `PaymentRequiredError`    |
-    | `FORBIDDEN`       | 403, the plan does not allow it                         | `PermissionDeniedError`   |
-    | `CHALLENGE`       | 403 with the HTML page of a gateway                     | `GatewayError`            |
-    | `RESET`           | the connection is reset before an answer                | `APIConnectionError`      |
-    | `RESET_IN_BODY`   | the connection is reset in the middle of the body       | `APIConnectionError`      |
-    | `CUT_SHORT`       | the connection ends before the announced end            | `APIConnectionError`      |
-    | `SILENCE`         | nothing, for ever                                       | `APITimeoutError`         |
-    | `DRIP`            | the answer begins, and its body drips for ever          | `APITimeoutError`         |
-    | `NOT_JSON`        | 200 with text that is not JSON                          | `UnexpectedResponseError` |
-    | `WRONG_SHAPE`     | 200 with JSON of another shape                          | `UnexpectedResponseError` |
-    | `NAN`             | 200 with NaN for the credits                            | `UnexpectedResponseError` |
-    | `REDIRECT`        | 302 to another origin                                   | `UnexpectedResponseError` |
-    | `ENDLESS`         | 200 with a body that does not end                       | `UnexpectedResponseError` |
-    | `BOMB`            | 200 with 16 KiB that swell to 16 MiB                    | `UnexpectedResponseError` |
-    | `COOKIE`          | the right answer, and a cookie with the key's name      | none                      |
-    | `GLITCH`          | 200 with 0 credits, whatever the account holds          | none                      |
-    | `STALE`           | the right answer; the kept connection is lost just when | none                      |
-    |                   | the next request is on its way                          |                           |
+    | fault              | answer                                      | error                     |
+    | ------------------ | ------------------------------------------- | ------------------------- |
+    | `REFUSED`          | 429, as if others used the account          | `RateLimitError`          |
+    | `INTERNAL_ERROR`   | 500 with a JSON error                       | `InternalServerError`     |
+    | `BAD_GATEWAY`      | 502 with a gateway's HTML                   | `InternalServerError`     |
+    | `UNAVAILABLE`      | 503 with an empty body                      | `InternalServerError`     |
+    | `INVALID_KEY`      | 401, the API does not know the key          | `InvalidKeyError`         |
+    | `PAYMENT_REQUIRED` | 402, out of credits                         | `PaymentRequiredError`    |
+    | `FORBIDDEN`        | 403, the plan does not allow it             | `PermissionDeniedError`   |
+    | `CHALLENGE`        | 403 with the HTML page of a gateway         | `GatewayError`            |
+    | `RESET`            | a connection reset before an answer         | `APIConnectionError`      |
+    | `RESET_IN_BODY`    | a reset in the middle of the body           | `APIConnectionError`      |
+    | `CUT_SHORT`        | a body cut off before its announced end     | `APIConnectionError`      |
+    | `SILENCE`          | nothing, for ever                           | `APITimeoutError`         |
+    | `DRIP`             | an answer with a body that drips for ever   | `APITimeoutError`         |
+    | `NOT_JSON`         | 200 with text that is not JSON              | `UnexpectedResponseError` |
+    | `WRONG_SHAPE`      | 200 with JSON of another shape              | `UnexpectedResponseError` |
+    | `NAN`              | 200 with NaN for the credits                | `UnexpectedResponseError` |
+    | `REDIRECT`         | 302 to another origin                       | `UnexpectedResponseError` |
+    | `ENDLESS`          | 200 with a body that does not end           | `UnexpectedResponseError` |
+    | `BOMB`             | 200 with 16 KiB that swell to 16 MiB        | `UnexpectedResponseError` |
+    | `COOKIE`           | the right answer, and a key-named cookie    | none                      |
+    | `GLITCH`           | 200 with 0 credits for any balance          | none                      |
+    | `STALE`            | the right answer; its connection is lost    | none                      |
+    |                    | while the next request is on its way        |                           |
 
-    Without a socket (`fake_client`) `COOKIE` and `STALE` are just the right answer, and a body that
-    does not end or swells is one that is too large.
+    The cookie has the key's name. Without a socket (`fake_client`) `COOKIE` and `STALE` are just
+    the right answer, and a body without end or one that swells counts as too large.
     """
 
     REFUSED = "429, as when the account is hammered from elsewhere"

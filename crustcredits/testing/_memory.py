@@ -19,7 +19,7 @@ from crustcredits.testing._api import FakeAPI
 from crustcredits.testing._faults import Fault
 
 _ORIGIN = "https://in-memory.invalid"
-# What tests wait for is over soon: a request that hangs, a retry, the pace.
+# Short, so that tests do not wait: a request that hangs, a retry, the pace.
 _TIMEOUT = 0.05
 _RETRY = Retry(backoff=0.0, wait_max=0.0)
 _RATE_LIMIT = RateLimit(requests=1_000_000, pace=None)
@@ -34,7 +34,7 @@ _TOO_LARGE = {Fault.ENDLESS, Fault.BOMB}
 
 
 class _MemoryTransport(Transport):
-    """In place of the transport over aiohttp."""
+    """Replaces the transport over aiohttp."""
 
     def __init__(self, api: FakeAPI) -> None:
         super().__init__(_ORIGIN, session=None, proxy=None)
@@ -62,7 +62,7 @@ class _MemoryTransport(Transport):
 
 
 class FakeClientOptions(TypedDict, total=False):
-    """The options of `CreditsClient` that mean something without a socket."""
+    """Options of `CreditsClient` that matter without a socket."""
 
     rate_limit: RateLimit
     concurrency: int
@@ -79,7 +79,7 @@ class FakeClient(CreditsClient):
     """A client of a fake API in memory; `fake_client` makes one.
 
     Attributes:
-        api: The API: change balances, revoke keys, order faults, and see what arrived.
+        api: The API: change balances, revoke keys, order faults, and read its arrivals.
         keys: The keys it was made with, in this order.
     """
 
@@ -99,11 +99,11 @@ class FakeClient(CreditsClient):
 def fake_client(
     credits: Mapping[str, Decimal | int | str] | None = None, **options: Unpack[FakeClientOptions]
 ) -> FakeClient:
-    """A `CreditsClient` without a socket, whose API knows keys by these labels, with these credits: for your unit tests.
+    """Return a `CreditsClient` without a socket, for unit tests; `credits` maps labels to amounts.
 
-    Everything but the network is real: limits, retries, the cache, reports and gates. Keys of one
-    account share its balance. Faults are those of the sandbox; `Fault` tells what each does without
-    a socket.
+    Everything except the network is real: limits, retries, the cache, reports and gates. Keys of
+    one account share its balance. Faults are those of the sandbox; `Fault` lists their effect
+    without a socket.
 
         async with fake_client({"acme/prod": 50, "globex/prod": 0}) as client:
             client.api.fail(client.api.key("globex/prod"), Fault.INVALID_KEY)
@@ -112,9 +112,9 @@ def fake_client(
     So that tests hardly wait, a request times out after 0.05 s, retries have no backoff, a refusal
     is raised at once, and there is no rate limit, unless `options` say otherwise. These are the
     options of `CreditsClient`; the API has the limit of `rate_limit`. The circuit breaker waits as
-    it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for one that is asked
-    again and again. An ordered refusal asks for a wait of up to a minute, which holds back the next
-    call for the key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
+    it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for a key that is
+    checked again and again. An ordered refusal asks for a wait of up to a minute, which delays the
+    next call for the key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
 
     Raises:
         ConfigurationError: A label or an amount cannot be used, or keys of one account have
@@ -136,14 +136,14 @@ def fake_client(
         account, name = split_label(label)
         if printable_label("", name, account) is None:
             raise ConfigurationError(
-                "a label may be a secret, or cannot be used; credits maps labels to amounts"
+                "a label cannot be used or may be a secret; map labels to amounts in credits"
             )
         if account is None:
             keys.append(api.add_key(name, credits=amount))
             continue
         if amounts.setdefault(account, amount) != amount:
             raise ConfigurationError(
-                "keys of one account share one balance: give them the same credits", key_name=label
+                "keys of one account share one balance; give them the same credits", key_name=label
             )
         if not any(key.account == account for key in keys):
             api.add_account(account, credits=amount)

@@ -1,4 +1,4 @@
-"""`SandboxServer`: the fake API on a real loopback socket, with all that can happen to a connection."""
+"""`SandboxServer`: the fake API on a real loopback socket, with faults of its connections."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ class SandboxServer(FakeAPI):
     Args:
         limit: Requests that each endpoint takes in any one period.
         period: Seconds that a request counts for after its arrival; the window slides.
-        scope: What it counts by: all requests together (`"client"`), each account or each key.
-        delay: Seconds that an answer takes, drawn evenly between the two, part of it before the
-            request is counted.
+        scope: The limit counts all requests together (`"client"`), each account or each key.
+        delay: Seconds that an answer takes, drawn evenly between the two numbers, part of it before
+            the request is counted.
         host: The host in `url`, `127.0.0.1` or `localhost`.
-        port: The port to listen on; by default one that is free.
-        record: Whether to keep every arrival; without, memory does not grow with the requests.
+        port: The port to listen on; by default a free one.
+        record: Whether to record every arrival; without, memory does not grow with the requests.
 
     Attributes:
-        arrivals: Every request, in the order they came; empty without `record`.
-        requests: How many came.
-        refused: How many were answered 429 because the window was full. Refusals that were ordered
-            do not count.
+        arrivals: Every request, in order of arrival; empty without `record`.
+        requests: Number of requests.
+        refused: Requests answered 429 because the window was full. Ordered refusals do not count.
         peak_connections: The most connections that were open when a request came.
 
     Raises:
-        ConfigurationError: An argument is none of those.
+        ConfigurationError: An argument cannot be used.
     """
 
     @hides_arguments
@@ -55,7 +54,7 @@ class SandboxServer(FakeAPI):
     ) -> None:
         super().__init__(limit=limit, period=period, scope=scope, record=record)
         if host not in {"127.0.0.1", "localhost"}:
-            raise ConfigurationError("host is '127.0.0.1' or 'localhost'")
+            raise ConfigurationError("host must be '127.0.0.1' or 'localhost'")
         check_whole("port", port, minimum=0)
         check_kind("delay", delay, tuple)
         check_number("delay[0]", delay[0], minimum=0)
@@ -79,7 +78,7 @@ class SandboxServer(FakeAPI):
         return len(server.connections) if server is not None else 0
 
     async def __aenter__(self) -> Self:
-        # A client that goes away ends its handler, or silence would outlive it.
+        # A client that disconnects ends its handler; otherwise a silent one would outlive it.
         self._runner = web.ServerRunner(
             web.Server(self._handle, handler_cancellation=True, access_log=None),
             shutdown_timeout=0.1,

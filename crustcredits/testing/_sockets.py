@@ -1,6 +1,6 @@
-"""How the faults that need a socket are done to a real connection.
+"""Faults of a real connection.
 
-It knows a request, and no keys and no counts.
+This module knows a request, and no keys and no counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from crustcredits.testing._faults import Fault
 
 
 def reset(request: web.BaseRequest) -> web.Response:
-    # With a linger of nought the kernel sends a reset instead of a proper end.
+    # With a linger of 0 s the kernel sends a reset instead of a proper end.
     transport_of(request).get_extra_info("socket").setsockopt(
         socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
     )
@@ -28,7 +28,7 @@ def reset(request: web.BaseRequest) -> web.Response:
 
 
 def transport_of(request: web.BaseRequest) -> asyncio.Transport:
-    assert request.transport is not None, "a client that leaves cancels the handler"
+    assert request.transport is not None, "a disconnect of the client cancels the handler"
     return request.transport
 
 
@@ -45,13 +45,13 @@ async def _begin(
 
 @functools.cache
 def bomb() -> bytes:
-    """The 16 MiB, compressed to 16 KiB."""
+    """Return 16 MiB, compressed to 16 KiB."""
     return gzip.compress(bytes(16 * 2**20))
 
 
 async def _silence(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
     await asyncio.Event().wait()
-    raise AssertionError("unreachable: the client's leaving cancels this")
+    raise AssertionError("unreachable: a disconnect of the client cancels this")
 
 
 async def _drip(request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
@@ -66,8 +66,8 @@ async def _pour(
     request: web.BaseRequest, headers: Mapping[str, str], chunk: bytes, *, pause: float
 ) -> web.StreamResponse:
     response = await _begin(request, headers)
-    # Until the client has had enough: then the handler is cancelled, or finds the connection gone
-    # first.
+    # Until the client disconnects: then the handler is cancelled, or first finds the connection
+    # gone.
     with contextlib.suppress(ConnectionError):
         while True:
             await response.write(chunk)
@@ -80,7 +80,7 @@ async def _reset_in_body(
 ) -> web.StreamResponse:
     response = await _begin(request, headers, length=1000)
     await response.write(b'{"credits": ')
-    # What was written must have been read by the client's side before the reset discards it.
+    # The client's side must have read this before the reset discards it.
     await asyncio.sleep(0.01)
     reset(request)
     return response

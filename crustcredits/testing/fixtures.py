@@ -65,9 +65,11 @@ async def make_sandbox() -> AsyncIterator[Callable[..., Awaitable[SandboxServer]
 async def make_credits_client(
     sandbox: SandboxServer,
 ) -> AsyncIterator[Callable[..., CreditsClient]]:
-    """A function that makes a client of `sandbox` with options of `CreditsClient`, which closes with the test.
+    """A function that makes clients of `sandbox` with options of `CreditsClient`.
 
-    client = make_credits_client(max_age=5)
+    They close with the test.
+
+        client = make_credits_client(max_age=5)
     """
     async with AsyncExitStack() as stack:
 
@@ -81,12 +83,12 @@ async def make_credits_client(
 
 
 def _options(request: pytest.FixtureRequest, kind: type) -> dict[str, Any]:
-    """The options that a test gives by indirect parametrization."""
+    """Return the options that a test gives by indirect parametrization."""
     given = getattr(request, "param", {})
     known = inspect.signature(kind).parameters
     if not isinstance(given, dict) or not given.keys() <= known.keys():
         raise ConfigurationError(
-            f"the fixture {request.fixturename!r} takes a dict of the options of "
+            f"options unusable: the fixture {request.fixturename!r} takes a dict of the options of "
             f"{kind.__name__}: {', '.join(known)}"
         )
     return dict(given)

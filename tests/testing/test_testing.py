@@ -186,14 +186,14 @@ def test_what_makes_no_sense_is_refused() -> None:
     """With what would do."""
     with pytest.raises(ConfigurationError, match=r"'127\.0\.0\.1' or 'localhost'"):
         SandboxServer(host="0.0.0.0")  # type: ignore[arg-type]  # noqa: S104  # the mistake under test
-    with pytest.raises(ConfigurationError, match="scope is 'client'"):
+    with pytest.raises(ConfigurationError, match="scope must be 'client'"):
         SandboxServer(scope="team")  # type: ignore[arg-type]  # as above
     sandbox = SandboxServer()
     assert sandbox.connections == 0
     with pytest.raises(ConfigurationError, match="open it with add_account"):
         sandbox.add_key(account="acme")
     for credits in (0.1, "NaN", "many"):
-        with pytest.raises(ConfigurationError, match="credits are exact"):
+        with pytest.raises(ConfigurationError, match="credits must be exact"):
             sandbox.add_key(credits=credits)  # type: ignore[arg-type]  # as above
     stranger = ApiKey("sk-0123456789", name="stranger")
     with pytest.raises(ConfigurationError, match="stranger: the sandbox did not issue this key"):
