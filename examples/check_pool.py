@@ -1,4 +1,4 @@
-"""Check every key of a pool and print what each has left.
+"""Check every key of a pool and print the credits of each.
 
 Keys come from `CRUSTDATA_API_KEY` or `CRUSTDATA_API_KEYS`; without any, a sandbox with some keys
 stands in for the API.

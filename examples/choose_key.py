@@ -1,7 +1,7 @@
-"""Give each job the key whose account is richest, and ask the API for the balances only once in a while.
+"""Give each job the key with the richest account, and ask the API for balances only now and then.
 
-A stale answer is given at once while it is refreshed; with the API down the last good one stands
-in. A sandbox stands in for the API.
+A stale answer is returned at once while it is refreshed; while the API is down, the last good
+answer stands in. A sandbox stands in for the API.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from crustcredits.testing import SandboxServer
 
 
 async def choose(client: CreditsClient, keys: Sequence[ApiKey], credits: int) -> ApiKey | None:
-    """The key with the most credits of those that have enough, or None."""
+    """Return the key with the most credits, if it has enough, or None."""
     report = await client.check(
         keys, timeout=20, max_age=30, stale_while_revalidate=120, stale_if_error=600
     )

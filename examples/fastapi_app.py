@@ -1,9 +1,9 @@
-"""A FastAPI service around a pool of keys: it shows what they have left, and starts no batch that would run dry.
+"""A FastAPI service around a pool of keys: it shows their credits and guards batches.
 
-Keys come from `CRUSTDATA_API_KEYS`, the token that callers need from `SERVICE_TOKEN`. In this
-directory:
+A batch that would run out of credits is not started. Keys come from `CRUSTDATA_API_KEYS`, the
+callers' token from `SERVICE_TOKEN`. In this directory:
 
-uvicorn --factory fastapi_app:create_app
+    uvicorn --factory fastapi_app:create_app
 """
 
 import os
@@ -37,7 +37,7 @@ async def require_token(
 
 
 def create_app(keys: KeysLike | None = None) -> FastAPI:
-    """The app; a test gives keys of its own."""
+    """Return the app; a test gives keys of its own."""
     pool = keys_from_env() if keys is None else keys
     may_see = [Depends(require_token)]
     make_client = partial(CreditsClient, max_age=5, stale_while_revalidate=120, stale_if_error=3600)

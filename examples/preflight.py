@@ -1,8 +1,8 @@
-"""Stop a batch that would run dry, before it starts, and tell "too few credits" from "not known".
+"""Stop a batch that would run out of credits, and tell "too few credits" from "not known".
 
-Buy credits for the first, and check again for the second. A second key of one account counts as
-nothing. It is a check, not a reservation: credits that others spend meanwhile are gone. A sandbox
-stands in for the API.
+Buy credits for the first, and check again for the second. A second key of one account adds nothing.
+It is a check, not a reservation: credits that others spend meanwhile are gone. A sandbox stands in
+for the API.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ async def main() -> None:
         keys.append(sandbox.add_key("globex", credits=9000))
         sandbox.fail(keys[-1], Fault.INTERNAL_ERROR)
 
-        # 4000 and a fifth more are there; 5000 and a fifth more are not, while globex gives no
+        # 4000 and a fifth more are there; 5000 and a fifth more are not, while globex has no
         # answer.
         for needed in (4000, 5000, 20_000):
             if needed == 20_000:

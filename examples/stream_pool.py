@@ -23,7 +23,7 @@ async def main() -> None:
     async with (
         SandboxServer() as sandbox,
         CreditsClient(base_url=sandbox.url) as client,
-        # Should the loop be left early, what is under way ends at once.
+        # If the loop is left early, requests under way end at once.
         aclosing(client.stream(rows(sandbox), timeout=30)) as outcomes,
     ):
         async for outcome in outcomes:

@@ -1,5 +1,4 @@
-"""How to test such an app: the sandbox answers in the API's place, and the app's client is
-overridden with one that asks it."""
+"""How to test such an app: override its client with one that asks the sandbox."""
 
 from collections.abc import AsyncIterator
 
@@ -21,7 +20,7 @@ __all__ = ["credits_client", "sandbox"]  # fixtures, found by their names
 async def http(
     sandbox: SandboxServer, credits_client: CreditsClient, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[AsyncClient]:
-    """A caller who knows the token."""
+    """A caller with the token."""
     monkeypatch.setenv("SERVICE_TOKEN", "t-1")
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
@@ -58,7 +57,7 @@ async def test_a_batch_that_would_run_dry_is_not_started(
 
 
 @pytest.mark.asyncio
-async def test_a_batch_is_refused_when_all_is_known(
+async def test_a_batch_is_refused_when_every_balance_is_known(
     sandbox: SandboxServer, credits_client: CreditsClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SERVICE_TOKEN", "t-1")
@@ -74,14 +73,13 @@ async def test_a_batch_is_refused_when_all_is_known(
 
 
 async def rich_client() -> AsyncIterator[CreditsClient]:
-    """For `TestClient`, which runs the app on a loop of its own: a sandbox there, for each
-    request."""
+    """For `TestClient`, which runs the app on its own loop: one sandbox there for each request."""
     async with SandboxServer() as sandbox, CreditsClient(base_url=sandbox.url) as client:
         sandbox.add_key(secret="sk-rich", credits=1_000_000)
         yield client
 
 
-def test_the_same_without_a_loop_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_shown_without_a_loop_in_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE_TOKEN", "t-1")
     app = create_app({"rich": "sk-rich"})
     app.dependency_overrides[get_credits_client] = rich_client
@@ -90,6 +88,6 @@ def test_the_same_without_a_loop_in_the_test(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.asyncio
-async def test_nobody_sees_it_without_the_token(http: AsyncClient) -> None:
+async def test_the_pool_is_refused_without_the_token(http: AsyncClient) -> None:
     answer = await http.get("/credits/keys", headers={"Authorization": "Bearer t-2"})
     assert answer.status_code == 403

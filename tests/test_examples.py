@@ -1,4 +1,4 @@
-"""Every example runs as it stands."""
+"""Every example runs unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import asyncio, runpy, sys, uvloop
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
-# What each must say.
+# Text that each example must print.
 SAID = {
     "check_pool.py": [
         "acme/prod    138940.37",
@@ -42,9 +42,8 @@ SAID = {
 }
 
 
-def test_every_example_is_here() -> None:
-    """None is forgotten; the app has a test beside it, and runs under uvicorn in
-    `test_uvicorn.py`."""
+def test_every_example_has_a_test() -> None:
+    """The app has a test beside it, and runs under uvicorn in `test_uvicorn.py`."""
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         *SAID,
         "fastapi_app.py",
@@ -53,7 +52,7 @@ def test_every_example_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", SAID)
-async def test_an_example_runs_and_says_what_it_should(name: str) -> None:
+async def test_an_example_prints_the_expected_text(name: str) -> None:
     """On its own, with warnings as errors and without keys in the environment."""
     environ = {
         name: value for name, value in os.environ.items() if not name.startswith("CRUSTDATA_")

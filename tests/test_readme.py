@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and what it says of commands is what CI runs."""
+"""The README's code runs unchanged, and CI runs the README's commands."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ async def run(*command: str, **environ: str) -> tuple[int | None, str]:
     return process.returncode, out.decode()
 
 
-def test_every_block_is_known() -> None:
-    """A new one needs a test of its own."""
+def test_every_code_block_has_a_test() -> None:
+    """A new block needs a test of its own."""
     assert [language for language, _ in BLOCKS] == ["console", *["python"] * 8, "console"]
     assert len(PYTHON[0].splitlines()) <= 30
     assert len([line for line in PYTHON[4].splitlines() if line.strip()]) <= 15
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
-async def test_a_program_runs_as_it_stands(
+async def test_a_program_runs_unchanged(
     sandbox: SandboxServer, redis_server: RedisServer, title: str
 ) -> None:
-    """With the sandbox where the API would be, and a Redis."""
+    """Against the sandbox and a Redis."""
     code, said = PROGRAMS[title]
     keys = [
         sandbox.add_key("prod", credits=9406),
@@ -91,7 +91,7 @@ async def test_a_program_runs_as_it_stands(
         assert line in out
 
 
-async def test_the_fastapi_part_runs_as_it_stands(
+async def test_the_fastapi_app_runs_unchanged(
     sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The app opens the client, shows the pool and closes it."""
@@ -100,7 +100,7 @@ async def test_the_fastapi_part_runs_as_it_stands(
         "CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').get_secret_value()}"
     )
     namespace: dict[str, object] = {}
-    exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # that is what a reader does
+    exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # a reader runs it too
 
     def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
@@ -118,8 +118,8 @@ async def test_the_fastapi_part_runs_as_it_stands(
 
 @pytest.mark.any_loop
 @pytest.mark.parametrize("block", [5, 6, 7])
-async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int) -> None:
-    """Under pytest, in a directory that holds nothing but the README's service."""
+async def test_the_test_samples_run_unchanged(tmp_path: Path, block: int) -> None:
+    """Under pytest, in a directory with nothing but the README's service."""
     (tmp_path / "service.py").write_text(PYTHON[4])
     (tmp_path / "test_service.py").write_text(PYTHON[block])
     options = ["-q", "-p", "no:cacheprovider", "-W", "error"]
@@ -134,8 +134,8 @@ async def test_the_parts_on_testing_run_as_they_stand(tmp_path: Path, block: int
     assert "1 passed" in out
 
 
-def test_the_documented_commands_are_those_that_ci_runs() -> None:
-    """`.ci/run` takes them from here, so there are two, each on one line."""
+def test_ci_runs_the_documented_commands() -> None:
+    """`.ci/run` reads them from the README, so there are two, each on one line."""
     commands = [code.strip() for language, code in BLOCKS if language == "console"]
     assert commands == [
         "python3 -m venv .venv && .venv/bin/pip install -q '.[cli]' && .venv/bin/crustcredits demo",
@@ -143,6 +143,6 @@ def test_the_documented_commands_are_those_that_ci_runs() -> None:
     ]
 
 
-def test_the_changelog_has_this_version_or_what_comes_next() -> None:
-    """It is written with the change, not after it."""
+def test_the_changelog_has_an_unreleased_section() -> None:
+    """The entry is written with the change, not after it."""
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
