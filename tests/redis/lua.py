@@ -1,10 +1,9 @@
-"""Redis without a network or a clock of its own: the real script, over a small model of the
-commands that it uses.
+"""Redis without network or clock: the real script over a small model of its commands.
 
-`FakeRedis` stands where the client of `redis.asyncio` stands in `RedisBuckets`. One of it may stand
-there for several processes, which it tells apart by what they call themselves. It can be slow, lose
-everything or go back to an earlier state, be out of reach for all or for some, stall, and lose an
-answer after the script has run.
+`FakeRedis` replaces the client of `redis.asyncio` in `RedisBuckets`. One instance may serve several
+processes, which it tells apart by the process names in their messages. It can be slow, lose
+everything or return to an earlier state, be out of reach for all or some processes, stall, and lose
+an answer after the script has run.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from crustcredits.redis import RedisBuckets
 from crustcredits.redis.coordinator import SCRIPT, SHA
 
-# Seconds that Redis's clock is ahead of the loop's: it counts from 1970, and has digits enough to
-# be rounded wrong.
+# Seconds that Redis's clock is ahead of the loop's: it counts from 1970, with enough digits to
+# expose rounding.
 EPOCH = 1_700_000_000.0
 
-# As Redis does it: what the script leaves behind in the global table is an error, and numbers
-# become text with all digits.
+# As in Redis, the script may not set a global variable, and numbers become text with all digits.
 _SHELL = """
 local commands = ...
 redis = {call = function(name, ...) return commands[name](...) end}
 redis.pcall = redis.call
-setmetatable(_G, {__newindex = function(_, name) error('the script sets a global variable, ' .. tostring(name)) end})
+setmetatable(_G, {__newindex = function(_, name)
+    error('the script sets a global variable, ' .. tostring(name))
+end})
 """
 
 
 class SortedSet:
     """Members with a score each.
 
-    Whatever it does takes no loop over its members, but for those that it removes or returns.
+    An operation loops only over the members that it removes or returns.
     """
 
     __slots__ = ("order", "scores")
@@ -74,11 +74,10 @@ class SortedSet:
         return 1
 
     def place(self, bound: str, *, end: bool = False) -> int:
-        """Where a range begins that has this lower bound, or, with `end`, where one ends that has
-        this upper bound."""
+        """Return where a range with this lower bound starts, or with `end` one ends."""
         exclusive = bound.startswith("(")
         score = float(bound[exclusive:])
-        if exclusive != end:  # then those of this very score belong before the place
+        if exclusive != end:  # members of this very score are before the place
             score = math.nextafter(score, math.inf)
         return bisect_left(self.order, (score, ""))
 
@@ -91,7 +90,7 @@ class SortedSet:
 
 @attrs.frozen
 class Asked:
-    """What a message says of one bucket."""
+    """One bucket's part of a message."""
 
     key: str
     wanted: int
@@ -116,7 +115,7 @@ class Message:
 
 
 def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
-    """A message as a value."""
+    """Parse a message."""
     process, *rest = said
     numbers = iter([int(number) for number in rest])
     epoch, hold, _, _, _, _, pause, lease, _, _ = (next(numbers) for _ in range(10))
@@ -131,30 +130,29 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
 
 
 def between(low: float, high: float, seed: int = 1) -> Callable[[str], float]:
-    """Latencies drawn evenly between the two."""
+    """Return latencies drawn evenly from `low` to `high` seconds."""
     draw = random.Random(seed)
     return lambda process: draw.uniform(low, high)
 
 
 class FakeRedis:
-    """A server that is asked as a client of `redis.asyncio` is.
+    """A server with the methods of a client of `redis.asyncio`.
 
     Attributes:
-        latency: Seconds that a message takes one way, given the process that sends it; also its
-            answer.
+        latency: Seconds that a message of the given process takes one way; its answer takes the
+            same.
         clock: Redis's clock, in seconds; by default the running loop's.
         down: Whether no process can connect.
         cut: Processes that cannot connect.
-        lose_answers: Of how many messages from now on the answer is lost, after the script has run.
-        repeat: How many messages from now on are sent again by the client, because their answer was
-            lost.
-        messages: Messages that came, those in vain included.
+        lose_answers: Number of next messages whose answer is lost after the script has run.
+        repeat: Number of next messages that the client sends again because their answer was lost.
+        messages: Number of messages, including failed ones.
         messages_of: The same by process.
-        evals: How many of them brought the script along.
-        seen: What the messages said, if it is a list.
-        run: What tells this server from the one that takes over from it.
-        closed: How often `aclose` was called.
-        faults: What must not happen, for whoever does not see the exception.
+        evals: Number of messages that contained the script.
+        seen: The parsed messages, if it is a list.
+        run: Identity of this server, as opposed to its successor.
+        closed: Number of calls of `aclose`.
+        faults: Violations, for tests that do not see the exception.
     """
 
     def __init__(
@@ -254,7 +252,7 @@ class FakeRedis:
     # --- what happens to servers
 
     def flush(self) -> None:
-        """Everything is lost, but for the scripts."""
+        """Lose everything except the scripts."""
         self._values.clear()
         self._expiry.clear()
 
@@ -262,25 +260,25 @@ class FakeRedis:
         self._scripts.clear()
 
     def snapshot(self) -> Any:
-        """The state, for `roll_back`."""
+        """Return the state, for `roll_back`."""
         return {key: value.copy() for key, value in self._values.items()}, dict(self._expiry)
 
     def roll_back(self, state: Any) -> None:
-        """An earlier state has come back, as when a replica takes over that was behind."""
+        """Restore an earlier state, as when a delayed replica takes over."""
         self.run += 1
         values, expiry = state
         self._values = {key: value.copy() for key, value in values.items()}
         self._expiry = dict(expiry)
 
     def stall(self) -> None:
-        """From now on nothing is done and nobody is answered."""
+        """Process and answer nothing from now on."""
         self._stalled = []
 
     def resume(self, *, late: bool = True) -> None:
-        """It goes on.
+        """Continue after `stall`.
 
-        With `late` what came meanwhile is done now, also where nobody waits for the answer any
-        more.
+        With `late`, messages that arrived meanwhile are processed now, including those without a
+        caller.
         """
         stalled, self._stalled = self._stalled or [], None
         for future, run in stalled:
@@ -298,12 +296,12 @@ class FakeRedis:
     # --- what is in it
 
     def keys(self) -> list[str]:
-        """The names of what has not expired."""
+        """Return the names of all keys that have not expired."""
         self._look_at_clock()
         return [key for key in list(self._values) if self._get(key) is not None]
 
     def out(self, part: str = "") -> int:
-        """Tokens that are out, of the buckets whose names hold this."""
+        """Number of tokens that are out, over the buckets with this text in their names."""
         names = [key for key in self.keys() if part in key]
         later = f"({self._now}"
         values = [self._values[key] for key in names]
@@ -314,7 +312,7 @@ class FakeRedis:
         )
 
     def text(self) -> str:
-        """All names and values."""
+        """Return all names and values as text."""
         return repr(
             {
                 key: value.scores if isinstance(value, SortedSet) else value
@@ -469,25 +467,24 @@ class FakeRedis:
 
 
 def _text(value: str | float) -> str:
-    """What Redis makes of an argument."""
+    """Convert an argument as Redis does."""
     return value if isinstance(value, str) else f"{value:.17g}"
 
 
 def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
-    """Buckets of one process, on this server."""
+    """Return the buckets of one process, on this server."""
     buckets = RedisBuckets("redis://localhost:1", **options)
     buckets._link._client = redis
     return buckets
 
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
-    """Keys and arguments of a message after which tokens are given without a pause, although the
-    server is new."""
+    """Arguments of a message after which a new server grants tokens without a waiting time."""
     return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 0, 0, 0, 0, 86_400_000]
 
 
 def opened(**options: Any) -> FakeRedis:
-    """A server that has been in use for a while."""
+    """Return a server that has been in use for a while."""
     redis = FakeRedis(**options)
     keys, said = opening()
     redis.execute(keys, said, sha=SHA, script=SCRIPT)

@@ -1,5 +1,4 @@
-"""Processes that share their tokens in one Redis: what of each of them matters, without the client
-around it."""
+"""Processes that share their tokens in one Redis: the relevant part of each, without a client."""
 
 from __future__ import annotations
 
@@ -23,15 +22,14 @@ PATH = "/user/credits"
 PERIOD = 60.0
 LATE = 10.0
 LEASE = PERIOD + 2 * LATE + FRESH
-# Seconds that a message and its answer take at the most.
+# Most seconds that a message and its answer take.
 TRAVEL = 0.005
 
 
 class Waiting:
-    """Who waits for the tokens of one bucket, first come, first served; a scheduler of the least
-    kind.
+    """Waiters for the tokens of one bucket, first come, first served: a minimal scheduler.
 
-    All of them leave `kept` of the tokens alone.
+    All of them leave `kept` of the tokens unused.
     """
 
     def __init__(self, tokens: SharedTokens) -> None:
@@ -45,35 +43,35 @@ class Waiting:
         return self.tokens.room(now(), self.kept)
 
     async def acquire(self) -> None:
-        """Wait until a token is in hand."""
+        """Wait until a token is granted."""
         if self._waiters or self.room <= 0:
             await self._join()
 
     async def holds(self, count: int) -> None:
-        """Wait until so many tokens are in hand, while nobody takes one."""
+        """Wait until `count` tokens are granted, while no waiter takes one."""
         while (missing := count - self.room) > 0:
             await asyncio.gather(*(self._join() for _ in range(missing)))
 
     def start(self) -> bool:
-        """Whether a token that is in hand goes onto the wire."""
+        """Use a granted token for an attempt; return whether there was one."""
         if self.room <= 0:
             return False
         self.tokens.take(now())
         return True
 
     async def send(self) -> None:
-        """One request goes onto the wire."""
+        """Wait for a token and start one attempt."""
         await self.acquire()
         while not self.start():
             await self.acquire()
 
     def unused(self) -> None:
-        """A token that is in hand is given back."""
+        """Give a granted token back."""
         assert self.start()
         self.tokens.put_back()
 
     def is_idle(self) -> bool:
-        """Whether nothing would be lost with it."""
+        """Whether the bucket can be forgotten without a loss."""
         self.tokens.room(now(), 0)
         return self.tokens.is_whole
 
@@ -116,7 +114,7 @@ class Waiting:
 
 @attrs.define(eq=False)
 class Worker:
-    """A process: its buckets, and the one of them that all its requests go through."""
+    """One process: its buckets, and the bucket of all its attempts."""
 
     redis: FakeRedis
     buckets: RedisBuckets
@@ -160,7 +158,7 @@ class Worker:
         return asyncio.create_task(self.send())
 
     def vanish(self) -> None:
-        """It is gone, and says nothing any more."""
+        """End the process without another message."""
         vanish(self.buckets)
 
     async def close(self) -> None:
@@ -168,7 +166,7 @@ class Worker:
 
 
 def vanish(buckets: RedisBuckets) -> None:
-    """The process with these is gone, and says nothing any more."""
+    """End the process with these buckets without another message."""
     buckets._link.closed = True
     buckets._link._stop_timers()
     if buckets._link._task is not None:
@@ -202,7 +200,7 @@ async def redis() -> AsyncIterator[FakeRedis]:
     def fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         redis.faults.append(f"{context['message']}: {context.get('exception')!r}")
 
-    # What is raised where messages are sent and read, nobody waits for.
+    # Exceptions in timers and callbacks have no caller.
     asyncio.get_running_loop().set_exception_handler(fault)
     yield redis
     assert redis.faults == []
@@ -210,7 +208,7 @@ async def redis() -> AsyncIterator[FakeRedis]:
 
 @pytest.fixture
 async def start(redis: FakeRedis) -> AsyncIterator[Start]:
-    """Begins processes, and closes those that are left."""
+    """A function that starts processes; those left are closed after the test."""
     workers: list[Worker] = []
 
     def begin(**options: Any) -> Worker:
@@ -224,5 +222,5 @@ async def start(redis: FakeRedis) -> AsyncIterator[Start]:
 
 
 async def passes(until: float) -> None:
-    """Time passes until then."""
+    """Sleep until then."""
     await asyncio.sleep(until - now())

@@ -1,5 +1,4 @@
-"""Processes that share tokens when something goes wrong at the worst moment: clocks, late messages,
-crowds, lines.
+"""Shared tokens under failures at the worst moment: clocks, late messages, crowds, waiting order.
 
 In virtual time, with the real script over a model of Redis.
 """
@@ -29,12 +28,12 @@ from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, no
 
 pytestmark = pytest.mark.virtual
 
-# What a process that has not been heard of for a while does within this time.
+# Most seconds until the next message of any process.
 SOON = 0.6
 
 
 async def spend(one: Worker, count: int) -> None:
-    """So many requests are answered at once."""
+    """Send `count` attempts that are answered at once."""
     for _ in range(count):
         await one.send()
         one.end()
@@ -47,7 +46,7 @@ async def spend(one: Worker, count: int) -> None:
 async def test_a_clock_that_was_set_is_noticed(
     redis: FakeRedis, start: Start, step: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing comes home earlier by that, and hardly anything later."""
+    """No token returns earlier, and hardly any later."""
     one, two = start(limit=5), start(limit=5)
     await spend(one, 2)
     await spend(two, 1)
@@ -64,10 +63,10 @@ async def test_a_clock_that_was_set_is_noticed(
     assert "or its clock was set" in caplog.text
 
 
-async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(
+async def test_a_new_process_notices_a_clock_that_was_set_back(
     redis: FakeRedis, start: Start
 ) -> None:
-    """And what those that are gone had out then is out no longer than a lease."""
+    """Tokens of vanished processes are out for at most a lease."""
     one = start(limit=3)
     await spend(one, 2)
     await asyncio.sleep(1)
@@ -79,10 +78,10 @@ async def test_a_clock_that_was_set_back_is_noticed_by_who_is_new(
 
 
 @pytest.mark.parametrize("clock", [1.00001, 0.99999])
-async def test_clocks_that_run_at_different_rates_are_no_trouble(
+async def test_clocks_with_different_rates_cause_no_false_alarm(
     redis: FakeRedis, start: Start, clock: float
 ) -> None:
-    """After most of a day without a word too."""
+    """Even after most of a day without a message."""
     redis.clock = lambda: EPOCH + clock * now()
     one = start(limit=3)
     await spend(one, 3)
@@ -95,11 +94,10 @@ async def test_clocks_that_run_at_different_rates_are_no_trouble(
 # --- late messages
 
 
-async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(
+async def test_a_message_read_long_after_it_was_sent_grants_no_token(
     start: Start, redis: FakeRedis
 ) -> None:
-    """All have spent by themselves meanwhile, and the first to come back has nothing before the
-    others have told."""
+    """All were in degraded mode, so none gets a token before the others have registered."""
     one, two = start(limit=10, share=1 / 2), start(limit=10, share=1 / 2)
     await spend(one, 5)
     await spend(two, 5)
@@ -116,17 +114,17 @@ async def test_what_is_read_long_after_it_was_sent_gives_nothing_away(
         task.cancel()
 
 
-async def test_what_was_given_up_while_it_was_told_goes_back(
+async def test_tokens_put_back_during_their_registration_are_given_back(
     start: Start, redis: FakeRedis
 ) -> None:
-    """The process comes back, and its requests turn out not to count before the answer has come."""
+    """The attempts turn out not to count before the answer to the registration arrives."""
     redis.latency = lambda process: 0.2
     one = start(limit=4, share=1)
     redis.down = True
     for _ in range(3):
         await one.send()
     redis.down = False
-    await asyncio.sleep(0.75)  # a message has arrived, and its answer has not
+    await asyncio.sleep(0.75)  # a message has arrived, its answer has not
     assert redis.out() == 3
     for _ in range(3):
         one.bucket.put_back()
@@ -134,8 +132,8 @@ async def test_what_was_given_up_while_it_was_told_goes_back(
     assert redis.out() == 0
 
 
-async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
-    """So a message that is read late cannot mean what came after it."""
+async def test_token_numbers_continue_in_a_new_bucket(start: Start) -> None:
+    """So a message that is read late cannot refer to later tokens."""
     one = start(limit=5)
     await spend(one, 3)
     await passes(70)
@@ -147,11 +145,10 @@ async def test_numbers_do_not_begin_anew_with_a_bucket(start: Start) -> None:
     assert token.number >= 3
 
 
-async def test_what_is_said_during_a_message_in_vain_is_said_after_it(
+async def test_reports_queued_during_a_failed_exchange_are_sent_with_the_next(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Of another bucket; and what goes back is not forgotten for what the message may have
-    brought."""
+    """Also of another bucket, and in addition to the tokens of the failed message."""
     one = start(limit=5)
     other = Waiting(one.buckets.tokens("/account/credits", None, 5))
     await one.send()
@@ -170,10 +167,8 @@ async def test_what_is_said_during_a_message_in_vain_is_said_after_it(
     assert redis.out() == 2
 
 
-async def test_a_token_that_nobody_waits_for_any_more_goes_back(
-    redis: FakeRedis, start: Start
-) -> None:
-    """Who did has left while the message was under way."""
+async def test_a_token_without_a_waiter_is_given_back(redis: FakeRedis, start: Start) -> None:
+    """Its waiter was cancelled while the message was under way."""
     redis.latency = lambda process: 0.05
     one = start(limit=4)
     tasks = [one.waits() for _ in range(3)]
@@ -185,10 +180,8 @@ async def test_a_token_that_nobody_waits_for_any_more_goes_back(
     assert redis.out() == 2
 
 
-async def test_while_there_is_nothing_to_be_had_messages_are_few(
-    redis: FakeRedis, start: Start
-) -> None:
-    """Until tokens are given again, after a loss."""
+async def test_messages_are_few_while_no_tokens_are_granted(redis: FakeRedis, start: Start) -> None:
+    """After a loss of the count."""
     one = start(limit=4)
     redis.flush()
     task = one.waits()
@@ -198,10 +191,10 @@ async def test_while_there_is_nothing_to_be_had_messages_are_few(
     task.cancel()
 
 
-async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(
+async def test_a_token_that_expired_during_an_outage_is_given_back(
     redis: FakeRedis, start: Start
 ) -> None:
-    """It is free again as soon as Redis is back, and not only after its lease."""
+    """It is free after the outage, and not only after its lease."""
     one = start(limit=4)
     await one.acquire()
     redis.down = True
@@ -214,10 +207,10 @@ async def test_a_token_of_redis_goes_back_when_it_was_given_up_without_it(
     assert one.is_idle()
 
 
-async def test_a_bucket_that_has_something_to_say_is_not_forgotten(
+async def test_a_bucket_with_a_queued_report_is_not_forgotten(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Without it, nobody would say it."""
+    """The report would be lost with it."""
     one = start(limit=4, on_outage="raise")
     await one.acquire()
     one.unused()
@@ -235,8 +228,8 @@ async def test_a_bucket_that_has_something_to_say_is_not_forgotten(
     assert one.is_idle()
 
 
-async def test_an_answer_that_is_lost_costs_half_a_second(redis: FakeRedis, start: Start) -> None:
-    """And nobody a pause, since the others were answered."""
+async def test_a_lost_answer_costs_half_a_second(redis: FakeRedis, start: Start) -> None:
+    """Other processes wait for nothing, since they were answered."""
     one, two = start(limit=4), start(limit=4)
     await passes(10)
     redis.lose_answers = 1
@@ -247,8 +240,8 @@ async def test_an_answer_that_is_lost_costs_half_a_second(redis: FakeRedis, star
     assert now() - began < 0.02
 
 
-async def test_what_is_to_be_said_later_does_not_keep_what_is_to_be_said_now(start: Start) -> None:
-    """A request ends while another waits for the message that is due."""
+async def test_a_report_does_not_delay_a_request_for_tokens(start: Start) -> None:
+    """An attempt ends while a call waits for the message that is due."""
     one = start(limit=4)
     await one.send()
     began = now()
@@ -259,10 +252,10 @@ async def test_what_is_to_be_said_later_does_not_keep_what_is_to_be_said_now(sta
     assert now() - began < 0.02
 
 
-async def test_what_is_held_is_told_as_soon_as_a_loss_is_noticed(
+async def test_tokens_are_registered_at_once_when_a_loss_is_noticed(
     redis: FakeRedis, start: Start
 ) -> None:
-    """By the next message, which follows at once."""
+    """The next message follows at once."""
     one = start(limit=4)
     await spend(one, 3)
     await asyncio.sleep(1)
@@ -277,8 +270,8 @@ async def test_what_is_held_is_told_as_soon_as_a_loss_is_noticed(
 # --- crowds
 
 
-async def test_nobody_is_served_while_a_process_still_says_what_it_holds() -> None:
-    """It has thousands of buckets, and a message takes a few at a time."""
+async def test_no_token_is_granted_while_a_process_still_registers() -> None:
+    """It has thousands of buckets, and a message holds only a few."""
     redis = opened(latency=between(0.03, 0.03))
     one, two = worker(redis, name="one"), worker(redis, name="two")
     accounts = [f"account {number}" for number in range(3000)]
@@ -302,8 +295,8 @@ async def test_nobody_is_served_while_a_process_still_says_what_it_holds() -> No
         vanish(process.buckets)
 
 
-async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, start: Start) -> None:
-    """Only what the first message in vain may have brought, however many wait and fail."""
+async def test_a_long_outage_leaves_few_tokens_to_give_back(redis: FakeRedis, start: Start) -> None:
+    """Only those of the first failed message, for any number of waiters."""
     one = start(limit=50, on_outage="raise")
     await one.send()
     redis.down = True
@@ -315,11 +308,11 @@ async def test_a_long_outage_leaves_little_to_be_given_back(redis: FakeRedis, st
     assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) <= 32
 
 
-# --- lines
+# --- waiting order
 
 
-async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start) -> None:
-    """A refresh leaves a tenth alone; the others need not."""
+async def test_a_waiter_that_cannot_be_served_does_not_block_others(start: Start) -> None:
+    """A background refresh leaves a tenth of the tokens unused; other calls do not."""
     one, two = start(limit=10), start(limit=10)
     for _ in range(9):
         await two.send()
@@ -333,14 +326,14 @@ async def test_who_could_not_be_served_anyway_holds_back_nobody(start: Start) ->
     waits.cancel()
 
 
-# --- alone
+# --- degraded mode
 
 
 @pytest.mark.parametrize("before", [True, False])
-async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(
+async def test_a_late_attempt_of_degraded_mode_is_registered_with_a_whole_lease(
     redis: FakeRedis, start: Start, before: bool
 ) -> None:
-    """Its lease begins with it; whether Redis had given this process tokens before, or not."""
+    """Its lease starts with the attempt, with or without earlier tokens of Redis."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     redis.down = not before
     await one.holds(2)
@@ -358,8 +351,8 @@ async def test_a_request_that_began_late_while_alone_is_told_with_a_whole_lease(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
-    """Others seem to spend; but it is the other processes, each its share."""
+async def test_an_outage_never_exceeds_the_limit(seed: int) -> None:
+    """Foreign requests in the headers are those of the other processes, each within its share."""
     redis = opened(latency=between(0.0, 0.005, seed))
     server = WindowServer(limit=40, period=20.0, seconds=(0.0, 0.05), seed=seed)
     limit = RateLimit(requests=40, period=20.0, scope="client", pace=None)
@@ -385,10 +378,10 @@ async def test_an_outage_is_no_debt_that_one_may_go_beyond(seed: int) -> None:
         await client.close()
 
 
-async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(
+async def test_closing_at_the_start_of_degraded_mode_leaves_no_timer(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Its last message is under way when it closes, and is not answered either."""
+    """The last message fails during the close."""
     one = start(limit=4)
     redis.stall()
     task = one.waits()
@@ -399,8 +392,8 @@ async def test_a_process_that_closes_as_it_is_about_to_go_alone_keeps_no_timer(
     assert one.buckets._link._settling is None
 
 
-async def test_with_a_slow_pace_a_process_comes_back_without_a_gap(redis: FakeRedis) -> None:
-    """What it had taken by itself is too old then; that is a moment's worth."""
+async def test_a_slow_pace_resumes_without_a_gap_after_an_outage(redis: FakeRedis) -> None:
+    """Its own tokens have expired by then, which costs only a moment."""
     server = WindowServer(limit=300)
     limit = RateLimit(scope="client", pace=1.0)
     async with fake_client(server, rate_limit=limit, buckets=connected(redis)) as client:
@@ -413,8 +406,10 @@ async def test_with_a_slow_pace_a_process_comes_back_without_a_gap(redis: FakeRe
         assert now() < 170
 
 
-async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Start) -> None:
-    """And so is what is told of it."""
+async def test_available_tokens_in_degraded_mode_are_the_share(
+    redis: FakeRedis, start: Start
+) -> None:
+    """The estimate of their return has the same size."""
     one = start(limit=16)
     redis.down = True
     await one.acquire()
@@ -423,10 +418,8 @@ async def test_a_share_is_held_back_for_others_too(redis: FakeRedis, start: Star
     assert (one.bucket.available(now()), len(one.bucket.returns(now(), PERIOD))) == (4, 4)
 
 
-async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(
-    redis: FakeRedis, start: Start
-) -> None:
-    """A tenth of it, by refreshes."""
+async def test_background_calls_leave_a_tenth_of_the_share(redis: FakeRedis, start: Start) -> None:
+    """As they leave a tenth of the limit otherwise."""
     one = start(limit=40)
     redis.down = True
     await one.send()
@@ -438,12 +431,12 @@ async def test_of_the_share_as_much_is_left_alone_as_of_the_whole(
         task.cancel()
 
 
-async def test_no_more_than_the_share_begins_of_what_was_had_before(
+async def test_degraded_mode_uses_no_more_than_the_share_of_earlier_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
-    """The others may have begun theirs.
+    """Other processes may have used theirs.
 
-    What was in hand is too old when this process goes on alone.
+    Tokens granted by Redis have expired when degraded mode starts.
     """
     one = start(limit=8)
     await spend(one, 4)
@@ -456,8 +449,8 @@ async def test_no_more_than_the_share_begins_of_what_was_had_before(
     assert [one.start() for _ in range(4)] == [True, True, False, False]
 
 
-async def test_a_second_outage_is_a_new_one(redis: FakeRedis, start: Start) -> None:
-    """The others may have spent the rest again."""
+async def test_a_second_outage_starts_from_the_beginning(redis: FakeRedis, start: Start) -> None:
+    """Other processes may have used the rest again."""
     one = start(limit=8)
     await spend(one, 1)
     redis.down = True
@@ -473,8 +466,8 @@ async def test_a_second_outage_is_a_new_one(redis: FakeRedis, start: Start) -> N
     assert now() == pytest.approx(began + LEASE, abs=0.6)
 
 
-async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start: Start) -> None:
-    """What it had itself comes home first, and the rest later."""
+async def test_the_quota_in_degraded_mode_is_the_share(redis: FakeRedis, start: Start) -> None:
+    """Its own tokens return first, the others later."""
     one = start(limit=16)
     await spend(one, 2)
     await passes(30)
@@ -483,13 +476,13 @@ async def test_without_redis_a_quota_tells_of_the_share(redis: FakeRedis, start:
     assert [round(when - now()) for when in one.bucket.returns(now(), PERIOD)] == [20, 20, 71, 71]
 
 
-# --- what is known of the others
+# --- knowledge of other processes
 
 
-async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(
+async def test_calls_without_a_token_in_time_fail_at_their_deadline(
     redis: FakeRedis,
 ) -> None:
-    """Not before: another process may give a token back at any moment."""
+    """Not earlier: another process may give back a token at any moment."""
     server = WindowServer(limit=5)
     limit = RateLimit(requests=5, scope="client", pace=None)
     async with (
@@ -506,10 +499,10 @@ async def test_calls_that_cannot_be_served_in_time_are_told_at_their_deadline(
         assert now() - began == pytest.approx(20, abs=0.1)
 
 
-async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis) -> None:
-    """What this process has itself, and what it has heard of the others.
+async def test_a_quota_shows_the_tokens_out_and_their_return(redis: FakeRedis) -> None:
+    """Those of this process, and those of other processes as of the last answer.
 
-    That becomes old by itself.
+    The latter expire by themselves.
     """
     server = WindowServer(limit=30)
     limit = RateLimit(requests=30, scope="client", pace=None)
@@ -530,11 +523,11 @@ async def test_a_quota_tells_what_is_out_and_when_it_comes_home(redis: FakeRedis
             assert (client.quota().free, client.quota().seconds_for(30)) == (30, 0)
 
 
-# --- accounts that are forgotten
+# --- forgotten accounts
 
 
-async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: FakeRedis) -> None:
-    """When its tokens have gone back, and other processes know it."""
+async def test_an_account_without_waiters_is_forgotten(redis: FakeRedis) -> None:
+    """After its tokens were given back."""
     limit = RateLimit(scope="key", pace=None)
     redis.latency = lambda process: 0.005
     async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis)) as client:
@@ -549,10 +542,10 @@ async def test_an_account_that_nobody_waits_for_any_more_is_forgotten(redis: Fak
         assert len(client._dispatcher._schedulers[PATH]._accounts) < 10
 
 
-async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(
+async def test_degraded_mode_starts_despite_a_forgotten_account(
     redis: FakeRedis,
 ) -> None:
-    """The process goes on with its share all the same."""
+    """The process continues with its share."""
     limit = RateLimit(scope="account", pace=None)
     buckets = connected(redis)
     async with fake_client(
@@ -575,8 +568,8 @@ async def test_an_outage_does_not_stumble_over_an_account_that_was_forgotten(
     assert not redis.faults
 
 
-async def test_a_limit_that_is_lowered_holds_for_all(start: Start) -> None:
-    """As soon as a process has heard of it."""
+async def test_a_lowered_limit_holds_for_all_waiters(start: Start) -> None:
+    """From the moment at which a process learns of it."""
     one = start(limit=5)
     one.bucket.limit = 3
     tasks = [one.waits() for _ in range(5)]

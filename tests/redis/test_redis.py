@@ -1,4 +1,4 @@
-"""`RedisBuckets` with a real server: connections, commands and what becomes of them."""
+"""`RedisBuckets` with a real server: connections, commands and their effects."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.servers import RedisServer, forget, free_port, redis_server
 
 __all__ = ["redis_server"]  # a fixture, found by its name
 
-# An empty Redis gives no tokens for a second; tests do not wait for that.
+# An empty Redis grants no tokens for a second; tests do not wait for that.
 OPENED: dict[str, str | int] = {"epoch": 1, "opens": 0}
 
 
 def open_prefix(server: RedisServer, prefix: str) -> None:
-    """As if it had been in use for a while."""
+    """Make the prefix look as if in use for a while."""
     run = str(server.ask("INFO", "server")["run_id"])  # type: ignore[index]  # what redis-py makes of it
     for field, value in {**OPENED, "run": run}.items():
         server.ask("HSET", f"{{{prefix}}}:epoch", field, value)
@@ -93,7 +93,7 @@ async def test_clients_with_one_prefix_share_one_quota(
 
 
 async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix: str) -> None:
-    """What one has spent the other does not wait for."""
+    """One prefix's requests do not delay those of another."""
     other = uuid.uuid4().hex
     open_prefix(redis_server, other)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
@@ -109,10 +109,10 @@ async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix
             assert (await one.balance(key, timeout=5)).credits == 1000
 
 
-async def test_the_script_is_sent_again_when_it_was_flushed(
+async def test_the_script_is_sent_again_after_script_flush(
     redis_server: RedisServer, prefix: str
 ) -> None:
-    """As after SCRIPT FLUSH."""
+    """After SCRIPT FLUSH the next call sends the whole script."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
         for _ in range(2):
@@ -120,8 +120,8 @@ async def test_the_script_is_sent_again_when_it_was_flushed(
             await one.balance(sandbox.add_key(), timeout=5)
 
 
-async def test_a_restart_is_noticed_and_what_is_out_is_told(own_server: RedisServer) -> None:
-    """Although the server has forgotten all of it."""
+async def test_tokens_are_registered_again_after_a_restart(own_server: RedisServer) -> None:
+    """The restarted server has lost the count."""
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
@@ -132,16 +132,16 @@ async def test_a_restart_is_noticed_and_what_is_out_is_told(own_server: RedisSer
 
 
 async def told_again(server: RedisServer) -> None:
-    """All three tokens that are out have been told."""
+    """Wait until all three tokens that are out are registered again."""
     for _ in range(100):
         await asyncio.sleep(0.03)
         if await asyncio.to_thread(server.ask, "ZCARD", "{p}:/user/credits") == 3:
             return
-    raise AssertionError("it was not told")
+    raise AssertionError("the tokens were not registered")
 
 
-async def test_a_flush_is_noticed_and_what_is_out_is_told(own_server: RedisServer) -> None:
-    """As after FLUSHALL, with a process that has nothing else to say."""
+async def test_tokens_are_registered_again_after_a_flush(own_server: RedisServer) -> None:
+    """After FLUSHALL, by the heartbeat of an otherwise idle process."""
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
@@ -151,10 +151,10 @@ async def test_a_flush_is_noticed_and_what_is_out_is_told(own_server: RedisServe
         await told_again(own_server)
 
 
-async def test_a_process_goes_on_without_the_server_and_comes_back(
+async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By itself, and counts with the others again."""
+    """Afterwards it shares the count with other processes again."""
     monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
@@ -198,10 +198,10 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
     assert "Redis is out of reach" in caplog.text
 
 
-async def test_a_user_that_may_not_ask_which_server_it_is_does(
+async def test_a_user_without_the_info_command_works(
     own_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beside one that may: neither takes the other for a loss of the count."""
+    """Beside a user with it: neither takes the other for a loss of the count."""
     await asyncio.to_thread(
         own_server.ask, "ACL", "SETUSER", "limited", "on", "nopass", "~*", "+@all", "-info"
     )
@@ -220,7 +220,7 @@ async def test_a_user_that_may_not_ask_which_server_it_is_does(
 @pytest.mark.parametrize(
     "options", [{"protocol": 2}, {"protocol": 3}, {"decode_responses": True, "protocol": 3}]
 )
-async def test_a_client_of_either_protocol_does(
+async def test_a_client_of_either_protocol_works(
     redis_server: RedisServer, prefix: str, options: dict[str, Any]
 ) -> None:
     """The script's answers are numbers in both."""
@@ -234,10 +234,10 @@ async def test_a_client_of_either_protocol_does(
 
 
 @pytest.mark.own_loops
-def test_another_client_may_use_them_when_the_first_is_closed(
+def test_another_client_may_use_the_buckets_when_the_first_is_closed(
     redis_server: RedisServer, prefix: str
 ) -> None:
-    """In another loop too: an application that makes its client when it starts may start again."""
+    """Also on another loop: an app with a client of its own may start again."""
     buckets = RedisBuckets(redis_server.url, prefix=prefix, on_outage="raise")
 
     async def uses() -> None:
@@ -257,7 +257,7 @@ def test_another_client_may_use_them_when_the_first_is_closed(
 async def test_a_given_client_is_used_and_not_closed(
     redis_server: RedisServer, prefix: str
 ) -> None:
-    """Also one that decodes what it reads."""
+    """Also one that decodes its answers."""
     given = Redis(unix_socket_path=str(redis_server.socket), decode_responses=True)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         await (await client(sandbox, RedisBuckets(given, prefix=prefix), stack)).balance(
@@ -268,7 +268,7 @@ async def test_a_given_client_is_used_and_not_closed(
 
 
 async def test_an_own_client_is_closed(redis_server: RedisServer, prefix: str) -> None:
-    """With the client that used it."""
+    """Together with the credits client."""
     before = int(str(redis_server.ask("INFO", "clients")["connected_clients"]))  # type: ignore[index]  # what redis-py makes of it
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         await (await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)).balance(
@@ -302,14 +302,14 @@ async def test_names_and_values_hold_no_secret_and_expire(
                 if "credits" in name and "line" not in name
             ]
         )
-        assert len(names) == 4  # the marker, the common bucket and two own ones
+        assert len(names) == 4  # the marker, the common bucket and two account buckets
         assert not [word for word in ("secret", "acme") if word in " ".join(names) + told]
         assert all(0 < int(str(redis_server.ask("PTTL", name))) <= 86_400_000 for name in names)
 
 
 @pytest.fixture
 def cluster() -> Iterator[RedisServer]:
-    # A cluster's nodes talk to each other on a port that is greater by 10,000.
+    # A cluster's nodes talk to each other on their port plus 10,000.
     port = next(port for port in iter(free_port, 0) if port < 55_000)
     server = RedisServer("--cluster-enabled", "yes", port=port)
     server.ask("CLUSTER", "ADDSLOTS", *range(16384))
@@ -318,7 +318,7 @@ def cluster() -> Iterator[RedisServer]:
 
 
 @pytest.mark.timeout(60)
-async def test_it_works_on_a_cluster(cluster: RedisServer) -> None:
+async def test_buckets_work_on_a_cluster(cluster: RedisServer) -> None:
     """All keys of a prefix lie in one slot."""
     for _ in range(200):
         if b"cluster_state:ok" in str(
@@ -334,8 +334,8 @@ async def test_it_works_on_a_cluster(cluster: RedisServer) -> None:
     await given.aclose()
 
 
-async def test_calls_fail_without_redis_where_that_is_asked_for() -> None:
-    """And name their key."""
+async def test_calls_fail_without_redis_when_on_outage_is_raise() -> None:
+    """The error names the key."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(
             sandbox, RedisBuckets(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack
@@ -379,8 +379,8 @@ def test_bad_arguments_are_refused_and_a_password_is_not_repeated(
     assert "hunter2" not in str(caught.value) + shown[shown.index("crustcredits/_validation.py") :]
 
 
-def test_without_redis_py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of the library does without."""
+def test_without_redis_py_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the library works without it."""
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     forget("crustcredits.redis", monkeypatch)
     with pytest.raises(ImportError, match=r"needs redis-py: pip install 'crustcredits\[redis\]'"):
@@ -396,7 +396,7 @@ def test_another_missing_module_is_not_taken_for_redis_py(monkeypatch: pytest.Mo
 
 
 def test_a_password_does_not_print() -> None:
-    """Making the buckets opens nothing, and shows nothing."""
+    """Making the buckets opens no connection and prints nothing."""
     buckets = RedisBuckets("redis://:hunter2@localhost")
     assert "hunter2" not in repr(buckets) + str(buckets)
 
@@ -404,9 +404,9 @@ def test_a_password_does_not_print() -> None:
 async def test_no_answer_is_lost_with_tokens_from_redis(
     redis_server: RedisServer, prefix: str
 ) -> None:
-    """100 calls at once all have one.
+    """100 calls at once all have an answer.
 
-    On uvloop the handle of a moment that has come does not tell when it runs.
+    On uvloop a timer handle that is due does not give its time.
     """
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         keys = [sandbox.add_key() for _ in range(100)]

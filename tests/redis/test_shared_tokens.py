@@ -1,5 +1,4 @@
-"""Tokens that several processes share: what they say, what they know, and what becomes of it when
-things go wrong.
+"""Tokens that several processes share: messages, knowledge of each process, and failures.
 
 In virtual time, with the real script over a model of Redis.
 """
@@ -33,19 +32,19 @@ from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, no
 
 pytestmark = pytest.mark.virtual
 
-# By how much it may come later than a token comes home: others may have waited longer, and then it
-# is asked for again.
+# Most seconds from the return of a token to its grant: other processes may have waited longer, and
+# then it is asked for again.
 SOONEST = 0.1
-# What a process that has not been heard of for a while does within this time.
+# Most seconds until the next message of any process.
 SOON = 0.6
 
 
-# What the log says of a server that is down.
+# The log's text for a server that is down.
 REFUSED = "ConnectionError: Error 111 connecting to nowhere:1. Connection refused."
 
 
 def shared(client: CreditsClient) -> SharedTokens:
-    """What a client knows of the tokens of all its requests for balances."""
+    """Return a client's view of the tokens of all its requests for balances."""
     bucket = client._dispatcher._schedulers[PATH]._common
     assert isinstance(bucket, LeasedTokens)
     assert isinstance(bucket._tokens, SharedTokens)
@@ -56,7 +55,7 @@ def shared(client: CreditsClient) -> SharedTokens:
 
 
 async def test_two_processes_share_one_count(redis: FakeRedis, start: Start) -> None:
-    """What one has, the other has not, until it comes home."""
+    """A token used by one process is unavailable to the other until it returns."""
     one, two = start(limit=3), start(limit=3)
     for _ in range(2):
         await one.send()
@@ -73,8 +72,7 @@ async def test_two_processes_share_one_count(redis: FakeRedis, start: Start) -> 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("processes", [2, 4])
 async def test_the_server_never_sees_more_than_the_limit(processes: int, seed: int) -> None:
-    """Whatever the delays to Redis and to the API: nothing is refused, and all come to their
-    turn."""
+    """At any delay to Redis and the API, no request is refused and every call succeeds."""
     redis = opened(latency=between(0.0, 0.2, seed))
     server = WindowServer(limit=40, period=10.0, seconds=(0.0, 2.0), seed=seed)
     limit = RateLimit(requests=40, period=10.0, scope="client")
@@ -92,7 +90,7 @@ async def test_the_server_never_sees_more_than_the_limit(processes: int, seed: i
 
 
 async def test_no_process_starves(redis: FakeRedis, start: Start) -> None:
-    """Also not the one that is always the last to hear of it, because it is farther from Redis."""
+    """Not even the process with the longest way to Redis."""
     redis.latency = {"near": 0.0002, "nearer": 0.0001, "far": 0.02}.__getitem__
     workers = {name: start(name=name, limit=60) for name in ("near", "nearer", "far")}
     served = dict.fromkeys(workers, 0)
@@ -105,7 +103,7 @@ async def test_no_process_starves(redis: FakeRedis, start: Start) -> None:
             await asyncio.sleep(0.01)
             one.end()
 
-    # Tokens come home one at a time.
+    # Tokens return one at a time.
     spread = start(name="near", limit=60)
     for _ in range(60):
         await spread.send()
@@ -123,8 +121,8 @@ async def test_no_process_starves(redis: FakeRedis, start: Start) -> None:
 # --- leases
 
 
-async def test_what_a_process_had_that_vanished_comes_home_by_itself(start: Start) -> None:
-    """After a period and two request timeouts, and no sooner; whether it was on the wire or not."""
+async def test_tokens_of_a_vanished_process_return_after_the_lease(start: Start) -> None:
+    """Not before a period and two request timeouts, both for used and unused tokens."""
     one, two = start(limit=2), start(limit=2)
     await one.send()
     await one.acquire()
@@ -136,10 +134,10 @@ async def test_what_a_process_had_that_vanished_comes_home_by_itself(start: Star
     assert now() == pytest.approx(LEASE, abs=FRESH + 0.5)
 
 
-async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_had_not(
+async def test_a_reported_end_survives_its_process(
     start: Start,
 ) -> None:
-    """That it has ended is told a tenth of a second later, if there is nothing else to say."""
+    """Without other reports, the end of an attempt is reported after 0.1 s."""
     one, two = start(limit=1), start(limit=1)
     await one.send()
     one.end()
@@ -150,8 +148,7 @@ async def test_what_had_ended_before_its_process_vanished_comes_home_as_if_it_ha
 
 
 async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(start: Start) -> None:
-    """It began as late after its token's grant as it may, lasted as long as it may, and arrives as
-    late as it may."""
+    """It starts as late after its grant, lasts as long and arrives as late as possible."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
     await passes(FRESH - 0.01)
@@ -163,10 +160,10 @@ async def test_a_request_that_outlives_its_process_counts_for_a_whole_period(sta
     assert now() >= arrives + PERIOD
 
 
-async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whole_period(
+async def test_an_attempt_abandoned_during_an_outage_counts_for_a_whole_period(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Where the others can still count, and this process cannot tell them."""
+    """Other processes still reach Redis, and this one cannot report to it."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
     await passes(FRESH - 0.01)
@@ -180,10 +177,10 @@ async def test_a_request_that_was_given_up_on_during_an_outage_counts_for_a_whol
 
 
 @pytest.mark.parametrize(("waited", "starts"), [(0.9, True), (1.1, False)])
-async def test_a_token_that_is_not_used_within_a_second_goes_back(
+async def test_a_token_unused_for_a_second_is_given_back(
     start: Start, waited: float, starts: bool
 ) -> None:
-    """Others could use it, and its lease is made for a request that begins by then."""
+    """Other processes could use it, and its lease only covers an attempt that starts by then."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
     task = two.waits()
@@ -194,10 +191,10 @@ async def test_a_token_that_is_not_used_within_a_second_goes_back(
     task.cancel()
 
 
-async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(
+async def test_tokens_that_wait_for_a_connection_slot_are_given_back(
     redis: FakeRedis,
 ) -> None:
-    """Others could use them; whoever waits has others when it has its place."""
+    """Other processes could use them within a second; the waiting call gets another one later."""
     server = FakeServer(lambda name, times: Reply(seconds=9.0))
     limit = RateLimit(requests=100, scope="client", pace=None)
     async with fake_client(
@@ -210,12 +207,12 @@ async def test_tokens_that_wait_for_a_place_on_the_wire_go_back_within_a_second(
         check.cancel()
 
 
-async def test_an_accounts_own_token_that_has_become_stale_meanwhile_goes_back(
+async def test_an_expired_account_token_is_given_back(
     redis: FakeRedis,
 ) -> None:
-    """With `scope="auto"`, while the one of all was waited for.
+    """With `scope="auto"`, while the call waits for the common token.
 
-    So nothing is sent with a token whose lease is too short.
+    So no attempt is sent with too short a lease.
     """
     server = WindowServer(limit=3, seconds=(0.0, 0.0))
     limit = RateLimit(requests=3)
@@ -239,12 +236,12 @@ async def test_an_accounts_own_token_that_has_become_stale_meanwhile_goes_back(
 
 
 @pytest.mark.parametrize(("limit", "processes"), [(1, 2), (1, 3), (2, 3), (2, 4)])
-async def test_processes_do_not_wait_for_each_others_halves(
+async def test_processes_do_not_deadlock_on_two_buckets(
     redis: FakeRedis, limit: int, processes: int
 ) -> None:
-    """Each request needs a token of its account and one of all.
+    """Each attempt needs a token of its account and a common one.
 
-    Who has one of them and not the other lets it go.
+    A process with only one of them gives it back.
     """
     server = FakeServer()
     rate_limit = RateLimit(requests=limit, period=20.0)
@@ -262,10 +259,10 @@ async def test_processes_do_not_wait_for_each_others_halves(
 # --- messages
 
 
-async def test_a_message_asks_for_no_more_than_32_and_only_one_is_under_way(
+async def test_a_message_asks_for_at_most_32_tokens_and_one_message_is_under_way(
     redis: FakeRedis, start: Start
 ) -> None:
-    """However many wait."""
+    """For any number of waiters."""
     redis.seen = []
     redis.latency = between(0.05, 0.1)
     one = start(limit=300)
@@ -276,20 +273,16 @@ async def test_a_message_asks_for_no_more_than_32_and_only_one_is_under_way(
     assert redis.messages <= 20
 
 
-async def test_with_a_pace_no_more_is_asked_for_than_goes_in_a_moment(
-    redis: FakeRedis, start: Start
-) -> None:
-    """15 at 100 a second; what waits for the pace could be used by others."""
+async def test_a_pace_bounds_the_tokens_asked_for_ahead(redis: FakeRedis, start: Start) -> None:
+    """15 at a pace of 100 a second; more would be unused while other processes wait."""
     redis.seen = []
     one = start(limit=300, pace=100.0)
     await asyncio.gather(*(one.send() for _ in range(40)))
     assert max(asked.wanted for message in redis.seen for asked in message.buckets) == 15
 
 
-async def test_no_message_is_sent_that_nothing_is_to_be_said_in(
-    redis: FakeRedis, start: Start
-) -> None:
-    """A process that waits for nothing and holds nothing is silent."""
+async def test_an_idle_process_sends_no_message(redis: FakeRedis, start: Start) -> None:
+    """A process without waiters and tokens sends no heartbeat."""
     one = start()
     await one.send()
     one.end()
@@ -299,10 +292,10 @@ async def test_no_message_is_sent_that_nothing_is_to_be_said_in(
     assert redis.messages == messages
 
 
-async def test_while_everybody_waits_there_are_two_messages_a_second_at_the_most(
+async def test_waiting_processes_send_at_most_two_messages_a_second(
     redis: FakeRedis, start: Start
 ) -> None:
-    """For each process, however many wait in it, when no token is to come home for long."""
+    """For any number of waiters, while no token is about to return."""
     workers = [start(limit=4) for _ in range(4)]
     for one in workers:
         await one.send()
@@ -321,10 +314,8 @@ async def test_while_everybody_waits_there_are_two_messages_a_second_at_the_most
         task.cancel()
 
 
-async def test_while_tokens_come_home_one_after_the_other_messages_stay_few(
-    redis: FakeRedis, start: Start
-) -> None:
-    """Of a hundred that come home within a second each message brings all that came in between."""
+async def test_one_message_fetches_several_returning_tokens(redis: FakeRedis, start: Start) -> None:
+    """100 tokens that return within a second take few messages."""
     one, two = start(limit=100), start(limit=100)
     for _ in range(100):
         await one.send()
@@ -339,10 +330,8 @@ async def test_while_tokens_come_home_one_after_the_other_messages_stay_few(
     assert redis.messages_of[two.name] - before <= 30
 
 
-async def test_whoever_waits_wakes_when_the_next_token_comes_home(
-    redis: FakeRedis, start: Start
-) -> None:
-    """Each answer tells when that is."""
+async def test_a_waiter_wakes_when_the_next_token_returns(redis: FakeRedis, start: Start) -> None:
+    """Each answer contains that time."""
     one, two = start(limit=2), start(limit=2)
     for _ in range(2):
         await one.send()
@@ -356,8 +345,8 @@ async def test_whoever_waits_wakes_when_the_next_token_comes_home(
     assert now() == pytest.approx(77.77, abs=SOONEST)
 
 
-async def test_what_has_ended_rides_along(redis: FakeRedis, start: Start) -> None:
-    """Ten requests end within a tenth of a second, and one message says so."""
+async def test_ended_attempts_are_reported_together(redis: FakeRedis, start: Start) -> None:
+    """Ten attempts that end within 0.1 s take one message."""
     one = start(limit=20)
     for _ in range(10):
         await one.send()
@@ -377,8 +366,8 @@ async def test_what_has_ended_rides_along(redis: FakeRedis, start: Start) -> Non
     ] == [(1, 1)]
 
 
-async def test_a_message_has_sixty_four_buckets_at_the_most(redis: FakeRedis, start: Start) -> None:
-    """The rest goes with the next one."""
+async def test_a_message_has_at_most_64_buckets(redis: FakeRedis, start: Start) -> None:
+    """The rest follows in the next one."""
     one = start()
     buckets = [Waiting(one.buckets.tokens(PATH, f"account {number}", 1)) for number in range(150)]
     redis.seen = []
@@ -388,8 +377,8 @@ async def test_a_message_has_sixty_four_buckets_at_the_most(redis: FakeRedis, st
     assert now() < 0.1
 
 
-async def test_a_token_that_comes_back_is_had_by_another_process_soon(start: Start) -> None:
-    """It is told within a tenth of a second, and heard of within half a second more."""
+async def test_a_token_given_back_soon_goes_to_another_process(start: Start) -> None:
+    """It is reported within 0.1 s, and granted within half a second more."""
     one, two = start(limit=1), start(limit=1)
     await one.acquire()
     task = two.waits()
@@ -399,10 +388,10 @@ async def test_a_token_that_comes_back_is_had_by_another_process_soon(start: Sta
     assert task.done()
 
 
-async def test_a_longer_round_trip_does_not_make_more_messages(
+async def test_a_longer_round_trip_does_not_cause_more_messages(
     redis: FakeRedis, start: Start
 ) -> None:
-    """At a quarter of a second there and back as many tokens come with each."""
+    """With a round trip of 0.25 s each message brings as many tokens."""
     redis.latency = lambda process: 0.125
     one = start(limit=300)
     await asyncio.gather(*(one.send() for _ in range(96)))
@@ -413,8 +402,8 @@ async def test_a_longer_round_trip_does_not_make_more_messages(
 # --- a loss of the count
 
 
-async def test_on_a_new_server_no_token_is_given_at_first(start: Start, redis: FakeRedis) -> None:
-    """It may have been another one a moment ago."""
+async def test_a_new_server_grants_no_token_at_first(start: Start, redis: FakeRedis) -> None:
+    """Another server may have counted a moment ago."""
     redis.flush()
     one = start()
     await asyncio.gather(*(one.send() for _ in range(5)))
@@ -422,7 +411,7 @@ async def test_on_a_new_server_no_token_is_given_at_first(start: Start, redis: F
 
 
 async def exhausted(*workers: Worker) -> None:
-    """All tokens are out, of all processes alike."""
+    """Use all tokens, evenly over the processes."""
     for place in range(workers[0].bucket.limit):
         await workers[place % len(workers)].send()
     for one in workers:
@@ -432,10 +421,10 @@ async def exhausted(*workers: Worker) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flush", "restart", "roll back"])
-async def test_after_a_loss_every_process_says_what_it_holds_before_tokens_are_given(
+async def test_after_a_loss_every_process_registers_before_tokens_are_granted(
     redis: FakeRedis, start: Start, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """So nobody has a token before one of those that were out comes home."""
+    """So no process gets a token before a used one returns."""
     workers = [start(limit=6) for _ in range(3)]
     earlier = redis.snapshot()
     await exhausted(*workers)
@@ -464,10 +453,10 @@ async def test_after_a_loss_every_process_says_what_it_holds_before_tokens_are_g
     assert bool(redis.evals) == (kind == "restart")
 
 
-async def test_what_is_on_the_wire_during_a_loss_is_told_too(
+async def test_tokens_in_flight_during_a_loss_are_registered(
     redis: FakeRedis, start: Start
 ) -> None:
-    """And what is in hand; each with its lease, which does not begin anew."""
+    """Granted ones too; each with the rest of its lease."""
     one, two = start(limit=4), start(limit=4)
     await one.send()
     await one.holds(2)
@@ -483,12 +472,12 @@ async def test_what_is_on_the_wire_during_a_loss_is_told_too(
     assert now() == pytest.approx(LEASE, abs=FRESH + SOON)
 
 
-async def test_what_is_held_by_a_process_that_was_silent_is_told_after_a_loss(
+async def test_a_process_without_waiters_registers_after_a_loss(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Nobody waits in it, and it has nothing to say.
+    """It has no waiters and nothing to report.
 
-    But it says something every half a second while its tokens are out.
+    Its heartbeat every half second continues while its tokens are out.
     """
     one, two = start(limit=5), start(limit=5)
     await exhausted(one)
@@ -498,8 +487,10 @@ async def test_what_is_held_by_a_process_that_was_silent_is_told_after_a_loss(
     assert now() == pytest.approx(60, abs=0.2)
 
 
-async def test_after_two_losses_everything_is_told_twice(redis: FakeRedis, start: Start) -> None:
-    """The second comes while the first is being repaired."""
+async def test_after_two_losses_every_token_is_registered_twice(
+    redis: FakeRedis, start: Start
+) -> None:
+    """The second loss comes during the repair of the first."""
     workers = [start(limit=6) for _ in range(3)]
     await exhausted(*workers)
     for _ in range(2):
@@ -510,8 +501,7 @@ async def test_after_two_losses_everything_is_told_twice(redis: FakeRedis, start
 
 
 async def test_a_loss_of_the_last_messages_only_is_noticed(redis: FakeRedis, start: Start) -> None:
-    """Also where others have sent more messages since than were lost: a replica that was a moment
-    behind has taken over."""
+    """Even after more messages than were lost: a slightly delayed replica has taken over."""
     one, two, three = (start(limit=11) for _ in range(3))
     await two.send()
     await three.send()
@@ -526,10 +516,10 @@ async def test_a_loss_of_the_last_messages_only_is_noticed(redis: FakeRedis, sta
     assert redis.out() == 11
 
 
-async def test_after_a_loss_of_the_last_messages_nobody_has_what_they_brought(
+async def test_tokens_of_lost_messages_are_not_granted_again(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Whoever is the first to speak then."""
+    """Regardless of the process that sends the next message."""
     one, two = start(limit=4), start(limit=4)
     await two.send()
     await asyncio.sleep(0.2)
@@ -543,10 +533,8 @@ async def test_after_a_loss_of_the_last_messages_nobody_has_what_they_brought(
     task.cancel()
 
 
-async def test_what_a_lost_answer_would_have_brought_goes_back(
-    redis: FakeRedis, start: Start
-) -> None:
-    """Nobody knows whether it was given; it is there again when Redis is."""
+async def test_tokens_of_a_lost_answer_are_given_back(redis: FakeRedis, start: Start) -> None:
+    """Redis may have granted them; they are free again with the next exchange."""
     one = start(limit=5, share=1)
     await one.send()
     redis.lose_answers = 1
@@ -564,7 +552,7 @@ async def test_what_a_lost_answer_would_have_brought_goes_back(
 async def test_a_message_that_arrives_twice_takes_tokens_once(
     redis: FakeRedis, start: Start
 ) -> None:
-    """A client that tries again by itself when an answer is lost does no harm."""
+    """A Redis client that retries by itself does no harm."""
     one = start(limit=5)
     redis.repeat = 1
     await asyncio.gather(*(one.send() for _ in range(5)))
@@ -572,11 +560,10 @@ async def test_a_message_that_arrives_twice_takes_tokens_once(
     assert redis.out() == 5
 
 
-async def test_a_message_that_is_read_late_takes_nothing_from_anybody_for_long(
+async def test_a_message_read_late_does_not_take_tokens_for_long(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Redis stood still, was given up on, and finds in its socket what nobody waits for any
-    more."""
+    """Redis stalled, and later reads messages whose senders have given up."""
     one, two = start(limit=5), start(limit=5)
     await one.send()
     one.end()
@@ -592,8 +579,8 @@ async def test_a_message_that_is_read_late_takes_nothing_from_anybody_for_long(
     assert redis.out() == 5
 
 
-async def test_keys_expire_when_nobody_uses_them(redis: FakeRedis, start: Start) -> None:
-    """A bucket's when all that was in it must have come home, and the marker after a day."""
+async def test_unused_redis_keys_expire(redis: FakeRedis, start: Start) -> None:
+    """A bucket's after the return of all its tokens, the marker's after a day."""
     one = start()
     await one.send()
     one.vanish()
@@ -606,7 +593,7 @@ async def test_keys_expire_when_nobody_uses_them(redis: FakeRedis, start: Start)
 async def test_processes_with_different_timeouts_do_not_forget_each_others_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
-    """A web service gives up soon, and a batch that shares its quota later."""
+    """For example a web service with a short timeout and a batch with a long one."""
     patient, hasty = start(limit=2, late=120.0), start(limit=2, late=1.0)
     await patient.send()
     await hasty.send()
@@ -622,8 +609,8 @@ async def test_processes_with_different_timeouts_do_not_forget_each_others_token
     assert redis.out() == 0
 
 
-async def test_neither_names_nor_values_tell_a_secret(redis: FakeRedis) -> None:
-    """Accounts and keys are there as a SHA-256."""
+async def test_names_and_values_contain_no_secret(redis: FakeRedis) -> None:
+    """Accounts and keys appear as SHA-256."""
     key = ApiKey("secret-of-acme-0123", name="acme's key", account="acme's account")
     for scope in ("auto", "account", "key"):
         limit = RateLimit(scope=scope)
@@ -639,10 +626,10 @@ async def test_neither_names_nor_values_tell_a_secret(redis: FakeRedis) -> None:
 # --- without Redis, and "local"
 
 
-async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_home(
+async def test_degraded_mode_starts_with_the_process_own_returning_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
-    """The others may have the rest; after a period and a request timeout with its whole share."""
+    """Others may have used the rest; the whole share follows after a lease."""
     one, two = start(limit=12, share=1 / 3), start(limit=12)
     for _ in range(2):
         await one.send()
@@ -669,13 +656,10 @@ async def test_without_redis_a_process_goes_on_with_tokens_of_its_own_that_come_
     redis.down = False
 
 
-async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(
+async def test_the_share_follows_a_lower_limit_of_the_server(
     redis: FakeRedis, start: Start
 ) -> None:
-    """What is held back is held back, and what is to be followed is followed.
-
-    One token at least.
-    """
+    """The share is computed from the limit in force, and is at least one token."""
     one = start(limit=100, share=1 / 4)
     await one.send()
     redis.down = True
@@ -691,10 +675,10 @@ async def test_its_share_is_no_more_than_the_limit_that_the_server_tells(
     redis.down = False
 
 
-async def test_a_process_that_never_had_redis_begins_after_a_period(
+async def test_a_process_that_never_reached_redis_starts_after_a_lease(
     redis: FakeRedis, start: Start
 ) -> None:
-    """With nothing of its own there is nothing that is certainly not spent by others."""
+    """Without tokens of its own, other processes may have used all."""
     redis.down = True
     one = start(limit=8)
     tasks = [one.waits() for _ in range(3)]
@@ -707,10 +691,10 @@ async def test_a_process_that_never_had_redis_begins_after_a_period(
     await tasks[2]
 
 
-async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(
+async def test_a_bucket_made_during_an_outage_is_empty_at_first(
     redis: FakeRedis, start: Start
 ) -> None:
-    """The others may have all of it."""
+    """Other processes may have used all its tokens."""
     one = start()
     redis.down = True
     task = one.waits()
@@ -723,7 +707,7 @@ async def test_a_bucket_that_is_made_during_an_outage_has_nothing_before(
 async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(
     redis: FakeRedis,
 ) -> None:
-    """Redis might be back sooner. One that can wait is not sent away."""
+    """Redis might answer sooner. A call with a longer deadline waits."""
     redis.down = True
     async with fake_client(
         WindowServer(), rate_limit=RateLimit(scope="client"), buckets=connected(redis)
@@ -740,11 +724,10 @@ async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(
         assert now() == pytest.approx(81.3, abs=0.5)
 
 
-async def test_a_moments_trouble_is_waited_for(
+async def test_a_short_outage_is_waited_for(
     redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While one process is cut off the others are served, so what it spends by itself would come on
-    top."""
+    """While one process is cut off, its own spending would be in addition to the others'."""
     one, two = start(limit=4, share=1), start(limit=4, share=1)
     for _ in range(4):
         await one.send()
@@ -763,12 +746,12 @@ async def test_a_moments_trouble_is_waited_for(
 
 
 @pytest.mark.parametrize("late", [True, False])
-async def test_the_first_that_is_served_again_has_nothing_before_the_others_have_told(
+async def test_after_an_outage_no_process_gets_tokens_before_all_have_registered(
     redis: FakeRedis, start: Start, late: bool
 ) -> None:
-    """One has gone on alone, and the other was about to.
+    """One process is in degraded mode, the other almost.
 
-    Also where what they said meanwhile is read now.
+    With `late`, messages of the outage are read now.
     """
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     for _ in range(4):
@@ -789,10 +772,10 @@ async def test_the_first_that_is_served_again_has_nothing_before_the_others_have
         task.cancel()
 
 
-async def test_an_outage_is_told_to_the_log_once_and_its_end_too(
+async def test_an_outage_and_its_end_are_logged_once_each(
     redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However often it is looked for meanwhile."""
+    """For any number of failed exchanges."""
     caplog.set_level(logging.INFO)
     one = start(limit=8, share=0.123456)
     await one.send()
@@ -804,15 +787,15 @@ async def test_an_outage_is_told_to_the_log_once_and_its_end_too(
         await one.acquire()
         one.unused()
         await one.send()
-    goes_on = "degraded mode, for 81 s with its own returning tokens, then with 0.123 of the limit"
+    effect = "degraded mode, for 81 s with its own returning tokens, then with 0.123 of the limit"
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", f"Redis is out of reach ({REFUSED}); {goes_on}, until it answers"),
+        ("WARNING", f"Redis is out of reach ({REFUSED}); {effect}, until it answers"),
         ("WARNING", "Redis answers again; the processes share one count of the rate limit"),
     ] * 2
 
 
-async def test_it_is_looked_for_twice_a_second(redis: FakeRedis, start: Start) -> None:
-    """Whatever is to be said meanwhile."""
+async def test_redis_is_tried_twice_a_second(redis: FakeRedis, start: Start) -> None:
+    """For any number of queued reports."""
     one = start(limit=100, share=1)
     for _ in range(50):
         await one.send()
@@ -826,10 +809,10 @@ async def test_it_is_looked_for_twice_a_second(redis: FakeRedis, start: Start) -
     redis.down = False
 
 
-async def test_when_redis_is_back_every_process_says_what_it_has_out(
+async def test_after_an_outage_every_process_registers_its_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Also what it has given itself meanwhile; and what has come back it does not say."""
+    """Also those of degraded mode, but not those already returned."""
     one, two = start(limit=12, share=1 / 2), start(limit=12)
     await two.send()
     redis.cut.add(one.name)
@@ -844,10 +827,10 @@ async def test_when_redis_is_back_every_process_says_what_it_has_out(
     assert redis.out() == 4
 
 
-async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(
+async def test_after_an_outage_no_token_of_an_unregistered_process_is_granted(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Each finds it again at a time of its own; until all have, tokens are not given."""
+    """Each reaches Redis at its own time; until all have registered, no token is granted."""
     workers = [start(limit=8, share=1 / 4) for _ in range(4)]
     redis.down = True
     tasks = []
@@ -864,10 +847,10 @@ async def test_when_redis_is_back_nobody_has_what_another_has_not_told_yet(
         task.cancel()
 
 
-async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(
+async def test_unused_tokens_of_degraded_mode_end_with_the_outage(
     redis: FakeRedis, start: Start
 ) -> None:
-    """Nobody else knows of it, as long as no request has begun."""
+    """Redis does not know them, and no attempt has used them."""
     one = start(limit=4)
     redis.down = True
     await one.acquire()
@@ -877,20 +860,18 @@ async def test_what_a_process_could_give_itself_it_has_not_when_redis_is_back(
     assert not one.start()
 
 
-async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arrive(
+async def test_the_whole_share_waits_for_slow_attempts_of_before_the_outage(
     redis: FakeRedis, start: Start
 ) -> None:
-    """One process noticed the outage at once, the other was sending its last tokens, and these
-    requests were slow."""
+    """One process noticed the outage at once; the other was sending its last tokens, slowly."""
     one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
     await two.holds(4)
     redis.down = True
     tasks = [one.waits() for _ in range(2)]
     await asyncio.sleep(0.9)
     assert [two.start() for _ in range(4)] == [True] * 4
-    arrives = (
-        now() + 2 * LATE - 0.1
-    )  # given up on after one, and arriving as late after that as it may
+    # Abandoned after one timeout, and arriving as late after that as possible.
+    arrives = now() + 2 * LATE - 0.1
     await asyncio.sleep(LATE)
     for _ in range(4):
         two.abandon()
@@ -900,8 +881,10 @@ async def test_nobody_has_its_whole_share_while_slow_requests_of_before_may_arri
     redis.down = False
 
 
-async def test_redis_that_hangs_is_gone_after_two_seconds(redis: FakeRedis, start: Start) -> None:
-    """A call waits for it no longer, and does not hang."""
+async def test_a_redis_that_hangs_is_an_outage_after_two_seconds(
+    redis: FakeRedis, start: Start
+) -> None:
+    """A call then waits for it no longer."""
     one = start(limit=8, share=1)
     for _ in range(4):
         await one.send()
@@ -920,11 +903,10 @@ async def test_redis_that_hangs_is_gone_after_two_seconds(redis: FakeRedis, star
     "error",
     [RuntimeError("Event loop is closed"), TypeError("unexpected keyword"), ValueError("nonsense")],
 )
-async def test_whatever_the_client_raises_nobody_hangs(
+async def test_no_call_hangs_on_an_unexpected_exception(
     redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """A client that belongs to another loop, or options that it does not know, are an outage
-    too."""
+    """A client of another loop, or one with unknown options, is an outage too."""
 
     async def raises(*said: Any) -> None:
         raise error
@@ -939,10 +921,10 @@ async def test_whatever_the_client_raises_nobody_hangs(
 @pytest.mark.parametrize(
     "answer", [[], [[1, 2]], [[1, 1, 1, 0], [0]], [[1, 1, 0], [0]], None, b"OK"]
 )
-async def test_whatever_redis_answers_nobody_hangs(
+async def test_no_call_hangs_on_an_unexpected_answer(
     redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
-    """Another script, or something between here and there."""
+    """From another script, or a proxy in between."""
 
     async def answers(*said: Any) -> Any:
         return answer
@@ -956,7 +938,7 @@ async def test_whatever_redis_answers_nobody_hangs(
 
 
 async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -> None:
-    """With an error that names its key, and nothing was sent."""
+    """The error names its key, and no request was sent."""
     server = FakeServer()
     async with fake_client(server, buckets=connected(redis, on_outage="raise")) as client:
         await client.balance(keys(1)[0])
@@ -978,8 +960,10 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
     assert len(server.arrivals) == 4
 
 
-async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start: Start) -> None:
-    """Within two seconds, if it hangs; in whatever bucket."""
+async def test_every_waiter_fails_when_redis_is_out_of_reach(
+    redis: FakeRedis, start: Start
+) -> None:
+    """In every bucket, within two seconds if Redis hangs."""
     one = start(limit=1, on_outage="raise")
     other = Waiting(one.buckets.tokens("/account/credits", None, 1))
     await one.send()
@@ -998,7 +982,7 @@ async def test_all_who_wait_are_told_that_redis_is_gone(redis: FakeRedis, start:
     assert not any(asked.wanted for message in redis.seen for asked in message.buckets)
 
 
-async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(
+async def test_a_waiter_cancelled_at_the_moment_of_the_outage_is_skipped(
     redis: FakeRedis,
 ) -> None:
     """Its future is done already."""
@@ -1017,10 +1001,10 @@ async def test_a_waiter_that_left_in_the_moment_of_the_outage_is_passed_over(
         assert client.quota().waiting == 0
 
 
-async def test_the_log_says_once_that_calls_fail(
+async def test_failing_calls_are_logged_once(
     redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And once that they do no more."""
+    """And their end once too."""
     one = start(limit=8, on_outage="raise")
     redis.down = True
     for _ in range(5):
@@ -1035,10 +1019,8 @@ async def test_the_log_says_once_that_calls_fail(
     ]
 
 
-async def test_what_was_to_be_said_is_said_when_redis_is_back(
-    redis: FakeRedis, start: Start
-) -> None:
-    """The token comes home as if nothing had been."""
+async def test_queued_reports_are_sent_after_the_outage(redis: FakeRedis, start: Start) -> None:
+    """The token returns as if there had been no outage."""
     one, two = start(limit=1, on_outage="raise"), start(limit=1, on_outage="raise")
     await one.send()
     redis.down = True
@@ -1051,12 +1033,10 @@ async def test_what_was_to_be_said_is_said_when_redis_is_back(
     assert now() == pytest.approx(60, abs=SOONEST)
 
 
-async def test_an_outage_does_not_make_the_first_message_after_it_long(
-    redis: FakeRedis, start: Start
-) -> None:
-    """What each call in vain may have brought is to go back.
+async def test_the_first_message_after_an_outage_is_short(redis: FakeRedis, start: Start) -> None:
+    """The tokens of a failed message are given back.
 
-    But not of all calls of a long outage.
+    A long outage must not add up those of all calls.
     """
     one = start(limit=300, on_outage="raise")
     await one.send()
@@ -1074,8 +1054,8 @@ async def test_an_outage_does_not_make_the_first_message_after_it_long(
 # --- closing
 
 
-async def test_closing_says_what_is_still_to_be_said(redis: FakeRedis) -> None:
-    """What was not used is there at once for others, and what has ended comes home in time."""
+async def test_closing_sends_every_queued_report(redis: FakeRedis) -> None:
+    """Unused tokens are free at once, and ended attempts return theirs in time."""
     server = FakeServer(lambda name, times: Reply(seconds=5.0))
     client = fake_client(
         server,
@@ -1096,10 +1076,10 @@ async def test_closing_says_what_is_still_to_be_said(redis: FakeRedis) -> None:
 @pytest.mark.parametrize("how", ["down", "stall"])
 @pytest.mark.parametrize("on_outage", ["local", "raise"])
 @pytest.mark.parametrize("alone", [True, False])
-async def test_closing_while_redis_is_gone_takes_no_longer_than_an_answer_may(
+async def test_closing_without_redis_takes_no_longer_than_one_answer(
     redis: FakeRedis, how: str, on_outage: str, alone: bool
 ) -> None:
-    """Whether that has been noticed or not."""
+    """Both before and after the outage was noticed."""
     buckets = connected(redis, on_outage=on_outage)
     client = fake_client(FakeServer(), buckets=buckets)
     await client.check(keys(20))
@@ -1116,8 +1096,8 @@ async def test_closing_while_redis_is_gone_takes_no_longer_than_an_answer_may(
     assert redis.messages == messages
 
 
-async def test_closing_ends_with_those_who_still_wait(redis: FakeRedis, start: Start) -> None:
-    """Their messages are not waited for, one after the other."""
+async def test_closing_does_not_wait_for_waiters(redis: FakeRedis, start: Start) -> None:
+    """It does not send their messages one after the other."""
     one = start(limit=1)
     await one.send()
     tasks = [one.waits() for _ in range(3)]
@@ -1137,7 +1117,7 @@ async def test_a_second_close_does_nothing(redis: FakeRedis) -> None:
 
 
 async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) -> None:
-    """Nor a task: the loop has nothing of it."""
+    """And no task: nothing is left on the loop."""
     one, two = start(), start()
     await one.send()
     redis.cut.add(two.name)
@@ -1153,11 +1133,11 @@ async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) 
     waiting.cancel()
 
 
-# --- whose it is
+# --- ownership
 
 
-async def test_buckets_serve_one_client_only(redis: FakeRedis) -> None:
-    """Each counts what its own client has under way."""
+async def test_buckets_serve_one_client(redis: FakeRedis) -> None:
+    """Their counts are those of one client."""
     buckets = connected(redis)
     async with fake_client(FakeServer(), buckets=buckets):
         with pytest.raises(
@@ -1166,7 +1146,7 @@ async def test_buckets_serve_one_client_only(redis: FakeRedis) -> None:
             CreditsClient(buckets=buckets)
 
 
-async def test_a_process_names_itself_when_it_first_speaks(redis: FakeRedis) -> None:
+async def test_a_process_gets_its_name_at_its_first_message(redis: FakeRedis) -> None:
     """It may have been forked before."""
     one, two = connected(redis), connected(redis)
     assert one._link._process == two._link._process == ""
@@ -1181,8 +1161,8 @@ async def test_a_process_names_itself_when_it_first_speaks(redis: FakeRedis) -> 
     assert redis.messages_of.keys() >= {one._link._process, two._link._process}
 
 
-async def test_buckets_that_are_idle_are_forgotten(redis: FakeRedis) -> None:
-    """Also while Redis is gone."""
+async def test_idle_buckets_are_forgotten(redis: FakeRedis) -> None:
+    """Their number stays bounded while accounts come and go."""
     buckets = connected(redis)
     async with fake_client(
         FakeServer(), rate_limit=RateLimit(scope="key"), buckets=buckets
