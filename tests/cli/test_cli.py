@@ -1,4 +1,4 @@
-"""The command line: what it prints where, its exit statuses, and what it never prints."""
+"""The command line: its output, its exit statuses, and the secrets that it never prints."""
 
 from __future__ import annotations
 
@@ -161,8 +161,7 @@ def show(*outcomes: Outcome[Account], floor: Decimal | None = None) -> str:
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_demo_fits_the_width(columns: int) -> None:
-    """At 80 and at 120 columns no line is longer, no name is cut, and none of it is an escape
-    sequence."""
+    """At 80 and 120 columns no line is longer, no name is cut, no escape sequence is there."""
     result = run("demo", COLUMNS=str(columns))
     assert result.status == 0
     assert result.err == ""
@@ -173,8 +172,7 @@ def test_the_demo_fits_the_width(columns: int) -> None:
 
 
 def test_the_demo_shows_every_kind_of_key() -> None:
-    """Good, empty, retried and failed keys, the totals by account, each failure in words, and the
-    requests sent."""
+    """Good, empty, retried and failed keys, totals by account, failures, and requests sent."""
     result = run("demo", "--keys", "40")
     assert row(result, "alpine/prod").endswith(" ok")
     assert row(result, "boreal/prod").endswith(" retried")
@@ -220,7 +218,7 @@ def test_the_demo_takes_another_window() -> None:
         ("--window", "inf"),
     ],
 )
-def test_the_demo_refuses_what_cannot_be(arguments: tuple[str, str]) -> None:
+def test_the_demo_refuses_unusable_numbers(arguments: tuple[str, str]) -> None:
     """A usage error names the option, with status 2."""
     result = run("demo", *arguments)
     assert result.status == 2
@@ -231,7 +229,7 @@ def test_the_demo_refuses_what_cannot_be(arguments: tuple[str, str]) -> None:
 # --- check: the table
 
 
-def test_a_table_of_credits(api: SandboxServer) -> None:
+def test_check_prints_a_table_of_credits(api: SandboxServer) -> None:
     """Labels, credits and states; each declared account once in the total."""
     api.add_account("acme", credits=Decimal("138940.37"))
     pool = [
@@ -257,9 +255,8 @@ def test_a_table_of_credits(api: SandboxServer) -> None:
     assert {arrival.path for arrival in api.arrivals} == {"/user/credits"}
 
 
-def test_grants_with_detail(api: SandboxServer) -> None:
-    """`--detail` shows each account's grant and when the next comes, and nothing where there is
-    none."""
+def test_detail_shows_grants(api: SandboxServer) -> None:
+    """Each account's grant with its next date, and nothing where there is none."""
     grant = {"recurring_credits": 5000, "recurring_credits_frequency": "monthly"}
     api.add_account(
         "acme", credits=7, **grant, recurring_credits_refresh_date="2026-09-01T00:00:00Z"
@@ -278,7 +275,7 @@ def test_grants_with_detail(api: SandboxServer) -> None:
 
 
 def test_unknown_is_not_zero(api: SandboxServer) -> None:
-    """Where nothing is known of any key, credits and total are unknown."""
+    """If no key is known, credits and total are unknown."""
     key = ApiKey("not-known-to-anyone", name="lost", account="acme")
     result = run("check", CRUSTDATA_API_KEYS=entries(key))
     assert result.status == 3
@@ -287,8 +284,8 @@ def test_unknown_is_not_zero(api: SandboxServer) -> None:
     assert "Total: unknown; unknown keys: 1\n" in result.out
 
 
-def test_retries_are_told(api: SandboxServer) -> None:
-    """A failure that stayed says how often it was tried."""
+def test_a_failure_shows_its_number_of_tries(api: SandboxServer) -> None:
+    """A failure after retries says how often it was tried."""
     key = api.add_key("down")
     api.fail(key, Fault.BAD_GATEWAY)
     result = run("check", CRUSTDATA_API_KEYS=entries(key))
@@ -297,9 +294,8 @@ def test_retries_are_told(api: SandboxServer) -> None:
     )
 
 
-def test_lookalikes_are_told() -> None:
-    """Keys that may share an account undeclared are named, because the total counts it for each of
-    them."""
+def test_lookalikes_are_named() -> None:
+    """Keys that may share an undeclared account, because the total counts it for each of them."""
     out = show(outcome("a", "5"), outcome("b", "5"), outcome("c", "0"), outcome("d", "0"))
     assert "2 keys answer just like another one, such as a and b: if they share an account" in out
     assert "ACCOUNT/NAME=SECRET" in out
@@ -307,7 +303,7 @@ def test_lookalikes_are_told() -> None:
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_credits_are_never_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credits keep every digit on a line of their own, or folded when absurdly many.
+    """They keep every digit on a line of their own, or are folded when absurdly long.
 
     Long names are folded beside them.
     """
@@ -341,8 +337,8 @@ def test_credits_are_never_cut(columns: int, monkeypatch: pytest.MonkeyPatch) ->
     assert out.count("wrong") == 30
 
 
-def test_markup_and_escapes_are_printed_as_they_are() -> None:
-    """Neither a name nor the server's words can colour or move anything."""
+def test_markup_and_escapes_are_printed_literally() -> None:
+    """Neither a name nor the server's text can colour or move anything."""
     error = CrustCreditsError(
         "[bold]no[/bold] :smile: \x1b[31mred\x1b[0m", key_name="[link]/[red]x[/red]"
     )
@@ -359,7 +355,7 @@ def test_markup_and_escapes_are_printed_as_they_are() -> None:
 
 
 def test_keys_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
-    """`--keys-file` reads keys from a file, and the environment's are left alone."""
+    """`--keys-file` reads keys from a file, and ignores the environment's."""
     path = tmp_path / "keys.txt"
     path.write_text(f"# ours\n{entries(api.add_key('a'), api.add_key('b'))}\n")
     result = run(
@@ -413,9 +409,10 @@ def test_keys_from_standard_input(api: SandboxServer) -> None:
         ),
     ],
 )
-def test_no_usable_keys(arguments: tuple[str, ...], given: bytes, said: str) -> None:
-    """One line on standard error says what is wrong or what to set, with status 2, and nothing of a
-    secret."""
+def test_without_usable_keys_the_status_is_2(
+    arguments: tuple[str, ...], given: bytes, said: str
+) -> None:
+    """One line on standard error names the problem or the remedy, and no secret."""
     result = run("check", *arguments, given=given)
     assert (result.status, result.out) == (2, "")
     assert result.err.startswith(f"crustcredits: {said}")
@@ -423,8 +420,8 @@ def test_no_usable_keys(arguments: tuple[str, ...], given: bytes, said: str) -> 
     assert "secret" not in result.err
 
 
-def test_a_url_that_cannot_be_used() -> None:
-    """A wrong `CRUSTDATA_API_URL` is said in one line, with status 2."""
+def test_an_unusable_url_is_a_usage_error() -> None:
+    """One line names `CRUSTDATA_API_URL`, with status 2."""
     result = run("check", CRUSTDATA_API_KEY="some-secret", CRUSTDATA_API_URL="http://example.com")
     assert (result.status, result.out) == (2, "")
     assert result.err.startswith("crustcredits: CRUSTDATA_API_URL is plain http")
@@ -436,8 +433,10 @@ def test_a_url_that_cannot_be_used() -> None:
 @pytest.mark.parametrize(
     ("floor", "status", "state"), [("1000", 0, "ok"), ("1000.01", 1, "low"), ("0", 0, "ok")]
 )
-def test_a_key_below_the_minimum(api: SandboxServer, floor: str, status: int, state: str) -> None:
-    """`--min-credits` makes the status 1 when a key holds fewer, compared exactly."""
+def test_a_key_below_the_minimum_makes_the_status_1(
+    api: SandboxServer, floor: str, status: int, state: str
+) -> None:
+    """`--min-credits` compares exactly."""
     result = run(
         "check", "--min-credits", floor, CRUSTDATA_API_KEYS=entries(api.add_key("a", credits=1000))
     )
@@ -454,8 +453,8 @@ def test_a_failed_check_outweighs_a_low_key(api: SandboxServer) -> None:
 
 
 @pytest.mark.parametrize("floor", ["nan", "-1", "inf", "many"])
-def test_a_minimum_that_is_no_number_of_credits(floor: str) -> None:
-    """`--min-credits` takes a number of 0 or more, or it is a usage error."""
+def test_an_unusable_minimum_is_a_usage_error(floor: str) -> None:
+    """`--min-credits` takes a number of 0 or more."""
     result = run("check", "--min-credits", floor, CRUSTDATA_API_KEY="some-secret")
     assert (result.status, result.out) == (2, "")
     assert (
@@ -471,10 +470,10 @@ def test_json_and_jsonl_exclude_each_other() -> None:
     assert "--json and --jsonl exclude each other" in result.err
 
 
-def test_time_runs_out(api: SandboxServer) -> None:
-    """With `--timeout`, a key without an answer by then has failed.
+def test_a_key_without_an_answer_in_time_has_failed(api: SandboxServer) -> None:
+    """With `--timeout`.
 
-    The others' answers are shown.
+    The other keys' answers are shown.
     """
     silent, good = api.add_key("silent"), api.add_key("good")
     api.fail(silent, Fault.SILENCE)
@@ -502,9 +501,8 @@ def test_help_documents_the_exit_statuses() -> None:
 # --- check: documents
 
 
-def test_one_json_document(api: SandboxServer) -> None:
-    """`--json` prints the report's `to_dict()`, with the account's fields when asked for detail,
-    and nothing else."""
+def test_json_prints_one_document(api: SandboxServer) -> None:
+    """The report's `to_dict()`, with the account's fields with `--detail`, and nothing else."""
     pool = [api.add_key("a", credits=Decimal("0.10")), ApiKey("not-known-to-anyone", name="lost")]
     result = run("check", "--json", "--detail", CRUSTDATA_API_KEYS=entries(*pool))
     assert (result.status, result.err) == (3, "")
@@ -514,8 +512,8 @@ def test_one_json_document(api: SandboxServer) -> None:
     assert document["outcomes"][1]["error"]["type"] == "InvalidKeyError"
 
 
-def test_a_json_line_for_each_outcome(api: SandboxServer) -> None:
-    """`--jsonl` prints a line for each key as it lands, so a slow one comes last."""
+def test_jsonl_prints_a_line_for_each_outcome(api: SandboxServer) -> None:
+    """A line for each key as it lands, so a slow one comes last."""
     slow, good = api.add_key("slow"), api.add_key("good")
     api.fail(slow, Fault.UNAVAILABLE, times=1)
     result = run("check", "--jsonl", CRUSTDATA_API_KEYS=entries(slow, good))
@@ -548,8 +546,7 @@ def test_a_json_line_for_each_outcome(api: SandboxServer) -> None:
     ],
 )
 def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -> None:
-    """A key given as an argument is refused, with status 2, and does not appear in the words that
-    say so."""
+    """A key given as an argument is refused, with status 2, and is not in the message."""
     result = run(*arguments)
     assert result.status == 2
     assert "secret" not in result.out + result.err
@@ -557,7 +554,7 @@ def test_a_secret_in_a_wrong_place_is_not_repeated(arguments: tuple[str, ...]) -
 
 @pytest.mark.parametrize("option", [(), ("--json",), ("--jsonl",), ("--detail",)])
 def test_no_secret_is_printed(api: SandboxServer, option: tuple[str, ...]) -> None:
-    """Whatever became of the keys, nothing printed holds a secret."""
+    """For good, failed and unusable keys."""
     pool = [
         api.add_key("a", secret="sk-good-secret"),
         ApiKey("sk-lost-secret", name="b"),
@@ -576,10 +573,10 @@ def test_no_secret_is_printed(api: SandboxServer, option: tuple[str, ...]) -> No
 # --- terminals
 
 
-def test_colour_and_a_bar_on_a_terminal(
+def test_a_terminal_gets_colour_and_a_progress_bar(
     api: SandboxServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a terminal the table is coloured.
+    """The table is coloured.
 
     The bar is on standard error only, and gone at the end.
     """
@@ -591,8 +588,8 @@ def test_colour_and_a_bar_on_a_terminal(
     assert err.getvalue().endswith("\r\x1b[1A\x1b[2K")
 
 
-def test_no_color(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `NO_COLOR` there is no escape sequence and no bar, terminal or not."""
+def test_no_color_is_respected(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `NO_COLOR` there is no escape sequence and no bar, on a terminal or not."""
     out, err = Terminal(), Terminal()
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(api.add_key("a")))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -607,8 +604,10 @@ def test_a_file_is_never_coloured(api: SandboxServer) -> None:
     assert "\x1b" not in result.out + result.err
 
 
-def test_no_bar_among_lines(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines of JSON on a terminal are progress enough; when they go to a file there is a bar."""
+def test_json_lines_on_a_terminal_replace_the_bar(
+    api: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines on a terminal show the progress; when they go to a file there is a bar."""
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(api.add_key("a")))
     beside, err = Terminal(), Terminal()
     assert run_main(monkeypatch, "check", "--jsonl", out=Terminal(), err=beside) == 0
@@ -626,14 +625,14 @@ def test_no_bar_among_lines(api: SandboxServer, monkeypatch: pytest.MonkeyPatch)
         (5.0, 7, "ETA 0:00:05, rate limit holds back 7"),
     ],
 )
-def test_the_time_left_in_words(end: float, held: int, words: str) -> None:
-    """Beside the bar stands when the last can start, and how many the rate limit holds back."""
+def test_the_bar_shows_the_time_left(end: float, held: int, words: str) -> None:
+    """The time until the last call may start, and the number of delayed calls."""
     task = Task(TaskID(0), "", 10, 0, lambda: 0.0, fields={"end": end, "held": held})
     assert TimeLeft().render(task).plain == words
 
 
-async def test_the_bar_knows_what_the_rate_limit_allows(sandbox: SandboxServer) -> None:
-    """The time left counts the periods that the rate limit makes the rest wait."""
+async def test_the_time_left_follows_the_rate_limit(sandbox: SandboxServer) -> None:
+    """It counts the periods for which the remaining calls must wait."""
     pool = [sandbox.add_key(f"key-{number}") for number in range(3)]
     checked = Run(pool, detail=False)
     async with CreditsClient(
@@ -660,7 +659,7 @@ async def test_the_bar_knows_what_the_rate_limit_allows(sandbox: SandboxServer) 
 
 @pytest.fixture
 def interrupted(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> SandboxServer:
-    """A pool whose second key is silent, and Ctrl-C once the first has landed."""
+    """A pool with a silent second key, and Ctrl-C after the first outcome."""
     good, silent = api.add_key("good", account=None), api.add_key("silent")
     api.fail(silent, Fault.SILENCE)
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(good, silent))
@@ -675,8 +674,8 @@ def interrupted(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> SandboxS
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_ctrl_c_shows_what_has_landed() -> None:
-    """The table has the balance that landed, says what was not checked, and the status is 130."""
+def test_ctrl_c_shows_the_results_so_far() -> None:
+    """The table has the known balance and "not checked" for the rest; the status is 130."""
     result = run("check")
     assert result.status == 130
     assert row(result, "good") == "good 1,000 ok"
@@ -687,7 +686,7 @@ def test_ctrl_c_shows_what_has_landed() -> None:
 
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_leaves_one_json_document() -> None:
-    """`--json` has every key, and says of the rest that it was not checked."""
+    """`--json` has every key, with "not checked" for the rest."""
     result = run("check", "--json")
     assert result.status == 130
     document = json.loads(result.out)
@@ -701,13 +700,13 @@ def test_ctrl_c_leaves_one_json_document() -> None:
 
 @pytest.mark.usefixtures("interrupted")
 def test_ctrl_c_leaves_whole_lines() -> None:
-    """`--jsonl` has lines for what landed, and no others."""
+    """`--jsonl` has lines for the results so far, and no others."""
     result = run("check", "--jsonl")
     assert result.status == 130
     assert [json.loads(line)["key"] for line in result.lines] == ["good"]
 
 
-def test_ctrl_c_before_anything_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """While standard input is read, the status is 130 too, and nothing is printed."""
     monkeypatch.setattr(typer, "get_binary_stream", lambda name: signal.raise_signal(signal.SIGINT))
     result = run("check", "--keys-file", "-")
@@ -747,8 +746,8 @@ async def test_ctrl_c_ends_a_real_process_at_once(sandbox: SandboxServer) -> Non
 
 
 @pytest.mark.any_loop
-async def test_a_pipe_that_nobody_reads(sandbox: SandboxServer) -> None:
-    """A closed pipe ends a real process with 141, as SIGPIPE would, and without a word."""
+async def test_a_pipe_without_a_reader_ends_the_process(sandbox: SandboxServer) -> None:
+    """With 141, as SIGPIPE would, and without a message."""
     reads, writes = os.pipe()
     os.close(reads)
     environ = {
@@ -764,11 +763,10 @@ async def test_a_pipe_that_nobody_reads(sandbox: SandboxServer) -> None:
 
 
 @pytest.mark.parametrize("option", ["--json", "--jsonl"])
-def test_a_pipe_that_closes(
+def test_a_closed_pipe_ends_the_check(
     api: SandboxServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str
 ) -> None:
-    """Writing to a closed pipe ends the check with 141, also in the middle of it, and what is left
-    goes nowhere."""
+    """With 141, also in the middle of it, and the rest of the output is discarded."""
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(api.add_key("a")))
     err = io.StringIO()
     with (tmp_path / "out").open("w") as out:
@@ -787,8 +785,10 @@ def test_a_pipe_that_closes(
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    """One line on standard error says what to install, with status 2."""
+def test_without_the_extra_the_error_names_it(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """One line on standard error, with status 2."""
     monkeypatch.setitem(sys.modules, missing, None)
     forget("crustcredits.cli", monkeypatch)
     err = io.StringIO()
@@ -807,8 +807,8 @@ def test_another_missing_module_is_not_taken_for_the_extra(monkeypatch: pytest.M
         main()
 
 
-def test_the_package_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m crustcredits` is the command line; without a command it shows its help."""
+def test_the_package_is_executable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m crustcredits` is the command line; `--help` lists its commands."""
     monkeypatch.delitem(sys.modules, "crustcredits.__main__")
     monkeypatch.setattr(sys, "argv", ["crustcredits", "--help"])
     out = io.StringIO()
@@ -820,7 +820,7 @@ def test_the_package_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.any_loop
-async def test_a_result_that_cannot_be_written_has_a_status_of_its_own() -> None:
+async def test_an_unwritable_result_has_its_own_status() -> None:
     """Not that of a key below `--min-credits`."""
     command = f"{shlex.quote(sys.executable)} -m crustcredits demo --keys 5 >/dev/full"
     process = await asyncio.create_subprocess_shell(command, stderr=asyncio.subprocess.PIPE)
@@ -829,7 +829,7 @@ async def test_a_result_that_cannot_be_written_has_a_status_of_its_own() -> None
     assert err.decode() == "crustcredits: the result cannot be written: No space left on device\n"
 
 
-def test_a_result_that_cannot_be_written_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_result_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, and the interpreter has nothing left to write at its end."""
     with Path("/dev/full").open("w") as full:
         assert run_main(monkeypatch, "demo", "--keys", "5", out=full) == 74
@@ -840,9 +840,8 @@ def test_the_version_is_shown() -> None:
     assert run("--version").out == f"crustcredits {__version__}\n"
 
 
-def test_an_option_that_is_near_is_named() -> None:
-    """A typing error costs no search, and the usage of a known option is explained with its
-    name."""
+def test_a_similar_option_is_suggested() -> None:
+    """A misspelt option names a similar one, and a known option its usage."""
     assert "Is --timeout meant?" in run("check", "--time-out", "3").err
     assert "Option '--timeout' requires an argument" in run("check", "--timeout").err
     assert (

@@ -1,4 +1,4 @@
-"""The FastAPI part on the real loop: the app is called in process, and the sandbox is the API."""
+"""The FastAPI part on the real loop: calls of the app in process, with the sandbox as the API."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ QUICK = Retry(attempts=1)
 
 @asynccontextmanager
 async def calling(app: FastAPI) -> AsyncIterator[AsyncClient]:
-    """A caller of the app while it runs."""
+    """Run the app and yield a caller of it."""
     async with (
         app.router.lifespan_context(app),
         AsyncClient(
@@ -124,8 +124,8 @@ def test_the_client_opens_and_closes_with_the_app() -> None:
     assert seen[0] is not seen[1]
 
 
-def test_ones_own_lifespan_runs_inside_and_its_state_stays() -> None:
-    """The client is there from its start to its end."""
+def test_an_inner_lifespan_runs_inside_and_its_state_stays() -> None:
+    """The client is open from its start to its end."""
     log: list[Any] = []
 
     @asynccontextmanager
@@ -146,8 +146,8 @@ def test_ones_own_lifespan_runs_inside_and_its_state_stays() -> None:
     assert log == [False, False]
 
 
-def test_it_can_be_entered_in_ones_own_lifespan_too() -> None:
-    """The other way round, also where that is a bare generator function."""
+def test_credits_lifespan_can_be_entered_in_another_lifespan() -> None:
+    """Also around a bare generator function."""
 
     async def bare(app: FastAPI) -> AsyncGenerator[None, None]:
         assert not credits_client_of(app)._closed
@@ -155,7 +155,7 @@ def test_it_can_be_entered_in_ones_own_lifespan_too() -> None:
 
     @asynccontextmanager
     async def own(app: FastAPI) -> AsyncIterator[None]:
-        async with credits_lifespan(lifespan=bare)(app):  # type: ignore[arg-type]  # which FastAPI took for one, once
+        async with credits_lifespan(lifespan=bare)(app):  # type: ignore[arg-type]  # FastAPI once accepted a generator function
             yield
 
     app = FastAPI(lifespan=own)
@@ -189,8 +189,8 @@ def test_a_mounted_app_and_a_web_socket_find_the_client_too() -> None:
             assert socket.receive_json() is True
 
 
-def test_without_the_lifespan_an_error_says_what_to_do() -> None:
-    """In a request and in the accessor; also after the app has ended."""
+def test_without_the_lifespan_an_error_names_the_remedy() -> None:
+    """In a request and in the accessor; also after the end of the app."""
     app = FastAPI(lifespan=credits_lifespan())
 
     @app.get("/")
@@ -204,7 +204,7 @@ def test_without_the_lifespan_an_error_says_what_to_do() -> None:
         credits_client_of(app)
 
 
-async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
+async def test_a_client_instead_of_a_function_is_refused() -> None:
     """It could serve one start of the app only."""
     for mistake in (CreditsClient(), None, 5):
         with pytest.raises(
@@ -213,7 +213,7 @@ async def test_a_client_instead_of_what_makes_one_is_refused() -> None:
             credits_lifespan(mistake)  # type: ignore[arg-type]  # the mistake under test
 
 
-def test_two_starts_of_one_app_beside_each_other_have_a_client_each() -> None:
+def test_two_concurrent_starts_of_one_app_have_a_client_each() -> None:
     """As with two `TestClient`s; each start has its own loop."""
     quick = partial(CreditsClient, retry=QUICK)
     app = FastAPI(lifespan=credits_lifespan(quick, lifespan=credits_lifespan(quick)))
@@ -236,8 +236,8 @@ def test_two_starts_of_one_app_beside_each_other_have_a_client_each() -> None:
         credits_client_of(app)
 
 
-def test_the_accessor_sees_through_what_is_around_the_app() -> None:
-    """A `TestClient`, and middlewares; of what holds no app it says that there is no client."""
+def test_the_accessor_finds_the_app_inside_wrappers() -> None:
+    """A `TestClient`, and middlewares; an object without an app has no client."""
     app = FastAPI(lifespan=credits_lifespan())
     with TestClient(CORSMiddleware(app)) as caller:
         assert credits_client_of(caller) is credits_client_of(app)
@@ -245,9 +245,8 @@ def test_the_accessor_sees_through_what_is_around_the_app() -> None:
         credits_client_of(object())
 
 
-def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
-    """What is easily mistyped: not called, no lifespan, and a function that makes something
-    else."""
+def test_an_unusable_lifespan_is_refused() -> None:
+    """Common mistakes: not called, no lifespan, and a function that returns another object."""
     with (
         pytest.raises(ConfigurationError, match=r"write FastAPI\(lifespan=credits_lifespan\(\)\)"),
         TestClient(
@@ -268,10 +267,10 @@ def test_a_lifespan_that_makes_no_sense_is_refused() -> None:
         pass
 
 
-async def test_a_test_puts_its_own_client_in_the_place_of_the_apps(
+async def test_a_test_can_override_the_client(
     sandbox: SandboxServer, credits_client: CreditsClient
 ) -> None:
-    """The router asks it, without a lifespan."""
+    """The router uses it, without a lifespan."""
     app = FastAPI()
     app.include_router(credits_router([sandbox.add_key("prod", credits="7.50")], public=True))
     app.dependency_overrides[get_credits_client] = lambda: credits_client
@@ -290,7 +289,7 @@ def outcome(credits: str) -> Outcome:
     "credits", ["138940.37", "0.10", "1E+3", "9" * 64, "-0.5", "0." + "0" * 60 + "1"]
 )
 def test_credits_are_text_exact_to_the_digit(credits: str) -> None:
-    """Without an exponent, and they come back the same."""
+    """Without an exponent, and parsed back to the same number."""
     response = KeyResponse.model_validate(outcome(credits))
     text = json.loads(response.model_dump_json())["credits"]
     assert text == format(Decimal(credits), "f")
@@ -300,7 +299,7 @@ def test_credits_are_text_exact_to_the_digit(credits: str) -> None:
 
 
 def test_times_are_in_utc_and_the_age_counts_from_them() -> None:
-    """Whatever zone the clock was in; never below 0."""
+    """For any zone of the clock; never below 0."""
     east = NOON.astimezone(timezone(timedelta(hours=5)))
     balance = BalanceResponse.model_validate(Balance(key=KEY, credits=Decimal(1), checked_at=east))
     plain = json.loads(balance.model_dump_json())
@@ -312,8 +311,8 @@ def test_times_are_in_utc_and_the_age_counts_from_them() -> None:
     assert ahead.age == 0
 
 
-def test_an_account_keeps_what_it_says() -> None:
-    """Numbers in its loose parts are text too."""
+def test_an_account_response_has_every_field() -> None:
+    """Numbers in its untyped parts are text too."""
     account = Account(
         key=KEY,
         credits=Decimal("5.0"),
@@ -343,8 +342,8 @@ def test_an_account_keeps_what_it_says() -> None:
     }
 
 
-async def test_routes_of_ones_own_return_what_the_client_gave(sandbox: SandboxServer) -> None:
-    """The response model makes the rest of it."""
+async def test_own_routes_can_return_the_clients_objects(sandbox: SandboxServer) -> None:
+    """The response model converts them."""
     sandbox.add_account("acme", credits="9.5", recurring_credits=10)
     key = sandbox.add_key("prod", account="acme")
     app = app_of(sandbox)
@@ -408,14 +407,14 @@ def test_a_pool_response_can_be_read_back() -> None:
         ({"public": True, "timeout": 0}, "timeout must be a finite number above 0"),
     ],
 )
-def test_a_router_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
-    """When it is made, and first of all one that does not say who may see it."""
+def test_an_unusable_router_is_refused(options: dict[str, Any], said: str) -> None:
+    """When it is made; first of all a router without a decision about access."""
     with pytest.raises(ConfigurationError, match=said):
         credits_router(**({"keys": [KEY]} | options))
 
 
-async def test_the_pool_by_name(sandbox: SandboxServer) -> None:
-    """With totals; a key that is broken or cannot be used is unknown, not zero."""
+async def test_the_pool_is_shown_by_name(sandbox: SandboxServer) -> None:
+    """With totals; a broken or unusable key is unknown, not zero."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
     app = app_of(sandbox, sandbox.add_key("prod", credits="7.50"), broken, "two words")
@@ -478,8 +477,8 @@ async def test_the_pool_can_be_filtered_and_sorted(sandbox: SandboxServer) -> No
         assert (await caller.get("/credits/keys?sort=nice")).status_code == 422
 
 
-async def test_one_key_by_label(sandbox: SandboxServer) -> None:
-    """Account and name, divided by a slash; an unknown one is not repeated."""
+async def test_one_key_is_shown_by_label(sandbox: SandboxServer) -> None:
+    """Account and name with a slash; an unknown label is not repeated."""
     sandbox.add_account("acme", credits="0.10")
     app = app_of(sandbox, sandbox.add_key("prod", account="acme"))
     async with calling(app) as caller:
@@ -504,10 +503,10 @@ async def test_one_key_by_label(sandbox: SandboxServer) -> None:
         (Fault.SILENCE, 504),
     ],
 )
-async def test_a_key_that_cannot_be_checked_is_a_problem(
+async def test_a_failed_check_is_a_problem_document(
     sandbox: SandboxServer, fault: Fault, status: int
 ) -> None:
-    """With a status that says whose it is, and no word of the API's."""
+    """Its status tells client from server errors, and it has no text of the API."""
     key = sandbox.add_key("prod")
     sandbox.fail(key, fault, retry_after=7)
     async with calling(app_of(sandbox, key, timeout=0.2)) as caller:
@@ -520,10 +519,10 @@ async def test_a_key_that_cannot_be_checked_is_a_problem(
     assert "nginx" not in answer.text
 
 
-async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(
+async def test_callers_may_accept_older_answers_but_not_demand_newer_ones(
     sandbox: SandboxServer,
 ) -> None:
-    """Or they could use up the rate limit."""
+    """Otherwise they could use up the rate limit."""
     app = app_of(sandbox, sandbox.add_key("prod"), max_age=timedelta(seconds=5))
     async with calling(app) as caller:
         for _ in range(3):
@@ -535,9 +534,8 @@ async def test_callers_may_ask_for_older_answers_and_not_for_newer_ones(
     assert sandbox.requests == 1
 
 
-async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: SandboxServer) -> None:
-    """Its failure is shown again for `max_age`, alone and in the pool, and the others are right
-    beside it."""
+async def test_a_failure_is_cached_for_max_age(sandbox: SandboxServer) -> None:
+    """On its own and in the pool, beside the balances of the other keys."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
     app = app_of(
@@ -555,7 +553,7 @@ async def test_a_failing_key_is_not_asked_again_for_every_caller(sandbox: Sandbo
     assert sandbox.requests == 3
 
 
-async def test_a_failing_key_is_asked_again_after_max_error_age(sandbox: SandboxServer) -> None:
+async def test_a_failing_key_is_checked_again_after_max_error_age(sandbox: SandboxServer) -> None:
     """Its failure is not shown for ever."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
@@ -568,18 +566,18 @@ async def test_a_failing_key_is_asked_again_after_max_error_age(sandbox: Sandbox
     assert sandbox.requests == 2
 
 
-async def test_an_age_may_be_as_long_as_one_likes(sandbox: SandboxServer) -> None:
-    """Also beyond what dates can count."""
+async def test_an_age_may_exceed_the_range_of_dates(sandbox: SandboxServer) -> None:
+    """As for 1e200 s."""
     broken = sandbox.add_key("broken")
     sandbox.fail(broken, Fault.FORBIDDEN)
     async with calling(app_of(sandbox, broken, max_age=1e200)) as caller:
         assert {(await caller.get("/credits/keys/broken")).status_code for _ in range(2)} == {502}
 
 
-async def test_the_log_tells_why_a_key_fails_once(
+async def test_a_failing_key_is_logged_once(
     sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Callers are not told what the API said; and again when it fails after it had been well."""
+    """Callers never see the API's text; a new failure after a success is logged again."""
     key = sandbox.add_key("prod")
     async with calling(
         app_of(sandbox, key, sandbox.add_key("dev"), stale_while_revalidate=0, stale_if_error=0)
@@ -591,7 +589,7 @@ async def test_the_log_tells_why_a_key_fails_once(
     assert caplog.messages == ["prod: Not in your plan (HTTP 403)"] * 2
 
 
-def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_empty_pool_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """It is mostly a variable that is not set."""
     credits_router([], public=True)
     assert (
@@ -600,8 +598,8 @@ def test_an_empty_pool_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> N
     )
 
 
-async def test_a_balance_that_will_do_goes_before_a_failure(sandbox: SandboxServer) -> None:
-    """One caller's patience is no other one's answer."""
+async def test_a_balance_young_enough_goes_before_a_failure(sandbox: SandboxServer) -> None:
+    """Each caller's own `max_age` decides."""
     key = sandbox.add_key("prod")
     app = app_of(sandbox, key, max_age=0.05, stale_while_revalidate=0, stale_if_error=0)
     async with calling(app) as caller:
@@ -616,7 +614,7 @@ async def test_a_balance_that_will_do_goes_before_a_failure(sandbox: SandboxServ
     assert sandbox.requests == 2
 
 
-async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServer) -> None:
+async def test_a_closed_client_is_answered_as_shutting_down(sandbox: SandboxServer) -> None:
     """Also without the exception handlers."""
     app = app_of(sandbox, sandbox.add_key("prod"))
     async with calling(app) as caller:
@@ -629,7 +627,7 @@ async def test_a_closed_client_is_a_service_that_shuts_down(sandbox: SandboxServ
             )
 
 
-async def test_an_empty_list_holds_nothing(sandbox: SandboxServer) -> None:
+async def test_an_empty_list_has_zero_credits(sandbox: SandboxServer) -> None:
     """An empty list holds 0 credits, and nothing is unknown."""
     async with calling(app_of(sandbox, sandbox.add_key("prod", account=None))) as caller:
         for query in ("account=typo", "state=stale"):
@@ -637,7 +635,7 @@ async def test_an_empty_list_holds_nothing(sandbox: SandboxServer) -> None:
             assert (pool["keys"], pool["total_credits"]) == ([], "0")
 
 
-async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) -> None:
+async def test_a_stale_answer_has_its_error_beside_it(sandbox: SandboxServer) -> None:
     """While the API is down."""
     key = sandbox.add_key("prod", credits=5)
     async with calling(app_of(sandbox, key, stale_while_revalidate=0)) as caller:
@@ -648,13 +646,13 @@ async def test_a_stale_answer_stands_beside_its_error(sandbox: SandboxServer) ->
     assert answer["error"]["title"] == "The credits API failed"
 
 
-async def test_who_may_not_see_it_does_not(sandbox: SandboxServer) -> None:
-    """None of the routes."""
+async def test_dependencies_guard_every_route(sandbox: SandboxServer) -> None:
+    """A refused caller causes no request."""
 
-    async def nobody() -> None:
+    async def refuse() -> None:
         raise HTTPException(403)
 
-    app = app_of(sandbox, sandbox.add_key("prod"), public=False, dependencies=[Depends(nobody)])
+    app = app_of(sandbox, sandbox.add_key("prod"), public=False, dependencies=[Depends(refuse)])
     async with calling(app) as caller:
         for path in ("keys", "keys/prod", "healthz"):
             assert (await caller.get(f"/credits/{path}")).status_code == 403
@@ -664,7 +662,7 @@ async def test_who_may_not_see_it_does_not(sandbox: SandboxServer) -> None:
 # --- health
 
 
-async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
+async def test_health_is_read_from_the_cache(sandbox: SandboxServer) -> None:
     """`unknown`, then `degraded` with reasons, then `ok`, and never a request for it."""
     keys = [sandbox.add_key("prod"), sandbox.add_key("dev")]
     sandbox.fail(keys[1], Fault.FORBIDDEN)
@@ -698,8 +696,8 @@ async def test_health_is_told_from_what_is_kept(sandbox: SandboxServer) -> None:
         assert sandbox.requests == asked + 1
 
 
-async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> None:
-    """A balance that was not refreshed in time, and why."""
+async def test_health_names_stale_and_failing_keys(sandbox: SandboxServer) -> None:
+    """A balance that was not refreshed in time, and the reason."""
     key = sandbox.add_key("prod")
     async with calling(
         app_of(sandbox, key, "two words", max_age=0.01, stale_while_revalidate=0)
@@ -719,16 +717,16 @@ async def test_health_names_what_is_old_or_failing(sandbox: SandboxServer) -> No
         )
 
 
-async def test_health_sees_a_failure_beside_a_balance_that_is_recent(
+async def test_health_shows_a_failure_beside_a_fresh_balance(
     sandbox: SandboxServer,
 ) -> None:
-    """An outage shows before the balances are old."""
+    """An outage shows before the balances are stale."""
     key = sandbox.add_key("prod")
     async with calling(app_of(sandbox, key)) as caller:
         await caller.get("/credits/keys/prod")
         assert (await caller.get("/credits/healthz")).json()["status"] == "ok"
         sandbox.fail(key, Fault.UNAVAILABLE)
-        await caller.get("/credits/keys/prod")  # refreshes it behind
+        await caller.get("/credits/keys/prod")  # refreshes it in the background
         await eventually(lambda: sandbox.requests == 2)
         await asyncio.sleep(0.01)
         assert (await caller.get("/credits/healthz")).json() == {
@@ -739,7 +737,7 @@ async def test_health_sees_a_failure_beside_a_balance_that_is_recent(
         }
 
 
-async def test_health_of_many_lists_some_reasons(sandbox: SandboxServer) -> None:
+async def test_health_lists_at_most_20_reasons(sandbox: SandboxServer) -> None:
     """And an empty pool is unknown."""
     async with calling(app_of(sandbox, *["two words"] * 30)) as caller:
         health = (await caller.get("/credits/healthz")).json()
@@ -755,7 +753,7 @@ async def test_health_of_many_lists_some_reasons(sandbox: SandboxServer) -> None
         }
 
 
-# --- errors of ones own routes
+# --- errors of other routes
 
 SAID = "the API said: sk-0123456789 is on fire"
 REPORT = Report([Unknown(key=ApiKey("sk-2", name="dev"), error=InvalidKeyError(SAID, status=401))])
@@ -768,7 +766,7 @@ def requirement(*deciding: CrustCreditsError) -> CreditsUnknownError:
 
 
 REVOKED = InvalidKeyError(SAID, status=401)
-# Who decides, and what is answered: one that may recover is worth waiting for.
+# The deciding errors, the status and `Retry-After`: only keys that may recover are worth a wait.
 DECIDING: list[tuple[list[CrustCreditsError], int, str | None]] = [
     ([REVOKED], 502, None),
     ([REVOKED, PermissionDeniedError(SAID, status=403), ConfigurationError(SAID)], 502, None),
@@ -819,7 +817,7 @@ ERRORS: list[tuple[CrustCreditsError, int, str | None]] = [
 def test_an_error_becomes_a_problem_document(
     error: CrustCreditsError, status: int, retry_after: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a status of the service's own, words of ours, and what the API said in the log only."""
+    """With a status and a text of the service's own, and the API's text in the log only."""
     app = FastAPI()
     install_exception_handlers(app)
 
@@ -845,7 +843,7 @@ def test_an_error_becomes_a_problem_document(
 
 
 def test_a_web_socket_is_closed_with_a_reason() -> None:
-    """An answer of HTTP has no place in it once it is open; before that it is the answer."""
+    """Before the socket is accepted, the answer is an HTTP response."""
     app = FastAPI()
     install_exception_handlers(app)
 
@@ -871,7 +869,7 @@ def test_a_web_socket_is_closed_with_a_reason() -> None:
 
 
 def test_every_error_has_an_answer() -> None:
-    """None was forgotten when it was added to the tree."""
+    """No class of the tree is missing."""
     kinds = {type(error) for error, *_ in ERRORS} | {CrustCreditsError, CreditsRequirementError}
 
     def below(kind: type) -> set[type]:
@@ -887,9 +885,8 @@ def test_every_error_has_an_answer() -> None:
 # --- the schema, and secrets
 
 
-def test_the_openapi_document_is_right() -> None:
-    """Credits are text, times are times, every model has an example, and problems have their media
-    type."""
+def test_the_openapi_document_describes_types_and_problems() -> None:
+    """Credits are text, times are times, models have examples, problems their media type."""
     app = FastAPI(lifespan=credits_lifespan())
     app.include_router(credits_router([KEY], public=True), prefix="/credits")
 
@@ -942,7 +939,7 @@ def test_the_openapi_document_is_right() -> None:
 async def test_no_secret_is_in_any_answer_or_log(
     sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever goes wrong."""
+    """For every fault."""
     caplog.set_level(logging.DEBUG)
     keys = []
     for fault in (None, *Fault):
@@ -971,6 +968,6 @@ async def test_no_secret_is_in_any_answer_or_log(
         assert not [key.name for key in keys if key.get_secret_value() in text]
 
 
-def test_a_wait_without_end_is_a_day() -> None:
-    """No header can hold more."""
+def test_an_endless_wait_is_sent_as_a_day() -> None:
+    """`Retry-After` must be a finite number of seconds."""
     assert problem_of(RateLimitWaitError("held back", wait=math.inf)).retry_after == 86_400

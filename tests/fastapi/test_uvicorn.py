@@ -1,5 +1,4 @@
-"""The example of an app under uvicorn for real: a process of its own, started, asked and
-stopped."""
+"""The example app under uvicorn, as a process of its own: started, called and stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ HEADERS = {"Authorization": "Bearer t-1"}
 
 @attrs.define
 class Service:
-    """The process, its address, and what it has printed."""
+    """The process, its address and its output."""
 
     process: asyncio.subprocess.Process
     url: str = ""
@@ -35,12 +34,12 @@ class Service:
         assert self.process.stdout is not None
         while not (found := re.search(pattern, self.printed)):
             line = await self.process.stdout.readline()
-            assert line, f"it ended before it said {pattern}: {self.printed}"
+            assert line, f"the process ended before it printed {pattern}: {self.printed}"
             self.printed += line.decode()
         return found
 
     async def stop(self) -> int:
-        """Ask it to end, and wait for it; returns its exit status."""
+        """Ask it to end, wait for it, and return its exit status."""
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGTERM)
         self.printed += (await self.process.stdout.read()).decode()
@@ -86,7 +85,7 @@ async def service(sandbox: SandboxServer, keys: list[ApiKey]) -> AsyncIterator[S
 
 
 def check_end(running: Service, status: int, keys: list[ApiKey]) -> None:
-    # Having shut down, uvicorn hands the signal on to its default handler.
+    # After its shutdown, uvicorn passes the signal on to the default handler.
     assert status in {0, -signal.SIGTERM}
     assert "Application shutdown complete" in running.printed
     assert "Finished server process" in running.printed
@@ -95,8 +94,8 @@ def check_end(running: Service, status: int, keys: list[ApiKey]) -> None:
     assert not [key.name for key in keys if key.get_secret_value() in running.printed]
 
 
-async def test_it_starts_answers_and_stops(sandbox: SandboxServer) -> None:
-    """Cleanly, with its client closed, and nothing of it left at the API's end."""
+async def test_the_app_starts_answers_and_stops(sandbox: SandboxServer) -> None:
+    """With its client closed, and no connection left at the API."""
     keys = [sandbox.add_key("prod", credits="100.5"), sandbox.add_key("broken")]
     sandbox.fail(keys[1], Fault.FORBIDDEN)
     async with (
@@ -116,8 +115,8 @@ async def test_it_starts_answers_and_stops(sandbox: SandboxServer) -> None:
     await eventually(lambda: sandbox.connections == 0)
 
 
-async def test_it_stops_cleanly_under_load() -> None:
-    """What has been accepted is answered, the rest is turned away at the door, and it ends soon."""
+async def test_the_app_stops_cleanly_under_load() -> None:
+    """Accepted requests are answered, later ones refused, and the process ends soon."""
     answers: list[int] = []
     turned_away = 0
     stopping = asyncio.Event()
@@ -138,7 +137,7 @@ async def test_it_stops_cleanly_under_load() -> None:
                             await answer.read()
                             answers.append(answer.status)
                     except aiohttp.ClientError:
-                        assert stopping.is_set(), "turned away before it was to stop"
+                        assert stopping.is_set(), "refused before the stop"
                         turned_away += 1
                         return
                     if len(answers) == 300:

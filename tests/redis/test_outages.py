@@ -60,7 +60,7 @@ async def test_a_clock_that_was_set_is_noticed(
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 3
     await asyncio.gather(*tasks)
     assert now() == pytest.approx(60, abs=0.2)
-    assert "or its clock was set" in caplog.text
+    assert "Redis's clock was set" in caplog.text
 
 
 async def test_a_new_process_notices_a_clock_that_was_set_back(

@@ -1,4 +1,4 @@
-"""The stand-in is strict: it counts, answers and fails as it says."""
+"""The sandbox is strict: it counts, answers and fails as documented."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def ask(
         )
 
 
-async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -> None:
+async def test_the_sandbox_answers_both_endpoints_as_documented(sandbox: SandboxServer) -> None:
     """With every field of the account, and the documented headers."""
     sandbox.add_account(
         "acme",
@@ -58,7 +58,7 @@ async def test_it_answers_both_endpoints_as_documented(sandbox: SandboxServer) -
     assert headers["x-ratelimit-remaining"] == "299"
 
 
-async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
+async def test_the_sandbox_refuses_requests_like_the_api(sandbox: SandboxServer) -> None:
     """No key, an unknown key, a wrong scheme, no version, another path."""
     key = sandbox.add_key()
     assert (await ask(sandbox))[:2] == (401, {"message": "Missing API key in request"})
@@ -78,14 +78,14 @@ async def test_it_refuses_what_the_api_refuses(sandbox: SandboxServer) -> None:
     ] == 404
 
 
-async def test_it_counts_in_a_sliding_window() -> None:
-    """Over the limit it answers 429, and says when the oldest request ages out."""
+async def test_the_sandbox_counts_in_a_sliding_window() -> None:
+    """Over the limit it answers 429 with the time at which the oldest request ages out."""
     async with SandboxServer(limit=2, period=0.05) as sandbox:
         key = sandbox.add_key()
         bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
         assert [(await ask(sandbox, **bearer))[0] for _ in range(2)] == [200, 200]
         status, _, headers = await ask(sandbox, **bearer)
-        if status != 200:  # on a machine that slow the first has aged out already
+        if status != 200:  # on a very slow machine the first has aged out already
             assert (status, headers["x-ratelimit-remaining"], headers["x-ratelimit-reset"]) == (
                 429,
                 "0",
@@ -98,8 +98,8 @@ async def test_it_counts_in_a_sliding_window() -> None:
 
 
 @pytest.mark.parametrize(("scope", "refused"), [("client", 2), ("account", 1), ("key", 0)])
-async def test_it_counts_by_client_account_or_key(scope: Any, refused: int) -> None:
-    """Whatever it is taken for; an unknown key is one of its own."""
+async def test_the_sandbox_counts_by_client_account_or_key(scope: Any, refused: int) -> None:
+    """An unknown key is a scope of its own."""
     async with SandboxServer(limit=1, scope=scope) as sandbox:
         sandbox.add_account("acme")
         keys = [sandbox.add_key(account="acme"), sandbox.add_key(account="acme"), sandbox.add_key()]
@@ -109,7 +109,7 @@ async def test_it_counts_by_client_account_or_key(scope: Any, refused: int) -> N
         assert sandbox.refused == refused
 
 
-async def test_it_records_every_arrival_without_showing_secrets(
+async def test_arrivals_are_recorded_without_showing_secrets(
     sandbox: SandboxServer, credits_client: CreditsClient
 ) -> None:
     """By name, with headers that do not print."""
@@ -124,7 +124,7 @@ async def test_it_records_every_arrival_without_showing_secrets(
     assert isinstance(credits_client, CreditsClient)
 
 
-async def test_it_can_do_without_a_record() -> None:
+async def test_recording_can_be_turned_off() -> None:
     """Then memory does not grow with the requests."""
     async with (
         SandboxServer(record=False) as sandbox,
@@ -137,7 +137,7 @@ async def test_it_can_do_without_a_record() -> None:
 
 
 async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServer) -> None:
-    """N times, then the next, then fine again; or until healed."""
+    """Each for its number of times, then a good answer; or until healed."""
     key = sandbox.add_key()
     bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
     sandbox.fail(key, Fault.FORBIDDEN, times=2)
@@ -149,7 +149,7 @@ async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServe
     assert (await ask(sandbox, **bearer))[0] == 200
 
 
-async def test_ordered_refusals_name_moments_of_their_own(sandbox: SandboxServer) -> None:
+async def test_ordered_refusals_ask_for_different_waits(sandbox: SandboxServer) -> None:
     """As windows of different accounts would."""
     resets = []
     for _ in range(6):
@@ -182,8 +182,8 @@ async def test_credits_can_be_spent(sandbox: SandboxServer) -> None:
     assert (one.account, other.account) == ("acme", None)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
-    """With what would do."""
+def test_unusable_arguments_are_refused() -> None:
+    """The error names the allowed values."""
     with pytest.raises(ConfigurationError, match=r"'127\.0\.0\.1' or 'localhost'"):
         SandboxServer(host="0.0.0.0")  # type: ignore[arg-type]  # noqa: S104  # the mistake under test
     with pytest.raises(ConfigurationError, match="scope must be 'client'"):
@@ -222,8 +222,8 @@ async def test_a_delay_comes_partly_before_the_request_is_counted() -> None:
         assert began <= sandbox.arrivals[0].at <= began + took
 
 
-async def test_the_limit_of_a_pool_holds_against_it() -> None:
-    """A real server's own count: no refusal, no window too full."""
+async def test_the_client_keeps_the_sandbox_limit() -> None:
+    """By the server's own count: no refusal, no window too full."""
     async with SandboxServer(limit=20, period=0.1, delay=(0, 0.005)) as sandbox:
         keys: list[ApiKey] = [sandbox.add_key() for _ in range(70)]
         async with CreditsClient(
@@ -252,7 +252,7 @@ async def test_the_factories_take_options(
     make_credits_client: Callable[..., CreditsClient],
     sandbox: SandboxServer,
 ) -> None:
-    """Of as many as a test needs; all end with it."""
+    """For any number of sandboxes and clients; all end with the test."""
     other = await make_sandbox(limit=1)
     here, there = make_credits_client(max_age=60), make_credits_client(base_url=other.url)
     assert (await here.balance(sandbox.add_key(credits=5))).credits == 5

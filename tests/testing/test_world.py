@@ -1,4 +1,4 @@
-"""A fake API whose balances, keys and health change with time, in virtual time."""
+"""A fake API with balances, keys and faults that change with time, in virtual time."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_a_client_in_memory_knows_its_keys() -> None:
 
 @pytest.mark.parametrize("fault", Fault)
 async def test_every_fault_works_in_memory(fault: Fault) -> None:
-    """As over a socket, and nothing is waited for by default."""
+    """As over a socket, and by default without a wait."""
     began = now()
     async with fake_client(
         {"bad": 7, "good": 5}, retry=Retry(attempts=2, backoff=0.0, wait_max=0.0)
@@ -81,8 +81,8 @@ async def test_every_fault_works_in_memory(fault: Fault) -> None:
     assert now() - began < 0.2
 
 
-def test_every_fault_stands_in_one_table() -> None:
-    """With the error that it leads to."""
+def test_the_fault_table_is_complete() -> None:
+    """Each row has the resulting error."""
     rows = re.findall(r"^ *\| `(\w+)` *\| .* \| (\S+) *\|$", Fault.__doc__ or "", re.MULTILINE)
     expected = {
         fault.name: "none" if error is None else f"`{error.__name__}`"
@@ -105,9 +105,9 @@ async def test_a_key_can_be_revoked() -> None:
 
 
 async def test_the_whole_api_can_be_down() -> None:
-    """For known and unknown keys, in any way.
+    """For known and unknown keys, with any fault.
 
-    And then it is up again, with the faults of single keys.
+    Afterwards the faults of single keys still apply.
     """
     async with fake_client({"prod": 5, "spent": 0}) as client:
         client.api.fail(client.keys[1], Fault.PAYMENT_REQUIRED)
@@ -123,8 +123,8 @@ async def test_the_whole_api_can_be_down() -> None:
             client.api.down("503")  # type: ignore[arg-type]  # the mistake under test
 
 
-async def test_a_fault_can_be_of_one_endpoint() -> None:
-    """The other answers; so often as was said."""
+async def test_a_fault_can_be_limited_to_one_endpoint() -> None:
+    """The other endpoint answers; the fault ends after its number of times."""
     async with fake_client({"prod": 5}, retry=Retry(attempts=1)) as client:
         key = client.keys[0]
         client.api.fail(key, Fault.INTERNAL_ERROR, path="/account/credits", times=1)
@@ -141,7 +141,7 @@ async def test_a_fault_can_be_of_one_endpoint() -> None:
 
 
 async def test_credits_are_spent_as_time_passes() -> None:
-    """Down to 0, and no further; at once also below."""
+    """Down to 0, and no further; spending at once may go below 0."""
     async with fake_client({"acme/prod": 100, "acme/dev": 100}) as client:
         api, (prod, dev) = client.api, client.keys
         api.spend(prod, per_second=2)
@@ -165,7 +165,7 @@ async def test_credits_are_spent_as_time_passes() -> None:
 
 @pytest.mark.parametrize(("rollover", "after"), [(False, 100), (True, 140)])
 async def test_a_grant_comes_at_its_date(rollover: bool, after: int) -> None:
-    """Again after 30 days; what is left of the one before is kept only with rollover."""
+    """Again after 30 days; the remainder of the last grant stays only with rollover."""
     async with fake_client({"prod": 40}) as client:
         key = client.keys[0]
         client.api.grant(key, 100, after=timedelta(hours=1), rollover=rollover)
@@ -186,7 +186,7 @@ async def test_a_grant_comes_at_its_date(rollover: bool, after: int) -> None:
 
 
 async def test_a_top_up_expires() -> None:
-    """Recurring credits are spent first, then what expires soonest; what is left of it is lost."""
+    """Recurring credits are spent first, then the next to expire; its remainder is lost."""
     async with fake_client({"prod": 10}) as client:
         api, key = client.api, client.keys[0]
         api.top_up(key, 50, expires=100)
@@ -211,7 +211,7 @@ async def test_a_top_up_expires() -> None:
 
 
 async def test_an_answer_can_lag() -> None:
-    """As that of a replica."""
+    """Like the answer of a replica."""
     async with fake_client({"prod": 10}) as client:
         api, key = client.api, client.keys[0]
         await asyncio.sleep(100)
@@ -225,8 +225,8 @@ async def test_an_answer_can_lag() -> None:
         assert await credits(client, key) == 5
 
 
-def test_time_that_passes_needs_a_loop() -> None:
-    """Before it, balances can be set all the same."""
+def test_changes_over_time_need_a_running_loop() -> None:
+    """Balances can be set without one."""
     api = FakeAPI()
     key = api.add_key("prod")
     api.set_credits(key, 5)
@@ -248,7 +248,7 @@ def test_time_that_passes_needs_a_loop() -> None:
 
 
 async def test_a_service_is_tested_without_a_socket_and_without_waiting() -> None:
-    """With the limit, retries and cache that it has."""
+    """With its own limit, retries and cache."""
     options: dict[str, Any] = {
         "rate_limit": RateLimit(requests=2),
         "max_age": 60,
@@ -269,14 +269,14 @@ async def test_a_service_is_tested_without_a_socket_and_without_waiting() -> Non
     "wrong", [{"times": 0}, {"times": 1.5}, {"times": "2"}, {"retry_after": -4}]
 )
 def test_a_fault_comes_a_whole_number_of_times(wrong: dict[str, Any]) -> None:
-    """At least once; a wait is of whole seconds."""
+    """At least once; a wait is a whole number of seconds."""
     api = FakeAPI()
     with pytest.raises(ConfigurationError, match="a whole number of at least 1"):
         api.fail(api.add_key("prod"), Fault.REFUSED, **wrong)
 
 
-def test_what_is_spent_or_added_is_at_least_0() -> None:
-    """And exact."""
+def test_spent_credits_are_exact_and_at_least_0() -> None:
+    """Negative, inexact and non-numeric amounts are refused."""
     api = FakeAPI()
     key = api.add_key("prod")
     for amount in (-1, True, [1], None):
@@ -286,7 +286,6 @@ def test_what_is_spent_or_added_is_at_least_0() -> None:
 
 @pytest.mark.parametrize("wrong", [["a"], {5: 5}, {"a": None}, {"a": [1]}])
 def test_a_client_in_memory_is_made_of_labels_and_credits(wrong: Any) -> None:
-    """Anything else is refused with a word of what is expected."""
     with pytest.raises(
         ConfigurationError, match=r"must be a Mapping|must be a str|credits must be exact"
     ):
@@ -294,7 +293,7 @@ def test_a_client_in_memory_is_made_of_labels_and_credits(wrong: Any) -> None:
 
 
 async def test_refusals_in_memory_are_raised_at_once() -> None:
-    """And as many calls as one likes are answered."""
+    """And any number of calls is answered."""
     async with fake_client({"prod": 5}) as client:
         began = now()
         for _ in range(301):
@@ -304,8 +303,8 @@ async def test_refusals_in_memory_are_raised_at_once() -> None:
         assert now() - began < 1
 
 
-async def test_the_api_in_memory_has_the_whole_limit_of_the_client() -> None:
-    """Its period and what it counts by too; so no request is refused."""
+async def test_the_api_in_memory_has_the_limit_of_the_client() -> None:
+    """With its period and scope, so no request is refused."""
     for limit in (
         RateLimit(requests=5, period=1.0, pace=None),
         RateLimit(requests=5, scope="key", pace=None),
@@ -318,7 +317,7 @@ async def test_the_api_in_memory_has_the_whole_limit_of_the_client() -> None:
 
 
 async def test_a_label_that_may_be_a_secret_is_refused_and_not_repeated() -> None:
-    """Labels and amounts, not secrets and amounts."""
+    """The mapping is of labels to amounts, not of secrets to amounts."""
     secret = "sk_live_51H8x2vKq9Zr3Tn7Wb4Lm6Pd"
     for labels in ({secret: 1}, {f"{secret}/a": 1, f"{secret}/b": 2}):
         with pytest.raises(
