@@ -35,11 +35,7 @@ from crustcredits.testing._demo import demo_pool
 
 _LOW, _USAGE, _FAILED = 1, 2, 3
 # As in sysexits.h, and 128 plus the signal's number.
-_UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = (
-    74,
-    130,
-    141,
-)
+_UNWRITTEN, _INTERRUPTED, _CLOSED_PIPE = 74, 130, 141
 
 
 # Typer does not export the base class of its usage errors.

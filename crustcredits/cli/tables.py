@@ -103,17 +103,14 @@ def total_line(report: Report) -> str:
         report.accounts.get(outcome.key.account or "") is None for outcome in report.failed
     )
     known = "unknown" if credits is None else f"{credits:,f} credits"
-    return f"Total: {known}" + f"; unknown keys: {unknown}" * bool(unknown)
+    return f"Total: {known}" + f"; keys with unknown credits: {unknown}" * bool(unknown)
 
 
 def plain_table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
         # Only these columns may be narrowed, because their text may be long.
-        names = header in {
-            "key",
-            "account",
-        }
+        names = header in {"key", "account"}
         table.add_column(
             header, justify="right" if header in {"keys", "credits"} else "left", no_wrap=not names
         )

@@ -26,7 +26,7 @@ def install_exception_handlers(app: FastAPI) -> None:
     - 409: too few credits.
     - 500: a mistake in the service's own set-up.
     - 502: every other error, including the API's 401, 402 and 403.
-    - 503: the API or Redis is out of reach.
+    - 503: the API or Redis is out of reach, or the client is closed.
     - 503 with `Retry-After`: the rate limit refuses or delays the request.
     - 503 with `Retry-After`, else 502: credits are unknown, and a key that decides may recover.
     - 504: a timeout.

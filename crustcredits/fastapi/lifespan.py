@@ -104,7 +104,7 @@ async def get_credits_client(connection: HTTPConnection) -> CreditsClient:
     return _client_or_error(client)
 
 
-# : Type of a route parameter that receives the client.
+#: Type of a route parameter that receives the client.
 CreditsDep: TypeAlias = Annotated[CreditsClient, Depends(get_credits_client)]
 
 

@@ -72,27 +72,27 @@ class Problem:
 # The first matching class counts. The API's 401, 402 and 403 are about this service's keys and not
 # about its callers, so callers get a bad gateway.
 _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
-    (InsufficientCreditsError, 409, "Not enough credits are there"),
-    (CreditsUnknownError, 503, "Not enough credits are known to be there, and some are unknown"),
+    (InsufficientCreditsError, 409, "The credits are too few"),
+    (CreditsUnknownError, 503, "The known credits are too few, and some are unknown"),
     (RateLimitError, 503, "The credits API refuses more requests for now"),
-    (RateLimitWaitError, 503, "The rate limit of the credits API leaves no room in time"),
+    (RateLimitWaitError, 503, "The rate limit of the credits API would delay the request too long"),
     (
         BucketsUnavailableError,
         503,
-        "The count of the rate limit that processes share is out of reach",
+        "The shared count of the rate limit is out of reach",
     ),
     (GatewayError, 503, "A gateway answers in the credits API's place"),
     (APITimeoutError, 504, "The credits API did not answer in time"),
     (APIConnectionError, 503, "The credits API cannot be reached"),
     (ClientClosedError, 503, "The service is shutting down"),
-    (ConfigurationError, 500, "The service, or one of its keys, is not set up right"),
+    (ConfigurationError, 500, "The service or one of its keys is configured wrongly"),
     (InvalidKeyError, 502, "The credits API does not know the key"),
     (MissingKeyError, 502, "No key reached the credits API"),
     (PaymentRequiredError, 502, "The key's account is out of credits"),
     (PermissionDeniedError, 502, "The key's plan does not allow this"),
     (BadRequestError, 502, "The credits API rejects the request"),
     (InternalServerError, 502, "The credits API failed"),
-    (UnexpectedResponseError, 502, "The credits API answered with something unexpected"),
+    (UnexpectedResponseError, 502, "The credits API gave an unexpected answer"),
     (CrustCreditsError, 502, "The credits could not be checked"),
 )
 

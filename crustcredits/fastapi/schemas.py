@@ -168,9 +168,7 @@ class PoolResponse(_Response):
         ),
     ]
     accounts: dict[str, Credits | None]
-    lookalikes: Annotated[
-        list[list[str]], Field(description="Undeclared keys whose answers are the same.")
-    ]
+    lookalikes: Annotated[list[list[str]], Field(description="Undeclared keys with equal answers.")]
     keys: list[KeyResponse]
 
     @model_validator(mode="before")

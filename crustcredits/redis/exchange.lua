@@ -2,9 +2,9 @@
 -- its requests for more. Times and durations are in microseconds, unless stated otherwise.
 --
 -- A bucket is a sorted set with one member for each token that is out. Its score is the time, by
--- this server's clock, at which the token returns. A hash holds the waiting processes: for each, when it
--- began to wait, its last message, and how many tokens may be out for it. KEYS[1] is the marker, a
--- hash; without it the count is taken for lost. The two keys of each bucket follow.
+-- this server's clock, at which the token returns. A hash holds the waiting processes: for each,
+-- the start of its wait, its last message, and how many tokens may be out for it. KEYS[1] is the
+-- marker, a hash; without it the count is taken for lost. The two keys of each bucket follow.
 --
 -- ARGV, for the process:
 --   process; the epoch it knows (0: none);

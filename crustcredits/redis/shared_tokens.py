@@ -146,10 +146,7 @@ class SharedTokens:
         self._kept = 0  # of the limit, the reserve that the waiting calls may not use
         self._sent: _Sent | None = None
         # Used tokens of other processes at the last answer, and when these have returned.
-        self._others, self._others_until = (
-            0,
-            0.0,
-        )
+        self._others, self._others_until = 0, 0.0
         self._coming: list[float] = []  # when the next tokens return
         if link.degraded:
             self._own.resize(self._share())

@@ -238,7 +238,7 @@ class FakeAPI:
         frequency: str = "monthly",
         rollover: bool = False,
     ) -> None:
-        """Give the account of `key` `credits` in `after` seconds, then every 30 days.
+        """Give the account of `key` recurring `credits`: in `after` seconds, then every 30 days.
 
         Without `rollover`, all credits except top-ups are lost when the grant comes, including the
         account's first balance; top-ups stay.
@@ -256,8 +256,8 @@ class FakeAPI:
     ) -> None:
         """Buy credits for the account of `key`; the rest is lost after `expires` seconds, or never.
 
-        A top-up appears in `credit_topups` until it is spent. The API does not document the names
-        of its members; these are `origin`, `original_credits`, `remaining_credits` and
+        A top-up appears in `credit_topups` as long as any of it is left. The API does not document
+        the names of its members; these are `origin`, `original_credits`, `remaining_credits` and
         `expires_at`.
 
         Raises:
@@ -329,7 +329,7 @@ class FakeAPI:
         self._account_of(key)
         self._orders.pop(key.digest, None)
 
-    # --- what came
+    # --- arrivals
 
     def worst_window(self) -> int:
         """Return the most arrivals on one endpoint within any one period, over all keys.

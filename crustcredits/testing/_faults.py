@@ -32,7 +32,7 @@ class Fault(enum.Enum):
     | `REDIRECT`         | 302 to another origin                       | `UnexpectedResponseError` |
     | `ENDLESS`          | 200 with a body that does not end           | `UnexpectedResponseError` |
     | `BOMB`             | 200 with 16 KiB that swell to 16 MiB        | `UnexpectedResponseError` |
-    | `COOKIE`           | the right answer, and a key-named cookie    | none                      |
+    | `COOKIE`           | the right answer, and a cookie              | none                      |
     | `GLITCH`           | 200 with 0 credits for any balance          | none                      |
     | `STALE`            | the right answer; its connection is lost    | none                      |
     |                    | while the next request is on its way        |                           |

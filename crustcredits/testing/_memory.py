@@ -1,4 +1,4 @@
-"""`fake_client`: a real client whose requests are answered in memory, without a socket."""
+"""`fake_client`: a real client with an API in memory, without a socket."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_the_demo_shows_every_kind_of_key() -> None:
     assert "contoso/prod unknown failed" in " ".join(result.out.split())
     assert row(result, "waystar") == "waystar 1 unknown"
     assert row(result, "alpine") == "alpine 1 17,041,325"
-    assert "Total: 281,552,662.24 credits; unknown keys: 3\n" in result.out
+    assert "Total: 281,552,662.24 credits; keys with unknown credits: 3\n" in result.out
     assert "contoso/prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
     assert result.lines[-1].startswith("Requests: 45 in ")
     assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; 429s: 0")
@@ -281,7 +281,7 @@ def test_unknown_is_not_zero(api: SandboxServer) -> None:
     assert result.status == 3
     assert row(result, "acme/lost") == "acme/lost unknown failed"
     assert row(result, "acme") == "acme 1 unknown"
-    assert "Total: unknown; unknown keys: 1\n" in result.out
+    assert "Total: unknown; keys with unknown credits: 1\n" in result.out
 
 
 def test_a_failure_shows_its_number_of_tries(api: SandboxServer) -> None:
