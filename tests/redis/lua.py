@@ -249,7 +249,7 @@ class FakeRedis:
         self.faults.append(what)
         raise AssertionError(what)
 
-    # --- what happens to servers
+    # --- server events
 
     def flush(self) -> None:
         """Lose everything except the scripts."""
@@ -293,7 +293,7 @@ class FakeRedis:
                 if not future.done():
                     future.set_result(answer)
 
-    # --- what is in it
+    # --- contents
 
     def keys(self) -> list[str]:
         """Return the names of all keys that have not expired."""
