@@ -89,7 +89,7 @@ async def test_what_may_pass_is_tried_again_with_backoff(caplog: pytest.LogCaptu
     assert 10 <= now() <= 10 + 1 + 2 + 4 + 1
     assert [record.levelname for record in caplog.records] == ["INFO"] * 3
     assert (
-        "k0: the API or a gateway before it failed (HTTP 503); that was attempt 1 of 4"
+        "k0: the API or a gateway before it failed (HTTP 503); this was attempt 1 of 4"
         in caplog.text
     )
 
@@ -258,7 +258,7 @@ async def test_turns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "crustcredits")
     async with fake_client(FakeServer(), rate_limit=RateLimit(requests=1)) as client:
         await client.check(keys(2))
-    assert "k1: its turn came after 60.3" in caplog.text
+    assert "k1: request sent 60.3" in caplog.text
 
 
 # --- many keys
@@ -1180,8 +1180,8 @@ async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(
         for caller in callers:
             caller.cancel()
         await asyncio.sleep(2)
-        assert "kept" not in caplog.text
-        assert "no answer from the API, for 3 keys in a row: k" in caplog.text
+        assert "cached" not in caplog.text
+        assert "no answer from the API for 3 keys in a row: k" in caplog.text
 
 
 async def test_what_becomes_of_a_kept_answer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -1191,5 +1191,5 @@ async def test_what_becomes_of_a_kept_answer_is_logged(caplog: pytest.LogCapture
         for _ in range(2):
             await client.check(keys(5))
             await asyncio.sleep(20)
-        assert "its kept answer could not be refreshed" in caplog.text
-        assert "for 3 keys in a row; kept answers are not renewed: " in caplog.text
+        assert "the cached balance could not be refreshed" in caplog.text
+        assert "for 3 keys in a row; cached balances are not refreshed: " in caplog.text

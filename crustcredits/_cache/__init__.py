@@ -1,6 +1,7 @@
-"""Single-flight and kept answers.
+"""Single-flight calls and the cache of their answers.
 
-It owns one call for each key and endpoint, its waiters, its retries, the circuit breaker and the
-cache. It must not know aiohttp. Start reading in `single_flight.py`: `dispatcher.py` sends its
-calls when the admission queue grants them, `store.py` and `policy.py` keep what came of them.
+Owns one call for each key and endpoint, its waiters and retries, the circuit breaker and the cache.
+Must not know aiohttp. Start reading in `single_flight.py`. `dispatcher.py` sends its calls when the
+admission queue grants them; `store.py` holds the cache entries, and `policy.py` says how old they
+may be.
 """

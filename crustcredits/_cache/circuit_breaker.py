@@ -1,6 +1,7 @@
 """`CircuitBreaker`: stops requests to an endpoint while a gateway answers in the API's place.
 
-A value: it is told the time, in the running loop's seconds, and neither sends nor waits.
+The class does no I/O and never waits. Callers pass the time, in seconds of the running loop's
+clock.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from crustcredits._errors import GatewayError
 
 _log = logging.getLogger("crustcredits")
 
-# Answers of a gateway in a row after which it opens.
+# Gateway answers in a row that open the circuit breaker.
 _THRESHOLD = 8
-# Seconds until the first probe after it has opened; twice as many after each probe that a gateway
-# answers, up to the longest.
+# Seconds from opening to the first probe. Each probe that a gateway answers doubles the delay, up
+# to the longest.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
-# Keys that the API has answered are remembered, so many.
+# Most keys that are remembered as answered by the API.
 _REMEMBERED = 1_000
-# Different keys whose probes a gateway has answered, from which on it is taken to refuse all.
+# Once a gateway has answered the probes of this many different keys, it is taken to refuse all.
 _KEYS = 3
 
 
 @attrs.frozen
 class Sent:
-    """A request on its way, as `CircuitBreaker.start` returns it and `end` wants it back."""
+    """A request on the wire: returned by `CircuitBreaker.start`, and passed to `end`."""
 
     at: float
     whose: Hashable
@@ -36,25 +37,24 @@ class Sent:
 
 
 class CircuitBreaker:
-    """Closed, every request may be sent.
+    """Lets every request pass while closed, and one probe at a time while open.
 
-    After eight answers of a gateway in a row it opens: then one probe at a time may.
+    Eight gateway answers in a row open the circuit breaker. Only a request sent after the row began
+    extends the row, so requests on the wire together count once. An answer of the API's own below
+    500 closes it. A probe that ends without an answer of either kind closes it too, but one more
+    gateway answer opens it again.
 
-    Only requests that were sent after the row had begun make it longer, so that those on the wire
-    together count once. An answer of the API's own below 500 closes it. A probe that ends without
-    an answer of either kind closes it too, but one more answer of a gateway opens it again.
-
-    A gateway may refuse some keys alone, which must hold up no others. So a key that the API has
-    answered last may be a probe at once, until a gateway has answered three such probes in a row. A
-    key whose probe a gateway has answered lets other keys go first, and another such answer puts
-    off nobody else, while less than two other keys stand back.
+    A gateway may refuse some keys only, and these must not delay the others. So a key that the API
+    answered last may be a probe at once, until a gateway has answered three such probes in a row.
+    After a gateway has answered a key's probe, other keys may probe first. Another such answer
+    delays no other key, while fewer than two other keys stand back.
 
     Args:
         path: The path of the endpoint, for the log.
 
     Attributes:
-        is_open: Whether it is open.
-        failed_probes: Probes that a gateway has answered since the API did.
+        is_open: Whether the circuit breaker is open.
+        failed_probes: Probes that a gateway has answered since the API last answered.
     """
 
     __slots__ = (
@@ -73,18 +73,17 @@ class CircuitBreaker:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._answered: dict[Hashable, None] = {}  # keys that the API has answered last
-        self._disappointed = 0  # of these, whose probes a gateway has answered in a row
+        self._answered: dict[Hashable, None] = {}  # keys that the API answered last
+        self._disappointed = 0  # failed probes of these keys, in a row
         self._in_a_row = 0
         self._row_began = 0.0
         self.is_open = False
-        self._status = 0  # of the last answer of a gateway
+        self._status = 0  # HTTP status of the last gateway answer
         self._next_probe = 0.0
-        self._refused: dict[
-            Hashable, float
-        ] = {}  # whose probes a gateway has answered, and until when they stand back
+        # Keys with a failed probe, and the time until which each of them stands back.
+        self._refused: dict[Hashable, float] = {}
         self.failed_probes = 0
-        self._probe: Sent | None = None  # on the wire, and without an answer yet
+        self._probe: Sent | None = None  # on the wire, without an answer so far
 
     @property
     def is_probing(self) -> bool:
@@ -92,7 +91,7 @@ class CircuitBreaker:
         return self._probe is not None
 
     def refusal(self, now: float, whose: Hashable = None) -> GatewayError | None:
-        """Why no request for this key may be sent now, or None."""
+        """The error for a request for this key now, or None if it may be sent."""
         if not self.is_open or (now >= self.next_probe(whose) and not self.is_probing):
             return None
         soon = (
@@ -101,8 +100,8 @@ class CircuitBreaker:
             else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
         )
         said = (
-            f"not asked {soon}, because a gateway answered {_THRESHOLD} requests in a row in "
-            "the API's place"
+            f"not sent {soon}: the circuit breaker is open, because a gateway answered "
+            f"{_THRESHOLD} requests in a row in the API's place"
         )
         return GatewayError(
             f"{said}; look for a proxy or firewall between here and the API, or try again",
@@ -110,26 +109,26 @@ class CircuitBreaker:
         )
 
     def next_probe(self, whose: Hashable) -> float:
-        """When a request for this key may be a probe, unless one is on the wire then."""
+        """Earliest time at which a request for this key may be a probe, if none is on the wire."""
         if whose in self._answered:
             return 0.0
         return max(self._next_probe, self._refused.get(whose, self._next_probe))
 
     def start(self, now: float, whose: Hashable) -> Sent:
-        """A request is sent that was not refused."""
+        """Record that a request is sent that was not refused."""
         sent = Sent(now, whose, self.is_open)
         if sent.is_probe:
             self._probe = sent
         return sent
 
     def end(self, sent: Sent, now: float) -> None:
-        """The request has ended, whatever came of it."""
-        if sent is self._probe:  # neither the API nor a gateway has answered it
+        """Record that the request has ended, with or without an answer."""
+        if sent is self._probe:  # neither the API nor a gateway answered it
             self._probe = None
             self.is_open, self._in_a_row, self._row_began = False, _THRESHOLD - 1, now
 
     def api_answered(self, whose: Hashable = None) -> None:
-        """The answer for this key was the API's own."""
+        """Record that the answer for this key was the API's own."""
         if whose is not None:
             self._answered[whose] = None
             if len(self._answered) > _REMEMBERED:
@@ -145,10 +144,10 @@ class CircuitBreaker:
         self._refused.clear()
 
     def gateway_answered(self, sent: Sent, error: GatewayError, now: float) -> None:
-        """The answer was a gateway's."""
+        """Record that a gateway answered the request."""
         is_probe = sent is self._probe
         self._forget_answer(sent.whose, is_probe=is_probe)
-        if self.is_open and not is_probe:  # sent before it opened
+        if self.is_open and not is_probe:  # sent before the circuit breaker opened
             return
         if self._in_a_row and not is_probe and sent.at < self._row_began:
             return
@@ -163,14 +162,14 @@ class CircuitBreaker:
             self.failed_probes += 1
             if sent.whose is not None:
                 self._refused[sent.whose] = now + (1 if again else 2) * self._pause()
-            if again:  # which is no news of the others
+            if again:  # says nothing new about other keys
                 return
         elif self._in_a_row < _THRESHOLD:
             return
         elif not self.failed_probes:
             _log.warning(
-                "%s: a gateway answered %d requests in a row in the API's place; no key is "
-                "asked until the API answers a probe; "
+                "%s: circuit breaker open: a gateway answered %d requests in a row in the "
+                "API's place; only probes are sent until the API answers one; "
                 "look for a proxy or firewall between here and the API",
                 self._path,
                 self._in_a_row,
@@ -179,9 +178,9 @@ class CircuitBreaker:
         self._next_probe = now + self._pause()
 
     def _forget_answer(self, whose: Hashable, *, is_probe: bool) -> None:
-        """The API's answer for this key is not the last.
+        """Record that the API's answer for this key is no longer the last one.
 
-        After three probes of such keys nobody's is worth anything.
+        After three failed probes of such keys in a row, no key may probe early.
         """
         if whose in self._answered:
             del self._answered[whose]

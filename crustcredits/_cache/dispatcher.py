@@ -1,9 +1,9 @@
-"""`Dispatcher`: sends what the schedulers grant, tries again what may pass, and asks them again when something has changed.
+"""`Dispatcher`: sends the attempts that the schedulers grant, and retries the failed ones.
 
-A call that waits has no task, token or timer of its own. One function starts everything: it runs
-when a call comes, when a request ends, and from one timer. Errors are values here: a pool has as
-many as it has bad keys, and what is never raised needs no traceback. It must not know who waits,
-for how long, or what is kept.
+A call that waits has no task, token or timer of its own. One function starts all attempts. It runs
+when a call enters, when a request ends, and from one timer, and asks the schedulers again. Errors
+are values here: a pool has as many as it has bad keys, and an error that is never raised needs no
+traceback. The module must not know the waiters, their deadlines or the cache.
 """
 
 from __future__ import annotations
@@ -59,29 +59,29 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("crustcredits")
 
-# Calls that are not sent which one turn of the loop deals with.
+# Granted calls that one iteration of the loop handles without sending them.
 _SLICE = 1_000
-# Seconds for which a call waits where a gateway has answered for long; so a source without end is
-# not read in vain at full speed.
+# Seconds for which a call waits while a gateway has answered for long, so that an endless source is
+# not drained at full speed.
 _REFUSED_AFTER = 1.0
 
 
 class ApiCall(Call, ABC):
-    """One call on its way to an answer. Times are the running loop's.
+    """One call on its way to an answer. Times are in seconds of the running loop's clock.
 
     Attributes:
         path: The endpoint.
         api_key: The key that is asked about.
-        wanted: Whether somebody awaits the answer. Otherwise it only refreshes what is known, and
-            is not tried again.
-        attempts: Requests put on the wire for it, the one under way included.
-        last: Why the attempt before failed, or None.
-        failing_since: When its first attempt failed, or None.
-        task: The request on the wire, or None.
-        request: What the scheduler knows of it.
-        probe: What the circuit breaker knows of it, if it is a probe.
-        entered: When it began.
-        resumes: When it is put into the queue again, while it waits for a retry or for a probe;
+        wanted: Whether a waiter awaits the answer. Otherwise the call is a background refresh, and
+            is not retried.
+        attempts: Requests put on the wire for the call, including the current one.
+        last: The error of the attempt before, or None.
+        failing_since: When the first attempt failed, or None.
+        task: The task of the request on the wire, or None.
+        request: The scheduler's record of the request.
+        probe: The circuit breaker's record of the request, if it is a probe.
+        entered: When the call began.
+        resumes: When the call enters the queue again, while it waits for a retry or for a probe;
             None otherwise.
     """
 
@@ -126,39 +126,39 @@ class ApiCall(Call, ABC):
         self.resumes: float | None = None
         self.barred_since: float | None = None
         self.context = context
-        self.is_parked = False  # whether it waits to be tried again
-        self.ticket = 0  # of its place among those that are put again later
+        self.is_parked = False  # whether the call waits for a retry
+        self.ticket = 0  # of its entry among the calls that resume later
 
     @abstractmethod
     def patience(self, now: float) -> float:
-        """Seconds for which somebody still waits for it, at the most."""
+        """Seconds until the latest deadline of a waiter."""
 
     @abstractmethod
     def can_fall_back(self) -> bool:
-        """Whether all who wait for it have an older answer that may stand in."""
+        """Whether every waiter has a stale answer that may stand in."""
 
     @abstractmethod
     def on_late(self) -> None:
-        """Its waiters have no time left for an answer."""
+        """Called when no waiter has time left for an answer."""
 
     @abstractmethod
     def on_wait(self) -> None:
-        """It has just begun to wait for something other than its turn."""
+        """Called when the call has begun to wait for something other than its turn."""
 
     @abstractmethod
     def on_end(self, result: Balance | CrustCreditsError) -> None:
-        """It has ended so."""
+        """Called with the result when the call has ended."""
 
     @abstractmethod
     def on_broken_off(self, error: BaseException | None) -> None:
-        """Its request was cancelled from outside, or has failed as it never should."""
+        """Called when the request was cancelled from outside or failed unexpectedly."""
 
 
 class _AttemptTask(asyncio.Task[None]):
     """The task of one request.
 
-    One that is cancelled before its first step runs nothing of its coroutine, so the task itself
-    tells that it was cancelled.
+    A task that is cancelled before its first step runs nothing of its coroutine, so the task itself
+    reports its cancellation.
     """
 
     on_cancelled: Callable[[asyncio.Task[None]], object]
@@ -171,14 +171,14 @@ class _AttemptTask(asyncio.Task[None]):
 class Dispatcher:
     """Asks the API about keys, within one rate limit, over both endpoints.
 
-    It is long because whatever lets a call go on, a turn, a retry, a probe or a token, ends in the
-    one function that starts.
+    The class is long because a turn, a retry, a probe and a token all lead to the one function that
+    starts calls.
 
     Attributes:
-        transport: What sends requests.
+        transport: Sends the requests.
         singles: The flow of all single calls.
-        refreshes: The flow of calls that nobody awaits.
-        counts_accounts: Whether a declared account's keys share its tokens.
+        refreshes: The flow of background calls, which have no waiter.
+        counts_accounts: Whether the keys of a declared account share its tokens.
     """
 
     def __init__(
@@ -227,37 +227,36 @@ class Dispatcher:
             )
             for path in self._breakers
         }
-        self._barred: dict[str, dict[ApiCall, None]] = {
-            path: {} for path in self._breakers
-        }  # they wait for a probe to end
-        self._later: list[tuple[float, int, ApiCall]] = []  # when they are put into the queue again
+        # Calls that wait for the end of a probe, by endpoint.
+        self._barred: dict[str, dict[ApiCall, None]] = {path: {} for path in self._breakers}
+        self._later: list[tuple[float, int, ApiCall]] = []  # heap of calls that resume later
         self._tickets = itertools.count(1)
         self._timer: asyncio.Handle | None = None
-        self._due: float | None = None  # when it runs; uvloop's handles do not tell
+        self._due: float | None = None  # time of the timer; uvloop's handles do not expose it
         self._admitting = self._stopped = False
 
     # --- calls
 
     def enter(self, call: ApiCall) -> None:
-        """A call begins."""
+        """Begin a call."""
         call.entered = now = _now()
-        # Where others stand for a start, something holds back all of them, and this one too.
+        # If other calls are held back, the same cause holds back this one too.
         is_behind = self._schedulers[call.path].holds_back
         self._ask(call, now)
         if not is_behind:
             self._admit(now)
 
     def enter_pool(self, path: str, pool: PoolFlow) -> None:
-        """The calls of a collection of known size begin, each when its turn comes."""
+        """Begin the calls of a collection of known size, each at its turn."""
         self._schedulers[path].put_pool(pool)
         self._admit()
 
     def leave_pool(self, path: str, pool: PoolFlow) -> None:
-        """Those that have not begun are given up."""
+        """Give up the calls of a pool that have not begun."""
         self._schedulers[path].remove_pool(pool)
 
     def leave(self, call: ApiCall) -> None:
-        """A call is given up before its request is on the wire."""
+        """Give up a call before its request is on the wire."""
         makes_room = self._schedulers[call.path].remove(call, _now())
         self._barred[call.path].pop(call, None)
         call.ticket, call.resumes = 0, None
@@ -266,7 +265,7 @@ class Dispatcher:
             self._admit()
 
     def move(self, call: ApiCall, flow: Flow) -> None:
-        """Somebody of a better kind awaits a call."""
+        """Move a call to the flow of a waiter with a higher priority."""
         call.wanted = True
         is_parked = call.is_parked
         self._park(call, -1)
@@ -276,54 +275,55 @@ class Dispatcher:
         self._admit()
 
     def account_of(self, key: ApiKey) -> Hashable:
-        """What tells accounts apart: the declared account, else the key itself."""
+        """The account of a key: the declared one, else the key's digest."""
         account = key.account if self.counts_accounts else None
         return key.digest if account is None else account
 
     def stop(self) -> None:
-        """Nothing starts any more."""
+        """Start no more attempts."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
 
-    # --- what can be told
+    # --- estimates and state
 
     def earliest(self, call: ApiCall, now: float) -> float:
-        """Certainly no request for this call starts before then."""
+        """The time before which certainly no request for this call starts."""
         if call.task is not None:
             return now
-        if (
-            call in self._barred[call.path]
-        ):  # an answer that is on its way may close the circuit breaker
+        if call in self._barred[call.path]:  # an answer on its way may close the circuit breaker
             return now
         if call.resumes is not None:
             return max(now, call.resumes)
         return self._schedulers[call.path].earliest(call.account, now)
 
     def earliest_of(self, path: str, key: ApiKey, now: float) -> float:
-        """The same for a call that has not begun."""
+        """The same time for a call that has not begun."""
         return self._schedulers[path].earliest(self.account_of(key), now)
 
     def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float, now: float) -> list[int]:
-        """Of calls that have not begun those, by number, of which certainly no request starts before the deadline."""
+        """Numbers of the keys for which certainly no request starts before the deadline.
+
+        Their calls have not begun.
+        """
         return self._schedulers[path].hopeless(map(self.account_of, keys), deadline, now)
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
-        """What the rate limit still allows on `path`.
+        """The part of the rate limit that is left on `path`.
 
         Raises:
             ConfigurationError: Each key or account has a bucket of its own and no key was named.
         """
         if key is None and self._scope in {"account", "key"}:
             raise ConfigurationError(
-                f"with scope {self._scope!r} each has a quota of its own; name the key: "
-                "quota(key=…)"
+                f"quota() needs a key: with scope {self._scope!r} each key or account has a "
+                "quota of its own; name the key: quota(key=…)"
             )
         account = None if key is None or self._scope == "client" else self.account_of(key)
         return self._schedulers[path].quota(account, _now())
 
     def refusal(self, path: str) -> GatewayError | None:
-        """Why no key may be asked on `path` now, because a gateway answers there; or None."""
+        """The circuit breaker's error for requests on `path` now, or None."""
         return self._breakers[path].refusal(_now())
 
     # --- the circuit breaker
@@ -333,7 +333,7 @@ class Dispatcher:
         return breaker.is_open and breaker.refusal(now, call.key) is not None
 
     def _ask(self, call: ApiCall, now: float) -> None:
-        """Put a call into the queue, unless a gateway answers in the API's place."""
+        """Put a call into the queue, unless the circuit breaker refuses it."""
         call.ticket, call.resumes = 0, None
         breaker = self._breakers[call.path]
         refusal = breaker.refusal(now, call.key) if breaker.is_open else None
@@ -346,10 +346,10 @@ class Dispatcher:
             self._bar(call, refusal, now)
 
     def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
-        """Let a call wait while the circuit breaker is open; or end it, with its own last error if it has one.
+        """Let a call wait while the circuit breaker is open, or end it.
 
-        A probe on the wire is waited for, and in the first seconds so is the next one: as many of
-        them as a call has attempts.
+        The call ends with its own last error, if it has one. It waits for a probe on the wire, and
+        in the first seconds also for the next probe: for as many probes as a call has attempts.
         """
         breaker = self._breakers[call.path]
         error = (
@@ -378,12 +378,15 @@ class Dispatcher:
             self._resume_at(call, until)
 
     def _on_probed(self, path: str, now: float) -> None:
-        """A probe has ended, or the API has answered an older request: those who wait for that are looked at again."""
+        """Ask again for the calls that wait for a probe.
+
+        A probe has ended, or the API has answered an older request.
+        """
         waiting, self._barred[path] = self._barred[path], {}
         for call in waiting:
             self._ask(call, now)
 
-    # --- those that are put again later
+    # --- calls that resume later
 
     def _resume_at(self, call: ApiCall, when: float) -> None:
         call.resumes, call.ticket = when, next(self._tickets)
@@ -391,7 +394,7 @@ class Dispatcher:
         call.on_wait()
 
     def _park(self, call: ApiCall, step: int) -> None:
-        """A call begins to wait until it is tried again (1), or does not any more (-1), which its flow may want to hear."""
+        """Record that a call begins (1) or ends (-1) its wait for a retry, and notify its flow."""
         if call.is_parked == (step > 0):
             return
         call.is_parked = step > 0
@@ -401,7 +404,7 @@ class Dispatcher:
     def _resume(self, now: float) -> None:
         while self._later:
             when, ticket, call = self._later[0]
-            waits = ticket == call.ticket  # or it was given up, or put again before
+            waits = ticket == call.ticket  # False if it was given up, or has resumed before
             if waits and when > now:
                 return
             heapq.heappop(self._later)
@@ -413,7 +416,7 @@ class Dispatcher:
     # --- starting
 
     def _admit(self, now: float | None = None) -> None:
-        """Send all that may go now, and set the timer for what comes next."""
+        """Send every attempt that may start now, and set the timer for the next one."""
         if self._admitting or self._stopped:
             return
         self._admitting = True
@@ -433,10 +436,10 @@ class Dispatcher:
             self._admitting = False
 
     def _start_all(self, now: float) -> tuple[float, bool]:
-        """Start all that may.
+        """Start every attempt that may start now.
 
-        Returns the next moment of any, and whether calls have gone elsewhere that may have to be
-        resumed.
+        Returns the time of the next possible start, and whether calls were handled without sending
+        that may have to resume.
         """
         moment, is_more, not_sent = math.inf, False, 0
         busy = [*self._schedulers.values()]
@@ -453,11 +456,11 @@ class Dispatcher:
                 busy.remove(scheduler)
                 if granted is not None:
                     moment = min(moment, granted)
-        # The rest in the next turn of the loop, so that other tasks run meanwhile.
+        # The rest in the next iteration of the loop, so that other tasks run meanwhile.
         return (now, False) if busy else (moment, is_more)
 
     def _not_sent(self, call: ApiCall, scheduler: Scheduler, now: float) -> None:
-        """The turn of a call has come that is not to be sent: it is too late for it, or a gateway answers in the API's place."""
+        """Handle a granted call that is not sent: too late, or the circuit breaker is open."""
         if scheduler.is_late(call, now) or scheduler.is_hopeless(call, now):
             call.on_late()
         else:
@@ -465,7 +468,7 @@ class Dispatcher:
 
     def _set_timer(self, moment: float, now: float) -> None:
         if self._due is not None and self._due <= moment < math.inf:
-            return  # it comes a little early, and is set again then
+            return  # it runs a little early, and is set again then
         if self._timer is not None:
             self._timer.cancel()
             self._timer = self._due = None
@@ -483,8 +486,10 @@ class Dispatcher:
         call.probe = breaker.start(now, call.key) if breaker.is_open else None
         call.attempts += 1
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s: its turn came after %.3f s", call.api_key.label, now - call.entered)
-        # Not by the loop's task factory, which might run its first step at once.
+            _log.debug(
+                "%s: request sent %.3f s after its call", call.api_key.label, now - call.entered
+            )
+        # Not made by the loop's task factory, which might run the first step at once.
         call.task = _AttemptTask(
             self._attempt(call), loop=asyncio.get_running_loop(), context=call.context
         )
@@ -504,18 +509,18 @@ class Dispatcher:
         except asyncio.CancelledError:
             self._break_off(call, None)
             raise
-        except Exception as error:  # noqa: BLE001  # it has failed as it never should
+        except Exception as error:  # noqa: BLE001  # an unexpected failure
             self._break_off(call, error)
 
     # --- ending
 
     def _on_cancelled(self, call: ApiCall, task: asyncio.Task[None]) -> None:
-        """A request was cancelled, perhaps before its first step."""
+        """Handle the cancellation of a request, perhaps before its first step."""
         if call.task is task and task.cancelled():
             self._break_off(call, None)
 
     def _break_off(self, call: ApiCall, error: Exception | None) -> None:
-        """Nobody may be left waiting for a request that was cancelled from outside, or has failed as it never should."""
+        """End the call of a request that was cancelled from outside or failed unexpectedly."""
         if call.task is not None:
             self._ended(call, AttemptResult(status=None), _now())
         call.on_broken_off(error)
@@ -535,13 +540,13 @@ class Dispatcher:
     def _read(
         self, call: ApiCall, got: Response | Failure, now: float
     ) -> tuple[Balance | CrustCreditsError, AttemptResult]:
-        """What a request has brought, for those who wait and for the scheduler.
+        """The result of a request, for the waiters and for the scheduler.
 
-        The circuit breaker hears of it.
+        The circuit breaker records the answer.
         """
         if isinstance(got, Failure):
-            # Where only the headers have come, the server has counted it, and has neither served
-            # nor refused it.
+            # If only the headers arrived, the server has counted the request, and has neither
+            # served nor refused it.
             status = 500 if got.fate is Fate.ANSWERED else None
             return got.error, AttemptResult(status=status, unsent=got.fate is Fate.UNSENT)
         result = read_response(
@@ -566,7 +571,7 @@ class Dispatcher:
         )
 
     def _go_on(self, call: ApiCall, result: CrustCreditsError, now: float) -> None:
-        """End a call, or try it again later. What nobody wants any more is not tried again."""
+        """End a call, or retry it later. A call without a waiter is not retried."""
         if not call.wanted:
             call.on_end(result)
             return
@@ -586,8 +591,8 @@ class Dispatcher:
             return
         counted = f"attempt {call.attempts} of {self._retry.attempts}"
         if call.spared:
-            counted = f"request {call.attempts}, of which {call.spared} do not count as attempts"
-        _log.info("%s; that was %s, the next is in %.2f s", result, counted, delay)
+            counted = f"request {call.attempts}, {call.spared} of them not counted as attempts"
+        _log.info("%s; this was %s; next attempt in %.2f s", result, counted, delay)
         call.last = result
         self._park(call, 1)
         self._resume_at(call, now + delay)
@@ -613,10 +618,8 @@ class Dispatcher:
         return LeasedTokens(tokens, came, partial(self._on_outage, path, whose))
 
     def _on_outage(self, path: str, whose: Hashable | None) -> None:
-        """No token of this bucket can be had: calls that wait for one are told."""
-        said = (
-            "the count that the processes share is out of reach, as the log says; nothing was sent"
-        )
+        """End the calls that wait for a token of this bucket: no token can be had."""
+        said = "not sent: the count that processes share is out of reach; see the log for the cause"
         for call in self._schedulers[path].give_up(whose, _now()):
             call = cast("ApiCall", call)
             call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))

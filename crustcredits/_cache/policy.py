@@ -1,4 +1,4 @@
-"""`CachePolicy`: how old an answer may be. Arithmetic only; it knows no clock and no answers."""
+"""`CachePolicy`: how old an answer may be. Arithmetic only, without clock or answers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from crustcredits._validation import Seconds, seconds
 
 
 class CacheOptions(TypedDict, total=False):
-    """What calls say of how old an answer may be, as keyword arguments; None is what the client says.
+    """Cache options of one call, as keyword arguments; None is the client's setting.
 
     Attributes:
-        max_age: As old as this an answer is given again instead of asking.
-        stale_while_revalidate: Older than `max_age` by less than this it is given too, and
-            refreshed behind.
-        stale_if_error: Older than `max_age` by less than this it stands in while the API gives
-            none.
-        max_error_age: A failure as old as this is given again instead of asking. Where a call gives
-            `max_age` and not this, it is as old as `max_age`, and at least 1 s while any cache is
-            on.
+        max_age: A younger answer is fresh, and is returned again without a request.
+        stale_while_revalidate: An answer that exceeds `max_age` by less than this is returned too,
+            and refreshed in the background.
+        stale_if_error: An answer that exceeds `max_age` by less than this is returned while the API
+            gives none.
+        max_error_age: A younger failure is returned again without a request. A call that gives
+            `max_age` and not this uses its `max_age`, and at least 1 s while any cache is on.
     """
 
     max_age: Seconds | None
@@ -28,16 +27,16 @@ class CacheOptions(TypedDict, total=False):
 
 
 class CachePolicy(NamedTuple):
-    """How old an answer may be, in seconds, and beyond that for how long it stands in.
+    """How old a fresh answer may be, and for how long after that a stale one is used, in seconds.
 
     Attributes:
-        max_age: As old as this it is as good as a new one.
-        revalidate: So much older it is good while it is refreshed.
-        if_error: So much older than `max_age` it is good while the API gives none.
-        error: As old as this a failure is given again; None where nobody has said, so that
-            `max_age` tells.
-        own_limit: Whether an old answer also stands in where this client's own rate limit leaves no
-            room.
+        max_age: An answer younger than this is fresh.
+        revalidate: A stale answer is used for so long beyond `max_age`, while it is refreshed.
+        if_error: A stale answer is used for so long beyond `max_age`, while the API gives none.
+        error: A failure younger than this is returned again; None if not set, so that `max_age`
+            decides.
+        own_limit: Whether a stale answer is also used when this client's own rate limit leaves no
+            room for a request.
     """
 
     max_age: float = 0.0
@@ -48,7 +47,7 @@ class CachePolicy(NamedTuple):
 
     @property
     def error_age(self) -> float:
-        """As old as this a failure is given again instead of asking."""
+        """The age in seconds up to which a failure is returned again without a request."""
         if self.error is not None:
             return self.error
         return max(self.max_age, 1.0) if self.max_age or self.revalidate or self.if_error else 0.0
@@ -61,10 +60,10 @@ class CachePolicy(NamedTuple):
         stale_if_error: Seconds | None = None,
         max_error_age: Seconds | None = None,
     ) -> CachePolicy:
-        """What a call says, and where it says nothing what stands here.
+        """The options of a call, completed with the values of this policy.
 
         Raises:
-            ConfigurationError: One of them is no number of seconds of at least 0.
+            ConfigurationError: An option is not a number of seconds of at least 0.
         """
         error = self.error if max_age is None else None
         return CachePolicy(
@@ -78,5 +77,5 @@ class CachePolicy(NamedTuple):
         )
 
 
-#: No answer from before will do.
+#: Every call needs a new answer: the cache is off.
 NEW = CachePolicy()

@@ -1,8 +1,8 @@
-"""`SingleFlight`: one call at a time for each key and endpoint, shared by all who ask; and what came of it, kept for who asks next.
+"""`SingleFlight`: one shared call at a time for each key and endpoint, and the cache of answers.
 
-A call belongs to nobody who asks. Whoever does has a waiter, with a deadline of his own, and may
-leave; when the last one has left, a call that waits is dropped, and one on the wire goes on and is
-kept. How the API is asked is `_cache.dispatcher`'s.
+A call belongs to the client, not to a caller. Each caller has a waiter with its own deadline, and
+may leave. When the last waiter has left, a call that waits is dropped; a call on the wire is
+finished and its answer cached. `_cache.dispatcher` sends the requests.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _log = logging.getLogger("crustcredits")
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 
 
-# Deadlines that one turn of the loop looks at, and entries below which the ended ones are not
-# cleared away.
+# Deadlines that one iteration of the loop handles; also the number of heap entries below which
+# ended ones are not purged.
 _FEW = 1_000
 
 
 class Waiter(Protocol):
-    """Who waits for a call: a future, or a key of a fan-out."""
+    """The waiter of a call: a future, or a key of a fan-out."""
 
     def done(self) -> bool: ...
     def set_result(self, result: Outcome[Any], /) -> None: ...
@@ -54,9 +54,9 @@ class Waiter(Protocol):
 
 
 class WaitTerms(NamedTuple):
-    """Since when one has waited, and until when, in the loop's time.
+    """The start and the deadline of a wait, in seconds of the loop's clock.
 
-    And whether an older answer may stand in for him.
+    `falls_back` says whether a stale answer may end it.
     """
 
     began: float
@@ -65,7 +65,7 @@ class WaitTerms(NamedTuple):
 
 
 class SharedCall(ApiCall):
-    """One call under way, and who waits for it."""
+    """One call under way, and its waiters."""
 
     __slots__ = ("calls", "early", "first", "place", "waiters")
 
@@ -82,15 +82,14 @@ class SharedCall(ApiCall):
         super().__init__(place, key, account, flow, context)
         self.calls = calls
         self.place = place
-        self.first: Waiter | None = None  # of whoever began it
+        self.first: Waiter | None = None  # the waiter that began the call
         self.waiters: dict[Waiter, WaitTerms] = {}
-        self.early: tuple[Pool, int] | None = (
-            None  # the pool in which it waits for its turn, and its number there
-        )
+        # The pool in which the call waits for its turn, and its number there.
+        self.early: tuple[Pool, int] | None = None
 
     @property
     def is_refresh(self) -> bool:
-        """Whether it only renews a kept answer, for nobody."""
+        """Whether the call only refreshes a cache entry, without a waiter."""
         return self.first is None and not self.wanted
 
     def on_late(self) -> None:
@@ -115,13 +114,13 @@ class SharedCall(ApiCall):
 
 
 class FanOutWaiter:
-    """The waiter of one key of a fan-out: what comes of its call is handed on at once, without a task that waits for it.
+    """The waiter of one key of a fan-out: its outcome is passed on at once, without a task.
 
     Attributes:
         key: The key that is asked about.
         freshness: How old its answer may be.
-        began: Since when it has waited, in the loop's time.
-        call: Its call, once it has one.
+        began: When the wait began, in seconds of the loop's clock.
+        call: The call of the key, once there is one.
     """
 
     __slots__ = ("_calls", "_land", "began", "call", "freshness", "key")
@@ -146,8 +145,8 @@ class FanOutWaiter:
         elif isinstance(result.error, ClientClosedError):
             self.hand_on(copy.copy(result.error))
         elif isinstance(result, Unknown) and self.freshness.if_error and self._land is not None:
-            # In the next turn, as a future would: an answer that comes in this very turn is kept by
-            # then.
+            # In the next iteration of the loop, as a future would: an answer that arrives in this
+            # iteration is cached by then.
             asyncio.get_running_loop().call_soon(self._stand_in, result, self._land)
             self._land = None
         else:
@@ -160,14 +159,14 @@ class FanOutWaiter:
         self.hand_on(asyncio.CancelledError())
 
     def give_up(self) -> None:
-        """Nobody waits for it any more."""
-        assert self.call is not None, "what has not landed has a call"
+        """Leave the call."""
+        assert self.call is not None, "a waiter without an outcome has a call"
         self._calls.leave(self.call, self)
 
     def hand_on(self, landed: Outcome[Any] | BaseException) -> None:
-        """It has landed."""
+        """Pass on the outcome or the exception."""
         land, self._land = self._land, None
-        assert land is not None, "one thing lands"
+        assert land is not None, "a waiter has one outcome"
         land(landed)
 
     def _stand_in(self, result: Unknown, land: Land) -> None:
@@ -176,11 +175,11 @@ class FanOutWaiter:
 
 
 class Pool(PoolFlow):
-    """Keys of one check whose turn has not come.
+    """Keys of one check that wait for their turn.
 
     Attributes:
         path: The endpoint.
-        early: SingleFlight of numbers that wait, made because others ask for their keys too.
+        early: Calls of numbers that still wait, made because other callers ask for their keys too.
     """
 
     __slots__ = ("early", "path")
@@ -199,26 +198,26 @@ class Pool(PoolFlow):
 
     @abstractmethod
     def make(self, number: int) -> SharedCall:
-        """The call of a number."""
+        """Make the call of a number."""
 
     @abstractmethod
     def number_of(self, digest: bytes) -> int | None:
-        """The number of this secret, if it is among those that wait."""
+        """The number of this secret, if it waits in the pool; else None."""
 
 
 class _Deadlines:
-    """When the time of each who waits is over: one timer for all of them."""
+    """The deadlines of all waiters, with one timer for all of them."""
 
     def __init__(self, time_out: Callable[[SharedCall, Waiter], None]) -> None:
         self._time_out = time_out
         self._heap: list[tuple[float, int, SharedCall, Waiter]] = []
         self._numbers = itertools.count()
         self._timer: asyncio.Handle | None = None
-        self._due = math.inf  # when it runs; uvloop's handles do not tell
+        self._due = math.inf  # time of the timer; uvloop's handles do not expose it
         self._room = _FEW
 
     def add(self, deadline: float, call: SharedCall, waiter: Waiter) -> None:
-        """One waits until then."""
+        """Add the deadline of a waiter."""
         if len(self._heap) >= self._room:
             self._purge()
         heapq.heappush(self._heap, (deadline, next(self._numbers), call, waiter))
@@ -226,14 +225,14 @@ class _Deadlines:
             self._set_timer()
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Drop all deadlines."""
         self._heap.clear()
         self._set_timer()
 
     def _purge(self) -> None:
-        """Forget those whose wait is over.
+        """Drop the deadlines of waiters that have ended.
 
-        So that long deadlines keep no more than twice as many as wait.
+        So long deadlines take at most twice as many entries as there are waiters.
         """
         self._heap = [entry for entry in self._heap if not entry[3].done()]
         heapq.heapify(self._heap)
@@ -249,9 +248,8 @@ class _Deadlines:
 
     def _on_timer(self) -> None:
         now = _now()
-        for _ in range(
-            _FEW
-        ):  # the rest in the next turn of the loop, so that other tasks run meanwhile
+        # The rest in the next iteration of the loop, so that other tasks run meanwhile.
+        for _ in range(_FEW):
             if not self._heap or not (self._heap[0][0] <= now or self._heap[0][3].done()):
                 break
             _, _, call, waiter = heapq.heappop(self._heap)
@@ -261,15 +259,17 @@ class _Deadlines:
 
 
 class SingleFlight:
-    """The calls under way, and the answers that are kept."""
+    """The calls under way, and the cache.
+
+    The class is long because single calls, pools and refreshes share the same calls and waiters.
+    """
 
     def __init__(self, dispatcher: Dispatcher, answers: BalanceCache) -> None:
         self._dispatcher = dispatcher
         self._answers = answers
         self._under_way: dict[CacheKey, SharedCall] = {}
-        self._outdated: set[SharedCall] = (
-            set()
-        )  # on the wire when their answers were declared invalid; joined by nobody
+        # On the wire when their cache entries were invalidated; no new waiter joins them.
+        self._outdated: set[SharedCall] = set()
         self._dropped: set[asyncio.Task[Any]] = set()
         self._pools: list[Pool] = []
         self._deadlines = _Deadlines(self._time_out)
@@ -277,7 +277,7 @@ class SingleFlight:
     def known(
         self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy
     ) -> Outcome[Any] | None:
-        """A kept answer that is young enough, or None. A stale one is refreshed behind it."""
+        """A cached outcome that is young enough, or None. A stale one is refreshed meanwhile."""
         if freshness is NEW or isinstance(key, UnusableKey):
             return None
         place = path, key.digest
@@ -292,7 +292,7 @@ class SingleFlight:
             self._pools and self._waiting_in(path, key.digest) is not None
         )
         if outcome.stale and not is_asked and kept.claim_refresh(place, now):
-            # It is no request's own, so it keeps none's context alive.
+            # A refresh belongs to no caller, so it keeps no caller's context alive.
             account, flow = self._dispatcher.account_of(key), self._dispatcher.refreshes
             call = self._under_way[place] = SharedCall(
                 self, place, key, account=account, flow=flow, context=contextvars.Context()
@@ -301,7 +301,7 @@ class SingleFlight:
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def last(self, path: str, key: ApiKey, freshness: CachePolicy) -> Outcome[Any] | None:
-        """What was heard last of `key`, however long ago, or None."""
+        """The last outcome for `key`, of any age, or None."""
         kept = self._answers.find((path, key.digest))
         outcome = None if kept is None else kept.last(freshness, _now())
         return None if outcome is None else outcome_for(key, outcome)
@@ -309,9 +309,9 @@ class SingleFlight:
     async def ask(
         self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy, deadline: float | None
     ) -> Outcome[Any]:
-        """The outcome of one call for `key`: of one under way, else of a new one.
+        """The outcome of one call for `key`: of the call under way, else of a new one.
 
-        Without an answer in time its error says why.
+        Without an answer in time, the error of the outcome says why.
         """
         if isinstance(key, UnusableKey):
             return _failure(key, key.error)
@@ -333,10 +333,9 @@ class SingleFlight:
         return self.given(call, key, outcome, freshness, began)
 
     def begin(self, path: str, landing: FanOutWaiter, deadline: float, flow: Flow) -> None:
-        """The same for a key of a fan-out, without a task: the outcome lands, at once or later.
+        """Ask about a key of a fan-out, without a task: the outcome lands at once or later.
 
-        A new call waits for its turn in `flow`. What lands is an exception where the client was
-        closed.
+        A new call waits for its turn in `flow`. If the client was closed, an exception lands.
         """
         outcome = (
             None if landing.freshness is NEW else self.known(path, landing.key, landing.freshness)
@@ -357,29 +356,29 @@ class SingleFlight:
 
     @property
     def are_under_way(self) -> bool:
-        """Whether there are any."""
+        """Whether any call or pool is under way."""
         return bool(self._under_way or self._pools)
 
     @property
     def counts_accounts(self) -> bool:
-        """Whether a declared account's keys share its tokens."""
+        """Whether the keys of a declared account share its tokens."""
         return self._dispatcher.counts_accounts
 
     def is_asked(self, path: str, key: ApiKey) -> bool:
-        """Whether a call for this key is under way, or waits for its turn as a number."""
+        """Whether a call for this key is under way, or waits for its turn in a pool."""
         return (path, key.digest) in self._under_way or self._waiting_in(
             path, key.digest
         ) is not None
 
     def enter_pool(self, pool: Pool) -> None:
-        """The keys of a check wait for their turn from now on."""
+        """Queue the keys of a check."""
         self._pools.append(pool)
         self._dispatcher.enter_pool(pool.path, pool)
 
     def leave_pool(self, pool: Pool, landings: Iterable[FanOutWaiter] = ()) -> None:
-        """Give up the keys whose turn has not come, and these of its calls.
+        """Give up the keys that still wait for their turn, and these waiters.
 
-        SingleFlight that others await go on.
+        Calls with other waiters continue.
         """
         if pool not in self._pools:  # the client was closed
             return
@@ -400,9 +399,9 @@ class SingleFlight:
         flow: Flow,
         context: contextvars.Context,
     ) -> SharedCall:
-        """The call of a key of a pool.
+        """Open the call of a key of a pool.
 
-        Nobody has asked for it yet, or the number of the key would have been found.
+        No other caller has asked about the key yet, or its number would have been found.
         """
         key = landing.key
         place = path, key.digest
@@ -413,18 +412,18 @@ class SingleFlight:
         return call
 
     def heard_since(self, path: str, key: ApiKey, began: float) -> Outcome[Any] | None:
-        """A balance that came since then, or None."""
+        """The outcome with a balance that arrived since `began`, or None."""
         kept = self._answers.find((path, key.digest))
         return None if kept is None else kept.heard_since(began)
 
     def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
-        """Those of these keys, by number, for which certainly no request starts before the deadline."""
+        """Numbers of the keys for which certainly no request starts before the deadline."""
         return self._dispatcher.hopeless(path, keys, deadline, _now())
 
     def too_late(
         self, path: str, key: ApiKey, freshness: CachePolicy, began: float
     ) -> Outcome[Any]:
-        """The outcome of a key whose turn did not come before its deadline."""
+        """The outcome of a key that had no turn before its deadline."""
         now = _now()
         outcome = _failure(
             key, _late_turn(key, self._dispatcher.earliest_of(path, key, now) - began)
@@ -434,7 +433,7 @@ class SingleFlight:
         return outcome if instead is None else outcome_for(key, instead)
 
     def _waiting_in(self, path: str, digest: bytes) -> tuple[Pool, int] | None:
-        """The pool in which a secret waits for its turn, and its number there."""
+        """The pool in which a secret waits for its turn, and its number there; or None."""
         for pool in self._pools:
             number = pool.number_of(digest) if pool.path == path else None
             if number is not None:
@@ -442,9 +441,9 @@ class SingleFlight:
         return None
 
     def _begin_early(self, place: CacheKey) -> SharedCall | None:
-        """The call for a key that waits in a pool, now that somebody else asks too.
+        """Make the call of a key that waits in a pool, because another caller asks about it too.
 
-        It waits there.
+        The call waits in the pool. None if no pool has the key.
         """
         found = self._waiting_in(*place)
         if found is None:
@@ -455,7 +454,7 @@ class SingleFlight:
         return call
 
     def _leave_early(self, call: SharedCall) -> None:
-        """A call waits in its pool no more."""
+        """Take a call out of the pool in which it waits."""
         if call.early is not None:
             pool, number = call.early
             call.early = None
@@ -470,14 +469,17 @@ class SingleFlight:
         freshness: CachePolicy,
         began: float,
     ) -> Outcome[Any]:
-        """What one who asked for `key` is given: under that name, and while the API is down perhaps an older answer."""
+        """The outcome for a caller that asked for `key`, under its name; a stale one if allowed.
+
+        Stale-if-error allows it while the API is down.
+        """
         if isinstance(outcome, Unknown) and freshness.if_error:
             kept = self._answers.find(call.place)
             outcome = (kept and kept.instead_of(outcome, freshness, began, _now())) or outcome
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     async def close(self) -> None:
-        """End all calls, with `ClientClosedError` for those who wait, and return when they have ended."""
+        """End all calls, with `ClientClosedError` for the waiters, and wait for their end."""
         self._dispatcher.stop()
         for pool in self._pools:
             self._dispatcher.leave_pool(pool.path, pool)
@@ -491,9 +493,9 @@ class SingleFlight:
         await asyncio.gather(*self._dropped, return_exceptions=True)
 
     def invalidate(self, key: ApiKey | None) -> None:
-        """Drop what is kept of `key`, or of all keys.
+        """Drop the cache entries of `key`, or of all keys.
 
-        A request on the wire still answers those who wait, and nobody else.
+        A request on the wire still answers its own waiters, and no later ones.
         """
         digest = None if key is None else key.digest
         self._answers.forget(digest)
@@ -503,7 +505,7 @@ class SingleFlight:
                 self._answers.given_up(place)
 
     def refuse_hopeless(self, call: SharedCall) -> None:
-        """Send away those whose deadline is before the next attempt of `call` can start."""
+        """End the waiters with a deadline before the next attempt of `call` can start."""
         patient = [
             (waiter, patience.deadline)
             for waiter, patience in call.waiters.items()
@@ -517,7 +519,7 @@ class SingleFlight:
                 self._time_out(call, waiter)
 
     def refuse_all(self, call: SharedCall) -> None:
-        """Send away all waiters: their time is over before an answer could come."""
+        """End all waiters: their deadlines come before an answer could."""
         for waiter in tuple(call.waiters):
             self._time_out(call, waiter)
 
@@ -539,7 +541,7 @@ class SingleFlight:
         flow: Flow,
         context: contextvars.Context,
     ) -> SharedCall:
-        """A new call, with its first waiter."""
+        """Make a new call, with its first waiter."""
         account = self._dispatcher.account_of(key)
         call = self._under_way[place] = SharedCall(
             self, place, key, account=account, flow=flow, context=context
@@ -598,7 +600,7 @@ class SingleFlight:
         self.leave(call, waiter)
 
     def leave(self, call: SharedCall, waiter: Waiter) -> None:
-        """One who waits for a call gives up."""
+        """Remove a waiter that gives up its call."""
         call.waiters.pop(waiter, None)
         if call.waiters:
             call.deadline = max(patience.deadline for patience in call.waiters.values())
@@ -635,9 +637,9 @@ class SingleFlight:
     # --- one call
 
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None:
-        """A call has ended: keep what came of it, and tell those who wait.
+        """End a call: cache its result, and pass it to the waiters.
 
-        Nothing, if it was given up meanwhile.
+        Does nothing if the call was given up meanwhile.
         """
         is_joined = self._under_way.get(call.place) is call
         if not is_joined and call not in self._outdated:
@@ -653,29 +655,29 @@ class SingleFlight:
             self._forget(evicted)
 
     def _keep(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
-        """Keep what came of a call. Returns the place whose answer had to go for it, if any."""
+        """Cache the outcome of a call. Returns the cache key that was evicted for it, if any."""
         if isinstance(outcome, Known):
             return self._answers.succeeded(call.place, outcome.balance, _now())
         kept = self._answers.keeps(call.place)
         evicted = self._answers.failed(call.place, outcome, _now())
-        # Nobody is told otherwise. What was not sent, because a gateway answers, is told once for
+        # No caller sees this error. A refresh that the circuit breaker refuses is logged once for
         # all keys.
         if call.is_refresh and call.attempts and kept and self._answers.has_just_failed(call.place):
-            _log.warning("%s; its kept answer could not be refreshed", outcome.error)
+            _log.warning("%s; the cached balance could not be refreshed", outcome.error)
         return evicted
 
     def _forget(self, place: CacheKey) -> None:
-        """Its answer is no longer kept, so what only refreshes it can go."""
+        """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
         call = self._under_way.get(place)
         if call is not None and not (call.wanted or call.task is not None):
             self._drop(call)
 
     def _settle(self, call: SharedCall, outcome: Outcome[Any]) -> None:
-        """End the call, with this outcome for all who wait."""
+        """End the call, with this outcome for every waiter."""
         self._remove(call)
         shared: Outcome[Any] | None = None
         for waiter in call.waiters:
-            if waiter.done():  # given up in this very turn of the loop
+            if waiter.done():  # given up in this iteration of the loop
                 continue
             if waiter is call.first:
                 waiter.set_result(outcome)
@@ -684,7 +686,7 @@ class SingleFlight:
                 waiter.set_result(shared)
 
     def break_off(self, call: SharedCall, error: BaseException | None) -> None:
-        """Nobody may be left waiting for a call that was cancelled from outside, or has failed as it never should."""
+        """End the waiters of a call that was cancelled from outside or failed unexpectedly."""
         if not self._is_under_way(call):
             return
         self._remove(call)
@@ -697,14 +699,14 @@ class SingleFlight:
 
 
 def closed_error() -> ClientClosedError:
-    """What those are told who wait for, or begin, a call of a client that was closed."""
+    """The error of calls that wait, or begin, when the client is closed."""
     return ClientClosedError("this client is closed; make a new one")
 
 
 def _shared(outcome: Outcome[Any]) -> Outcome[Any]:
-    """The same outcome, for those who did not begin the call.
+    """The same outcome, for the waiters that joined the call.
 
-    `"none"` stays: no request was sent for anybody.
+    The source `"none"` stays: no request was sent.
     """
     return outcome if outcome.source == "none" else attrs.evolve(outcome, source="shared")
 
@@ -717,7 +719,7 @@ def _failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
 
 
 def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCreditsError:
-    """The error of one whose time is over: what kept him waiting."""
+    """The error of a waiter past its deadline: the reason why it had no answer."""
     if call.task is not None:
         seconds = patience.deadline - patience.began
         return APITimeoutError(
@@ -734,9 +736,8 @@ def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCr
 
 def _late_turn(key: ApiKey, wait: float) -> RateLimitWaitError:
     return RateLimitWaitError(
-        "deadline too short: the rate limit, or requests without an answer, hold this "
-        "request back for at least "
-        f"{wait:.1f} s; raise timeout= or check fewer keys at once",
+        "deadline too short: the rate limit, or requests without an answer, would delay this "
+        f"request by at least {wait:.1f} s; raise timeout= or check fewer keys at once",
         key_name=key.label,
         wait=wait,
     )

@@ -1,7 +1,7 @@
-"""The answers that are kept: the last good one for each key and endpoint, and why there is no newer one.
+"""Cache entries: the last balance for each key and endpoint, and the failure since then.
 
-Bounded: the least recently used go first. It neither asks nor waits, and is told the time, in the
-running loop's seconds. A secret is no part of what answers are found by.
+Bounded: the least recently used entries are evicted first. The module does no I/O and never waits.
+Callers pass the time, in seconds of the running loop's clock. No secret is part of a cache key.
 """
 
 from __future__ import annotations
@@ -38,60 +38,60 @@ _log = logging.getLogger("crustcredits")
 #: The path of an endpoint and the digest of a key.
 CacheKey: TypeAlias = tuple[str, bytes]
 
-# What the API says of the key itself: then what it said before holds no longer. Any other error
-# tells only that there was no answer to be had.
+# Statements of the API about the key itself: they invalidate its cached balance. Any other error
+# only means that no answer was available.
 _OF_THE_KEY = (AuthenticationError, PaymentRequiredError, PermissionDeniedError)
-# These of them hold on both endpoints: no such key, no credits. What a key may ask differs.
+# Of these, the errors that hold on both endpoints: no such key, no credits. Permissions differ.
 _OF_ALL_ENDPOINTS = (AuthenticationError, PaymentRequiredError)
 
-# What says that the endpoint gives no answers to anybody. A refusal (429) may be one account's, and
-# has its own pause; answers of a gateway have a circuit breaker, which ends calls at once.
+# Errors that may mean that the endpoint is down for all keys. A refusal (429) may concern one
+# account, and has a cooldown of its own. Gateway answers have a circuit breaker, which ends calls
+# at once.
 _OF_THE_ENDPOINT = (APIConnectionError, APITimeoutError, InternalServerError)
 
-# Failures in a row, of different keys, after which an endpoint is taken to be down, and seconds for
-# which it then is. After that nobody knows, and whoever asks has to wait and see.
+# Failures in a row, of different keys, after which an endpoint is taken to be down, and the seconds
+# for which this holds. After that its state is unknown, and a caller has to wait for an answer.
 _FAILURES = 3
 _DOWN = 60.0
 
 
 class Moment(NamedTuple):
-    """A moment on the running loop's clock and on the wall's."""
+    """A moment on the running loop's clock and on the wall clock, in seconds."""
 
     loop: float
     wall: float
 
     def age(self, now: float) -> float:
-        """Seconds since then, by the clock that has gone on for longer."""
+        """Seconds since this moment, by the clock that has advanced further."""
         return max(now - self.loop, time.time() - self.wall)
 
 
 def _grant_after(account: Account) -> float:
-    """When the account's next grant comes, which changes its balance.
+    """The time of the account's next grant, which changes its balance.
 
-    On the wall clock, infinite when nobody knows.
+    On the wall clock; infinite if unknown.
     """
     date = account.recurring_credits_refresh_date
     return math.inf if date is None or date <= account.checked_at else date.timestamp()
 
 
 class _EndpointFailures:
-    """Failures in a row on one endpoint that say nothing of the keys."""
+    """Failures in a row on one endpoint that say nothing about the keys."""
 
     __slots__ = ("_blocked", "_keys", "claimed_by", "error", "failures", "last", "refresh_at")
 
     def __init__(self, blocked: Callable[[], CrustCreditsError | None]) -> None:
         self._blocked = blocked
-        self._keys: set[bytes] = set()  # whose they were: one key's trouble is not the endpoint's
-        self.claimed_by: CacheKey | None = (
-            None  # whose refresh is to find out whether it answers again
-        )
-        self.failures = 0  # of different keys, and then of any
+        self._keys: set[bytes] = set()  # failed keys: one key's failures are not the endpoint's
+        # The cache entry with the refresh that tests whether the endpoint answers again.
+        self.claimed_by: CacheKey | None = None
+        self.failures = 0  # of different keys up to the threshold, then of any key
         self.error: CrustCreditsError | None = None
         self.last = 0.0
         self.refresh_at = 0.0
 
     def heard(self) -> None:
-        """It answered."""
+        """Record that the endpoint answered."""
         if self.failures >= _FAILURES:
             _log.info("the API answers again")
         self.failures = 0
@@ -108,7 +108,7 @@ class _EndpointFailures:
         *,
         keeps: Callable[[], bool],
     ) -> None:
-        """It gave no answer for this key."""
+        """Record that the endpoint gave no answer for this key."""
         before = self.failures
         if before < _FAILURES:
             self._keys.add(digest)
@@ -116,15 +116,15 @@ class _EndpointFailures:
         self.claimed_by = None
         self.error, self.last = error, now
         if before < self.failures == _FAILURES:
-            kept = "; kept answers are not renewed" if keeps() else ""
+            kept = "; cached balances are not refreshed" if keeps() else ""
             _log.warning(
-                "no answer from the API, for %d keys in a row%s: %s", _FAILURES, kept, error
+                "no answer from the API for %d keys in a row%s: %s", _FAILURES, kept, error
             )
         if self.failures >= _FAILURES:
             self.refresh_at = now + refresh_delay(retry, error, self.failures - _FAILURES + 1)
 
     def reason(self, now: float) -> CrustCreditsError | None:
-        """Why the endpoint is down, if it is."""
+        """The error for which the endpoint is down, or None."""
         return (
             self.error
             if self.failures >= _FAILURES and now - self.last < _DOWN
@@ -138,13 +138,13 @@ class _EndpointFailures:
 
 
 class CacheEntry:
-    """What is known of one key on one endpoint.
+    """The last balance for one key on one endpoint, and the failure since then.
 
     Attributes:
-        tried: When something was last heard of it, good or bad; the order of refreshing goes by it.
-        refresh_at: When it may be refreshed again, as far as its own failures go.
+        tried: Time of the last result, good or bad; refreshes are ordered by it.
+        refresh_at: Earliest time of the next refresh, as far as the entry's own failures decide.
 
-    Moments are of both clocks: the running loop's, and the wall's, which goes on while a laptop
+    Ages count on both clocks: the running loop's, and the wall clock, which advances while a laptop
     sleeps.
     """
 
@@ -167,18 +167,18 @@ class CacheEntry:
         self._endpoint = endpoint
         self._balance: Balance | None = None
         self._received = self._received_wall = -math.inf
-        self._refreshes_at = math.inf  # when the account's next grant comes, on the wall clock
-        self._failed: Moment | None = None  # when a request failed, since the balance
-        self._failure: Unknown | None = None  # the last one, since the balance
+        self._refreshes_at = math.inf  # wall-clock time of the account's next grant
+        self._failed: Moment | None = None  # time of the last failed request since the balance
+        self._failure: Unknown | None = None  # the last failure since the balance
         self._failures = 0
         self.tried = 0.0
         self.refresh_at = 0.0
-        # Made when first asked for, and then the same for all.
+        # Built on first use, then shared by all callers.
         self._fresh: Known[Any] | None = None
         self._stale: Known[Any] | None = None
 
     def succeeded(self, balance: Balance, now: float) -> None:
-        """A balance came."""
+        """Record a balance."""
         self._balance, self._failure, self._failed = balance, None, None
         self._received, self._received_wall = now, time.time()
         self._refreshes_at = _grant_after(balance) if isinstance(balance, Account) else math.inf
@@ -187,14 +187,14 @@ class CacheEntry:
         self._fresh = self._stale = None
 
     def failed(self, failure: Unknown, retry: Retry, now: float) -> None:
-        """None came.
+        """Record a failure.
 
-        Where that is the API's word on the key, the balance from before holds no longer.
+        If the error is about the key itself, the cached balance is dropped.
         """
         self._failure = attrs.evolve(failure, attempts=0, source="cached")
         self._failures += 1
         self.tried = now
-        if failure.attempts:  # a failure that cost no request is not given again in place of one
+        if failure.attempts:  # a failure without a request is not returned in place of a request
             self._failed = Moment(now, time.time())
         self.refresh_at = now + refresh_delay(retry, failure.error, self._failures)
         self._stale = None
@@ -203,18 +203,18 @@ class CacheEntry:
 
     @property
     def has_balance(self) -> bool:
-        """Whether a balance is kept, however old."""
+        """Whether a balance is cached, of any age."""
         return self._balance is not None
 
     @property
     def failures(self) -> int:
-        """How often in a row no answer came."""
+        """Failures in a row since the last balance."""
         return self._failures
 
     def claim_refresh(self, place: CacheKey, now: float) -> bool:
-        """Whether to refresh it now: its pause after a failure is over.
+        """Whether to refresh the entry now: its backoff after a failure is over.
 
-        And while the endpoint is down, one at a time is enough.
+        While the endpoint is down, one refresh at a time is enough.
         """
         if (
             now < self.refresh_at
@@ -227,9 +227,9 @@ class CacheEntry:
         return True
 
     def answer(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
-        """What is young enough to be given without asking: the balance, else the failure.
+        """The outcome to return without a request: a young balance, else a young failure, or None.
 
-        A stale balance is to be refreshed.
+        The caller refreshes a stale balance.
         """
         balance = self._balance
         if balance is not None:
@@ -245,7 +245,7 @@ class CacheEntry:
         return None
 
     def may_stand_in(self, freshness: CachePolicy, now: float) -> bool:
-        """Whether the balance may stand in for a newer one while the API gives none."""
+        """Whether stale-if-error lets the balance replace a newer one while the API gives none."""
         return (
             self._balance is not None
             and self._age(freshness, now) < freshness.max_age + freshness.if_error
@@ -254,10 +254,10 @@ class CacheEntry:
     def instead_of(
         self, failure: Unknown, freshness: CachePolicy, began: float, now: float
     ) -> Known[Any] | None:
-        """The balance with this failure beside it, where it may stand in for a newer one.
+        """The balance with this failure beside it, if it may replace a newer one; else None.
 
-        For one who asks since `began`: an answer that came meanwhile, in the moment of the failure,
-        is what was asked for.
+        A balance that arrived after `began`, in the moment of the failure, is the answer that the
+        caller asked for.
         """
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
@@ -275,7 +275,7 @@ class CacheEntry:
         )
 
     def heard_since(self, began: float) -> Known[Any] | None:
-        """The balance, if it came since then: as if its call had been shared."""
+        """The balance, if it arrived since `began`: as if its call had been shared."""
         if self._balance is None or self._received < began:
             return None
         return attrs.evolve(
@@ -283,7 +283,7 @@ class CacheEntry:
         )
 
     def last(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
-        """What was heard last, however long ago: the balance, with the failure since then beside it, or the failure."""
+        """The last balance, of any age, with the failure since then beside it; else the failure."""
         balance, failure = self._balance, self._failure
         if balance is None:
             return failure
@@ -293,9 +293,9 @@ class CacheEntry:
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
 
     def _age(self, freshness: CachePolicy, now: float) -> float:
-        """Seconds since the balance came.
+        """Age of the balance in seconds.
 
-        One of an account that has had its next grant since then is older than `max_age`.
+        After the account's next grant the balance is older than `max_age`.
         """
         wall = time.time()
         age = max(now - self._received, wall - self._received_wall)
@@ -310,7 +310,11 @@ class CacheEntry:
         return own or self._endpoint.reason(now) is not None
 
     def _stale_now(self, balance: Balance, now: float) -> Known[Any]:
-        """The stale balance, and beside it the failure to renew it, or why nothing on the endpoint can be renewed."""
+        """The stale balance, and beside it the reason why it is not refreshed.
+
+        The reason is the failure of its last refresh, else the error for which the endpoint is
+        down.
+        """
         stale = self._stale or self._make_stale(balance)
         reason = self._endpoint.reason(now) if stale.error is None else None
         return (
@@ -332,9 +336,9 @@ class CacheEntry:
 
 
 class BalanceCache:
-    """At most `room` of them, found by place.
+    """At most `room` cache entries, by endpoint and key.
 
-    `blocked` says why no request can be sent on an endpoint at the moment, or None.
+    `blocked` returns the error that stops all requests on an endpoint at the moment, or None.
     """
 
     def __init__(
@@ -349,14 +353,14 @@ class BalanceCache:
         }
 
     def find(self, place: CacheKey) -> CacheEntry | None:
-        """What is known there; looking is using."""
+        """The cache entry, or None. The entry becomes the most recently used."""
         kept = self._kept.get(place)
         if kept is not None:
             self._kept.move_to_end(place)
         return kept
 
     def succeeded(self, place: CacheKey, balance: Balance, now: float) -> CacheKey | None:
-        """A balance came. Returns the place whose answer had to go for it, if any."""
+        """Record a balance. Returns the cache key that was evicted for it, if any."""
         kept, evicted = self._kept.get(place), None
         endpoint = self._endpoints[place[0]]
         if endpoint.failures or endpoint.refresh_at:
@@ -369,7 +373,7 @@ class BalanceCache:
         return evicted
 
     def failed(self, place: CacheKey, failure: Unknown, now: float) -> CacheKey | None:
-        """None came. Returns the same."""
+        """Record a failure. Returns the cache key that was evicted for it, if any."""
         kept, evicted = self.find(place), None
         if kept is None:
             kept, evicted = self._make(place)
@@ -387,18 +391,18 @@ class BalanceCache:
         return evicted
 
     def keeps(self, place: CacheKey) -> bool:
-        """Whether a balance is kept there."""
+        """Whether a balance is cached there."""
         kept = self._kept.get(place)
         return kept is not None and kept.has_balance
 
     def given_up(self, place: CacheKey) -> None:
-        """A call there has told nothing of the endpoint: another may find out."""
+        """Record that a call said nothing about the endpoint: another refresh may test it."""
         endpoint = self._endpoints[place[0]]
         if endpoint.claimed_by == place:
             endpoint.claimed_by, endpoint.refresh_at = None, 0.0
 
     def has_just_failed(self, place: CacheKey) -> bool:
-        """Whether the last failure there was the first since an answer, and not one of many while the endpoint is down."""
+        """Whether the last failure was the first since a balance, and the endpoint is not down."""
         kept = self._kept.get(place)
         return (
             kept is not None
@@ -407,7 +411,7 @@ class BalanceCache:
         )
 
     def forget(self, digest: bytes | None) -> None:
-        """Drop what is kept of one key, or of all."""
+        """Drop the cache entries of one key, or of all keys."""
         if digest is None:
             self._kept.clear()
         else:

@@ -99,16 +99,16 @@ async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFix
             assert now() < 1 + 2 + 4 + 8 + 500 / (4 * 9) + 2
             assert all(isinstance(outcome.error, GatewayError) for outcome in report)
             assert (report[-1].attempts, report[-1].source) == (0, "none")
-            assert str(report[-1].error).startswith("k499: not asked for ")
+            assert str(report[-1].error).startswith("k499: not sent for ")
             assert "look for a proxy or firewall" in str(report[-1].error)
             began = now()
-            with pytest.raises(GatewayError, match="k400: not asked for"):
+            with pytest.raises(GatewayError, match="k400: not sent for"):
                 await client.balance(pool[400])
             assert now() - began == pytest.approx(1, abs=0.01)
     assert (
         caplog.text.count(
-            "/user/credits: a gateway answered 8 requests in a row in the API's place; no "
-            "key is asked"
+            "/user/credits: circuit breaker open: a gateway answered 8 requests in a row in the "
+            "API's place; only probes are sent until the API answers one"
         )
         == 1
     )
@@ -351,7 +351,7 @@ async def test_a_probe_that_is_given_up_lets_another_go() -> None:
         probe = asyncio.create_task(client.balance(pool[0]))
         await asyncio.sleep(0.1)
         waiting = asyncio.create_task(client.balance(pool[1]))
-        with pytest.raises(GatewayError, match="not asked while a probe is on the wire"):
+        with pytest.raises(GatewayError, match="not sent while a probe is on the wire"):
             await client.balance(pool[2], timeout=0.5)
         probe.cancel()
         began = now()

@@ -569,7 +569,7 @@ async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(
             await asyncio.sleep(1)
             await client.balance(KEY)
     assert caplog.messages[0] == (
-        "prod: the API or a gateway before it failed (HTTP 503); its kept answer could not "
+        "prod: the API or a gateway before it failed (HTTP 503); the cached balance could not "
         "be refreshed"
     )
     assert len(caplog.messages) == 1
@@ -586,7 +586,9 @@ async def test_an_outage_is_told_to_the_log_once_for_all_keys(
             await client.check(keys(50))
             await asyncio.sleep(1)
     told = [message.split(": ")[0].split("; ")[-1] for message in caplog.messages]
-    assert told.count("kept answers are not renewed") == told.count("the API answers again") == 1
+    assert (
+        told.count("cached balances are not refreshed") == told.count("the API answers again") == 1
+    )
     assert len(told) == 4
 
 
@@ -1084,7 +1086,7 @@ async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureF
     caplog.set_level(logging.INFO, "crustcredits")
     async with fake_client(FakeServer(counting(BROKEN, Reply()))) as client:
         await asyncio.gather(*(client.balance(KEY) for _ in range(10)))
-    assert caplog.text.count("that was attempt 1 of 4") == 1
+    assert caplog.text.count("this was attempt 1 of 4") == 1
 
 
 # --- the gate in an outage of our own

@@ -947,8 +947,8 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
             await client.balance(keys(2)[1])
         assert (caught.value.key_name, caught.value.attempts) == ("k1", 0)
         assert str(caught.value) == (
-            "k1: the count that the processes share is out of reach, as the log says; "
-            "nothing was sent"
+            "k1: not sent: the count that processes share is out of reach; "
+            "see the log for the cause"
         )
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  # our own
         assert (str(again), type(again)) == (str(caught.value), BucketsUnavailableError)
