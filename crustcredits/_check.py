@@ -1,7 +1,7 @@
-"""`PoolCheck`: one question for each key of a pool, and one outcome for each in its order.
+"""`PoolCheck`: one call for each secret of a pool, and one outcome for each key in its order.
 
-Keys whose turn has not come are numbers in the admission queue, so a pool costs some bytes for each
-key. It must not know requests or limits.
+Keys that wait for their turn are numbers in the admission queue, so a pool costs a few bytes for
+each key. The module must not know requests or limits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from crustcredits._ratelimit.fair_queue import Flow
 
 Key: TypeAlias = ApiKey | UnusableKey
 
-# Keys that are looked at before other tasks have their turn: some milliseconds.
+# Keys that are handled before other tasks run: a few milliseconds of work.
 _SLICE = 1_000
 
 
@@ -39,7 +39,7 @@ async def read_pool(source: Iterable[Key]) -> list[Key]:
     """The keys of a pool. Other tasks run meanwhile.
 
     Raises:
-        ConfigurationError: Two different keys have one label, or one secret two accounts.
+        ConfigurationError: Two different keys have one label, or one secret has two accounts.
     """
     pool: list[Key] = []
     taken = Uniqueness()
@@ -56,12 +56,15 @@ async def read_pool(source: Iterable[Key]) -> list[Key]:
 class PoolCheck:
     """One check of a pool: each secret is asked about once.
 
+    The class has many methods because the queue and the waiters call back into one shared state.
+
     Args:
-        calls: Asks.
+        calls: The calls to join or to open.
         path: The endpoint.
         pool: The keys. Several may be names of one secret.
         freshness: How old answers may be.
-        deadline: When all outcomes have to be there, in the running loop's time; None for no bound.
+        deadline: When all outcomes must be there, in seconds of the running loop's clock; None for
+            no bound.
         on_outcome: Called with each outcome as it lands.
     """
 
@@ -78,9 +81,8 @@ class PoolCheck:
         self._calls = calls
         self._path = path
         self._keys = pool
-        self._usable = cast(
-            "Sequence[ApiKey]", pool
-        )  # of these only those places are asked for that hold an `ApiKey`
+        # The same keys: only places that hold an `ApiKey` are read from it.
+        self._usable = cast("Sequence[ApiKey]", pool)
         self._freshness = freshness
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
@@ -88,26 +90,25 @@ class PoolCheck:
         self._patience = WaitTerms(self._began, self._deadline, falls_back=False)
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
         self._first: dict[bytes, int] = {}  # the first place of each secret
-        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # the others
-        self._reported: deque[Outcome[Any]] = (
-            deque()
-        )  # those that `on_outcome` has still to be called with
-        self._begun: dict[int, FanOutWaiter] = {}  # places whose outcome is to land
-        self._joins = Flow()  # of calls that nobody awaited before
-        self._waiting: _Waiting | None = None  # those whose turn has not come
+        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # its other places
+        # Outcomes for which `on_outcome` is still due.
+        self._reported: deque[Outcome[Any]] = deque()
+        self._begun: dict[int, FanOutWaiter] = {}  # places that await their outcome
+        self._joins = Flow()  # of joined calls that had no waiter before
+        self._waiting: _Waiting | None = None  # keys that wait for their turn
         self._waiter: asyncio.Future[None] | None = None
-        self._is_over = False  # its time
+        self._is_over = False  # whether the deadline has passed
         self._error: BaseException | None = None
 
     async def outcomes(self) -> list[Outcome[Any]]:
-        """One outcome for each key. Keys whose answer has not come in time are told so.
+        """One outcome for each key; an error for each key without an answer in time.
 
         Raises:
             ClientClosedError: The client was closed meanwhile.
         """
         loop = asyncio.get_running_loop()
-        # The timer decides that the time is over: uvloop's may run a little before the clock says
-        # so.
+        # The timer decides that the deadline has passed: uvloop's may run a little before the clock
+        # reaches it.
         timer = (
             loop.call_at(self._deadline, self._on_deadline) if self._deadline < math.inf else None
         )
@@ -123,12 +124,12 @@ class PoolCheck:
         return cast("list[Outcome[Any]]", self._landed)
 
     def end(self, error: BaseException) -> None:
-        """Let `error` end it."""
+        """End the check with `error`."""
         self._error = self._error or error
         self._wake()
 
     async def _take_known(self) -> list[int]:
-        """Take what is known, and return the places of the others, each secret once."""
+        """Take the cached outcomes, and return the places of the other keys, each secret once."""
         unknown: list[int] = []
         asks = self._freshness is NEW
         for place, key in enumerate(self._keys):
@@ -148,10 +149,11 @@ class PoolCheck:
         return unknown
 
     async def _ask(self, places: list[int]) -> None:
-        """Let the keys wait for their turn; join the calls of those that are asked already."""
+        """Queue the keys; join the calls of keys that other callers ask about already."""
         if self._has_ended() or asyncio.get_running_loop().time() >= self._deadline:
             return
-        # Without a turn of the loop, so that no other check asks for one of them meanwhile.
+        # No await until the keys are queued, so that no other check asks about one of them
+        # meanwhile.
         joins: list[int] = []
         if self._calls.are_under_way:
             joins = [
@@ -172,11 +174,11 @@ class PoolCheck:
             self._join(place)
 
     def _has_ended(self) -> bool:
-        """Whether no more is asked."""
+        """Whether no more keys are asked about."""
         return self._error is not None or self._is_over
 
     def _join(self, place: int) -> None:
-        """Share the call for a key that somebody else asks for, or what has come of it since this check began."""
+        """Share the call under way for a key, or a balance that arrived since this check began."""
         heard = self._calls.heard_since(self._path, self._usable[place], self._began)
         if heard is None:
             waiter = self._waiter_for(place)
@@ -196,9 +198,9 @@ class PoolCheck:
         return waiter
 
     def _refuse_hopeless(self, places: list[int]) -> list[int]:
-        """Refuse the keys whose turn certainly does not come in time.
+        """Fail the keys that certainly have no turn before the deadline.
 
-        Returns the places of the others.
+        Returns the places of the other keys.
         """
         hopeless = set(
             self._calls.hopeless(
@@ -214,7 +216,7 @@ class PoolCheck:
         )
 
     async def _wait(self) -> None:
-        """Until all outcomes are there, or the time is over and all calls have ended that had begun."""
+        """Wait for all outcomes; after the deadline, only for the calls that had begun."""
         while self._error is None:
             self._report()
             if self._is_over and self._waiting is not None:
@@ -241,7 +243,7 @@ class PoolCheck:
                 waiter.give_up()
 
     async def _fail_late(self) -> None:
-        """The keys whose turn has not come were too late."""
+        """Fail the keys that had no turn before the deadline."""
         for place in self._first.values():
             if self._landed[place] is None:
                 self._take_for_all(place, self._too_late(place))
@@ -252,10 +254,10 @@ class PoolCheck:
     def _too_late(self, place: int) -> Outcome[Any]:
         return self._calls.too_late(self._path, self._usable[place], self._freshness, self._began)
 
-    # --- waiter
+    # --- called by the queue and by waiters
 
     def make(self, place: int, flow: Pool, context: contextvars.Context) -> SharedCall:
-        """The call of a key that waits."""
+        """The call of the key at `place`, at its turn."""
         return self._calls.take_turn(
             self._path, self._waiter_for(place), self._patience, flow, context
         )
@@ -265,7 +267,7 @@ class PoolCheck:
         return self._first.get(digest)
 
     def account_at(self, place: int) -> Hashable | None:
-        """The declared account of the key there."""
+        """The declared account of the key at `place`."""
         return self._usable[place].account if self._calls.counts_accounts else None
 
     def _land(self, place: int, landed: Outcome[Any] | BaseException) -> None:
@@ -281,7 +283,7 @@ class PoolCheck:
             self._wake()
 
     def _take_for_all(self, place: int, outcome: Outcome[Any]) -> None:
-        """Take what came of a secret, under each of its names."""
+        """Take the outcome of a secret, under each of its names."""
         for each in (place, *self._again.get(self._usable[place].digest, ())):
             self._take(each, outcome)
 
@@ -301,7 +303,7 @@ class PoolCheck:
 
 
 class _Waiting(Pool):
-    """The keys of a pool whose turn has not come."""
+    """The keys of a pool that wait for their turn."""
 
     __slots__ = ("_check", "_context", "places")
 

@@ -1,7 +1,7 @@
-"""`CreditsClient`: one key or many, deadlines, and what closing does to calls under way.
+"""`CreditsClient`: calls for one key or many, deadlines, and closing.
 
-How one key is asked is `_cache.dispatcher`'s, how many are asked at a time `_fan_out`'s; nothing
-here knows of requests.
+`_cache.dispatcher` asks about one key, and `_fan_out` decides how many keys of a stream are asked
+about at a time. Nothing here knows of requests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from crustcredits._validation import (
     seconds,
 )
 
-# Keys of a stream that are under way at a time. A pool enters the queue as a whole.
+# Most keys of a stream under way at a time. A pool enters the queue as a whole.
 _STREAMED = 1_024
 
 _RATE_LIMIT = RateLimit()
@@ -76,7 +76,10 @@ def _transport(
     trust_env: object,
     tls: SSLContext | None,
 ) -> Transport | ConfigurationError:
-    """What sends requests; or what is wrong with the arguments, not raised, because they may hold credentials."""
+    """The transport, or the error for the arguments.
+
+    The error is not raised, because the arguments may hold credentials.
+    """
     origin = (
         proxy_problem(proxy)
         or session_problem(session)
@@ -96,59 +99,63 @@ def _transport(
 
 
 class CreditsClient:
-    """Asks the Crustdata API how many credits API keys have left, within its rate limit, over one HTTP session.
+    """Asks the Crustdata API how many credits API keys have left, within its rate limit.
+
+    All requests share one HTTP session. The class is long because each public method has overloads
+    and a full docstring.
 
     Args:
         base_url: `https://host[:port]` of the API; by default the variable `CRUSTDATA_API_URL`,
             else the API's own.
         rate_limit: The limit to keep.
-        buckets: Who counts it: `crustcredits.redis.RedisBuckets` for processes that share one
-            quota; by default each client for itself.
-        concurrency: Requests on the wire at once. One that hangs, without an answer for 0.4 s or
-            four times the usual, stops counting, so that hanging keys hold up no others; at most
+        buckets: Where tokens are counted: `crustcredits.redis.RedisBuckets` for processes that
+            share one quota; by default in each client.
+        concurrency: Requests on the wire at once. A request without an answer for 0.4 s, or for
+            four times the usual time, stops counting, so that hanging keys delay no others; at most
             eight times as many may hang.
         request_timeout: Seconds from the start of one request to the last byte of its answer.
-            Waiting for the rate limit or for a free place on the wire is not counted.
-        retry: How failures that may pass are tried again.
-        session: An aiohttp session to use, for its connector, proxy and traces; it is never closed
-            here. Its cookies, `Host`, credentials and middlewares are left out of these requests,
-            and cookies that the API sets are taken out of its jar at once. A wait for a place in
-            its connector counts as time on the wire. By default the client opens and closes its
-            own.
+            Waiting for the rate limit or for a connection slot is not counted.
+        retry: How transient failures are retried.
+        session: An aiohttp session to use, for its connector, proxy and traces; the client never
+            closes it. Its cookies, `Host`, credentials and middlewares are left out of these
+            requests, and cookies that the API sets are removed from its jar at once. A wait for a
+            place in its connector counts as time on the wire. By default the client opens and
+            closes its own.
         proxy: URL of an HTTP proxy.
         trust_env: Whether to use the proxy that the environment names (`HTTPS_PROXY`, `ALL_PROXY`,
-            `NO_PROXY`) where `proxy` is not given. They are read now; `.netrc` never is.
-        ssl: Which certificates to trust, for a company's own authority:
-            `ssl.create_default_context(cafile=…)`. By default those of the system, or of the file
-            that the variable `SSL_CERT_FILE` named when aiohttp was imported; with a `session`,
-            what its connector trusts. A certificate that cannot be verified is an
+            `NO_PROXY`) if `proxy` is not given. The variables are read now; `.netrc` never is.
+        ssl: Certificates to trust, for a company's own authority:
+            `ssl.create_default_context(cafile=…)`. By default the system's, or the file that the
+            variable `SSL_CERT_FILE` named when aiohttp was imported; with a `session`, the
+            certificates that its connector trusts. A certificate that cannot be verified is an
             `APIConnectionError`, which is not retried.
-        max_age: Seconds, or a timedelta: an answer that came less long ago is given again instead
-            of asking. This and the next two are what calls go by that do not say otherwise.
-        stale_while_revalidate: Seconds, or a timedelta: an answer that is older than `max_age` by
-            less than this is given at once, marked `stale`, and refreshed behind. Refreshes give
-            way to calls that somebody waits for, leave a tenth of the limit alone, and are spread
-            evenly; so when more is asked than the limit allows, answers get older, not slower.
+        max_age: Seconds, or a timedelta: a younger answer is fresh, and is returned again without a
+            request. This and the next two are the defaults for calls that give no values of their
+            own.
+        stale_while_revalidate: Seconds, or a timedelta: an answer that exceeds `max_age` by less
+            than this is returned at once, marked `stale`, and refreshed in the background.
+            Refreshes give way to foreground calls, leave a tenth of the limit free, and are spread
+            evenly. So when more is asked than the limit allows, answers get older, not slower.
         stale_if_error: Seconds, or a timedelta: while the API gives no answer (no connection,
-            timeouts, a gateway, 5xx, 429, the rate limit), one that is older than `max_age` by less
-            than this stands in: `stale`, with the error beside it in its `Outcome`. For a minute
-            after a failure it is given at once, and refreshed behind; also where the last calls for
-            three other keys have failed. What the API says of the key itself (401, 402, 403) is
-            never hidden so.
-        max_error_age: Seconds, or a timedelta: a failure that cost a request less long ago is given
-            again instead of asking, so that a revoked key does not spend the rate limit. By default
-            as long as `max_age`, and at least 1 s where any of the three above is more than 0. A
-            call that gives its own `max_age` and no `max_error_age` goes by that `max_age`.
-        max_entries: BalanceCache to keep, of all keys and both endpoints; the least recently used
-            go first. Make it larger than the pools that are asked again and again.
+            timeouts, a gateway, 5xx, 429, the rate limit), an answer that exceeds `max_age` by less
+            than this is returned: `stale`, with the error beside it in its `Outcome`. For a minute
+            after a failure it is returned at once, and refreshed in the background; also if the
+            last calls for three other keys have failed. Errors about the key itself (401, 402, 403)
+            are never hidden this way.
+        max_error_age: Seconds, or a timedelta: a younger failure that cost a request is returned
+            again without a request, so that a revoked key does not spend the rate limit. By default
+            as long as `max_age`, and at least 1 s if any of the three above is more than 0. A call
+            that gives its own `max_age` and no `max_error_age` uses that `max_age`.
+        max_entries: Most cache entries, of all keys and both endpoints; the least recently used are
+            evicted first. Make it larger than the pools that are checked again and again.
 
-    Those who ask for one key on one endpoint at the same time share one call, whatever their
-    `max_age`: an answer's age counts from its receipt, and a call already under way may be joined.
-    It is nobody's own: whoever gives up ends it for no one else. When the last one has given up, a
-    call that still waits is dropped; one on the wire is finished, and its answer kept.
+    Callers that ask about one key on one endpoint at the same time share one call (single-flight),
+    with any `max_age`: the age of an answer counts from its receipt, and a call under way may be
+    joined. A caller that gives up ends the call for no other. When the last caller has given up, a
+    call that still waits is dropped; a call on the wire is finished, and its answer cached.
 
-    Making a client needs no running loop and does no I/O. It belongs to the loop it is first used
-    on. Use it with `async with`, or call `close()`.
+    Making a client needs no running loop and does no I/O. A client belongs to the loop on which it
+    is first used. Use it with `async with`, or call `close()`.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -175,10 +182,11 @@ class CreditsClient:
         max_entries: int = 10_000,
     ) -> None:
         transport = _transport(base_url, session, proxy, trust_env, ssl)
+        # They may hold credentials, and tracebacks are printed with local variables.
         del (
             base_url,
             proxy,
-        )  # They may hold credentials, and tracebacks are printed with local variables.
+        )
         if isinstance(transport, ConfigurationError):
             raise transport
         check_whole("concurrency", concurrency, minimum=1)
@@ -214,18 +222,18 @@ class CreditsClient:
     ) -> Balance:
         """The credits that `key` has left, from `GET /user/credits`.
 
-        `timeout`, seconds or a timedelta, is for the whole call: waiting and retries included.
+        `timeout`, in seconds or a timedelta, covers the whole call, with waiting and retries.
         `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age` say how old the
-        answer may be; each by default what the client says. Also with 0 for all of them a call
-        already under way may be joined. A balance older than `max_age` is marked `stale`.
+        answer may be; each defaults to the client's setting. Even with 0 for all of them, the call
+        may join one under way. A balance older than `max_age` is marked `stale`.
 
         Raises:
-            CrustCreditsError: The class says what went wrong; the tree stands in the README.
+            CrustCreditsError: The class names the failure; the README has the tree of classes.
         """
         key = as_key(key)
         how_old, deadline = self._freshness, None
         if freshness or timeout is not None:
-            # As `hides_arguments` does, which would cost those with nothing to hide too.
+            # As `hides_arguments` does, which would also cost calls that have nothing to hide.
             said = attempt(self._said, freshness, timeout)
             del freshness, timeout
             if isinstance(said, Exception):
@@ -243,10 +251,10 @@ class CreditsClient:
     async def account(
         self, key: KeyLike, *, timeout: Seconds | None = None, **freshness: Unpack[CacheOptions]
     ) -> Account:
-        """The account behind `key`, with its grant, wallets and top-ups, from `GET /account/credits`.
+        """The account behind `key`, with grant, wallets and top-ups, from `GET /account/credits`.
 
-        The arguments and what it raises are as for `balance`. The two endpoints have a rate limit
-        each.
+        The arguments and the errors are as for `balance`. Each of the two endpoints has its own
+        rate limit.
         """
         key = as_key(key)
         how_old, deadline = self._said(freshness, timeout)
@@ -294,28 +302,29 @@ class CreditsClient:
         on_outcome: Callable[[Outcome[Any]], object] | None = None,
         **freshness: Unpack[CacheOptions],
     ) -> Report[Any]:
-        """Check every key of a pool; one bad key never sinks the rest.
+        """Check every key of a pool; one bad key never fails the others.
 
-        Returns a report with one outcome for each key, in the order given. A secret that stands
-        there twice is asked once.
+        Returns a report with one outcome for each key, in the order given. A secret given twice is
+        asked about once.
 
         Args:
             keys: An iterable of secrets and `ApiKey`s, or a mapping of label to either.
             detail: Ask `/account/credits`, so that each balance is an `Account`.
-            timeout: Seconds, or a timedelta, for all of it. A key whose answer has not come by then
-                has `RateLimitWaitError` or `APITimeoutError` for its error, or its last failure;
-                what has come is kept.
+            timeout: Seconds, or a timedelta, for the whole check. A key without an answer by then
+                has `RateLimitWaitError`, `APITimeoutError` or its last failure as its error; the
+                other outcomes stay.
             on_outcome: A plain function, called with each outcome as it lands.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 
         Raises:
-            ConfigurationError: This is no pool, or two different keys have one name, or one secret
-                two accounts. A key that cannot be used does not raise: its outcome says so.
+            ConfigurationError: `keys` is no pool, two different keys have one name, or one secret
+                has two accounts. A key that cannot be used does not raise: its outcome has the
+                error.
             ClientClosedError: The client was closed meanwhile.
         """
         source = pool_of(keys)
-        del keys  # A frame that is under way may be printed too, in a log line.
+        del keys  # The frame of a call under way may be printed too, in a log record.
         how_old, deadline = self._said(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
             raise ConfigurationError(
@@ -370,29 +379,30 @@ class CreditsClient:
         timeout: Seconds | None = None,
         **freshness: Unpack[CacheOptions],
     ) -> Report[Any]:
-        """Check a pool before a batch that needs `credits`, and raise unless they were there as last answered.
+        """Check a pool before a batch, and raise unless it has `credits`, as last answered.
 
-        A check and no reservation: what others spend meanwhile is gone, so ask right before the
-        batch, and with a `margin`. Each account counts once, and so do `lookalikes`, undeclared
-        keys whose answers are the same; where others spend between two answers about one account
-        they differ, so declare accounts. A key that could not be checked counts as nothing. Stale
-        balances count, with `stale_if_error`; the error names them, and so does the report. They
-        stand in for failures of the API, not where this client's own rate limit leaves no room in
-        time: such a key is unknown. The report's `available_credits` is what was found.
+        A check and no reservation: credits that others spend meanwhile are gone. So call it right
+        before the batch, and with a `margin`. Each account counts once, and so do `lookalikes`,
+        undeclared keys with equal answers. If others spend between two answers about one account,
+        the answers differ, so declare accounts. A key that could not be checked adds nothing. Stale
+        balances count, with `stale_if_error`; the error and the report name them. They replace
+        answers that the API failed to give, not answers for which this client's own rate limit
+        leaves no room in time: such a key is unknown. The report's `available_credits` is the sum
+        that was found.
 
         Args:
             credits: Credits that the batch needs.
             keys: As for `check`.
-            margin: What `credits` is multiplied by: 1.2 wants a fifth more than the batch needs.
+            margin: Factor for `credits`: 1.2 asks for a fifth more than the batch needs.
             detail: As for `check`.
             timeout: As for `check`.
-            freshness: As for `check`; but for `stale_while_revalidate`, which is 0 unless it is
-                said here: a gate waits.
+            freshness: As for `check`, except for `stale_while_revalidate`, which defaults to 0
+                here: a gate waits.
 
         Raises:
-            InsufficientCreditsError: Fewer are there: no key whose credits are unknown could change
+            InsufficientCreditsError: Too few credits: no key with unknown credits could change
                 that.
-            CreditsUnknownError: Fewer are known to be there, and keys that could not be checked
+            CreditsUnknownError: Too few credits are known, and keys that could not be checked
                 decide. Both are a `CreditsRequirementError`.
             ConfigurationError: As for `check`; or `credits` or `margin` is no finite number of at
                 least 0.
@@ -411,10 +421,10 @@ class CreditsClient:
 
     @hides_arguments
     def invalidate(self, key: KeyLike | None = None) -> None:
-        """Drop the answers kept of `key`, or of all keys: after a top-up, after a large batch, in tests.
+        """Drop the cached answers of `key`, or of all: after a top-up, a large batch, in tests.
 
-        The next call for it asks the API. A request that is on the wire now still answers its own
-        callers, and its answer is not kept.
+        The next call asks the API. A request on the wire still answers its own callers, and its
+        answer is not cached.
 
         Raises:
             ConfigurationError: The key cannot be used.
@@ -428,11 +438,11 @@ class CreditsClient:
     def peek(
         self, key: KeyLike, *, detail: bool = False, max_age: Seconds | None = None
     ) -> Outcome | None:
-        """What is known of `key` without asking: the last answer, however old, or the last failure; None when there is neither.
+        """The last answer for `key`, of any age, without a request; else the last failure, or None.
 
-        No I/O is done, and nothing is refreshed. With a balance that is older than `max_age` it is
-        `stale`; the failure since then, if any, stands beside it. To be called where the event loop
-        runs, whose clock it reads.
+        Does no I/O and refreshes nothing. A balance older than `max_age` is `stale`; the failure
+        since then, if any, stands beside it. Call it where the event loop runs: the loop's clock is
+        read.
 
         Raises:
             ConfigurationError: The key or `max_age` cannot be used, or no loop runs here.
@@ -498,21 +508,23 @@ class CreditsClient:
         timeout: Seconds | None = None,
         **freshness: Unpack[CacheOptions],
     ) -> AsyncGenerator[Outcome[Any], None]:
-        """Check keys and yield each outcome as it lands, in memory that does not grow with their number.
+        """Check keys and yield each outcome as it lands, in bounded memory.
 
-        `keys` is as for `check`, or an asynchronous iterable, which may have no end. Left early,
-        the rest is given up: at once when the generator is closed (`contextlib.aclosing`).
+        Memory does not grow with the number of keys. `keys` is as for `check`, or an asynchronous
+        iterable, which may have no end. If the stream is left early, the other keys are given up:
+        at once when the generator is closed (`contextlib.aclosing`).
 
         Args:
-            keys: Where the keys come from. What it raises is raised here, after the outcomes of
-                those it gave before.
+            keys: The source of the keys. Its exception is raised here, after the outcomes of the
+                keys that it gave before.
             detail: As for `check`.
-            timeout: Seconds, or a timedelta, for each key, from when it is taken from `keys`.
+            timeout: Seconds, or a timedelta, for each key, from the time at which it is taken from
+                `keys`.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 
         Raises:
-            ConfigurationError: This is no source of keys, or another argument cannot be used.
+            ConfigurationError: `keys` is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
         source = (
@@ -529,12 +541,13 @@ class CreditsClient:
 
     @hides_arguments
     def quota(self, *, detail: bool = False, key: KeyLike | None = None) -> Quota:
-        """What the rate limit still allows on `/user/credits`, or with `detail` on `/account/credits`, as this client counts.
+        """The rate limit left on `/user/credits`, or with `detail` on `/account/credits`.
 
-        Also whether calls wait for a cooldown or a probe: for logs and health checks. With scope
-        `"auto"` a call needs a token of two buckets: `quota()` is the one that all keys share, as
-        if nothing were proven of them, `quota(key=…)` that of the key's own account. To be called
-        where the event loop runs, whose clock it reads.
+        As this client counts. Also says whether calls wait for a cooldown or a probe: for logs and
+        health checks. With scope `"auto"` a call needs a token of two buckets: `quota()` is the
+        bucket that all keys share, as if nothing were proven of them, and `quota(key=…)` is the
+        bucket of the key's own account. Call it where the event loop runs: the loop's clock is
+        read.
 
         Raises:
             ConfigurationError: No loop runs here; or each key or account has a quota of its own,
@@ -547,9 +560,9 @@ class CreditsClient:
         return self._dispatcher.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
     async def close(self) -> None:
-        """End the calls under way with `ClientClosedError`, refreshes too, and close the session, unless it was given.
+        """End all calls and refreshes with `ClientClosedError`, and close the client's own session.
 
-        May be called twice.
+        A session that was given stays open. May be called twice.
         """
         self._check_loop()
         self._closed = True
@@ -614,7 +627,7 @@ class CreditsClient:
     def _said(
         self, freshness: CacheOptions, timeout: Seconds | None
     ) -> tuple[CachePolicy, float | None]:
-        """How old a call's answer may be, and when it has to be there."""
+        """The cache policy and the deadline of a call."""
         return self._how_old(freshness), _deadline(_timeout(timeout))
 
     def _how_old(self, freshness: CacheOptions) -> CachePolicy:
@@ -622,15 +635,15 @@ class CreditsClient:
             return self._freshness
         unknown = sorted(freshness.keys() - CacheOptions.__annotations__.keys())
         if unknown:
-            # Who writes **{key: name} the wrong way round has a secret for the name of an argument.
+            # With **{key: name} the wrong way round, a secret is the name of an argument.
             name = (
                 f" {unknown[0]!r}"
                 if unknown[0].isidentifier() and not is_likely_key(unknown[0])
                 else ""
             )
             raise TypeError(
-                f"unknown argument{name}; known are "
-                f"{', '.join(CacheOptions.__annotations__)}, and those of the method"
+                f"unknown argument{name}; use {', '.join(CacheOptions.__annotations__)}, "
+                "or an argument of the method"
             )
         return self._freshness.given(**freshness)
 
@@ -647,7 +660,8 @@ class CreditsClient:
             loop = None
         if loop is None:
             raise ConfigurationError(
-                "no event loop runs here; use the client from coroutines, or from what they call"
+                "no event loop runs here; use the client from a coroutine, or from a function that "
+                "a coroutine calls"
             )
         if self._loop is None:
             self._loop = loop
@@ -667,7 +681,7 @@ def _deadline(seconds: float | None) -> float | None:
 
 
 def _is_plain_function(function: object) -> bool:
-    """Whether it can be called and does not give a coroutine, also where its class defines the call."""
+    """Whether it is callable and returns no coroutine, also if its class defines the call."""
     if not callable(function):
         return False
     call = function.func if isinstance(function, partial) else function

@@ -1,7 +1,7 @@
-"""One question for each of many keys: how many are asked at a time, and how their answers come out as they land.
+"""`FanOut`: asks about many keys, a bounded number at a time, and yields outcomes as they land.
 
-It knows nothing of requests or limits: asking is a function that is given to it, of which an
-outcome lands. Memory grows with `room`, never with the number of keys.
+The module knows nothing of requests or limits: the function that asks is passed in, and each
+outcome lands through a callback. Memory grows with `room`, never with the number of keys.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from crustcredits._models import Outcome
 
 Key: TypeAlias = ApiKey | UnusableKey
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
-# Begins to ask about a key, and returns what gives that up; what comes of it lands once, at once or
-# later.
+# Begins to ask about a key, and returns a function that gives the key up. Its outcome lands once,
+# at once or later.
 Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 
-# Keys that are read before other tasks have their turn: some milliseconds.
+# Keys that are read before other tasks run: a few milliseconds of work.
 _SLICE = 1_000
-# Keys under way in all, as a multiple of those that are counted.
+# Most keys under way, counted or not, as a multiple of `room`.
 _MOST = 8
 
 
 class FanOut:
-    """One fan-out of `ask`, up to `room` keys at a time, counted from their start until their outcome has been taken.
+    """One fan-out of `ask`, over up to `room` keys at a time.
 
-    Keys that wait for their own account, or to be tried again, are not counted, so that they hold
-    up no others; but no more than eight times as many are under way in all.
+    A key counts from its start until its outcome has been taken. Keys that wait for their own
+    account or for a retry do not count, so that they delay no others; but at most eight times
+    `room` keys are under way.
 
-    After the deadline, in the running loop's time, no further key of an iterator is asked, and no
-    outcome comes of it. An exception that `ask` raises, or that lands, ends it all; what the source
-    of keys raises comes once those already asked have landed. However it ends, it leaves nothing
-    under way and the source closed. An asynchronous source is read by a task.
+    After the deadline, in seconds of the running loop's clock, no further key of an iterator is
+    asked about, and no outcome comes of it. An exception that `ask` raises, or that lands, ends the
+    fan-out. An exception of the source is raised once the keys already asked about have landed.
+    However the fan-out ends, nothing stays under way and the source is closed. A task reads an
+    asynchronous source.
     """
 
     def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
         self._ask = ask
         self._deadline = math.inf if deadline is None else deadline
         self._room = room
-        self._open = 0  # keys whose outcome has not been taken
-        self._parked = 0  # of these, the ones that are not counted
+        self._open = 0  # keys without an outcome taken
+        self._parked = 0  # of these, the keys that do not count against `room`
         self._landed: deque[Outcome[Any] | BaseException] = deque()
-        self._under_way: dict[int, Callable[[], None]] = {}  # what gives each up
+        self._under_way: dict[int, Callable[[], None]] = {}  # gives up each key
         self._numbers = itertools.count()
         self._is_fed = False
         self._ending: BaseException | None = None
-        self._reader: asyncio.Future[None] | None = (
-            None  # who reads the outcomes, and waits for one
-        )
-        self._feeder: asyncio.Future[None] | None = (
-            None  # who reads an asynchronous source, and waits for room
-        )
+        # The reader of outcomes waits for the next one.
+        self._reader: asyncio.Future[None] | None = None
+        # The task that reads an asynchronous source waits for room.
+        self._feeder: asyncio.Future[None] | None = None
 
     async def outcomes(
         self, keys: Iterator[Key] | AsyncGenerator[Key, None]
     ) -> AsyncGenerator[Outcome[Any], None]:
-        """Ask for every key and yield each outcome as it lands."""
+        """Ask about every key and yield each outcome as it lands."""
         feeding = (
             asyncio.create_task(self._feed(keys)) if isinstance(keys, AsyncGenerator) else None
         )
@@ -80,7 +80,7 @@ class FanOut:
     async def _next(self, keys: Iterator[Key] | None) -> Outcome[Any] | None:
         """The next outcome, or None at the end.
 
-        Keys of an iterator are asked in the place of those that have landed.
+        Further keys of an iterator take the room of keys with a taken outcome.
         """
         while True:
             landed = self._landed.popleft() if self._landed else None
@@ -102,12 +102,12 @@ class FanOut:
                 await self._reader
 
     def end(self, error: Exception) -> None:
-        """Let `error` be what comes next."""
+        """End the fan-out: `error` is raised after the outcomes that have landed."""
         self._landed.append(error)
         _wake(self._reader)
 
     def on_parked(self, step: int) -> None:
-        """One more key is not counted (1), or one less (-1)."""
+        """Count one key less against `room` (1), or one more (-1)."""
         self._parked += step
         if step > 0:
             _wake(self._feeder)
@@ -117,7 +117,7 @@ class FanOut:
         return self._open - self._parked < self._room and self._open < _MOST * self._room
 
     async def _take(self, keys: Iterator[Key]) -> None:
-        """Ask for as many keys as there is room for."""
+        """Ask about as many keys as there is room for."""
         loop = asyncio.get_running_loop()
         try:
             while self._has_room():
@@ -127,7 +127,7 @@ class FanOut:
                     return
                 if self._start(key):
                     await asyncio.sleep(0)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is for who reads the outcomes
+        except Exception as error:  # noqa: BLE001  # raised to the reader of the outcomes
             self._is_fed, self._ending = True, error
 
     async def _feed(self, keys: AsyncGenerator[Key, None]) -> None:
@@ -140,7 +140,7 @@ class FanOut:
                     await self._feeder
 
     def _start(self, key: Key) -> bool:
-        """Ask for a key. Returns whether it is time to let other tasks have their turn."""
+        """Ask about a key. Returns whether other tasks should run now."""
         number = next(self._numbers)
         self._open += 1
         self._under_way[number] = nothing
@@ -159,14 +159,14 @@ class FanOut:
         _wake(self._reader)
 
     def _on_fed(self, feeding: asyncio.Task[None]) -> None:
-        # A source may end in a cancellation that nobody asked of us: for whoever reads the outcomes
-        # it is one.
+        # A source may end in a cancellation of its own: the reader of the outcomes gets a
+        # cancellation.
         self._ending = asyncio.CancelledError() if feeding.cancelled() else feeding.exception()
         self._is_fed = True
         _wake(self._reader)
 
     async def _stop(self, feeding: asyncio.Task[None] | None) -> None:
-        """Give up what is under way, and wait until the source is closed."""
+        """Give up all keys under way, and wait until the source is closed."""
         if feeding is not None:
             feeding.cancel()
         while self._under_way:  # giving up one can let others land
@@ -181,4 +181,4 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
 
 
 def nothing() -> None:
-    """There is nothing to give up."""
+    """Give up nothing: the outcome has landed."""
