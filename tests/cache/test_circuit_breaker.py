@@ -1,6 +1,6 @@
-"""Answers of a gateway in the API's place: retried, no word on the key, and a circuit breaker.
+"""Gateway answers in the API's place: retries, stale balances and the circuit breaker.
 
-In virtual time.
+In virtual time, except for one test over a socket.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ ONCE = Retry(attempts=1)
 
 
 def since(moment: float) -> FakeServer:
-    """A gateway answers until then, and after that the API."""
+    """A server behind a gateway that answers until `moment`; after that the API answers."""
     return FakeServer(lambda name, times: CHALLENGE if now() < moment else Reply())
 
 
 @pytest.mark.virtual
-async def test_it_is_tried_again() -> None:
-    """And is an error of its own when it stays."""
+async def test_a_gateway_answer_is_retried() -> None:
+    """After the last attempt it is a `GatewayError` with status, attempts and key name."""
     server = FakeServer(lambda name, times: CHALLENGE if times < 3 else Reply())
     async with fake_client(server, retry=FAST) as client:
         assert (await client.balance(keys(1)[0])).credits == 9406
@@ -54,8 +54,8 @@ async def test_it_is_tried_again() -> None:
 
 
 @pytest.mark.virtual
-async def test_a_kept_balance_stands_in() -> None:
-    """It says nothing of the key. The API's own 401 does, and ends it."""
+async def test_a_stale_balance_stands_in_for_a_gateway_answer() -> None:
+    """A gateway says nothing about the key; the API's own 401 drops the cached balance."""
     key = keys(1)[0]
     replies = [
         Reply(),
@@ -75,9 +75,13 @@ async def test_a_kept_balance_stands_in() -> None:
 
 
 @pytest.mark.virtual
-async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """The rest of a pool waits for the first probes, and then fails with the reason, a second for
-    each room full of keys."""
+async def test_eight_gateway_answers_in_a_row_open_the_circuit_breaker(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The rest of a pool waits for the first probes, then fails with the reason.
+
+    Each group of keys that waits together takes one second.
+    """
     server = since(1e9)
     pool = keys(500)
     with caplog.at_level(logging.WARNING, logger="crustcredits"):
@@ -89,9 +93,8 @@ async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFix
                 for after, (before, later) in enumerate(pairwise(times), 1)
                 if later - before > 0.9
             )
-            assert (
-                8 <= opened <= 16
-            )  # four may be on the wire when it opens, and when the row began
+            # Four requests may be on the wire when the row begins, and four when it opens.
+            assert 8 <= opened <= 16
             assert [
                 round(later - before) for before, later in pairwise(times[opened - 1 : opened + 3])
             ] == [1, 2, 4]
@@ -115,10 +118,11 @@ async def test_after_eight_in_a_row_no_key_is_asked(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.virtual
-async def test_a_call_without_time_for_the_next_probe_fails_in_time() -> None:
-    """It is told why.
+async def test_a_call_with_a_deadline_before_the_next_probe_fails_at_its_deadline() -> None:
+    """The error is the gateway's.
 
-    Not at once, because an answer to an older request may close the circuit breaker.
+    The call does not fail at once, because an answer to an older request may close the circuit
+    breaker.
     """
     async with fake_client(since(1e9), retry=FAST) as client:
         await client.check(keys(20), timeout=0.5)
@@ -129,8 +133,8 @@ async def test_a_call_without_time_for_the_next_probe_fails_in_time() -> None:
 
 
 @pytest.mark.virtual
-async def test_an_answer_to_an_older_request_lets_those_go_that_wait_for_a_probe() -> None:
-    """The API has answered: there is nothing to wait for."""
+async def test_an_answer_to_an_older_request_starts_the_calls_that_wait_for_a_probe() -> None:
+    """The API has answered, so no probe is needed."""
     slow = Reply(seconds=0.3)
     server = FakeServer(
         lambda name, times: slow if name == "slow0" else CHALLENGE if now() < 0.1 else Reply()
@@ -146,8 +150,8 @@ async def test_an_answer_to_an_older_request_lets_those_go_that_wait_for_a_probe
 
 
 @pytest.mark.virtual
-async def test_a_key_that_was_asked_keeps_its_own_failure() -> None:
-    """That it was not asked again is no news."""
+async def test_a_call_with_an_attempt_ends_with_its_own_error() -> None:
+    """The refusal of the circuit breaker does not replace the error of the attempt."""
     async with fake_client(since(1e9), retry=FAST) as client:
         report = await client.check(keys(5))
         assert {outcome.attempts > 0 for outcome in report} == {True}
@@ -159,8 +163,10 @@ async def test_a_key_that_was_asked_keeps_its_own_failure() -> None:
 @pytest.mark.virtual
 @pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("count", [3, 8, 30, 250])
-async def test_a_gateway_that_answers_for_seconds_sinks_no_pool(count: int, seconds: float) -> None:
-    """Requests on the wire together are one answer of it; and calls wait for the probes."""
+async def test_a_gateway_that_answers_for_seconds_fails_no_key_of_a_pool(
+    count: int, seconds: float
+) -> None:
+    """Answers to requests on the wire together count once, and calls wait for the probes."""
     server = since(seconds)
     async with fake_client(server) as client:
         report = await client.check(keys(count), timeout=60)
@@ -168,10 +174,12 @@ async def test_a_gateway_that_answers_for_seconds_sinks_no_pool(count: int, seco
 
 
 @pytest.mark.virtual
-async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    """At first after a second, then after twice as long each time; each is one request.
+async def test_one_probe_at_a_time_tests_whether_the_api_answers_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The delay starts at 1 s and doubles after each failed probe; each probe is one request.
 
-    Then all keys are asked again.
+    After an answer of the API all keys are asked about again.
     """
     server = since(10.0)
     pool = keys(20)
@@ -186,18 +194,20 @@ async def test_one_probe_finds_out_whether_it_is_over(caplog: pytest.LogCaptureF
                 )
                 await asyncio.sleep(0.05)
             probes = [moment - opened for moment, _ in server.arrivals[before:]]
-            # A key that is refused again puts off nobody else, so that one more may follow.
+            # A second failed probe of a key delays no other key, so one more probe may follow.
             assert sorted({round(moment) for moment in probes}) == [1, 3, 7]
             assert len(probes) <= 5
             await asyncio.sleep(3600)
-            assert (await client.check(pool)).ok, "all wait for the probe, which is one of them"
+            assert (await client.check(pool)).ok, (
+                "all calls wait for the probe, which is one of them"
+            )
     assert "/user/credits: the API answers again" in caplog.text
 
 
 @pytest.mark.virtual
 @pytest.mark.parametrize("trouble", ["hangs", "gateway", "down"])
-async def test_one_key_in_trouble_keeps_no_other_from_being_asked(trouble: str) -> None:
-    """It is the first of the pool each time, and so would be each probe."""
+async def test_one_failing_key_delays_no_other_key(trouble: str) -> None:
+    """The key is the first of the pool each time, and would be each probe."""
     bad = {"hangs": Reply(seconds=99), "gateway": CHALLENGE, "down": Reply(status=500, body="")}[
         trouble
     ]
@@ -221,10 +231,10 @@ async def test_one_key_in_trouble_keeps_no_other_from_being_asked(trouble: str) 
 
 @pytest.mark.virtual
 @pytest.mark.parametrize("every", [125, 900])
-async def test_keys_that_a_gateway_refuses_keep_no_other_from_being_asked_however_seldom(
+async def test_two_keys_that_a_gateway_refuses_fail_no_other_key_of_a_rare_check(
     every: int,
 ) -> None:
-    """Also two of them, in front of each pool."""
+    """The two keys are the first of each pool; the checks are minutes apart."""
     server = FakeServer(
         lambda name, times: CHALLENGE if now() < 3 or name in {"k0", "k1"} else Reply()
     )
@@ -240,8 +250,8 @@ async def test_keys_that_a_gateway_refuses_keep_no_other_from_being_asked_howeve
 
 @pytest.mark.virtual
 @pytest.mark.parametrize(("bad", "good"), [(3, 1), (8, 20), (9, 1)])
-async def test_several_keys_that_a_gateway_refuses_hold_up_no_others(bad: int, good: int) -> None:
-    """In front of them, and asked again and again."""
+async def test_several_keys_that_a_gateway_refuses_delay_no_other_key(bad: int, good: int) -> None:
+    """The refused keys are the first of the pool, which is checked repeatedly."""
     pool = [*keys(bad, "bad"), *keys(good)]
     server = FakeServer(lambda name, times: CHALLENGE if name.startswith("bad") else Reply())
     async with fake_client(server) as client:
@@ -251,8 +261,8 @@ async def test_several_keys_that_a_gateway_refuses_hold_up_no_others(bad: int, g
             await asyncio.sleep(1)
 
 
-def test_keys_that_the_api_has_answered_are_forgotten_in_an_outage() -> None:
-    """After three probes for such keys in a row; and no more than a thousand are remembered."""
+def test_remembered_keys_are_forgotten_after_three_failed_probes_of_them() -> None:
+    """At most 1,000 keys are remembered as answered by the API."""
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
     for number in range(1_001):
         breaker.api_answered(f"k{number}")
@@ -267,8 +277,8 @@ def test_keys_that_the_api_has_answered_are_forgotten_in_an_outage() -> None:
 
 
 @pytest.mark.virtual
-async def test_kept_balances_are_given_without_waiting_for_probes() -> None:
-    """Also to those who are under way when it opens."""
+async def test_stale_balances_are_returned_without_a_wait_for_probes() -> None:
+    """This holds for calls under way when the circuit breaker opens, too."""
     pool = keys(60)
     server = FakeServer(lambda name, times: CHALLENGE if times else Reply())
     async with fake_client(server, stale_if_error=3600) as client:
@@ -284,8 +294,8 @@ async def test_kept_balances_are_given_without_waiting_for_probes() -> None:
 
 
 @pytest.mark.virtual
-async def test_a_stream_without_end_is_not_emptied_while_it_is_open() -> None:
-    """Its keys wait like others."""
+async def test_an_open_circuit_breaker_does_not_drain_an_endless_stream() -> None:
+    """Its keys wait for probes like other calls."""
     count = 0
     source = (f"secret-{number}" for number in itertools.count())
     async with (
@@ -300,8 +310,8 @@ async def test_a_stream_without_end_is_not_emptied_while_it_is_open() -> None:
 
 
 @pytest.mark.virtual
-async def test_kept_balances_stand_in_while_it_is_open() -> None:
-    """Nobody is asked for them."""
+async def test_stale_balances_stand_in_while_the_circuit_breaker_is_open() -> None:
+    """No request is sent for them."""
     pool = keys(12)
     server = FakeServer(lambda name, times: Reply() if times == 0 else CHALLENGE)
     async with fake_client(server, retry=ONCE, stale_if_error=600) as client:
@@ -314,8 +324,8 @@ async def test_kept_balances_stand_in_while_it_is_open() -> None:
 
 
 @pytest.mark.virtual
-async def test_stale_answers_are_not_refreshed_while_it_is_open() -> None:
-    """But by one probe at a time."""
+async def test_stale_answers_are_not_refreshed_while_the_circuit_breaker_is_open() -> None:
+    """Only one probe at a time is sent."""
     pool = keys(12)
     server = FakeServer(lambda name, times: Reply() if times == 0 else CHALLENGE)
     async with fake_client(server, retry=ONCE, stale_while_revalidate=600) as client:
@@ -327,8 +337,8 @@ async def test_stale_answers_are_not_refreshed_while_it_is_open() -> None:
 
 
 @pytest.mark.virtual
-async def test_an_answer_of_the_apis_own_ends_the_row() -> None:
-    """Be it a refusal of the key."""
+async def test_an_answer_of_the_apis_own_resets_the_count_of_gateway_answers() -> None:
+    """A refusal of the key counts as such an answer."""
     no = Reply(status=401, body='{"message": "Invalid API key in request"}')
     server = FakeServer(lambda name, times: no if name in {"k7", "k15"} else CHALLENGE)
     async with fake_client(
@@ -339,8 +349,8 @@ async def test_an_answer_of_the_apis_own_ends_the_row() -> None:
 
 
 @pytest.mark.virtual
-async def test_a_probe_that_is_given_up_lets_another_go() -> None:
-    """Others wait for its end, and not longer."""
+async def test_a_probe_without_a_waiter_is_finished_and_the_next_call_starts() -> None:
+    """Other calls wait for its end, and no longer."""
     pool = keys(40)
     server = FakeServer(
         lambda name, times: CHALLENGE if now() < 1 else Reply(seconds=5 if name == "k0" else 0.01)
@@ -356,12 +366,12 @@ async def test_a_probe_that_is_given_up_lets_another_go() -> None:
         probe.cancel()
         began = now()
         assert (await waiting).credits == 9406
-        assert now() - began < 5  # what is on the wire is finished
+        assert now() - began < 5  # requests on the wire are finished
 
 
 @pytest.mark.virtual
-async def test_a_probe_that_is_lost_proves_no_gateway() -> None:
-    """All are asked again; one more answer of a gateway is enough to stop that."""
+async def test_a_probe_that_fails_without_an_answer_closes_the_circuit_breaker() -> None:
+    """One more gateway answer opens it again."""
     pool = keys(40)
     gone = lost(APIConnectionError("reset"), Fate.ABANDONED)
     server = FakeServer(lambda name, times: gone if name == "k0" and now() > 1 else CHALLENGE)
@@ -376,8 +386,8 @@ async def test_a_probe_that_is_lost_proves_no_gateway() -> None:
         assert all(isinstance(outcome.error, GatewayError) for outcome in report)
 
 
-def test_a_probe_that_ends_after_the_breaker_has_closed_opens_nothing() -> None:
-    """It is one answer like any other; and of two probes only the last one counts as such."""
+def test_a_probe_that_ends_after_the_breaker_has_closed_does_not_open_it() -> None:
+    """Its answer counts like any other, and of two probes only the last one counts as a probe."""
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
 
     def opened(now: float) -> None:
@@ -403,10 +413,10 @@ def test_a_probe_that_ends_after_the_breaker_has_closed_opens_nothing() -> None:
     assert not breaker.is_probing
 
 
-def test_the_pause_grows_to_a_minute() -> None:
-    """However long it lasts.
+def test_the_delay_between_probes_doubles_up_to_60_seconds() -> None:
+    """The delay does not grow further in a longer outage.
 
-    What was on the wire when it opened, or when the row began, does not count.
+    Requests on the wire when the circuit breaker opened, or when the row began, do not count.
     """
     breaker, error = CircuitBreaker("/user/credits"), GatewayError("x", status=403)
     early = [breaker.start(0.0, None) for _ in range(8)]
@@ -419,33 +429,33 @@ def test_the_pause_grows_to_a_minute() -> None:
         assert request.is_probe is False
         breaker.gateway_answered(request, error, 0.5)
     breaker.gateway_answered(early[0], error, 1.0)
-    moment, pauses = 0.5, []
+    moment, delays = 0.5, []
     for _ in range(70):
         start = moment
         while breaker.refusal(moment) is not None:
             moment += 0.5
-        pauses.append(moment - start)
+        delays.append(moment - start)
         request = breaker.start(moment, None)
         assert request.is_probe is True
         assert breaker.refusal(moment) is not None, "one probe at a time"
         breaker.gateway_answered(request, error, moment)
         breaker.end(request, moment)
-    assert pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert pauses[-1] == 60
+    assert delays[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert delays[-1] == 60
     moment += 60
     breaker.end(breaker.start(moment, None), moment)
     assert breaker.refusal(moment) is None, "a probe without an answer proves nothing"
     breaker.gateway_answered(breaker.start(moment, None), error, moment)
     assert breaker.refusal(moment + 59) is not None, (
-        "it is the same outage, and the pause as long as before"
+        "the outage is the same, so the delay is as long as before"
     )
     breaker.api_answered()
     assert breaker.refusal(moment) is None
 
 
 @pytest.mark.virtual
-async def test_what_a_gateway_says_of_a_limit_is_not_listened_to() -> None:
-    """Its limit is not the API's, and what it answers ends no pause."""
+async def test_rate_limit_headers_of_a_gateway_are_ignored() -> None:
+    """They do not state the limit of the API."""
     headers = {"x-ratelimit-limit": "1", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
     odd = Reply(status=403, body="<html>", headers=headers)
     server = FakeServer(lambda name, times: odd if name in {"k0", "k1", "k2"} else Reply())
@@ -456,8 +466,8 @@ async def test_what_a_gateway_says_of_a_limit_is_not_listened_to() -> None:
 
 
 @pytest.mark.virtual
-async def test_a_gateway_ends_no_pause() -> None:
-    """A run of refusals has begun it."""
+async def test_a_gateway_answer_ends_no_cooldown() -> None:
+    """A run of refusals has started the cooldown."""
     refused = Reply(status=429, body="{}", headers={"x-ratelimit-reset": "50"})
     late = Reply(seconds=1.0, status=403, body="<html>")
     server = FakeServer(lambda name, times: late if name == "k0" else refused)
@@ -468,8 +478,8 @@ async def test_a_gateway_ends_no_pause() -> None:
 
 @pytest.mark.virtual
 @pytest.mark.parametrize("status", [400, 401, 404, 429])
-async def test_any_answer_of_the_apis_own_closes_it(status: int) -> None:
-    """With a JSON object. Seven of a gateway, one of the API and seven more open nothing."""
+async def test_any_json_object_of_the_api_resets_the_count_of_gateway_answers(status: int) -> None:
+    """Seven gateway answers, one of the API and seven more leave the circuit breaker closed."""
     own = Reply(status=status, body='{"message": "no"}')
     server = FakeServer(lambda name, times: own if name == "k7" else CHALLENGE)
     async with fake_client(
@@ -480,8 +490,8 @@ async def test_any_answer_of_the_apis_own_closes_it(status: int) -> None:
 
 
 @pytest.mark.virtual
-async def test_a_probe_is_one_request_and_no_call() -> None:
-    """While its key waits for its next attempt others find that the API is back."""
+async def test_a_probe_is_one_request_not_a_whole_call() -> None:
+    """While the probe's call waits for its retry, other calls find that the API answers again."""
     pool = keys(12)
     hangs = Reply(seconds=99)
     server = FakeServer(
@@ -501,8 +511,8 @@ async def test_a_probe_is_one_request_and_no_call() -> None:
 
 
 @pytest.mark.virtual
-async def test_it_opens_for_one_endpoint() -> None:
-    """The other is asked as before."""
+async def test_the_circuit_breaker_opens_for_one_endpoint_only() -> None:
+    """Requests to the other endpoint are sent as before."""
     server = since(1e9)
     async with fake_client(server, retry=ONCE) as client:
         await client.check(keys(20), timeout=0.5)
@@ -517,11 +527,13 @@ def _challenge_until(end: float, name: str, times: int) -> Reply:
 
 
 @pytest.mark.virtual
-async def test_many_refreshes_that_are_stopped_leave_nothing_behind(
+async def test_cancelled_refreshes_and_evictions_lose_no_call(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With few places for answers, at random moments: no error of ours, and all are served when the
-    API is back."""
+    """The cache is small and the cancellations are random.
+
+    The library logs no error, and every call is answered once the API is back.
+    """
     for seed in range(20):
         random.seed(seed)
         end = now() + 3.0
@@ -549,8 +561,8 @@ async def test_many_refreshes_that_are_stopped_leave_nothing_behind(
     assert "never retrieved" not in caplog.text
 
 
-async def test_the_page_of_a_real_gateway(sandbox: SandboxServer) -> None:
-    """Over a socket, as the sandbox serves it."""
+async def test_the_html_page_of_a_gateway_is_retried_over_a_socket(sandbox: SandboxServer) -> None:
+    """The sandbox serves the page."""
     key = sandbox.add_key("prod")
     sandbox.fail(key, Fault.CHALLENGE, times=1)
     async with CreditsClient(base_url=sandbox.url, retry=Retry(backoff=0.01)) as client:

@@ -1,4 +1,4 @@
-"""Calls that are shared and answers that are kept, in virtual time."""
+"""Shared calls and cached answers, in virtual time."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ async def outcome(client: CreditsClient, key: ApiKey = KEY, **options: Any) -> O
     return report[0]
 
 
-# --- many askers, one call
+# --- many callers, one call
 
 
-async def test_those_who_ask_at_the_same_time_share_one_call() -> None:
-    """Also without `max_age`; each endpoint apart."""
+async def test_simultaneous_callers_share_one_call() -> None:
+    """Also without `max_age`; each endpoint has its own call."""
     server = FakeServer()
     async with fake_client(server) as client:
         balances = await asyncio.gather(
@@ -84,15 +84,15 @@ async def test_those_who_ask_at_the_same_time_share_one_call() -> None:
     assert type(balances[-1]) is Account
 
 
-async def test_without_a_max_age_an_answer_is_not_given_again() -> None:
+async def test_without_max_age_an_answer_is_not_returned_again() -> None:
     """Not even in the same moment."""
     server = FakeServer(counting())
     async with fake_client(server) as client:
         assert [(await client.balance(KEY)).credits for _ in range(3)] == [1, 2, 3]
 
 
-async def test_an_outcome_says_where_it_came_from() -> None:
-    """Fetched by this call, shared with another's, or kept from before."""
+async def test_an_outcome_has_its_source() -> None:
+    """Fetched by this call, shared with another caller, or cached."""
     server = FakeServer()
     async with fake_client(server) as client:
         both = await asyncio.gather(outcome(client), outcome(client))
@@ -105,8 +105,8 @@ async def test_an_outcome_says_where_it_came_from() -> None:
     assert kept.checked_at == both[0].checked_at
 
 
-async def test_each_asker_has_its_answer_under_its_own_name() -> None:
-    """Whatever the others call the same secret."""
+async def test_each_caller_gets_the_answer_under_its_own_key_name() -> None:
+    """Callers may use different names for one secret."""
     server = FakeServer()
     other = ApiKey("secret-0", name="other", account="acme")
     async with fake_client(server) as client:
@@ -122,8 +122,8 @@ async def test_each_asker_has_its_answer_under_its_own_name() -> None:
     assert len(server.arrivals) == 1
 
 
-async def test_an_asker_that_gives_up_ends_it_for_no_one_else() -> None:
-    """By cancellation or timeout, whoever began the call."""
+async def test_a_waiter_that_gives_up_ends_the_call_for_no_other() -> None:
+    """By cancellation or timeout, also if this caller began the call."""
     server = FakeServer(lambda name, times: Reply(seconds=2))
     async with fake_client(server) as client:
         first = asyncio.create_task(client.balance(KEY))
@@ -140,17 +140,17 @@ async def test_an_asker_that_gives_up_ends_it_for_no_one_else() -> None:
     assert now() == pytest.approx(2, abs=0.01)
 
 
-async def test_a_call_that_waits_is_dropped_when_its_last_asker_has_gone() -> None:
-    """It is never sent, and costs no token; whoever asks in the same moment begins another."""
+async def test_a_queued_call_is_dropped_when_its_last_waiter_has_left() -> None:
+    """It is never sent and costs no token; a caller in the same moment begins another call."""
     server = FakeServer()
     async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
         await client.balance("another")
-        askers = [asyncio.create_task(client.balance(KEY)) for _ in range(2)]
+        callers = [asyncio.create_task(client.balance(KEY)) for _ in range(2)]
         await asyncio.sleep(1)
-        askers[0].cancel()
+        callers[0].cancel()
         await asyncio.sleep(1)
         assert client.quota().waiting == 1
-        askers[1].cancel()
+        callers[1].cancel()
         await settle()
         assert client.quota().waiting == 0
         assert len(asyncio.all_tasks()) == 1
@@ -162,33 +162,33 @@ async def test_a_call_that_waits_is_dropped_when_its_last_asker_has_gone() -> No
     assert len(server.arrivals) == 2
 
 
-async def test_a_call_on_the_wire_is_finished_when_its_last_asker_has_gone() -> None:
-    """And its answer kept; but it is not tried again for nobody."""
+async def test_a_call_on_the_wire_is_finished_when_its_last_waiter_has_left() -> None:
+    """Its answer is cached, and its failure is not retried."""
     server = FakeServer(counting(Reply(seconds=2), Reply(seconds=2, status=503, body="")))
     async with fake_client(server) as client:
         for _ in range(2):
-            asker = asyncio.create_task(client.balance(KEY))
+            caller = asyncio.create_task(client.balance(KEY))
             await asyncio.sleep(1)
-            asker.cancel()
+            caller.cancel()
             await asyncio.sleep(9)
         assert (await client.balance(KEY, max_age=60)).credits == 9406
     assert len(server.arrivals) == 2
 
 
-async def test_a_call_on_the_wire_without_askers_can_be_joined_again() -> None:
-    """Then it is tried again for them."""
+async def test_a_call_on_the_wire_without_waiters_can_be_joined_again() -> None:
+    """Then its failure is retried for the new waiters."""
     server = FakeServer(counting(Reply(seconds=2, status=503, body=""), Reply()))
     async with fake_client(server) as client:
-        asker = asyncio.create_task(client.balance(KEY))
+        caller = asyncio.create_task(client.balance(KEY))
         await asyncio.sleep(1)
-        asker.cancel()
+        caller.cancel()
         await settle()
         assert (await client.balance(KEY)).credits == 9406
     assert len(server.arrivals) == 2
 
 
-async def test_errors_are_shared_by_those_who_wait_and_not_kept_without_a_cache() -> None:
-    """Each has one of its own, so that no traceback mixes two of them."""
+async def test_errors_are_shared_by_the_waiters_and_not_cached_by_default() -> None:
+    """Each waiter has its own copy, so that no traceback mixes two of them."""
     server = FakeServer(counting(UNKNOWN_KEY, Reply()))
     other = ApiKey("secret-0", name="other")
     async with fake_client(server) as client:
@@ -204,7 +204,7 @@ async def test_errors_are_shared_by_those_who_wait_and_not_kept_without_a_cache(
 
 
 async def test_a_deadline_that_a_joined_call_cannot_meet_fails_at_once() -> None:
-    """Whether it waits for a token or until it is tried again; the call goes on for the others."""
+    """The call may wait for a token or for a retry; it continues for the other waiters."""
     server = FakeServer(counting(BROKEN, Reply()))
     async with fake_client(
         server, rate_limit=RateLimit(requests=1), retry=Retry(backoff=0.0)
@@ -218,72 +218,73 @@ async def test_a_deadline_that_a_joined_call_cannot_meet_fails_at_once() -> None
         assert now() == began
         assert caught.value.wait == pytest.approx(60.3, abs=0.1)
         await asyncio.sleep(61)
-        with pytest.raises(InternalServerError):  # it has been tried once, and waits again
+        with pytest.raises(InternalServerError):  # after one attempt it waits for its retry
             await client.balance(KEY, timeout=9)
         assert (await patient).credits == 9406
 
 
-async def test_a_deadline_in_a_backoff_ends_with_the_failure_at_once() -> None:
-    """For those whose time would be over before the next attempt, and for no others."""
+async def test_a_deadline_before_the_retry_ends_with_the_failure_at_once() -> None:
+    """Waiters with a later deadline stay."""
     server = FakeServer(counting(refusal(30), Reply()))
     async with fake_client(server) as client:
-        askers = [
+        callers = [
             asyncio.create_task(client.balance(KEY, timeout=timeout)) for timeout in (10, None, 40)
         ]
         await asyncio.sleep(1)
-        assert [asker.done() for asker in askers] == [True, False, False]
+        assert [caller.done() for caller in callers] == [True, False, False]
         with pytest.raises(RateLimitError) as caught:
             await client.balance(KEY, timeout=10)
         assert caught.value.attempts == 1
-        results = await asyncio.gather(*askers, return_exceptions=True)
+        results = await asyncio.gather(*callers, return_exceptions=True)
     assert [type(result) for result in results] == [RateLimitError, Balance, Balance]
 
 
-async def test_giving_up_in_the_moment_of_the_answer_or_of_the_deadline_is_giving_up() -> None:
-    """Whatever comes first in that moment, the asker is cancelled, and the others have the
-    answer."""
+async def test_a_cancellation_at_the_moment_of_the_answer_or_the_deadline_wins() -> None:
+    """The other waiters have the answer."""
     for moment in (2.0, 2.0 - 1e-9, 1.5):
         server = FakeServer(lambda name, times: Reply(seconds=2))
         async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
-            asker = asyncio.create_task(client.balance(KEY, timeout=1.5 if moment == 1.5 else None))
+            caller = asyncio.create_task(
+                client.balance(KEY, timeout=1.5 if moment == 1.5 else None)
+            )
             other = asyncio.create_task(client.balance(KEY))
-            asyncio.get_running_loop().call_later(moment, asker.cancel)
+            asyncio.get_running_loop().call_later(moment, caller.cancel)
             assert (await other).credits == 9406
             with pytest.raises(asyncio.CancelledError):
-                await asker
+                await caller
 
 
-async def test_giving_up_in_the_very_turn_of_the_answer_is_giving_up() -> None:
-    """The call is settled before the cancelled asker could leave."""
+async def test_a_cancellation_in_the_loop_iteration_of_the_answer_wins() -> None:
+    """The call is settled before the cancelled waiter could leave."""
     server = FakeServer()
 
     async def cancel_and_answer(path: str, key: ApiKey, timeout: float) -> Response:
         await asyncio.sleep(1)
-        asker.cancel()
+        caller.cancel()
         return Response(200, {}, b'{"credits": 7}')
 
     server.attempt = cancel_and_answer  # type: ignore[method-assign]  # with that answer
     async with fake_client(server) as client:
-        asker = asyncio.create_task(client.balance(KEY))
+        caller = asyncio.create_task(client.balance(KEY))
         other = asyncio.create_task(client.balance(KEY))
         assert (await other).credits == 7
         with pytest.raises(asyncio.CancelledError):
-            await asker
+            await caller
 
 
-async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> None:
-    """Its task may be cancelled by whoever cancels all tasks.
+async def test_a_call_that_is_cancelled_from_outside_ends_its_waiters() -> None:
+    """Another part of the program may cancel all tasks.
 
-    And an error of a kind that never should be is told too.
+    An unexpected exception reaches all waiters too.
     """
     server = FakeServer(lambda name, times: Reply(seconds=5))
     async with fake_client(server) as client:
-        asker = asyncio.create_task(client.balance(KEY))
+        caller = asyncio.create_task(client.balance(KEY))
         await settle()
-        for task in asyncio.all_tasks() - {asyncio.current_task(), asker}:
+        for task in asyncio.all_tasks() - {asyncio.current_task(), caller}:
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asker
+            await caller
         assert (await client.balance(KEY)).credits == 9406
 
         async def broken(*_: object) -> None:
@@ -296,21 +297,21 @@ async def test_a_call_that_is_broken_from_outside_leaves_nobody_waiting() -> Non
         assert [type(result) for result in results] == [ZeroDivisionError, ZeroDivisionError]
 
 
-async def test_a_call_cancelled_before_its_first_step_leaves_nobody_waiting() -> None:
-    """Its coroutine has never run; the key can be asked again."""
+async def test_a_call_cancelled_before_its_first_step_ends_its_waiters() -> None:
+    """Its coroutine has never run; the key can be asked about again."""
     async with fake_client(FakeServer()) as client:
-        asker = asyncio.create_task(client.balance(KEY))
-        await asyncio.sleep(0)  # the asker has begun the call, whose task is to run next
+        caller = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(0)  # the caller has begun the call; its task is next to run
         assert client._calls._under_way
-        for task in asyncio.all_tasks() - {asyncio.current_task(), asker}:
+        for task in asyncio.all_tasks() - {asyncio.current_task(), caller}:
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asker
+            await caller
         assert (await client.balance(KEY)).credits == 9406
 
 
-async def test_a_loop_whose_tasks_begin_at_once_changes_nothing() -> None:
-    """As from Python 3.12 on they can."""
+async def test_an_eager_task_factory_changes_nothing() -> None:
+    """asyncio has one from Python 3.12 on."""
     asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory", None))
     server = FakeServer(counting())
 
@@ -327,16 +328,15 @@ async def test_a_loop_whose_tasks_begin_at_once_changes_nothing() -> None:
             outcome.stale for outcome in await client.check(pool, stale_while_revalidate=600)
         )
         await asyncio.sleep(10)
-        assert len(server.arrivals) == 18, "refreshes left nothing of the limit alone"
+        assert len(server.arrivals) == 18, "refreshes left no part of the limit free"
         await asyncio.sleep(60.3 - (now() - began))
         assert len(server.arrivals) > 18
-        server.attempt = at_once  # type: ignore[method-assign]  # an answer without waiting
+        server.attempt = at_once  # type: ignore[method-assign]  # an immediate answer
         assert (await client.balance(KEY)).credits == 7
 
 
-async def test_a_call_that_is_refused_for_the_pace_is_not_sent() -> None:
-    """Nor is one sent that was refused: while the loop stood still, the pace has come to have
-    room."""
+async def test_a_call_with_a_short_deadline_starts_once_the_pace_has_room() -> None:
+    """The loop was blocked for 1 s meanwhile; the call is sent once."""
     server = FakeServer()
     async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
         others = [asyncio.create_task(client.balance(key)) for key in keys(3)]
@@ -352,8 +352,8 @@ async def test_a_call_that_is_refused_for_the_pace_is_not_sent() -> None:
 # --- max_age
 
 
-async def test_an_answer_younger_than_max_age_is_given_again() -> None:
-    """In seconds or as a timedelta; the age counts from its receipt."""
+async def test_an_answer_younger_than_max_age_is_returned_again() -> None:
+    """In seconds or as a timedelta; the age counts from the receipt."""
     server = FakeServer(lambda name, times: Reply(seconds=3, credits=str(times)))
     async with fake_client(server) as client:
         assert (await client.balance(KEY, max_age=5)).credits == 0
@@ -364,8 +364,8 @@ async def test_an_answer_younger_than_max_age_is_given_again() -> None:
         assert (await client.balance(KEY, max_age=5)).credits == 1
 
 
-async def test_a_client_has_a_max_age_for_all_who_say_nothing() -> None:
-    """Of one key, of a pool or of a stream; a call can say otherwise."""
+async def test_the_max_age_of_the_client_is_the_default_of_its_calls() -> None:
+    """For a key, a pool or a stream; a call may give its own."""
     server = FakeServer(counting())
     async with fake_client(server, max_age=timedelta(minutes=1)) as client:
         assert (await client.balance(KEY)).credits == 1
@@ -377,8 +377,8 @@ async def test_a_client_has_a_max_age_for_all_who_say_nothing() -> None:
         assert (await client.account(KEY)).credits == 5  # the other endpoint
 
 
-async def test_a_pool_is_asked_only_for_what_is_not_known() -> None:
-    """And its outcomes still come in order, each to the callback."""
+async def test_a_check_sends_requests_only_for_keys_that_are_not_cached() -> None:
+    """Its outcomes stay in order, and the callback gets each of them."""
     server = FakeServer(counting())
     seen: list[str] = []
     pool = keys(6)
@@ -396,8 +396,8 @@ async def test_a_pool_is_asked_only_for_what_is_not_known() -> None:
 @pytest.mark.parametrize(
     "mistake", [-1, float("nan"), float("inf"), "5", True, timedelta(seconds=-1)]
 )
-async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistake: Any) -> None:
-    """Anything else is refused before any request, by its name."""
+async def test_cache_options_are_numbers_of_seconds(name: str, mistake: Any) -> None:
+    """Any other value is refused before any request; the error names the option."""
     server = FakeServer()
     async with fake_client(server) as client:
         for call in (
@@ -417,8 +417,8 @@ async def test_how_old_an_answer_may_be_is_a_number_of_seconds(name: str, mistak
     assert not server.arrivals
 
 
-async def test_at_most_so_many_answers_are_kept() -> None:
-    """The least recently used go first; failures count too."""
+async def test_at_most_max_entries_answers_are_cached() -> None:
+    """The least recently used are evicted first; failures count too."""
     server = FakeServer(
         lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY
     )
@@ -437,9 +437,10 @@ async def test_at_most_so_many_answers_are_kept() -> None:
         CreditsClient(max_entries=0)
 
 
-async def test_no_secret_is_what_an_answer_is_found_by() -> None:
-    """No dictionary of the process has it for a key."""
-    secret = f"a-secret-{id(counting)}"  # made here, so that this module's own dictionaries do not hold it
+async def test_no_secret_is_part_of_a_cache_key() -> None:
+    """No dictionary of the process has a secret as its key."""
+    # Made at run time, so that the dictionaries of this module do not hold it.
+    secret = f"a-secret-{id(counting)}"
     async with fake_client(FakeServer()) as client:
         await client.balance(secret)
         dictionaries: list[dict[Any, Any]] = [
@@ -456,8 +457,8 @@ async def test_no_secret_is_what_an_answer_is_found_by() -> None:
 # --- stale_while_revalidate
 
 
-async def test_a_stale_answer_is_given_at_once_and_refreshed_behind() -> None:
-    """Once, however many ask; it is marked, and the next has the new one."""
+async def test_a_stale_answer_is_returned_at_once_and_refreshed_in_the_background() -> None:
+    """One refresh serves all callers; the answer is marked, and the next one is new."""
     server = FakeServer(counting())
     async with fake_client(server, max_age=5, stale_while_revalidate=60) as client:
         await client.balance(KEY)
@@ -480,8 +481,8 @@ async def test_a_stale_answer_is_given_at_once_and_refreshed_behind() -> None:
     assert len(server.arrivals) == 2
 
 
-async def test_an_answer_older_than_that_is_waited_for() -> None:
-    """Nobody is given what is older than he asked for."""
+async def test_an_answer_beyond_stale_while_revalidate_is_not_returned() -> None:
+    """The caller waits for a new one."""
     server = FakeServer(counting())
     async with fake_client(server) as client:
         await client.balance(KEY)
@@ -489,8 +490,8 @@ async def test_an_answer_older_than_that_is_waited_for() -> None:
         assert (await client.balance(KEY, max_age=5, stale_while_revalidate=10)).credits == 2
 
 
-async def test_an_asker_who_needs_the_refresh_moves_it_up() -> None:
-    """Behind those who waited before, and it is tried again like any other."""
+async def test_a_waiter_that_joins_a_refresh_moves_it_to_the_foreground() -> None:
+    """It takes its place behind earlier calls, and is retried like any other call."""
     server = FakeServer(counting(Reply(), BROKEN, Reply(credits="7")))
     async with fake_client(
         server, rate_limit=RateLimit(requests=10, pace=None), retry=Retry(backoff=0.0)
@@ -505,12 +506,10 @@ async def test_an_asker_who_needs_the_refresh_moves_it_up() -> None:
         assert (fresh.source, fresh.attempts) == ("shared", 2)
 
 
-async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead_of_slower() -> (
-    None
-):
-    """50 keys asked for every second at 30 a minute: at once, always.
+async def test_under_overload_answers_get_older_not_slower() -> None:
+    """50 keys are checked every second at a limit of 30 a minute, always at once.
 
-    No older than a round of refreshes.
+    No answer is older than a round of refreshes.
     """
     server = FakeServer()
     oldest: list[float] = []
@@ -532,11 +531,11 @@ async def test_more_is_asked_than_the_limit_allows_and_answers_get_older_instead
     assert max(oldest[300:]) <= 50 / 27 * 60.3 + 5
     late = [time for time, _ in server.arrivals if time > 300]
     gaps = [after - before for before, after in pairwise(late)]
-    assert max(gaps) < 2 * 60.3 / 27, "a burst echoes"
+    assert max(gaps) < 2 * 60.3 / 27, "the first burst repeats"
 
 
-async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_it() -> None:
-    """It is tried once, and again by itself, after a while that grows, as long as somebody asks."""
+async def test_a_failed_refresh_leaves_the_stale_answer_with_the_error_beside_it() -> None:
+    """The refresh is repeated after a growing backoff, as long as callers ask."""
     server = FakeServer(
         lambda name, times: BROKEN if 1 <= times <= 5 else Reply(credits=str(times))
     )
@@ -556,10 +555,10 @@ async def test_a_refresh_that_fails_leaves_the_old_answer_with_the_error_beside_
     assert seen[-1].result().credits >= 6
 
 
-async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(
+async def test_the_first_failure_of_a_refresh_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Once: nobody else is told while the old answer is good enough."""
+    """Once: no caller sees the error while the cached answer is fresh enough."""
     server = FakeServer(lambda name, times: BROKEN if 1 <= times <= 3 else Reply())
     async with fake_client(
         server, max_age=1, stale_while_revalidate=600, retry=Retry(backoff=0.1)
@@ -575,25 +574,27 @@ async def test_a_refresh_that_begins_to_fail_is_told_to_the_log(
     assert len(caplog.messages) == 1
 
 
-async def test_an_outage_is_told_to_the_log_once_for_all_keys(
+async def test_an_outage_is_logged_once_for_all_keys(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """When it is known for one, and when it is over."""
+    """At its beginning and at its end."""
     caplog.set_level(logging.INFO, "crustcredits")
     server = FakeServer(lambda name, times: BROKEN if 10 < now() < 100 else Reply())
     async with fake_client(server, max_age=1, stale_while_revalidate=600) as client:
         while now() < 150:
             await client.check(keys(50))
             await asyncio.sleep(1)
-    told = [message.split(": ")[0].split("; ")[-1] for message in caplog.messages]
+    logged = [message.split(": ")[0].split("; ")[-1] for message in caplog.messages]
     assert (
-        told.count("cached balances are not refreshed") == told.count("the API answers again") == 1
+        logged.count("cached balances are not refreshed")
+        == logged.count("the API answers again")
+        == 1
     )
-    assert len(told) == 4
+    assert len(logged) == 4
 
 
-async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
-    """Nobody is kept waiting by it."""
+async def test_a_refused_refresh_waits_as_long_as_the_server_asks() -> None:
+    """No caller waits for it."""
     server = FakeServer(counting(Reply(), refusal(20), Reply(credits="7")))
     async with fake_client(server, max_age=1, stale_while_revalidate=600) as client:
         await client.balance(KEY)
@@ -604,8 +605,8 @@ async def test_a_refused_refresh_waits_what_the_server_asked() -> None:
     assert [time for time, _ in server.arrivals][2] - server.arrivals[1][0] >= 20
 
 
-async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
-    """A key that is revoked has no balance, however recent its last one.
+async def test_an_error_about_the_key_drops_its_cached_balance() -> None:
+    """A revoked key has no balance, not even a recent one.
 
     A server that is down changes nothing.
     """
@@ -620,9 +621,8 @@ async def test_what_the_api_says_of_a_key_ends_what_it_said_before() -> None:
             assert (type(again.error) if kind else again.ok) == (kind or True)
 
 
-async def test_what_does_not_speak_of_the_key_leaves_its_balance() -> None:
-    """A gateway's 404 or 408, a request that the API rejects, or trouble in the session, is not the
-    API's word on the key."""
+async def test_an_error_that_is_not_about_the_key_leaves_its_cached_balance() -> None:
+    """A gateway's 404 or 408, a rejected request or a session failure is not about the key."""
     for trouble in (400, 404, 408, 451):
         server = FakeServer(counting(Reply(credits="7"), Reply(status=trouble, body="{}")))
         async with fake_client(server) as client:
@@ -632,8 +632,8 @@ async def test_what_does_not_speak_of_the_key_leaves_its_balance() -> None:
             assert stand_in.error is not None
 
 
-async def test_no_such_key_and_no_credits_hold_on_both_endpoints() -> None:
-    """What a key may ask does not."""
+async def test_401_and_402_drop_the_cached_balance_on_both_endpoints() -> None:
+    """A 403 does not: permissions differ."""
     for status, is_left in ((401, False), (402, False), (403, True)):
         server = FakeServer(counting(Reply(), Reply(status=status, body="{}")))
         async with fake_client(server) as client:
@@ -642,8 +642,8 @@ async def test_no_such_key_and_no_credits_hold_on_both_endpoints() -> None:
             assert (client.peek(KEY) is not None) is is_left
 
 
-async def test_an_answer_that_is_dropped_takes_its_refresh_along() -> None:
-    """So that no more refreshes wait than answers are kept."""
+async def test_an_evicted_answer_cancels_its_refresh() -> None:
+    """So no more refreshes wait than answers are cached."""
     server = FakeServer()
     async with fake_client(
         server, rate_limit=RateLimit(requests=40, pace=None), max_entries=5
@@ -657,10 +657,10 @@ async def test_an_answer_that_is_dropped_takes_its_refresh_along() -> None:
             assert len(asyncio.all_tasks()) <= 1 + 5 + 1
 
 
-async def test_a_refresh_runs_in_no_ones_context() -> None:
-    """It belongs to no request, and keeps none alive.
+async def test_a_refresh_runs_in_an_empty_context() -> None:
+    """It belongs to no caller, and keeps no context alive.
 
-    A call that somebody waits for has that one's.
+    A foreground call runs in the context of its caller.
     """
     request: ContextVar[str] = ContextVar("request", default="none")
     seen: list[str] = []
@@ -678,8 +678,8 @@ async def test_a_refresh_runs_in_no_ones_context() -> None:
     assert seen == ["one", "none"]
 
 
-async def test_many_refreshes_stand_in_the_way_of_nobody() -> None:
-    """Also where each key has a quota of its own, and only the pace is shared."""
+async def test_many_refreshes_delay_no_foreground_call() -> None:
+    """Also if each key has its own quota and only the pace is shared."""
     limit = RateLimit(scope="key")
     server = FakeServer(lambda name, times: Reply(seconds=0.05))
     async with fake_client(server, rate_limit=limit, concurrency=32) as client:
@@ -696,8 +696,8 @@ async def test_many_refreshes_stand_in_the_way_of_nobody() -> None:
         assert len(server.arrivals) == 2020
 
 
-async def test_closing_ends_refreshes() -> None:
-    """Those that wait and those on the wire."""
+async def test_closing_ends_background_refreshes() -> None:
+    """Both the queued ones and the ones on the wire."""
     server = FakeServer(lambda name, times: Reply(seconds=5 * times))
     client = fake_client(server, rate_limit=RateLimit(requests=10, pace=None))
     pool = keys(4)
@@ -727,8 +727,8 @@ async def test_closing_ends_refreshes() -> None:
     ],
     ids=["5xx", "429", "timeout", "connection", "maintenance"],
 )
-async def test_while_the_api_is_down_the_last_good_answer_stands_in(trouble: Reply) -> None:
-    """`ok` and `stale` both true, the error beside it."""
+async def test_while_the_api_is_down_the_last_balance_stands_in(trouble: Reply) -> None:
+    """The outcome is `ok` and `stale`, with the error beside the balance."""
     server = FakeServer(counting(Reply(credits="7"), trouble))
     async with fake_client(server, retry=Retry(attempts=2), request_timeout=2) as client:
         await client.balance(KEY)
@@ -743,8 +743,8 @@ async def test_while_the_api_is_down_the_last_good_answer_stands_in(trouble: Rep
         assert not later.ok
 
 
-async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
-    """Whether the rate limit or the wire uses it up."""
+async def test_a_stale_answer_stands_in_for_a_missed_deadline() -> None:
+    """The wait for the rate limit or the request may use up the time."""
     server = FakeServer(counting(Reply(), Reply(seconds=5)))
     async with fake_client(server, rate_limit=RateLimit(requests=2)) as client:
         await client.balance(KEY)
@@ -757,8 +757,8 @@ async def test_a_deadline_of_its_own_is_such_an_error_too() -> None:
     assert waiting.ok
 
 
-async def test_a_check_of_kept_balances_ends_when_the_client_is_closed() -> None:
-    """And nothing is refreshed then."""
+async def test_a_check_of_cached_balances_ends_when_the_client_is_closed() -> None:
+    """No refresh is sent afterwards."""
     server = FakeServer()
     client = fake_client(
         server, rate_limit=RateLimit(requests=10_000, pace=None), stale_while_revalidate=600
@@ -777,10 +777,10 @@ async def test_a_check_of_kept_balances_ends_when_the_client_is_closed() -> None
     assert not client._calls._under_way
 
 
-async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
+async def test_an_unexpected_failure_of_a_call_ends_the_check() -> None:
     """No key is left out silently.
 
-    And an outcome of another fan-out for the same key is not touched by one that was given up.
+    A waiter that was given up does not affect another fan-out for the same key.
     """
     server = FakeServer(lambda name, times: Reply(seconds=5))
     async with fake_client(server) as client:
@@ -800,8 +800,8 @@ async def test_what_breaks_a_call_of_a_check_ends_the_check() -> None:
             await client.check([KEY])
 
 
-async def test_an_error_that_never_should_be_is_told_to_who_waits() -> None:
-    """Also one of what comes after the answer; nobody is left waiting, and no token is lost."""
+async def test_an_unexpected_exception_reaches_the_waiters() -> None:
+    """Also an exception after the answer; no waiter hangs, and no token is lost."""
     async with fake_client(
         FakeServer(), rate_limit=RateLimit(requests=2, scope="client")
     ) as client:
@@ -814,8 +814,8 @@ async def test_an_error_that_never_should_be_is_told_to_who_waits() -> None:
         assert client.quota().in_flight == 0
 
 
-async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> None:
-    """It is what was asked for, only just in time."""
+async def test_an_answer_in_the_loop_iteration_of_the_deadline_is_fresh() -> None:
+    """It is the answer that was asked for, just in time."""
     server = FakeServer()
     async with fake_client(server) as client:
 
@@ -831,10 +831,10 @@ async def test_an_answer_in_the_very_turn_of_the_deadline_is_no_stand_in() -> No
         assert (found.stale, found.error) == (False, None)
 
 
-async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
-    """The first waits and sees.
+async def test_callers_do_not_wait_for_an_endpoint_that_is_known_to_be_down() -> None:
+    """The first call waits for its failure.
 
-    For a minute after a failure the others have the old answer at once, and it is refreshed.
+    For a minute after the failure the others have the stale answer at once, and it is refreshed.
     """
     server = FakeServer(
         lambda name, times: Reply(seconds=1e6) if 10 < now() < 100 else Reply(credits=str(times))
@@ -852,15 +852,15 @@ async def test_what_is_known_to_be_down_keeps_nobody_waiting() -> None:
             assert (await client.balance(KEY)).stale
             await asyncio.sleep(1)
         assert now() - began == pytest.approx(60, abs=0.5)
-        await asyncio.sleep(80)  # longer than a failure tells of what is now
+        await asyncio.sleep(80)  # longer than a failure counts
         assert not (await client.balance(KEY)).stale
 
 
 @pytest.mark.parametrize("trouble", ["hang", "refused"])
-async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(trouble: str) -> None:
-    """The endpoint is known to be down, also by those whose own last failure is long ago.
+async def test_a_large_pool_is_answered_at_once_during_a_long_outage(trouble: str) -> None:
+    """The endpoint is known to be down, also for keys with an old failure of their own.
 
-    And it is hardly asked meanwhile.
+    Hardly any requests are sent meanwhile.
     """
 
     def script(name: str, times: int) -> Reply:
@@ -877,7 +877,7 @@ async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(tro
     options = {"max_age": 5.0, "stale_while_revalidate": 60.0, "stale_if_error": 3600.0}
     async with fake_client(server, rate_limit=RateLimit(requests=1000), **options) as client:
         await client.check(pool)
-        while now() < 200:  # when it is known, and what had been queued before has been tried
+        while now() < 200:  # then the outage is known, and earlier calls were tried
             await client.check(pool)
             await asyncio.sleep(5)
         asked, began, slow = len(server.arrivals), now(), 0
@@ -900,9 +900,8 @@ async def test_a_large_pool_is_answered_at_once_however_long_the_api_is_down(tro
 @pytest.mark.parametrize(
     "trouble", [BROKEN, refusal(60), Reply(status=400, body="{}"), Reply(body="<html>")]
 )
-async def test_one_keys_trouble_is_not_the_endpoints(trouble: Reply) -> None:
-    """However often it fails, the others are refreshed, and no word of it stands beside their
-    balances."""
+async def test_the_failures_of_one_key_do_not_mark_the_endpoint_as_down(trouble: Reply) -> None:
+    """The other keys are refreshed, and have no error beside their balances."""
     server = FakeServer(lambda name, times: trouble if name == "k0" else Reply())
     bad, good = keys(2)
     async with fake_client(
@@ -915,9 +914,8 @@ async def test_one_keys_trouble_is_not_the_endpoints(trouble: Reply) -> None:
     assert server.asked["k1"] >= 90
 
 
-async def test_whoever_was_to_find_out_and_does_not_leaves_it_to_the_next() -> None:
-    """A refresh that is joined and given up, or whose key is no longer known, says nothing of the
-    endpoint."""
+async def test_a_given_up_refresh_lets_the_next_one_test_the_endpoint() -> None:
+    """A refresh that is joined and given up, or evicted, says nothing about the endpoint."""
     server = FakeServer(lambda name, times: BROKEN if 10 < now() < 50 else Reply())
     pool = keys(4)
     options = {"max_age": 1.0, "stale_while_revalidate": 600.0}
@@ -932,19 +930,19 @@ async def test_whoever_was_to_find_out_and_does_not_leaves_it_to_the_next() -> N
         asked = len(server.arrivals)
         claiming = await outcome(client, pool[3])
         assert claiming.stale
-        # Its own time is shorter than the wait before the next attempt.
+        # Its deadline is shorter than the wait before the next attempt.
         with pytest.raises(InternalServerError):
             await client.balance(pool[3], timeout=0.02, stale_while_revalidate=0)
         assert len(server.arrivals) == asked + 1
         await asyncio.sleep(max(0.0, 51 - now()))
-        for _ in range(10):  # well within the minute for which the claim would hold
+        for _ in range(10):  # well within the minute for which the refresh blocks others
             await client.check(pool)
             await asyncio.sleep(2)
         assert {each.state for each in await client.check(pool, max_age=25)} == {"fresh"}
 
 
-async def test_a_spent_account_holds_up_no_other_ones_refreshes() -> None:
-    """Each quota has a queue of its own."""
+async def test_an_account_without_tokens_delays_no_other_accounts_refreshes() -> None:
+    """Each quota has its own queue."""
     spent = [
         ApiKey(f"secret-s-{number}", name=f"s{number}", account="spent") for number in range(30)
     ]
@@ -962,8 +960,8 @@ async def test_a_spent_account_holds_up_no_other_ones_refreshes() -> None:
         assert not fresh.stale
 
 
-async def test_a_refresh_that_a_pause_sends_back_keeps_its_place() -> None:
-    """It goes again when the pause is over."""
+async def test_a_refresh_that_a_cooldown_stops_is_sent_after_it() -> None:
+    """It keeps its place in the queue."""
     server = FakeServer(lambda name, times: refusal(10) if 5 < now() < 15 and times else Reply())
     async with fake_client(
         server, rate_limit=RateLimit(pace=2.0), retry=Retry(backoff=0.0), stale_while_revalidate=600
@@ -984,8 +982,8 @@ async def test_a_refresh_that_a_pause_sends_back_keeps_its_place() -> None:
         assert client.quota().refreshing == client.quota().in_flight == 0
 
 
-async def test_without_an_answer_from_before_the_error_is_the_answer() -> None:
-    """Unknown is never zero."""
+async def test_without_a_cached_balance_the_outcome_is_the_error() -> None:
+    """Unknown credits are never 0."""
     async with fake_client(
         FakeServer(lambda name, times: BROKEN), retry=ONCE, stale_if_error=600
     ) as client:
@@ -998,8 +996,8 @@ async def test_without_an_answer_from_before_the_error_is_the_answer() -> None:
 # --- peek
 
 
-async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
-    """The last answer with its age, or the last failure, or nothing."""
+async def test_peek_returns_the_cached_outcome_without_a_request() -> None:
+    """The last balance, or the last failure, or None."""
     server = FakeServer(lambda name, times: BROKEN if name == "bad" else Reply())
     bad = ApiKey("secret-bad", name="bad")
     async with fake_client(server, retry=ONCE) as client:
@@ -1032,7 +1030,7 @@ async def test_a_peek_tells_what_is_known_and_asks_nobody() -> None:
 # --- require
 
 
-async def test_a_pool_that_holds_enough_gives_its_report() -> None:
+async def test_require_returns_the_report_of_a_pool_with_enough_credits() -> None:
     """After one check, with the margin on top."""
     server = FakeServer(lambda name, times: Reply(credits="100.5" if name == "k0" else "50"))
     async with fake_client(server) as client:
@@ -1048,10 +1046,10 @@ async def test_a_pool_that_holds_enough_gives_its_report() -> None:
     assert len(server.arrivals) == 2
 
 
-async def test_a_gate_waits_for_what_is_true_now() -> None:
+async def test_require_waits_for_a_current_balance() -> None:
     """A stale balance would do for a dashboard.
 
-    Only `stale_if_error`, or a word of its own, lets it through the gate.
+    `require` accepts one only with `stale_if_error`, or with its own `stale_while_revalidate`.
     """
     server = FakeServer(counting(Reply(credits="5000"), Reply(credits="10"), BROKEN))
     options = {"max_age": 5, "stale_while_revalidate": 600, "stale_if_error": 3600}
@@ -1067,10 +1065,10 @@ async def test_a_gate_waits_for_what_is_true_now() -> None:
         assert [each.key.name for each in report.stale] == ["prod"]
 
 
-async def test_the_gate_can_ask_for_the_whole_account() -> None:
-    """Whose credits are those that spending draws from.
+async def test_require_can_ask_for_the_whole_account() -> None:
+    """Spending draws from the account's credits.
 
-    Then equal credits alone are no likeness.
+    With `detail`, equal credits do not make two keys lookalikes.
     """
     server = FakeServer(
         lambda name, times: Reply(
@@ -1081,21 +1079,21 @@ async def test_the_gate_can_ask_for_the_whole_account() -> None:
         assert (await client.require(10, keys(2), detail=True)).available_credits == 10
 
 
-async def test_shared_calls_are_logged_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
-    """Once, not once for each who waits."""
+async def test_a_shared_call_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not once for each waiter."""
     caplog.set_level(logging.INFO, "crustcredits")
     async with fake_client(FakeServer(counting(BROKEN, Reply()))) as client:
         await asyncio.gather(*(client.balance(KEY) for _ in range(10)))
     assert caplog.text.count("this was attempt 1 of 4") == 1
 
 
-# --- the gate in an outage of our own
+# --- require, when this client's own limit or the API gives no answer
 
 
-async def test_no_old_answer_stands_in_at_a_gate_for_what_our_own_limit_held_back() -> None:
+async def test_require_accepts_no_stale_balance_that_the_clients_own_limit_delays() -> None:
     """A dashboard may show it.
 
-    But nobody has failed to say what is there now, because nobody was asked.
+    But the API has not failed to answer, because no request was sent.
     """
     server = FakeServer()
     limit = RateLimit(requests=1, period=60.0)
@@ -1109,8 +1107,8 @@ async def test_no_old_answer_stands_in_at_a_gate_for_what_our_own_limit_held_bac
     assert caught.value.available == 0
 
 
-async def test_an_old_answer_stands_in_at_a_gate_for_what_the_api_failed_to_say() -> None:
-    """With the failure beside it."""
+async def test_require_accepts_a_stale_balance_after_a_failure_of_the_api() -> None:
+    """The failure stands beside the balance."""
     server = FakeServer(counting(Reply(credits="10"), BROKEN))
     async with fake_client(server, retry=ONCE, max_age=1, stale_if_error=3600) as client:
         await client.balance(KEY)
@@ -1119,11 +1117,11 @@ async def test_an_old_answer_stands_in_at_a_gate_for_what_the_api_failed_to_say(
     assert isinstance(report[0].error, InternalServerError)
 
 
-# --- failures that are kept
+# --- cached failures
 
 
-async def test_a_failure_is_given_again_for_as_long_as_a_balance_would_be() -> None:
-    """So that a revoked key does not spend the limit."""
+async def test_a_failure_is_returned_again_for_max_age() -> None:
+    """So a revoked key does not spend the rate limit."""
     server = FakeServer(lambda name, times: UNKNOWN_KEY if name == "prod" else Reply())
     async with fake_client(server, max_age=30) as client:
         for _ in range(298):
@@ -1155,12 +1153,12 @@ async def test_a_failure_is_given_again_for_as_long_as_a_balance_would_be() -> N
         ({}, {"max_age": timedelta(seconds=3)}, 3.0),
     ],
 )
-async def test_how_long_a_failure_is_given_again(
+async def test_max_error_age_says_how_long_a_failure_is_returned_again(
     options: dict[str, Any], call: dict[str, Any], seconds: float
 ) -> None:
-    """By default as long as a balance, and a second at least with any cache.
+    """By default as long as a balance, and at least 1 s with any cache option.
 
-    A call's own word goes before.
+    The options of a call come first.
     """
     server = FakeServer(lambda name, times: UNKNOWN_KEY)
     async with fake_client(server, **options) as client:
@@ -1171,8 +1169,8 @@ async def test_how_long_a_failure_is_given_again(
         assert (await outcome(client, **call)).source == "fetched"
 
 
-async def test_a_failure_that_cost_no_request_is_not_given_again() -> None:
-    """The circuit breaker refuses for seconds, however long failures are kept."""
+async def test_a_failure_without_a_request_is_not_returned_again() -> None:
+    """The circuit breaker refuses for seconds, even if `max_error_age` is longer."""
     challenge = Reply(status=403, body="<html>")
     server = FakeServer(lambda name, times: challenge if now() < 20 else Reply())
     async with fake_client(server, retry=ONCE, max_age=3600) as client:
@@ -1187,7 +1185,7 @@ async def test_a_failure_that_cost_no_request_is_not_given_again() -> None:
 
 
 async def test_an_answer_ages_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop's clock stands still then, and the wall's goes on."""
+    """The loop's clock stops then, and the wall clock advances."""
     server = FakeServer(lambda name, times: Reply() if name == "prod" else UNKNOWN_KEY)
     asleep = 0.0
     began = time.time()
@@ -1199,7 +1197,7 @@ async def test_an_answer_ages_while_the_machine_sleeps(monkeypatch: pytest.Monke
         assert {each.source for each in await client.check([KEY, bad])} == {"cached"}
         asleep = 61.0
         assert {each.source for each in await client.check([KEY, bad])} == {"fetched"}
-        asleep = -1e6  # a clock that is set back makes nothing younger, and keeps nothing for ever
+        asleep = -1e6  # a clock that is set back makes no answer younger, and none eternal
         assert {each.source for each in await client.check([KEY, bad])} == {"cached"}
         await asyncio.sleep(61)
         assert {each.source for each in await client.check([KEY, bad])} == {"fetched"}
@@ -1208,9 +1206,9 @@ async def test_an_answer_ages_while_the_machine_sleeps(monkeypatch: pytest.Monke
 async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The grant of that date is not in it.
+    """The answer does not include the grant of that date.
 
-    Where the API still names a date that is over, its answer counts all the same.
+    If the API still names a past date, its answer counts all the same.
     """
     at = datetime.now(UTC) + timedelta(seconds=100)
     body = f'{{"account": {{"credits": 5, "recurring_credits_refresh_date": "{at.isoformat()}"}}}}'
@@ -1231,8 +1229,8 @@ async def test_an_account_is_not_fresh_beyond_its_own_refresh_date(
     )
 
 
-async def test_an_answer_is_shared_and_not_made_again() -> None:
-    """Of one key, asked again and again, there is one outcome in memory."""
+async def test_a_cached_outcome_is_built_once() -> None:
+    """Repeated calls for one key share one outcome in memory."""
     async with fake_client(FakeServer(), max_age=60) as client:
         await client.balance(KEY)
         first = await outcome(client)
@@ -1240,11 +1238,11 @@ async def test_an_answer_is_shared_and_not_made_again() -> None:
         assert first.credits is first.result().credits
 
 
-# --- answers that are dropped
+# --- invalidate
 
 
-async def test_kept_answers_can_be_dropped() -> None:
-    """Of one key on both endpoints, or of all; failures too."""
+async def test_invalidate_drops_cached_answers() -> None:
+    """Of one key on both endpoints, or of all keys; failures too."""
     server = FakeServer(
         lambda name, times: UNKNOWN_KEY if name == "k1" else Reply(credits=str(times))
     )
@@ -1261,8 +1259,8 @@ async def test_kept_answers_can_be_dropped() -> None:
             client.invalidate("two words")
 
 
-async def test_what_was_on_the_wire_when_answers_were_dropped_is_not_kept() -> None:
-    """It may speak of before. Those who wait for it have it; who asks later asks anew."""
+async def test_an_answer_on_the_wire_at_invalidate_is_not_cached() -> None:
+    """It may be outdated: its own waiters have it, and later callers begin a new call."""
     server = FakeServer(counting(Reply(credits="1", seconds=5.0), Reply(credits="2", seconds=1.0)))
     async with fake_client(server, max_age=3600) as client:
         before = asyncio.create_task(client.balance(KEY))
@@ -1274,8 +1272,8 @@ async def test_what_was_on_the_wire_when_answers_were_dropped_is_not_kept() -> N
     assert len(server.arrivals) == 2
 
 
-async def test_what_was_not_yet_sent_when_answers_were_dropped_is_kept() -> None:
-    """It will speak of after that."""
+async def test_an_answer_to_a_request_sent_after_invalidate_is_cached() -> None:
+    """Its call may have waited in the queue before."""
     server = FakeServer()
     async with fake_client(server, max_age=3600, rate_limit=RateLimit(requests=1)) as client:
         await client.balance(keys(1)[0])
@@ -1286,8 +1284,8 @@ async def test_what_was_not_yet_sent_when_answers_were_dropped_is_kept() -> None
     assert len(server.arrivals) == 2
 
 
-async def test_a_call_whose_answer_was_dropped_ends_with_the_client_or_its_caller() -> None:
-    """As any other."""
+async def test_an_invalidated_call_ends_with_the_client_or_its_caller() -> None:
+    """Like any other call."""
     server = FakeServer(lambda name, times: Reply(seconds=5.0))
     async with fake_client(server, max_age=3600) as client:
         given_up, ended = (asyncio.create_task(client.balance(key)) for key in keys(2))
@@ -1301,11 +1299,11 @@ async def test_a_call_whose_answer_was_dropped_ends_with_the_client_or_its_calle
     assert given_up.cancelled()
 
 
-# --- pools that are large
+# --- large pools
 
 
 async def test_other_tasks_run_while_a_large_pool_is_read() -> None:
-    """And while what is known of it is looked up."""
+    """They also run while its cached answers are looked up."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     turns: list[int] = []
@@ -1320,11 +1318,11 @@ async def test_other_tasks_run_while_a_large_pool_is_read() -> None:
         assert turns[-1] - turns[0] >= 19
         turns.clear()
         assert (await client.check(source())).ok
-        assert loop.turns - turns[-1] >= 19, "nothing was asked"
+        assert loop.turns - turns[-1] >= 19, "other tasks did not run"
 
 
-async def test_the_time_in_which_a_pool_is_read_is_part_of_its_timeout() -> None:
-    """Those for whom nothing is left are told so, and are not asked."""
+async def test_reading_a_pool_counts_against_its_timeout() -> None:
+    """Keys without time left fail with the remedy, and no request is sent."""
     server = FakeServer()
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)

@@ -1,4 +1,4 @@
-"""Sharing under random askers, ages, cancellations, failures and closings, in virtual time."""
+"""Single-flight with random callers, ages, cancellations, failures and closing, in virtual time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = [ApiKey(f"secret-{number}", name=f"k{number}") for number in range(3)]
 
 @attrs.frozen
 class Wish:
-    """One asker: when, for which key and endpoint, how old the answer may be, and how patient."""
+    """One caller: when it asks, for which key and endpoint, the accepted ages and its patience."""
 
     asks: float
     key: int
@@ -47,7 +47,7 @@ class Wish:
 
 
 def seconds(most: int) -> st.SearchStrategy[float]:
-    """Often whole halves, so that things coincide."""
+    """Often whole halves, so that events coincide."""
     return st.integers(0, most * 2).map(lambda halves: halves / 2) | st.floats(0, most)
 
 
@@ -76,8 +76,10 @@ REPLIES = st.lists(
 
 
 class Server(FakeServer):
-    """Counts up with every answer, remembers when each was given, and sees to it that no two are
-    asked for at a time."""
+    """Counts up with every answer, and remembers when it gave each of them.
+
+    Asserts that no two requests for one key and endpoint are under way at a time.
+    """
 
     def __init__(self, replies: list[tuple[int, float]]) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class Server(FakeServer):
 
 
 class World:
-    """Askers, a client, and a server."""
+    """Callers, a client and a server."""
 
     def __init__(self, server: Server, closes: float | None) -> None:
         self.server = server
@@ -114,10 +116,9 @@ class World:
         )
 
     async def play(self, wishes: list[Wish]) -> None:
-        # Without a moment to close, what nobody waits for any more, and what is refreshed, takes
-        # its turn first.
+        # Without a time to close, calls without a waiter and refreshes have their turn first.
         closing = asyncio.create_task(self._close(400.0 if self.closes is None else self.closes))
-        await asyncio.gather(*(self._asker(wish) for wish in wishes), closing)
+        await asyncio.gather(*(self._caller(wish) for wish in wishes), closing)
         assert len(asyncio.all_tasks()) == 1, "a task is left over"
         assert not self.client._calls._under_way
         assert not self.client._calls._dropped
@@ -132,7 +133,7 @@ class World:
         await self.client.close()
         assert not self.server.busy
 
-    async def _asker(self, wish: Wish) -> None:
+    async def _caller(self, wish: Wish) -> None:
         await asyncio.sleep(wish.asks)
         task = asyncio.create_task(self._ask(wish))
         if wish.gives_up is not None:
@@ -165,7 +166,7 @@ class World:
 
     def _check_time(self, wish: Wish, began: float) -> None:
         assert wish.timeout is None or now() <= began + wish.timeout + EPSILON, (
-            "an asker was left waiting"
+            "a waiter was left waiting"
         )
         assert self.closes is None or now() <= self.closes + EPSILON
 
@@ -189,8 +190,7 @@ def check(wishes: list[Wish], replies: list[tuple[int, float]], closes: float | 
 def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     wishes: list[Wish], replies: list[tuple[int, float]], closes: float | None
 ) -> None:
-    """Never two calls for one key at a time, never an older answer, never an asker left waiting,
-    never a task left over."""
+    """Also: never two calls for a key at a time, a forgotten waiter or a leaked task."""
     check(wishes, replies, closes)
 
 
@@ -211,13 +211,13 @@ _JOIN = SingleFlight._join
     [
         ((CacheEntry, "answer", _no_age), "older than was asked for"),
         ((SingleFlight, "_join", _no_join), "two calls for one key"),
-        ((SingleFlight, "_time_out", lambda self, call, seat: None), "left (waiting|over)"),
+        ((SingleFlight, "_time_out", lambda self, call, waiter: None), "left (waiting|over)"),
     ],
 )
-def test_a_defect_is_found_out(
+def test_the_properties_fail_when_a_rule_is_broken(
     monkeypatch: pytest.MonkeyPatch, defect: tuple[type, str, Any], said: str
 ) -> None:
-    """The properties are worth something: with a rule broken they fail."""
+    """Each case disables one rule of the implementation."""
     monkeypatch.setattr(*defect)
 
     @settings(max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
