@@ -1,5 +1,4 @@
-"""A pool with everything that can go wrong, over real sockets: each its own error, the others
-right, and no secret anywhere."""
+"""A pool with every fault of the sandbox, over sockets: the right error for each, and no secret."""
 
 from __future__ import annotations
 
@@ -63,14 +62,12 @@ EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
     Fault.GLITCH: None,
     Fault.STALE: None,
 }
-# Two connections are lost under whoever comes next (STALE), so that some need more than a second
-# attempt.
+# STALE loses two connections of later requests, so that some need more than a second attempt.
 RETRY = Retry(attempts=4, backoff=0.01, wait_max=0.5)
 
 
 def troubled_pool(sandbox: SandboxServer) -> tuple[list[ApiKey], dict[str, Fault]]:
-    """For every fault a key that always has it and one that has it once, among 100 that are
-    fine."""
+    """Two keys for every fault, one with it always and one with it once, among 100 good keys."""
     fine = [sandbox.add_key(f"fine {number}", credits=number) for number in range(100)]
     faults: dict[str, Fault] = {}
     for number, fault in enumerate(Fault):
@@ -86,10 +83,10 @@ def troubled_pool(sandbox: SandboxServer) -> tuple[list[ApiKey], dict[str, Fault
 
 
 @pytest.mark.parametrize("detail", [False, True])
-async def test_every_fault_is_the_right_error_and_all_others_are_right(
+async def test_every_fault_gives_its_error_and_all_other_keys_succeed(
     sandbox: SandboxServer, detail: bool
 ) -> None:
-    """Within its time, and the good ones at once."""
+    """The check ends within its timeout, and the good keys land early."""
     pool, faults = troubled_pool(sandbox)
     loop = asyncio.get_running_loop()
     landed: dict[str, float] = {}
@@ -112,8 +109,8 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(
     once_failed = {
         outcome.key.name for outcome in report.failed if outcome.key.name.startswith("once")
     }
-    # A second attempt helps against what may pass; against a refusal only waiting does, and
-    # `wait_max` does not allow it.
+    # A second attempt helps against transient faults. Against a refusal only a wait helps, which
+    # `wait_max` does not allow.
     lasting = {
         InvalidKeyError,
         PaymentRequiredError,
@@ -124,7 +121,7 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(
     assert once_failed == {
         f"once {fault.name}" for fault, kind in EXPECTED.items() if kind in lasting
     }
-    # Some 210 requests at a pace of 100 a second, and 4 times 0.8 s for those that hang, in
+    # About 210 requests at a pace of 100 a second, and 4 times 0.8 s for the hanging ones, in
     # parallel.
     assert max(landed.values()) < 10
     assert max(seconds for name, seconds in landed.items() if name.startswith("fine")) < 5
@@ -132,7 +129,7 @@ async def test_every_fault_is_the_right_error_and_all_others_are_right(
 
 
 @pytest.mark.any_loop
-async def test_each_fault_alone_hides_the_secret_and_names_the_key(
+async def test_each_error_hides_the_secret_and_names_the_key(
     sandbox: SandboxServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In log, repr, text, traceback with local variables, chain, JSON, pickle and on a terminal."""
@@ -176,8 +173,8 @@ def everything_shown_of_error(error: CrustCreditsError) -> Iterator[str]:
     yield from (str(error), repr(error), repr(vars(error)))
     yield pickle.dumps(error).decode("latin-1")
     yield "".join(traceback.format_exception(error))
-    # The frames of this test hold no raw secret but `error`'s own, so that whatever is shown comes
-    # from the library.
+    # The frames of this test hold no raw secret but `error`'s own, so any secret shown comes from
+    # the library.
     yield on_terminal(
         Traceback.from_exception(
             type(error), error, error.__traceback__, show_locals=True, locals_max_string=10_000
@@ -193,10 +190,10 @@ def on_terminal(shown: Any) -> str:
 
 
 @pytest.mark.parametrize("mistake", ["Bearer sk-0123456789abc", "sk-0123456789abc x", ""])
-async def test_a_mistyped_key_shows_in_no_frame_of_ours(
+async def test_a_mistyped_key_shows_in_no_frame_of_the_library(
     sandbox: SandboxServer, mistake: str
 ) -> None:
-    """Neither alone nor in a pool nor instead of one."""
+    """As a single key, in a pool, or in place of a pool."""
     async with CreditsClient(base_url=sandbox.url) as client:
         for call in (
             client.balance(mistake),
@@ -240,7 +237,7 @@ async def test_a_mistyped_key_shows_in_no_frame_of_ours(
 
 
 def assert_hidden(error: BaseException, secret: str) -> None:
-    """In the local variables of the library's frames."""
+    """Assert that no local variable of the library's frames holds the secret."""
     frame = error.__traceback__
     while frame is not None:
         if "/crustcredits/" in frame.tb_frame.f_code.co_filename:
@@ -253,9 +250,11 @@ async def _anext(stream: Any) -> Any:
     return outcomes[0].result()
 
 
-async def test_the_pool_of_many_faults_is_checked_in_bounded_memory(sandbox: SandboxServer) -> None:
-    """An endless body and one that swells to 16 MiB are cut at 64 KiB."""
-    bomb()  # made by the sandbox, once
+async def test_a_pool_with_endless_bodies_is_checked_in_bounded_memory(
+    sandbox: SandboxServer,
+) -> None:
+    """An endless body, and a body that expands to 16 MiB, are cut at 64 KiB."""
+    bomb()  # the sandbox builds it once
     keys = []
     for number in range(40):
         key = sandbox.add_key()
@@ -267,15 +266,15 @@ async def test_the_pool_of_many_faults_is_checked_in_bounded_memory(sandbox: San
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert {type(outcome.error) for outcome in report} == {UnexpectedResponseError}
-    # 32 at a time, each with no more than a buffer on either side; one body whole would be more
-    # than all of it.
+    # 32 requests at a time, each with at most a buffer on either side; one whole body would exceed
+    # the bound.
     assert peak < 12 * 2**20
 
 
-async def test_no_answer_is_lost_when_the_bucket_is_full(sandbox: SandboxServer) -> None:
-    """100 calls that share 20 tokens all have one.
+async def test_no_call_is_lost_when_the_bucket_is_empty(sandbox: SandboxServer) -> None:
+    """100 calls that share 20 tokens all have an answer.
 
-    On uvloop the handle of a moment that has come does not tell when it runs.
+    On uvloop the handle of a timer that is due does not expose its time.
     """
     keys = [sandbox.add_key() for _ in range(100)]
     limit = RateLimit(requests=20, period=0.05, pace=None, scope="client")

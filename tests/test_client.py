@@ -1,6 +1,6 @@
-"""`CreditsClient` in virtual time: waiting, retrying, many keys, closing.
+"""`CreditsClient` in virtual time: waiting, retries, many keys, closing.
 
-Sockets have a file of their own.
+Tests over sockets have their own files.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ async def settle() -> None:
 
 
 async def test_a_balance_is_one_request() -> None:
-    """Of a str or an ApiKey."""
+    """The key is a `str` or an `ApiKey`."""
     server = FakeServer()
     async with fake_client(server) as client:
         assert (await client.balance(KEY)).credits == Decimal(9406)
@@ -75,8 +75,10 @@ async def test_a_balance_is_one_request() -> None:
     assert len(server.arrivals) == 3
 
 
-async def test_what_may_pass_is_tried_again_with_backoff(caplog: pytest.LogCaptureFixture) -> None:
-    """Each attempt with a token of its own; the outcome counts them, and the log tells."""
+async def test_transient_failures_are_retried_with_backoff(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each attempt takes a token; the outcome counts the attempts, and the log names them."""
     replies = [BROKEN, lost(APIConnectionError("reset", key_name="k0")), Reply(seconds=99), Reply()]
     server = FakeServer(lambda name, times: replies[times])
     caplog.set_level(logging.INFO, "crustcredits")
@@ -94,8 +96,8 @@ async def test_what_may_pass_is_tried_again_with_backoff(caplog: pytest.LogCaptu
     )
 
 
-async def test_the_last_failure_is_the_error_when_attempts_run_out() -> None:
-    """With the number of attempts on it."""
+async def test_the_last_failure_is_the_error_after_all_attempts() -> None:
+    """The error has the number of attempts."""
     server = FakeServer(lambda name, times: BROKEN)
     async with fake_client(server, retry=Retry(attempts=3)) as client:
         with pytest.raises(InternalServerError) as caught:
@@ -103,8 +105,8 @@ async def test_the_last_failure_is_the_error_when_attempts_run_out() -> None:
     assert caught.value.attempts == len(server.arrivals) == 3
 
 
-async def test_a_key_that_is_not_accepted_is_asked_once() -> None:
-    """Asking again would change nothing."""
+async def test_an_invalid_key_is_not_retried() -> None:
+    """A second attempt would change nothing."""
     server = FakeServer(
         lambda name, times: Reply(status=401, body='{"message": "Invalid API key in request"}')
     )
@@ -114,16 +116,16 @@ async def test_a_key_that_is_not_accepted_is_asked_once() -> None:
     assert (caught.value.attempts, len(server.arrivals)) == (1, 1)
 
 
-async def test_a_refused_key_waits_what_the_server_asked() -> None:
-    """And a jitter more."""
+async def test_a_refused_key_waits_as_long_as_the_server_asks() -> None:
+    """The retry adds a jitter."""
     server = FakeServer(lambda name, times: refusal(7) if times == 0 else Reply())
     async with fake_client(server) as client:
         await client.balance(KEY)
     assert 7 <= server.arrivals[1][0] <= 7.3
 
 
-async def test_a_wait_beyond_the_cap_is_raised_with_the_wait() -> None:
-    """At once: the caller knows better what to do meanwhile."""
+async def test_a_wait_beyond_wait_max_is_raised_with_its_length() -> None:
+    """The error is raised at once, so that the caller can decide."""
     server = FakeServer(lambda name, times: refusal(50))
     async with fake_client(server, retry=Retry(wait_max=30.0)) as client:
         with pytest.raises(RateLimitError) as caught:
@@ -132,8 +134,8 @@ async def test_a_wait_beyond_the_cap_is_raised_with_the_wait() -> None:
     assert now() < 1
 
 
-async def test_a_request_that_never_left_gives_its_token_back() -> None:
-    """A refused connection was not counted by anyone."""
+async def test_an_unsent_request_returns_its_token_at_once() -> None:
+    """The server has not counted a refused connection."""
     server = FakeServer(lambda name, times: lost(APIConnectionError("refused"), Fate.UNSENT))
     async with fake_client(server, retry=Retry(attempts=1)) as client:
         with pytest.raises(APIConnectionError):
@@ -141,8 +143,8 @@ async def test_a_request_that_never_left_gives_its_token_back() -> None:
         assert client.quota().free == 300
 
 
-async def test_an_abandoned_request_keeps_its_token_out_longer() -> None:
-    """By one request timeout, because it may still arrive."""
+async def test_an_abandoned_request_returns_its_token_one_request_timeout_later() -> None:
+    """The request may still arrive."""
     server = FakeServer(lambda name, times: Reply(seconds=99) if times == 0 else Reply())
     limit = RateLimit(requests=1, margin=0.0)
     async with fake_client(server, rate_limit=limit, request_timeout=10.0) as client:
@@ -154,7 +156,7 @@ async def test_an_abandoned_request_keeps_its_token_out_longer() -> None:
 
 
 async def test_a_deadline_that_the_rate_limit_cannot_meet_fails_at_once() -> None:
-    """Without a request, and with the wait it would have been."""
+    """No request is sent, and the error has the wait in seconds."""
     server = FakeServer()
     async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
         await client.balance(KEY)
@@ -167,8 +169,8 @@ async def test_a_deadline_that_the_rate_limit_cannot_meet_fails_at_once() -> Non
     assert len(server.arrivals) == 1
 
 
-async def test_a_deadline_on_the_wire_is_a_timeout() -> None:
-    """Of the caller's time, when that is shorter than a request may take."""
+async def test_a_deadline_during_a_request_is_a_timeout() -> None:
+    """The caller's deadline is shorter than `request_timeout`."""
     async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
         with pytest.raises(APITimeoutError) as caught:
             await client.balance(KEY, timeout=3)
@@ -177,7 +179,7 @@ async def test_a_deadline_on_the_wire_is_a_timeout() -> None:
 
 
 async def test_a_timeout_may_be_a_timedelta() -> None:
-    """As `max_age` may."""
+    """The same holds for `max_age`."""
     async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
         report = await client.check([KEY], timeout=timedelta(seconds=2))
         outcomes = [outcome async for outcome in client.stream([KEY], timeout=timedelta(seconds=3))]
@@ -186,15 +188,15 @@ async def test_a_timeout_may_be_a_timedelta() -> None:
 
 
 async def test_a_deadline_before_the_next_attempt_ends_with_the_last_failure() -> None:
-    """It says more than that time is over, and it says it at once."""
+    """The failure is raised at once."""
     async with fake_client(FakeServer(lambda name, times: refusal(30))) as client:
         with pytest.raises(RateLimitError):
             await client.balance(KEY, timeout=10)
     assert now() < 1
 
 
-async def test_a_retry_that_gets_no_token_in_time_ends_with_the_last_failure() -> None:
-    """A known failure is worth more than an unknown."""
+async def test_a_retry_without_a_token_in_time_ends_with_the_last_failure() -> None:
+    """The failure is more useful than a `RateLimitWaitError`."""
     server = FakeServer(lambda name, times: BROKEN)
     async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
         with pytest.raises(InternalServerError) as caught:
@@ -202,8 +204,8 @@ async def test_a_retry_that_gets_no_token_in_time_ends_with_the_last_failure() -
     assert caught.value.attempts == 1
 
 
-async def test_a_deadline_in_the_wait_for_a_place_on_the_wire_is_no_attempt() -> None:
-    """Its token goes back unused."""
+async def test_a_deadline_in_the_wait_for_a_connection_slot_is_no_attempt() -> None:
+    """The call takes no token."""
     server = FakeServer(lambda name, times: Reply(seconds=0.35))
     async with fake_client(server, concurrency=1) as client:
         first = asyncio.create_task(client.balance(KEY))
@@ -215,8 +217,8 @@ async def test_a_deadline_in_the_wait_for_a_place_on_the_wire_is_no_attempt() ->
         assert client.quota().free == 299
 
 
-async def test_the_clock_of_an_attempt_starts_when_it_may_go_out() -> None:
-    """Waiting for the rate limit and for a place on the wire is not the server's time."""
+async def test_the_request_timeout_starts_when_the_request_is_sent() -> None:
+    """Waiting for the rate limit and for a connection slot is not counted."""
     server = FakeServer(lambda name, times: Reply(seconds=0.9))
     async with fake_client(
         server, concurrency=2, request_timeout=1.0, rate_limit=RateLimit(requests=10)
@@ -226,8 +228,8 @@ async def test_the_clock_of_an_attempt_starts_when_it_may_go_out() -> None:
     assert {outcome.attempts for outcome in report} == {1}
 
 
-async def test_nothing_is_sent_once_the_deadline_is_over() -> None:
-    """Neither without a limit in the way: the rest of a pool is not begun."""
+async def test_no_request_is_sent_after_the_deadline_of_a_check() -> None:
+    """The other keys of the pool fail, even if the rate limit has tokens."""
     server = FakeServer(lambda name, times: Reply(seconds=0.3))
     async with fake_client(server, rate_limit=RateLimit(requests=100_000, pace=None)) as client:
         report = await client.check(keys(2_000), timeout=1)
@@ -240,8 +242,8 @@ async def test_nothing_is_sent_once_the_deadline_is_over() -> None:
     assert len(report.succeeded) == 96
 
 
-async def test_a_deadline_that_comes_before_its_turn() -> None:
-    """The call fails in time: not before, because those ahead might give up."""
+async def test_a_deadline_before_the_calls_turn_fails_at_the_deadline() -> None:
+    """The call does not fail earlier, because calls ahead of it might give up."""
     async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
         others = [asyncio.create_task(client.balance(key)) for key in keys(50)]
         await settle()
@@ -253,8 +255,8 @@ async def test_a_deadline_that_comes_before_its_turn() -> None:
         await asyncio.gather(*others)
 
 
-async def test_turns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """For whoever wonders where time goes, at DEBUG."""
+async def test_the_wait_of_a_request_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """At level DEBUG."""
     caplog.set_level(logging.DEBUG, "crustcredits")
     async with fake_client(FakeServer(), rate_limit=RateLimit(requests=1)) as client:
         await client.check(keys(2))
@@ -264,8 +266,8 @@ async def test_turns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 # --- many keys
 
 
-async def test_outcomes_come_in_the_order_given_however_they_land() -> None:
-    """And each as it lands to the callback."""
+async def test_a_report_has_the_order_of_the_keys_given() -> None:
+    """The callback gets each outcome as it lands."""
     server = FakeServer(
         lambda name, times: Reply(seconds=1 / (1 + int(name[1:])), credits=name[1:])
     )
@@ -279,8 +281,8 @@ async def test_outcomes_come_in_the_order_given_however_they_land() -> None:
     assert landed == [f"k{number}" for number in reversed(range(10))]
 
 
-async def test_a_secret_given_twice_is_asked_once_and_answered_twice() -> None:
-    """Under both names, however far apart they stand."""
+async def test_a_secret_given_twice_is_one_request_and_two_outcomes() -> None:
+    """Each outcome has its own name; the two keys may be far apart."""
     server = FakeServer()
     pool = [ApiKey("s-1", name="a"), *keys(400), ApiKey("s-1", name="b")]
     async with fake_client(server, rate_limit=RateLimit(requests=1000)) as client:
@@ -292,8 +294,8 @@ async def test_a_secret_given_twice_is_asked_once_and_answered_twice() -> None:
     assert report.total_credits == 401 * 9406
 
 
-async def test_one_bad_key_never_sinks_the_rest() -> None:
-    """Whether the server or this side refuses it, and before any request where that is possible."""
+async def test_one_bad_key_never_fails_the_others() -> None:
+    """The server or the client refuses the key; the client does so before any request."""
     server = FakeServer(
         lambda name, times: Reply(status=401, body="{}") if name == "k1" else Reply()
     )
@@ -311,8 +313,8 @@ async def test_one_bad_key_never_sinks_the_rest() -> None:
 
 
 @pytest.mark.parametrize("lone", ["sk-secret-1", b"sk-secret-1", ApiKey("sk-secret-1"), 7])
-async def test_what_is_no_pool_is_refused_before_any_request(lone: Any) -> None:
-    """By `check` and by `stream`, when called."""
+async def test_an_argument_that_is_no_pool_is_refused_before_any_request(lone: Any) -> None:
+    """`check` and `stream` refuse it when called."""
     server = FakeServer()
     async with fake_client(server) as client:
         with pytest.raises(ConfigurationError):
@@ -322,8 +324,8 @@ async def test_what_is_no_pool_is_refused_before_any_request(lone: Any) -> None:
     assert not server.arrivals
 
 
-async def test_a_pool_that_contradicts_itself_is_refused_before_any_request() -> None:
-    """Its report could not be right."""
+async def test_a_pool_with_one_name_for_two_keys_is_refused_before_any_request() -> None:
+    """Its report would be ambiguous."""
     server = FakeServer()
     async with fake_client(server) as client:
         with pytest.raises(ConfigurationError, match="two different keys"):
@@ -331,8 +333,8 @@ async def test_a_pool_that_contradicts_itself_is_refused_before_any_request() ->
     assert not server.arrivals
 
 
-async def test_what_has_not_come_in_time_is_an_outcome_and_what_has_is_kept() -> None:
-    """Queued keys fail at once, those on the wire at the deadline."""
+async def test_keys_without_an_answer_in_time_fail_and_the_other_outcomes_stay() -> None:
+    """Queued keys and keys on the wire have different errors at the deadline."""
     server = FakeServer(lambda name, times: Reply(seconds=99) if name in {"k0", "k7"} else Reply())
     async with fake_client(server, rate_limit=RateLimit(requests=20)) as client:
         report = await client.check(keys(500), timeout=5)
@@ -341,14 +343,14 @@ async def test_what_has_not_come_in_time_is_an_outcome_and_what_has_is_kept() ->
         assert kinds.count(type(None)) == 18
         assert kinds.count(APITimeoutError) == 2
         assert kinds.count(RateLimitWaitError) == 480
-        assert client.quota().in_flight == 2  # what is on the wire is finished all the same
+        assert client.quota().in_flight == 2  # requests on the wire are finished all the same
         await asyncio.sleep(6)
         assert client.quota().in_flight == 0
     assert len(server.arrivals) == 20
 
 
 async def test_the_rate_limit_holds_for_a_pool_larger_than_it() -> None:
-    """1000 keys, 300 a minute: three windows, none fuller than the limit."""
+    """1,000 keys at 300 a minute: three sliding windows, none with more than the limit."""
     draw = random.Random(1)
     server = FakeServer(lambda name, times: Reply(seconds=draw.uniform(0, 0.02)))
     async with fake_client(server) as client:
@@ -360,7 +362,7 @@ async def test_the_rate_limit_holds_for_a_pool_larger_than_it() -> None:
 
 
 async def test_a_key_that_is_always_refused_delays_no_other() -> None:
-    """It waits by itself, while all others are answered."""
+    """The other keys are answered while its call waits."""
     server = FakeServer(lambda name, times: refusal(60) if name == "k0" else Reply())
     async with fake_client(server) as client:
         stream = client.stream(keys(200))
@@ -374,10 +376,10 @@ async def test_a_key_that_is_always_refused_delays_no_other() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["hang", "refused"])
-async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(
+async def test_64_failing_keys_at_the_front_delay_the_first_answer_by_at_most_1_s(
     trouble: str,
 ) -> None:
-    """By no more than a second, with everything at its default."""
+    """With default settings."""
 
     def script(name: str, times: int) -> Reply:
         number = int(name[1:])
@@ -395,16 +397,18 @@ async def test_64_troubled_keys_at_the_front_hardly_delay_the_first_good_answer(
         assert now() <= 1.0
 
 
-async def test_hanging_keys_are_on_the_wire_beside_no_more_than_the_others() -> None:
-    """What hangs is bounded too."""
+async def test_hanging_requests_are_bounded() -> None:
+    """At most nine times `concurrency` requests are on the wire."""
     server = FakeServer(lambda name, times: Reply(seconds=1e6))
     async with fake_client(server, concurrency=4, retry=Retry(attempts=1)) as client:
         await client.check(keys(100))
     assert server.most_on_wire <= 4 * 9
 
 
-async def test_a_bucket_refused_as_a_whole_pauses_for_all(caplog: pytest.LogCaptureFixture) -> None:
-    """When the server counts somebody else's requests too, few more are wasted on it."""
+async def test_refusals_of_all_keys_start_a_cooldown_of_the_endpoint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """If other clients spend the limit, at most 32 requests are sent before it is free again."""
     caplog.set_level(logging.INFO, "crustcredits")
     freed = 20.0
     server = FakeServer(lambda name, times: Reply() if now() >= freed else refusal(freed - now()))
@@ -416,8 +420,8 @@ async def test_a_bucket_refused_as_a_whole_pauses_for_all(caplog: pytest.LogCapt
     assert caplog.text.count("other clients spend the same rate limit") == 1
 
 
-async def test_an_answer_that_is_no_balance_ends_a_pause_too() -> None:
-    """The server served it, so the window has room; but a gateway's failure says nothing."""
+async def test_any_served_answer_ends_a_cooldown() -> None:
+    """The window has room if the server served a 403; a gateway's failure says nothing."""
     for status, seconds in ((403, 5.0), (503, 25.0)):
         began = now()
 
@@ -450,7 +454,7 @@ async def test_scope_key_gives_each_key_its_own_quota() -> None:
 
 
 async def test_the_endpoints_have_a_quota_each() -> None:
-    """As the API's limits are by endpoint."""
+    """The API's limits are per endpoint."""
     async with fake_client(FakeServer()) as client:
         await client.account(KEY)
         assert client.quota(detail=True).free == 299
@@ -458,7 +462,7 @@ async def test_the_endpoints_have_a_quota_each() -> None:
 
 
 async def test_a_callback_that_raises_ends_the_check() -> None:
-    """With its own error, and nothing left over."""
+    """The check raises the callback's exception, and no task is left over."""
 
     def fail(outcome: Outcome[Any]) -> None:
         raise LookupError("no such row")
@@ -466,11 +470,11 @@ async def test_a_callback_that_raises_ends_the_check() -> None:
     async with fake_client(FakeServer()) as client:
         with pytest.raises(LookupError):
             await client.check(keys(50), on_outcome=fail)
-        await asyncio.sleep(0.1)  # what is on the wire is finished
+        await asyncio.sleep(0.1)  # requests on the wire are finished
         assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_coroutine_function_for_a_callback_is_refused() -> None:
+async def test_a_coroutine_function_is_refused_as_on_outcome() -> None:
     """It would never be awaited."""
 
     async def callback(outcome: Outcome[Any]) -> None: ...
@@ -484,7 +488,7 @@ async def test_a_coroutine_function_for_a_callback_is_refused() -> None:
 # --- streams
 
 
-async def test_a_stream_joins_equal_secrets_under_way() -> None:
+async def test_equal_secrets_of_a_stream_share_one_call() -> None:
     """One request, two outcomes."""
     server = FakeServer()
     async with fake_client(server) as client:
@@ -496,8 +500,8 @@ async def test_a_stream_joins_equal_secrets_under_way() -> None:
     assert len(server.arrivals) == 1
 
 
-async def test_a_stream_without_end_is_answered_as_it_comes() -> None:
-    """From an asynchronous source."""
+async def test_an_endless_stream_yields_outcomes_as_keys_arrive() -> None:
+    """The keys come from an asynchronous source."""
 
     async def source() -> AsyncIterator[str]:
         number = 0
@@ -520,7 +524,7 @@ async def test_a_stream_without_end_is_answered_as_it_comes() -> None:
 
 
 async def test_any_asynchronous_iterable_is_a_source() -> None:
-    """Also one that cannot be closed."""
+    """Also an iterable that cannot be closed."""
 
     class Source:
         def __init__(self) -> None:
@@ -539,8 +543,8 @@ async def test_any_asynchronous_iterable_is_a_source() -> None:
         assert len([outcome async for outcome in client.stream(Source())]) == 3
 
 
-async def test_a_streams_timeout_is_for_each_key() -> None:
-    """A source without end has no whole."""
+async def test_the_timeout_of_a_stream_applies_to_each_key() -> None:
+    """A source may be endless, so no timeout covers the whole."""
     server = FakeServer(lambda name, times: Reply(seconds=99) if name == "k1" else Reply())
     async with fake_client(server) as client:
         outcomes = {
@@ -553,11 +557,13 @@ async def test_a_streams_timeout_is_for_each_key() -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(
+async def test_keys_that_wait_for_their_account_delay_no_others_of_a_stream(
     is_async: bool,
 ) -> None:
-    """Nor do those that wait to be tried again: of 8,192 under way 1,024 may wait for something
-    else."""
+    """Neither do keys that wait for a retry.
+
+    Of 8,192 keys under way, 1,024 may wait for something else.
+    """
     read = 0
 
     def source() -> Iterator[ApiKey]:
@@ -583,9 +589,9 @@ async def test_keys_that_wait_for_their_account_hold_up_no_others_of_a_stream(
     assert read < 3_000 + 8_192
 
 
-@pytest.mark.timeout(120)  # it is the number that makes the test, and coverage makes each slow
-async def test_many_keys_are_streamed_in_memory_that_does_not_grow() -> None:
-    """Each is answered once; the peak is that of the keys under way."""
+@pytest.mark.timeout(120)  # the test needs this many keys, and coverage slows each down
+async def test_a_stream_of_many_keys_needs_bounded_memory() -> None:
+    """Each key is answered once; the peak is that of the keys under way."""
     many = 40_000 if searches.extent == "few" else 100_000
     seen = bytearray(many)
 
@@ -627,7 +633,7 @@ class _Unasked(dict[str, int]):
 
 
 async def test_closing_ends_calls_under_way() -> None:
-    """One key, a pool or a stream, wherever they wait; and later calls."""
+    """A single call, a pool or a stream, in every kind of wait; later calls fail too."""
     server = FakeServer(lambda name, times: Reply(seconds=5) if name != "refused" else refusal(40))
     client = fake_client(server, rate_limit=RateLimit(requests=10))
     calls = [
@@ -660,7 +666,7 @@ async def _last(stream: Any) -> Any:
 
 
 async def test_closing_waits_until_the_calls_have_ended() -> None:
-    """So that the session is closed after them; twice at once does no harm."""
+    """The session is closed after them; two `close` calls at once do no harm."""
     server = FakeServer(lambda name, times: Reply(seconds=5))
     client = fake_client(server)
     call = asyncio.create_task(client.balance(KEY))
@@ -671,8 +677,8 @@ async def test_closing_waits_until_the_calls_have_ended() -> None:
         await call
 
 
-async def test_closing_and_cancelling_in_one_moment_is_a_cancellation() -> None:
-    """The caller's own wish is not lost, and nothing of the client's is left on his task."""
+async def test_a_cancellation_while_the_client_closes_stays_a_cancellation() -> None:
+    """The client leaves no cancellation of its own on the caller's task."""
     client = fake_client(FakeServer(lambda name, times: Reply(seconds=5)))
     counts: list[int] = []
 
@@ -695,8 +701,8 @@ async def test_closing_and_cancelling_in_one_moment_is_a_cancellation() -> None:
     assert counts == [1]
 
 
-async def test_closing_leaves_nothing_on_the_callers_task() -> None:
-    """Its cancellation is taken back, so that a timeout of the caller's still works."""
+async def test_closing_leaves_no_cancellation_on_the_callers_task() -> None:
+    """A timeout of the caller's own still works afterwards."""
     client = fake_client(FakeServer(lambda name, times: Reply(seconds=5)))
 
     async def caller() -> int:
@@ -716,7 +722,7 @@ async def test_closing_leaves_nothing_on_the_callers_task() -> None:
 
 
 async def test_closing_ends_a_stream_that_waits_for_its_source() -> None:
-    """Nothing is under way then but the stream itself."""
+    """Nothing else is under way then."""
 
     async def source() -> AsyncIterator[str]:
         yield "secret-1"
@@ -734,9 +740,12 @@ async def test_closing_ends_a_stream_that_waits_for_its_source() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_keys_of_a_pool_whose_turn_did_not_come_are_told_so() -> None:
-    """Beside those that were answered, and when their time is over: a request on the wire may
-    return its token at any moment."""
+async def test_keys_of_a_pool_without_a_turn_fail_at_the_deadline() -> None:
+    """The other keys have their answers.
+
+    The queued keys do not fail earlier, because a request on the wire may return its token at any
+    moment.
+    """
     limit = RateLimit(requests=3, scope="client", pace=None)
     async with fake_client(
         FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit
@@ -749,7 +758,7 @@ async def test_keys_of_a_pool_whose_turn_did_not_come_are_told_so() -> None:
 
 
 async def test_a_pool_waits_without_an_object_for_each_key() -> None:
-    """Only keys whose turn has come are calls."""
+    """A key becomes a call at its turn."""
     async with fake_client(
         FakeServer(lambda name, times: Reply(seconds=0.1)), rate_limit=RateLimit(requests=40)
     ) as client:
@@ -765,10 +774,10 @@ async def test_a_pool_waits_without_an_object_for_each_key() -> None:
     assert waiting < 1_000
 
 
-async def test_one_who_asks_for_a_key_that_waits_in_a_pool_shares_its_call() -> None:
-    """A single call at once, another check when the first one's turn comes.
+async def test_a_caller_for_a_key_that_waits_in_a_pool_shares_its_call() -> None:
+    """A single call shares it at once, another check at the turn of the first one.
 
-    A check that is given up takes nothing away.
+    A cancelled check takes no outcome from the others.
     """
     server = FakeServer(lambda name, times: Reply(seconds=0.01))
     async with fake_client(server, rate_limit=RateLimit(pace=10.0)) as client:
@@ -795,8 +804,8 @@ async def _streamed(client: CreditsClient, pool: list[ApiKey]) -> set[str]:
     return {outcome.key.name async for outcome in client.stream(pool)}
 
 
-async def test_a_check_joins_a_refresh_and_what_becomes_known_meanwhile() -> None:
-    """A key that was answered since the check began is not asked again."""
+async def test_a_check_joins_a_refresh_and_uses_answers_that_arrive_meanwhile() -> None:
+    """A key that was answered since the check began is not asked about again."""
     server = FakeServer(lambda name, times: Reply(seconds=0.01))
     async with fake_client(server, rate_limit=RateLimit(pace=10.0), max_age=60) as client:
         pool = keys(30)
@@ -808,7 +817,7 @@ async def test_a_check_joins_a_refresh_and_what_becomes_known_meanwhile() -> Non
         await asyncio.sleep(100)
         check = asyncio.create_task(client.check(pool, max_age=0))
         await settle()
-        stale = await client.check(pool[:20], stale_while_revalidate=600)  # renewed behind it
+        stale = await client.check(pool[:20], stale_while_revalidate=600)  # then refreshed
         assert len(stale.stale) == 20
         assert (await check).ok
         await asyncio.sleep(100)
@@ -818,8 +827,8 @@ async def test_a_check_joins_a_refresh_and_what_becomes_known_meanwhile() -> Non
         assert {outcome.source for outcome in report} >= {"shared"}
 
 
-async def test_a_single_call_for_a_key_of_a_stream_that_waits_to_be_tried_again_joins_it() -> None:
-    """Its wait goes on, and no longer counts for the stream."""
+async def test_a_single_call_joins_a_call_of_a_stream_that_waits_for_its_retry() -> None:
+    """The wait continues, and no longer counts for the stream."""
     server = FakeServer(lambda name, times: BROKEN if times == 0 else Reply())
     async with fake_client(server, retry=Retry(backoff=5.0)) as client:
         streamed = asyncio.create_task(_streamed(client, keys(1)))
@@ -830,12 +839,12 @@ async def test_a_single_call_for_a_key_of_a_stream_that_waits_to_be_tried_again_
 
 
 @pytest.mark.parametrize("scope", ["client", "key"])
-async def test_no_request_is_sent_in_vain_while_more_is_asked_than_the_limit_allows(
+async def test_under_overload_every_request_sent_is_answered_in_time(
     scope: Any,
 ) -> None:
-    """The call whose turn has come is then always the one that expires next.
+    """The call at its turn is then always the next to expire.
 
-    It leaves its token to one with more time.
+    It leaves its token to a call with more time.
     """
     server = FakeServer(lambda name, times: Reply(seconds=0.1 + int(name[1:]) % 3 / 10))
     answered, pool = [], keys(900)
@@ -856,66 +865,8 @@ async def test_no_request_is_sent_in_vain_while_more_is_asked_than_the_limit_all
     assert len(answered) > 300
 
 
-async def test_a_large_check_joins_another_a_slice_at_a_time() -> None:
-    """Answers that come between two slices count as shared; a failure is asked again."""
-    server = FakeServer(lambda name, times: Reply(status=401) if name == "k1" else Reply())
-    async with fake_client(server, rate_limit=RateLimit(pace=None, requests=5_000)) as client:
-        pool = keys(1_500)
-        first = asyncio.create_task(client.check(pool))
-        await asyncio.sleep(0)
-        second = await client.check(pool[::-1])
-        await first
-    assert len(second.succeeded) == 1_499
-    assert len(server.arrivals) in {1_500, 1_501}
-    assert {outcome.source for outcome in second} >= {"shared"}
-
-
-async def test_closing_ends_a_large_check_between_two_slices() -> None:
-    """It joins no more calls."""
-    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
-        pool = keys(1_500)
-        first = asyncio.create_task(client.check(pool))
-        await settle()
-        second = asyncio.create_task(client.check(pool))
-        for _ in range(4):
-            await asyncio.sleep(0)
-        await client.close()
-        for check in (first, second):
-            with pytest.raises(ClientClosedError):
-                await check
-
-
-async def test_a_check_that_nobody_shares_any_more_takes_its_calls_with_it() -> None:
-    """Another check has asked for its keys, and has left before."""
-    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
-        checks = []
-        for _ in range(2):
-            checks.append(asyncio.create_task(client.check(keys(50))))
-            await settle()
-        for check in reversed(checks):
-            check.cancel()
-            await settle()
-        assert client.quota().waiting == 0
-
-
-async def test_a_quota_counts_keys_of_a_pool_that_wait() -> None:
-    """Those of an account, or one without."""
-    pool = [
-        *keys(20),
-        *(ApiKey(f"s{number}", name=f"n{number}", account="one") for number in range(5)),
-    ]
-    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
-        check = asyncio.create_task(client.check(pool))
-        await settle()
-        assert client.quota(key=pool[10]).waiting == 1
-        assert client.quota(key=pool[-1]).waiting == 5
-        assert client.quota(key="another").waiting == 0
-        check.cancel()
-        await settle()
-
-
-async def test_a_finished_check_is_not_kept() -> None:
-    """Neither its keys nor their outcomes, also where nothing is asked afterwards."""
+async def test_a_finished_check_is_freed() -> None:
+    """Its keys and outcomes are freed, also without further calls."""
     async with fake_client(FakeServer()) as client:
         report = await client.check(keys(20))
         kept = weakref.ref(report)
@@ -925,8 +876,8 @@ async def test_a_finished_check_is_not_kept() -> None:
         assert not [each for each in gc.get_objects() if isinstance(each, PoolCheck)]
 
 
-async def test_many_deadlines_that_are_over_at_once() -> None:
-    """Each is told so."""
+async def test_many_deadlines_at_one_moment_all_expire() -> None:
+    """Each call has its own error."""
     async with fake_client(FakeServer(lambda name, times: Reply(seconds=99))) as client:
         found = await asyncio.gather(
             *(client.balance(key, timeout=1) for key in keys(1_500)), return_exceptions=True
@@ -935,8 +886,8 @@ async def test_many_deadlines_that_are_over_at_once() -> None:
     assert now() < 2
 
 
-async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once() -> None:
-    """Where it is certain; the others are answered."""
+async def test_keys_of_a_pool_that_certainly_miss_the_deadline_fail_at_once() -> None:
+    """The other keys are answered."""
     async with fake_client(
         FakeServer(), rate_limit=RateLimit(requests=2, scope="account", pace=None)
     ) as client:
@@ -950,8 +901,8 @@ async def test_keys_of_a_pool_that_cannot_be_served_in_time_are_refused_at_once(
     assert {type(outcome.error) for outcome in report.failed} == {RateLimitWaitError}
 
 
-async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
-    """No task but for what is on the wire, which is finished; and every token comes home."""
+async def test_cancelling_a_check_leaves_no_task_and_returns_every_token() -> None:
+    """This holds at any moment; requests on the wire are finished."""
     for moment in range(0, 200, 7):
         server = FakeServer(
             lambda name, times: BROKEN if times == 0 and name == "k3" else Reply(seconds=0.5)
@@ -968,15 +919,15 @@ async def test_cancelling_a_check_at_any_point_leaves_nothing_behind() -> None:
             assert len(asyncio.all_tasks()) == 1 + server.on_wire
             quota = client.quota()
             assert (quota.in_flight, quota.waiting) == (server.on_wire, 0)
-            # A gateway may pass on what it has answered with a 503, within the timeout of a
-            # request.
+            # A gateway may forward a request that it has answered with a 503, within the timeout of
+            # a request.
             await asyncio.sleep(0.5 + 5 * 1.005 + 1.0 + 0.001)
             assert len(asyncio.all_tasks()) == 1
             assert client.quota().free == 40
 
 
-async def test_cancelling_one_call_is_no_other_ones_business() -> None:
-    """A cancelled call raises its cancellation, not an error of ours."""
+async def test_cancelling_one_call_affects_no_other() -> None:
+    """A cancelled call raises its cancellation, not an error of the library."""
     async with fake_client(FakeServer(lambda name, times: Reply(seconds=1))) as client:
         one, other = (asyncio.create_task(client.balance(key)) for key in keys(2))
         await asyncio.sleep(0.5)
@@ -986,8 +937,8 @@ async def test_cancelling_one_call_is_no_other_ones_business() -> None:
         assert (await other).credits
 
 
-async def test_a_client_belongs_to_one_loop() -> None:
-    """And says so on another."""
+async def test_a_client_is_refused_on_a_second_loop() -> None:
+    """The error names the remedy."""
     client = fake_client(FakeServer())
     await client.balance(KEY)
     client._loop = asyncio.new_event_loop()
@@ -1020,15 +971,15 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"request_timeout": 10**400}, "request_timeout must be a finite number"),
     ],
 )
-def test_a_client_that_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
-    """When it is made."""
+def test_arguments_that_cannot_be_used_are_refused(options: dict[str, Any], said: str) -> None:
+    """The client is refused when it is made."""
     with pytest.raises(ConfigurationError, match=said):
         CreditsClient(**options)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5", True])
 async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
-    """Anything else is refused before any request."""
+    """Any other value is refused before any request."""
     server = FakeServer()
     async with fake_client(server) as client:
         for call in (client.balance(KEY, timeout=timeout), client.check([KEY], timeout=timeout)):
@@ -1037,13 +988,12 @@ async def test_a_timeout_is_a_number_of_seconds(timeout: Any) -> None:
     assert not server.arrivals
 
 
-# --- what passes by itself
+# --- transient failures
 
 
 @pytest.mark.parametrize("fate", [Fate.UNSENT, Fate.ABANDONED])
 async def test_an_outage_of_three_seconds_is_survived_by_default(fate: Fate) -> None:
-    """Of the network or of name resolution, whatever the jitter draws, where the call has the
-    time."""
+    """An outage of the network or of name resolution, with any jitter, if the call has the time."""
     gone = lost(APIConnectionError("could not connect"), fate)
     for seed in range(200):
         random.seed(seed)
@@ -1054,8 +1004,8 @@ async def test_an_outage_of_three_seconds_is_survived_by_default(fate: Fate) -> 
             assert len(server.arrivals) <= 4
 
 
-async def test_a_short_deadline_is_used_up_by_attempts() -> None:
-    """The fourth is not put off beyond it."""
+async def test_all_attempts_fit_into_a_deadline_of_three_seconds() -> None:
+    """The fourth attempt is not delayed beyond it."""
     for seed in range(50):
         random.seed(seed)
         server = FakeServer(
@@ -1068,8 +1018,8 @@ async def test_a_short_deadline_is_used_up_by_attempts() -> None:
 
 
 @pytest.mark.parametrize("status", [408, 425])
-async def test_a_request_that_came_too_late_or_too_early_is_tried_again(status: int) -> None:
-    """408 and 425; other statuses of that kind are not."""
+async def test_statuses_408_and_425_are_retried(status: int) -> None:
+    """Other statuses of that kind are not."""
     server = FakeServer(
         lambda name, times: Reply(status=status, body="{}") if times == 0 else Reply()
     )
@@ -1082,8 +1032,8 @@ async def test_a_request_that_came_too_late_or_too_early_is_tried_again(status: 
     assert len(server.arrivals) == 1
 
 
-async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
-    """By `Retry-After`, and not by the window's reset."""
+async def test_a_503_with_retry_after_is_retried_after_that_time() -> None:
+    """The window's reset does not count."""
     headers = {"Retry-After": "7", "x-ratelimit-reset": "60"}
     server = FakeServer(
         lambda name, times: Reply(status=503, body="", headers=headers) if times == 0 else Reply()
@@ -1094,8 +1044,8 @@ async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
     assert 7 <= second - first < 7.5
 
 
-async def test_a_wait_of_an_hour_is_raised_at_once() -> None:
-    """With the whole of it, and not with the window's length."""
+async def test_a_retry_after_of_an_hour_is_raised_at_once() -> None:
+    """The error has the whole hour, not the length of the window."""
     server = FakeServer(
         lambda name, times: Reply(
             status=429, body="{}", headers={"Retry-After": "3600", "x-ratelimit-reset": "9"}
@@ -1108,8 +1058,8 @@ async def test_a_wait_of_an_hour_is_raised_at_once() -> None:
     assert (caught.value.retry_after, caught.value.attempts) == (3600, 1)
 
 
-async def test_long_waits_of_three_accounts_hold_back_no_other_for_longer_than_a_period() -> None:
-    """By then every slot of the window is free."""
+async def test_long_waits_of_three_accounts_delay_no_other_by_more_than_a_period() -> None:
+    """After one period every token is back."""
     refused = Reply(status=429, body="{}", headers={"Retry-After": "3600"})
     server = FakeServer(lambda name, times: refused if name in {"k0", "k1", "k2"} else Reply())
     async with fake_client(server, rate_limit=RateLimit(pace=None)) as client:
@@ -1118,8 +1068,8 @@ async def test_long_waits_of_three_accounts_hold_back_no_other_for_longer_than_a
         assert now() < 62
 
 
-async def test_one_answer_with_a_limit_of_one_stops_no_other_account() -> None:
-    """It may be a key's own, or nonsense."""
+async def test_one_answer_with_a_limit_of_1_delays_no_other_account() -> None:
+    """The limit may be the key's own, or wrong."""
     odd = {"x-ratelimit-limit": "1", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "60"}
     usual = {"x-ratelimit-limit": "300", "x-ratelimit-remaining": "250", "x-ratelimit-reset": "60"}
     server = FakeServer(lambda name, times: Reply(headers=odd if name == "k0" else usual))
@@ -1145,8 +1095,8 @@ class Yields:
     "function",
     [Awaits(), Awaits().method, partial(Awaits().method), partial(Awaits()), Yields(), 7],
 )
-async def test_a_coroutine_function_is_no_on_outcome(function: Any) -> None:
-    """However it is written: nobody would await it."""
+async def test_every_kind_of_coroutine_function_is_refused_as_on_outcome(function: Any) -> None:
+    """None of them would be awaited."""
     server = FakeServer()
     async with fake_client(server) as client:
         with pytest.raises(ConfigurationError, match="on_outcome is a plain function"):
@@ -1154,8 +1104,8 @@ async def test_a_coroutine_function_is_no_on_outcome(function: Any) -> None:
     assert server.arrivals == []
 
 
-async def test_a_callable_object_is_an_on_outcome() -> None:
-    """And so is a partial of one."""
+async def test_a_callable_object_is_accepted_as_on_outcome() -> None:
+    """A partial of one is accepted too."""
     seen: list[Any] = []
 
     class Notes:
@@ -1168,11 +1118,10 @@ async def test_a_callable_object_is_an_on_outcome() -> None:
     assert len(seen) == 2
 
 
-async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(
+async def test_the_log_mentions_cached_balances_only_if_there_are_any(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Neither of a call whose last caller left while it was on the wire, nor of an API that is
-    down."""
+    """Neither a call without callers nor an API that is down mentions them otherwise."""
     server = FakeServer(lambda name, times: Reply(seconds=1.0, status=503, body=""))
     async with fake_client(server, retry=Retry(attempts=1)) as client:
         callers = [asyncio.create_task(client.balance(key)) for key in keys(5)]
@@ -1184,8 +1133,10 @@ async def test_nothing_is_logged_of_kept_answers_where_none_is_kept(
         assert "no answer from the API for 3 keys in a row: k" in caplog.text
 
 
-async def test_what_becomes_of_a_kept_answer_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Its refresh fails, and nobody else is told."""
+async def test_a_failed_refresh_of_a_cached_balance_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No caller sees the error of the refresh."""
     server = FakeServer(lambda name, times: Reply(status=503, body="") if times else Reply())
     async with fake_client(server, retry=Retry(attempts=1), stale_while_revalidate=60) as client:
         for _ in range(2):

@@ -1,5 +1,4 @@
-"""Whose context a request runs in, over real sockets: what tracing sees, and task factories that
-run a task at once."""
+"""The context in which a request runs, over sockets: tracing spans and eager task factories."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ COUNT = 50
 
 
 class Tracing:
-    """Spans of the requests of one client, and of who asks."""
+    """Spans of the requests of one client, and of its callers."""
 
     def __init__(self) -> None:
         self.exporter = InMemorySpanExporter()
@@ -30,7 +29,7 @@ class Tracing:
         self.tracer = self.provider.get_tracer("tests")
 
     def spans(self) -> tuple[list[ReadableSpan], dict[int, str]]:
-        """Those of requests, and the names of the others by their ids."""
+        """The spans of requests, and the names of the other spans by their ids."""
         spans = self.exporter.get_finished_spans()
         requests = [span for span in spans if span.name.startswith("GET")]
         others = {
@@ -48,7 +47,7 @@ async def traced(sandbox: SandboxServer) -> AsyncIterator[tuple[Tracing, Credits
     limit = RateLimit(pace=1000.0)
     async with (
         aiohttp.ClientSession(trace_configs=[config]) as session,
-        # Most calls wait for a slot, and the end of another's request starts theirs.
+        # Most calls wait for a connection slot, and the end of another call's request starts them.
         CreditsClient(
             base_url=sandbox.url, session=session, rate_limit=limit, concurrency=4
         ) as client,
@@ -58,14 +57,14 @@ async def traced(sandbox: SandboxServer) -> AsyncIterator[tuple[Tracing, Credits
 
 def parents(requests: list[ReadableSpan], others: dict[int, str]) -> list[str]:
     return [
-        others.get(0 if span.parent is None else span.parent.span_id, "nobody") for span in requests
+        others.get(0 if span.parent is None else span.parent.span_id, "none") for span in requests
     ]
 
 
-async def test_each_request_lies_under_the_span_of_who_asked(
+async def test_each_request_has_the_span_of_its_caller_as_parent(
     sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]
 ) -> None:
-    """Also where another call's end has started it. No span shows a secret."""
+    """Also if the end of another call has started the request. No span shows a secret."""
     tracing, client = traced
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
 
@@ -79,10 +78,10 @@ async def test_each_request_lies_under_the_span_of_who_asked(
     assert not any(key.get_secret_value() in span.to_json() for span in requests for key in keys)
 
 
-async def test_the_requests_of_a_check_lie_under_its_span(
+async def test_the_requests_of_a_check_have_its_span_as_parent(
     sandbox: SandboxServer, traced: tuple[Tracing, CreditsClient]
 ) -> None:
-    """All of them."""
+    """This holds for every key of the pool."""
     tracing, client = traced
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
     with tracing.tracer.start_as_current_span("check"):
@@ -91,13 +90,13 @@ async def test_the_requests_of_a_check_lie_under_its_span(
     assert parents(requests, others) == ["check"] * COUNT
 
 
-# Uvloop 0.22 gives the factory an argument that Python 3.13.0's does not know.
+# uvloop 0.22 passes the factory an argument that Python 3.13.0's factory does not accept.
 @pytest.mark.any_loop
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no eager tasks")
-async def test_a_task_factory_that_runs_tasks_at_once_changes_nothing(
+async def test_an_eager_task_factory_changes_nothing(
     sandbox: SandboxServer,
 ) -> None:
-    """The tasks of requests are not made by it."""
+    """The tasks of requests are not made by the factory."""
     keys = [sandbox.add_key(f"k{number}") for number in range(COUNT)]
     loop = asyncio.get_running_loop()
     loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  # new in Python 3.12

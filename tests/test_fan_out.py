@@ -1,4 +1,4 @@
-"""Fan-out: room, order, endings; in virtual time, with a question that needs no client."""
+"""`FanOut`: room, order and endings, in virtual time, with an `ask` that needs no client."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Asker:
 
 
 def begins(ask: Callable[[Key], Coroutine[Any, Any, Outcome[Any]]]) -> Ask:
-    """The same without a coroutine: what comes of a key lands."""
+    """The same as a callback function: the outcome of a key lands."""
 
     def begin(key: Key, land: Land) -> Callable[[], None]:
         def on_done(task: asyncio.Task[Outcome[Any]]) -> None:
@@ -66,7 +66,7 @@ def begins(ask: Callable[[Key], Coroutine[Any, Any, Outcome[Any]]]) -> Ask:
 
 
 async def tasks() -> int:
-    """How many there are when those that were cancelled have ended."""
+    """The number of tasks once the cancelled ones have ended."""
     for _ in range(3):
         await asyncio.sleep(0)
     return len(asyncio.all_tasks())
@@ -76,8 +76,8 @@ async def names(stream: Any) -> list[str]:
     return [outcome.key.name async for outcome in stream]
 
 
-async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
-    """Room bounds the tasks, not the number of keys."""
+async def test_every_key_has_an_outcome_with_at_most_room_keys_under_way() -> None:
+    """`room` bounds the tasks, not the number of keys."""
     ask = Asker()
     assert sorted(await names(FanOut(begins(ask), room=4).outcomes(iter(keys(10))))) == [
         f"k{number}" for number in range(10)
@@ -87,13 +87,13 @@ async def test_every_key_is_answered_with_no_more_than_room_under_way() -> None:
     assert await tasks() == 1
 
 
-async def test_no_keys_no_outcomes() -> None:
-    """An empty source ends at once."""
+async def test_an_empty_source_yields_no_outcomes() -> None:
+    """The fan-out ends at once."""
     assert await names(FanOut(begins(Asker()), room=4).outcomes(iter([]))) == []
 
 
-async def test_a_slow_consumer_holds_back_the_asking() -> None:
-    """Outcomes that nobody has taken yet count too, so memory stays bounded."""
+async def test_a_slow_consumer_delays_further_keys() -> None:
+    """Outcomes that have not been taken count against `room`, so memory stays bounded."""
     ask = Asker(seconds=0.0)
     stream = FanOut(begins(ask), room=4).outcomes(iter(keys(100)))
     async with aclosing(stream):
@@ -102,8 +102,8 @@ async def test_a_slow_consumer_holds_back_the_asking() -> None:
         assert len(ask.asked) == 5
 
 
-async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
-    """Nothing that was asked is lost, and the caller sees his own error."""
+async def test_an_exception_of_the_source_is_raised_after_the_keys_under_way() -> None:
+    """No outcome is lost, and the caller gets the exception of the source."""
 
     def source() -> Iterator[Key]:
         yield from keys(2)
@@ -117,8 +117,8 @@ async def test_a_source_that_raises_ends_it_after_those_already_asked() -> None:
     assert await tasks() == 1
 
 
-async def test_an_asynchronous_source_is_read_as_it_comes() -> None:
-    """Outcomes come out while the next key is still awaited."""
+async def test_an_asynchronous_source_is_read_while_outcomes_are_yielded() -> None:
+    """Outcomes are yielded while the next key is still awaited."""
 
     async def source() -> AsyncGenerator[Key, None]:
         for key in keys(3):
@@ -139,7 +139,7 @@ async def test_leaving_early_cancels_and_awaits_the_rest() -> None:
 
 
 async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
-    """At whatever point."""
+    """This holds at any moment of the fan-out."""
     for moment in (0.0, 0.5, 1.0, 1.5):
         ask = Asker()
         consumer = asyncio.create_task(names(FanOut(begins(ask), room=10).outcomes(iter(keys(50)))))
@@ -151,8 +151,8 @@ async def test_cancelling_the_consumer_cancels_and_awaits_the_rest() -> None:
         assert ask.under_way == 0
 
 
-async def test_what_a_question_raises_ends_it_all() -> None:
-    """Asking answers with outcomes; an exception is no outcome but the end."""
+async def test_an_exception_that_lands_ends_the_fan_out() -> None:
+    """Failures of a key are outcomes; an exception is none."""
 
     async def ask(key: Key) -> Outcome[Balance]:
         await asyncio.sleep(0 if key.name == "k3" else 9)
@@ -163,8 +163,8 @@ async def test_what_a_question_raises_ends_it_all() -> None:
     assert await tasks() == 1
 
 
-async def test_what_asking_raises_at_once_ends_it_all() -> None:
-    """Such as a client that is closed."""
+async def test_an_exception_that_ask_raises_ends_the_fan_out() -> None:
+    """A closed client raises in this way."""
 
     def ask(key: Key, land: Land) -> Callable[[], None]:
         raise RuntimeError("closed")
@@ -174,8 +174,8 @@ async def test_what_asking_raises_at_once_ends_it_all() -> None:
     assert await tasks() == 1
 
 
-async def test_what_lands_at_once_is_an_outcome_like_any_other() -> None:
-    """It may be known already."""
+async def test_an_outcome_that_lands_at_once_is_yielded() -> None:
+    """A cached outcome lands in this way."""
 
     def ask(key: Key, land: Land) -> Callable[[], None]:
         assert isinstance(key, ApiKey)
@@ -186,11 +186,10 @@ async def test_what_lands_at_once_is_an_outcome_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("kind", [LookupError, asyncio.CancelledError])
-async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseException]) -> None:
-    """Whatever it raises, also a cancellation that it met inside.
-
-    And those already asked come first.
-    """
+async def test_an_exception_of_an_asynchronous_source_ends_the_fan_out(
+    kind: type[BaseException],
+) -> None:
+    """A cancellation inside the source counts too, and the keys under way land first."""
 
     async def source() -> AsyncGenerator[Key, None]:
         yield keys(1)[0]
@@ -203,7 +202,7 @@ async def test_an_asynchronous_source_that_raises_ends_it(kind: type[BaseExcepti
     assert await tasks() == 1
 
 
-async def test_a_question_that_ends_cancelled_ends_it_all() -> None:
+async def test_a_cancelled_call_ends_the_fan_out() -> None:
     """Its key has no outcome, and no key is left out silently."""
 
     async def ask(key: Key) -> Outcome[Balance]:
@@ -216,8 +215,8 @@ async def test_a_question_that_ends_cancelled_ends_it_all() -> None:
     assert await tasks() == 1
 
 
-async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
-    """A database cursor in it must not stay open."""
+async def test_an_asynchronous_source_is_closed_on_every_exit() -> None:
+    """A database cursor in the source must not stay open."""
     closed: list[int] = []
 
     async def source() -> AsyncGenerator[str, None]:
@@ -238,8 +237,8 @@ async def test_an_asynchronous_source_is_closed_however_it_ends() -> None:
     assert await tasks() == 1
 
 
-async def test_what_ends_it_from_outside_comes_even_while_the_source_is_awaited() -> None:
-    """Such as the client's closing."""
+async def test_end_interrupts_the_wait_for_an_asynchronous_source() -> None:
+    """Closing the client ends a fan-out in this way."""
 
     async def source() -> AsyncGenerator[Key, None]:
         await asyncio.sleep(3600)
