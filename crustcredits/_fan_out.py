@@ -48,7 +48,7 @@ class FanOut:
         self._ask = ask
         self._deadline = math.inf if deadline is None else deadline
         self._room = room
-        self._open = 0  # keys without an outcome taken
+        self._open = 0  # keys until their outcome is taken
         self._parked = 0  # of these, the keys that do not count against `room`
         self._landed: deque[Outcome[Any] | BaseException] = deque()
         self._under_way: dict[int, Callable[[], None]] = {}  # gives up each key

@@ -277,7 +277,7 @@ class SingleFlight:
     def known(
         self, path: str, key: ApiKey | UnusableKey, freshness: CachePolicy
     ) -> Outcome[Any] | None:
-        """A cached outcome that is young enough, or None. A stale one is refreshed meanwhile."""
+        """A cached outcome young enough, or None; a stale one is refreshed in the background."""
         if freshness is NEW or isinstance(key, UnusableKey):
             return None
         place = path, key.digest
