@@ -865,6 +865,64 @@ async def test_under_overload_every_request_sent_is_answered_in_time(
     assert len(answered) > 300
 
 
+async def test_a_large_check_joins_another_a_slice_at_a_time() -> None:
+    """Answers that arrive between two slices count as shared; a failure is asked again."""
+    server = FakeServer(lambda name, times: Reply(status=401) if name == "k1" else Reply())
+    async with fake_client(server, rate_limit=RateLimit(pace=None, requests=5_000)) as client:
+        pool = keys(1_500)
+        first = asyncio.create_task(client.check(pool))
+        await asyncio.sleep(0)
+        second = await client.check(pool[::-1])
+        await first
+    assert len(second.succeeded) == 1_499
+    assert len(server.arrivals) in {1_500, 1_501}
+    assert {outcome.source for outcome in second} >= {"shared"}
+
+
+async def test_closing_ends_a_large_check_between_two_slices() -> None:
+    """The check joins no more calls."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
+        pool = keys(1_500)
+        first = asyncio.create_task(client.check(pool))
+        await settle()
+        second = asyncio.create_task(client.check(pool))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        await client.close()
+        for check in (first, second):
+            with pytest.raises(ClientClosedError):
+                await check
+
+
+async def test_a_cancelled_check_takes_its_unshared_calls_with_it() -> None:
+    """Another check has shared them before, and was cancelled first."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
+        checks = []
+        for _ in range(2):
+            checks.append(asyncio.create_task(client.check(keys(50))))
+            await settle()
+        for check in reversed(checks):
+            check.cancel()
+            await settle()
+        assert client.quota().waiting == 0
+
+
+async def test_a_quota_counts_waiting_keys_of_a_pool() -> None:
+    """Keys of a declared account, and keys without one."""
+    pool = [
+        *keys(20),
+        *(ApiKey(f"s{number}", name=f"n{number}", account="one") for number in range(5)),
+    ]
+    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
+        check = asyncio.create_task(client.check(pool))
+        await settle()
+        assert client.quota(key=pool[10]).waiting == 1
+        assert client.quota(key=pool[-1]).waiting == 5
+        assert client.quota(key="another").waiting == 0
+        check.cancel()
+        await settle()
+
+
 async def test_a_finished_check_is_freed() -> None:
     """Its keys and outcomes are freed, also without further calls."""
     async with fake_client(FakeServer()) as client:

@@ -61,6 +61,7 @@ class CircuitBreaker:
         "_answered",
         "_disappointed",
         "_in_a_row",
+        "_is_announced",
         "_next_probe",
         "_path",
         "_probe",
@@ -78,6 +79,7 @@ class CircuitBreaker:
         self._in_a_row = 0
         self._row_began = 0.0
         self.is_open = False
+        self._is_announced = False  # whether the log says that it is open
         self._status = 0  # HTTP status of the last gateway answer
         self._next_probe = 0.0
         # Keys with a failed probe, and the time until which each of them stands back.
@@ -136,8 +138,9 @@ class CircuitBreaker:
         self._disappointed = 0
         if not self._in_a_row:
             return
-        if self._in_a_row >= _THRESHOLD - 1 and self._status:
-            _log.info("%s: the API answers again", self._path)
+        if self._is_announced:
+            _log.info("%s: circuit breaker closed: the API answers again", self._path)
+        self._is_announced = False
         self._in_a_row = self.failed_probes = self._status = 0
         self.is_open = False
         self._probe = None
@@ -167,6 +170,7 @@ class CircuitBreaker:
         elif self._in_a_row < _THRESHOLD:
             return
         elif not self.failed_probes:
+            self._is_announced = True
             _log.warning(
                 "%s: circuit breaker open: a gateway answered %d requests in a row in the "
                 "API's place; only probes are sent until the API answers one; "

@@ -91,14 +91,14 @@ class Bar(Progress):
             redirect_stdout=False,
         )
         self._client, self._run = client, run
-        self.total_line = len(set(run.pool))
-        self._task = self.add_task("", total=self.total_line)
+        self._count = len(set(run.pool))
+        self._task = self.add_task("", total=self._count)
         self.move()
 
     def move(self) -> None:
         """Show the outcomes so far."""
         quota = self._client.quota(detail=self._run.detail)
-        remaining = self.total_line - len(self._run.landed)
+        remaining = self._count - len(self._run.landed)
         to_come = max(0, remaining - quota.waiting - quota.in_flight)
         held = quota.waiting + to_come if quota.waiting else 0
         end = self.get_time() + quota.start_of(quota.waiting + to_come)

@@ -3,7 +3,6 @@
 `pool` makes the answers, in the models of `schemas`.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -25,9 +24,6 @@ from crustcredits.fastapi.schemas import (
     PoolResponse,
     ProblemResponse,
 )
-
-_log = logging.getLogger("crustcredits")
-
 
 # --- the router
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -13,13 +12,11 @@ from redis.exceptions import RedisError
 
 from crustcredits._errors import ConfigurationError
 from crustcredits._validation import check_kind, check_number, hides_arguments
-from crustcredits.redis.coordinator import Coordinator, _hidden
+from crustcredits.redis.coordinator import Coordinator, hidden_name
 from crustcredits.redis.shared_tokens import SharedTokens, Terms
 
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"
-
-_log = logging.getLogger("crustcredits")
 
 
 class RedisBuckets:
@@ -102,7 +99,7 @@ class RedisBuckets:
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         """The tokens of one bucket: see `TokenStore`."""
-        return self._link.tokens(f"{self._prefix}{path}{_hidden(whose)}", limit)
+        return self._link.tokens(f"{self._prefix}{path}{hidden_name(whose)}", limit)
 
     async def close(self) -> None:
         """Report what is still queued, if Redis is reachable, and close connections opened here.

@@ -317,7 +317,7 @@ def _read(answers: Any, buckets: int) -> list[list[int]]:
     return rows
 
 
-def _hidden(whose: str | bytes | None) -> str:
+def hidden_name(whose: str | bytes | None) -> str:
     """Hash the tokens' owner for a key name: SHA-256 of an account name or of a key's digest."""
     if whose is None:
         return ""

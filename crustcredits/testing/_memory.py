@@ -114,7 +114,7 @@ def fake_client(
     options of `CreditsClient`; the API has the limit of `rate_limit`. The circuit breaker waits as
     it does in service: `Fault.CHALLENGE` takes seconds for several keys, and for a key that is
     checked again and again. An ordered refusal asks for a wait of up to a minute, which delays the
-    next call for the key; `api.fail(key, Fault.REFUSED, retry_after=0)` does not.
+    next call for the key; `api.fail(key, Fault.REFUSED, retry_after=1)` makes it 1 s.
 
     Raises:
         ConfigurationError: A label or an amount cannot be used, or keys of one account have

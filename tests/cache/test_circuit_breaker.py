@@ -201,7 +201,7 @@ async def test_one_probe_at_a_time_tests_whether_the_api_answers_again(
             assert (await client.check(pool)).ok, (
                 "all calls wait for the probe, which is one of them"
             )
-    assert "/user/credits: the API answers again" in caplog.text
+    assert "/user/credits: circuit breaker closed: the API answers again" in caplog.text
 
 
 @pytest.mark.virtual

@@ -763,7 +763,7 @@ async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
 
 
 def test_which_calls_certainly_start_after_a_deadline() -> None:
-    """Those of an account without a token or in a cooldown, and all behind an empty common bucket."""
+    """Calls of an account without a token or in a cooldown, and all behind an empty bucket."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="account"), pace=None), Flow()
     for name in ("spent", "cooling", "on the wire"):
         scheduler.put(call(name, flow))
