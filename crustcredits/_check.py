@@ -119,7 +119,7 @@ class PoolCheck:
             self._give_up()
             if timer is not None:
                 timer.cancel()
-        await self._fail_late()
+        await self._fail_late(self._first.values())
         self._report()
         return cast("list[Outcome[Any]]", self._landed)
 
@@ -160,11 +160,17 @@ class PoolCheck:
                 place for place in places if self._calls.is_asked(self._path, self._usable[place])
             ]
             places = sorted(set(places).difference(joins))
+        hopeless: list[int] = []
         if self._deadline < math.inf:
-            places = self._refuse_hopeless(places)
+            keys = [self._usable[place] for place in places]
+            hopeless = [
+                places[number] for number in self._calls.hopeless(self._path, keys, self._deadline)
+            ]
+            places = sorted(set(places).difference(hopeless)) if hopeless else places
         if places:
             self._waiting = _Waiting(self, self._path, array("I", places))
             self._calls.enter_pool(self._waiting)
+        await self._fail_late(hopeless)
         for number, place in enumerate(joins, start=1):
             if number % _SLICE == 0:
                 self._report()
@@ -197,24 +203,6 @@ class PoolCheck:
         self._begun[place] = waiter
         return waiter
 
-    def _refuse_hopeless(self, places: list[int]) -> list[int]:
-        """Fail the keys that certainly have no turn before the deadline.
-
-        Returns the places of the other keys.
-        """
-        hopeless = set(
-            self._calls.hopeless(
-                self._path, [self._usable[place] for place in places], self._deadline
-            )
-        )
-        for number in hopeless:
-            self._take_for_all(places[number], self._too_late(places[number]))
-        return (
-            [place for number, place in enumerate(places) if number not in hopeless]
-            if hopeless
-            else places
-        )
-
     async def _wait(self) -> None:
         """Wait for all outcomes; after the deadline, only for the calls that had begun."""
         while self._error is None:
@@ -242,12 +230,14 @@ class PoolCheck:
             for waiter in begun:
                 waiter.give_up()
 
-    async def _fail_late(self) -> None:
-        """Fail the keys that had no turn before the deadline."""
-        for place in self._first.values():
+    async def _fail_late(self, places: Iterable[int]) -> None:
+        """Fail the keys that have no turn before the deadline."""
+        failed = 0
+        for place in places:
             if self._landed[place] is None:
                 self._take_for_all(place, self._too_late(place))
-                if place % _SLICE == _SLICE - 1:
+                failed += 1
+                if failed % _SLICE == 0:
                     self._report()
                     await asyncio.sleep(0)
 

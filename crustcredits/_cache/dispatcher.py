@@ -234,6 +234,7 @@ class Dispatcher:
         self._timer: asyncio.Handle | None = None
         self._due: float | None = None  # time of the timer; uvloop's handles do not expose it
         self._admitting = self._stopped = False
+        self._pauses = False  # until the timer runs, which is due
 
     # --- calls
 
@@ -417,7 +418,7 @@ class Dispatcher:
 
     def _admit(self, now: float | None = None) -> None:
         """Send every attempt that may start now, and set the timer for the next one."""
-        if self._admitting or self._stopped:
+        if self._admitting or self._stopped or self._pauses:
             return
         self._admitting = True
         try:
@@ -428,6 +429,8 @@ class Dispatcher:
                 moment, is_more = self._start_all(now)
                 if not is_more:
                     break
+            # The rest in the next iteration of the loop, so that other tasks run meanwhile.
+            self._pauses = moment <= now
             if self._later:
                 moment = min(moment, self._later[0][0])
             if moment < math.inf or self._timer is not None:
@@ -450,21 +453,20 @@ class Dispatcher:
                     self._send(granted, now)
                     continue
                 if isinstance(granted, Call):
-                    self._not_sent(cast("ApiCall", granted), scheduler, now)
+                    self._not_sent(cast("ApiCall", granted), now)
                     is_more, not_sent = True, not_sent + 1
                     continue
                 busy.remove(scheduler)
                 if granted is not None:
                     moment = min(moment, granted)
-        # The rest in the next iteration of the loop, so that other tasks run meanwhile.
         return (now, False) if busy else (moment, is_more)
 
-    def _not_sent(self, call: ApiCall, scheduler: Scheduler, now: float) -> None:
+    def _not_sent(self, call: ApiCall, now: float) -> None:
         """Handle a granted call that is not sent: too late, or the circuit breaker is open."""
-        if scheduler.is_late(call, now) or scheduler.is_hopeless(call, now):
-            call.on_late()
-        else:
+        if self._is_barred(call.path, call, now):
             self._ask(call, now)
+        else:
+            call.on_late()
 
     def _set_timer(self, moment: float, now: float) -> None:
         if self._due is not None and self._due <= moment < math.inf:
@@ -478,6 +480,7 @@ class Dispatcher:
 
     def _on_timer(self) -> None:
         self._timer = self._due = None
+        self._pauses = False
         self._admit()
 
     def _send(self, request: Attempt, now: float) -> None:

@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -389,7 +390,16 @@ class SingleFlight:
         early, pool.early = pool.early, {}
         for call in early.values():
             call.early = None
-            self._dispatcher.enter(call)
+        self._enter(deque(early.values()))
+
+    def _enter(self, calls: deque[SharedCall]) -> None:
+        """Queue calls whose pool has gone and that others await, a slice at a time."""
+        for _ in range(min(_FEW, len(calls))):
+            call = calls.popleft()
+            if self._is_under_way(call):
+                self._dispatcher.enter(call)
+        if calls:
+            asyncio.get_running_loop().call_soon(self._enter, calls)
 
     def take_turn(
         self,
@@ -522,6 +532,11 @@ class SingleFlight:
         """End all waiters: their deadlines come before an answer could."""
         for waiter in tuple(call.waiters):
             self._time_out(call, waiter)
+        if self._is_under_way(call) and call.task is None:
+            # A waiter that was cancelled in this very iteration of the loop has not left yet.
+            call.waiters.clear()
+            call.wanted = False
+            self._drop(call)
 
     # --- waiters
 
@@ -567,8 +582,9 @@ class SingleFlight:
                 waiter.call = call
             self._dispatcher.enter(call)
         else:
+            deadline = patience.deadline
+            call.deadline = max(call.deadline, deadline) if call.waiters else deadline
             call.waiters[waiter] = patience
-            call.deadline = max(call.deadline, patience.deadline)
             if isinstance(waiter, FanOutWaiter):
                 waiter.call = call
             if patience.deadline < math.inf:
@@ -731,7 +747,7 @@ def _why_late(call: SharedCall, patience: WaitTerms, earliest: float) -> CrustCr
         last = copy.copy(call.last)
         last.attempts = call.attempts
         return last
-    return _late_turn(call.api_key, earliest - patience.began)
+    return _late_turn(call.api_key, max(earliest, patience.deadline) - patience.began)
 
 
 def _late_turn(key: ApiKey, wait: float) -> RateLimitWaitError:

@@ -334,8 +334,13 @@ class FairQueue:
         return self.length
 
     @property
+    def foreground(self) -> int:
+        """The number of foreground calls."""
+        return self.length - self._in_background
+
+    @property
     def has_foreground(self) -> bool:
-        """Whether a foreground call is among them; `pop` takes these first."""
+        """Whether it has foreground calls; `pop` takes these first."""
         return self.length > self._in_background
 
     def of_account(self, account: Hashable, *, background: bool) -> int:

@@ -468,7 +468,19 @@ class Scheduler:
         if left <= 0:
             return True
         needed = min(_ANSWERS * (self._slots.usual or 0.0), _SHORT)
-        return left < needed and (self._ready.has_foreground or self._waits_for_common)
+        return left < needed and self._is_scarce(needed, now)
+
+    def _is_scarce(self, seconds: float, now: float) -> bool:
+        """Whether more foreground calls wait than could start in these seconds."""
+        if self._common_waiting[Kind.SINGLE].length or self._common_waiting[Kind.MANY].length:
+            return True
+        room = self._slots.free
+        if self._counts_common:
+            room = min(room, self._common_room(Kind.SINGLE, now))
+        rate = self._pace.current(now)
+        if rate is not None:
+            room = min(room, math.ceil(rate * seconds))
+        return self._ready.foreground >= max(1, room)
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
         """The numbers of the calls that certainly do not start before the deadline."""
@@ -601,7 +613,7 @@ class Scheduler:
 
         An account that takes longer goes to the end, so that it delays no other.
         """
-        for _ in range(len(self._idle)):
+        for _ in range(min(_LOOKS, len(self._idle))):
             name, account = self._idle[0]
             assert account.idles_at is not None, "it is among them"
             if account.idles_at > now:
@@ -804,11 +816,14 @@ class Scheduler:
         heapq.heappush(self._moments, (-math.inf, next(self._ids), account))
 
     def _next_kind(
-        self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int
+        self, waiting: Sequence[FairQueue], rooms: Sequence[int], called: int, in_background: int
     ) -> Kind | None:
         """The kind of the next call to let out: single ones and others in turn, refreshes last."""
+        # A background call that was let out may have to wait; it keeps no foreground call waiting.
+        foreground = called - in_background
         single, many = (
-            waiting[kind].length > 0 and rooms[kind] > called for kind in (Kind.SINGLE, Kind.MANY)
+            waiting[kind].length > 0 and rooms[kind] > foreground
+            for kind in (Kind.SINGLE, Kind.MANY)
         )
         if single and not (many and self._last_let_out is Kind.SINGLE):
             self._last_let_out = Kind.SINGLE
@@ -832,7 +847,7 @@ class Scheduler:
         if account.waiting is None or not account.waiters:
             return
         rooms = [self._account_room(account, kind, now) for kind in Kind]
-        while (kind := self._next_kind(account.waiting, rooms, account.called)) is not None:
+        while (kind := self._next_kind(account.waiting, rooms, account.called, 0)) is not None:
             call = account.waiting[kind].pop()
             self._park(call, -1)
             call.called = _BY_ACCOUNT
@@ -867,7 +882,11 @@ class Scheduler:
         if not self._waits_for_common:
             return
         rooms = [self._common_room(kind, now) for kind in Kind]
-        while (kind := self._next_kind(self._common_waiting, rooms, self._called)) is not None:
+        while (
+            kind := self._next_kind(
+                self._common_waiting, rooms, self._called, self._called_in_background
+            )
+        ) is not None:
             call = self._common_waiting[kind].pop()
             call.called = _BY_COMMON
             self._called += 1

@@ -791,7 +791,7 @@ def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> No
     late, other = call("late", Flow()), call("other", Flow())
     late.deadline = 10.3
     for others in (True, False):
-        scheduler = scheduler_of(SchedulerTerms(requests=5, scope="client"), pace=None)
+        scheduler = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None)
         scheduler.put(first := call("first", Flow()))
         (request,) = started(scheduler, 0.0)
         scheduler.ended(request, OK, 0.2)  # so a usual answer takes 0.2 s
