@@ -928,6 +928,20 @@ async def test_calls_that_others_share_go_on_when_their_check_is_cancelled() -> 
     assert len(server.arrivals) < 1_600
 
 
+async def test_two_large_checks_are_cancelled_at_once() -> None:
+    """Calls that the second one shared, and that were to be queued again, are dropped."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
+        checks = []
+        for _ in range(2):
+            checks.append(asyncio.create_task(client.check(keys(1_500))))
+            for _ in range(8):
+                await asyncio.sleep(0)
+        for check in checks:
+            check.cancel()
+        await settle()
+        assert client.quota().waiting == 0
+
+
 async def test_a_waiter_that_joins_while_a_late_call_is_refused_is_served() -> None:
     """The only waiter was cancelled in the same iteration, and another one joins."""
     server = FakeServer(lambda name, times: Reply(seconds=0.3))
