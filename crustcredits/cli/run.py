@@ -32,7 +32,7 @@ class Run:
     ) -> None:
         self.pool = pool
         self.landed: dict[ApiKey | UnusableKey, Outcome[Balance]] = {}
-        self.interrupted = False
+        self.interrupted: bool = False
         self.detail = detail
         self._timeout, self._lines = timeout, lines
         self._bar: Bar | None = None

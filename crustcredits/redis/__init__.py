@@ -7,11 +7,11 @@ Start reading in `shared_tokens.py`, which does no I/O; `coordinator.py` sends i
 
 try:
     from crustcredits.redis.buckets import RedisBuckets
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "redis":
+except ModuleNotFoundError as _missing:
+    if (_missing.name or "").partition(".")[0] != "redis":
         raise
     raise ImportError(
         "crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'"
-    ) from error
+    ) from _missing
 
 __all__ = ["RedisBuckets"]

@@ -52,13 +52,14 @@ class Coordinator:
     terms: Terms
 
     def __init__(self, client: Any, *, owned: bool, marker: str, raises: bool) -> None:
-        self.degraded = self.settled = False
-        self.settles_at = 0.0
+        self.degraded: bool = False
+        self.settled: bool = False
+        self.settles_at: float = 0.0
         self._client = client
         self._owned = owned
         self._marker = marker
         self._raises = raises
-        self.closed = False
+        self.closed: bool = False
         self._all: WeakSet[SharedTokens] = WeakSet()
         self._in_hand: set[SharedTokens] = set()  # buckets with granted tokens that wait for use
         # Buckets with something to report, each with its latest time.

@@ -21,8 +21,8 @@ class LocalTokens:
     __slots__ = ("_capacity", "_counted", "_home", "free", "in_flight")
 
     def __init__(self, limit: int) -> None:
-        self.free = limit
-        self.in_flight = 0
+        self.free: int = limit
+        self.in_flight: int = 0
         self._capacity = limit
         self._counted = 0
         # Return times of used tokens that are not in flight, ascending.

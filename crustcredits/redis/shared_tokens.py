@@ -218,10 +218,10 @@ class SharedTokens:
             self._link.say(self, at_once=True)
         return mark
 
-    def end(self, home: float) -> None:
-        """End one attempt; its token returns at `home`."""
-        self._own.end(home)
-        ended = self._on_wire.popleft().number, home
+    def end(self, when: float) -> None:
+        """End one attempt; its token returns at `when`."""
+        self._own.end(when)
+        ended = self._on_wire.popleft().number, when
         self._ended.append(ended)
         if not self._link.degraded:
             self._unreported.append(ended)
