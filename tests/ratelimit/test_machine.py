@@ -933,7 +933,12 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
         lambda self, *rest, **how: None,
         "end no trial",
     ),
-    "R6 no hold": (EndpointCooldown, "refused", _never_held, "run of refusals starts no cooldown"),
+    "R6 no hold": (
+        EndpointCooldown,
+        "refused",
+        _never_held,
+        "run of refusals starts no cooldown|a flow was passed over",
+    ),
     "R6 probes": (Attempt, "leave_trial", lambda self: None, "left over"),
     "R6 spared": (scheduler_module, "_SPARED", 10**6, "cost a call no attempt"),
     "R7 pace": (pace, "_limiter", lambda rate: _LIMITER(10 * rate), "pace is exceeded"),
