@@ -40,18 +40,14 @@ from crustcredits._http.retry import Retry, asked_wait, retry_delay
 from crustcredits._http.transport import Failure, Fate, Transport
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import (
-    Attempt,
-    AttemptResult,
-    Scheduler,
-    SchedulerTerms,
-    local_bucket,
-)
-from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
+from crustcredits._ratelimit.scheduler import Scheduler
+from crustcredits._ratelimit.terms import SchedulerTerms
+from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_bucket
 
 if TYPE_CHECKING:
     from crustcredits._ratelimit.config import RateLimit

@@ -55,8 +55,7 @@ class Call:
         was_asked: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
-        called: Whether it was let out of its account's queue (1) or of the common bucket's (2), and
-            has not started since.
+        let_out_of: The token queue that has let it out, while it has not started since.
         deadline: When the last of its waiters leaves.
     """
 
@@ -64,10 +63,10 @@ class Call:
         "_index",
         "_pool",
         "account",
-        "called",
         "deadline",
         "flow",
         "key",
+        "let_out_of",
         "queue",
         "spared",
         "was_asked",
@@ -82,7 +81,7 @@ class Call:
         self.flow = flow
         self.was_asked = False
         self.spared = 0
-        self.called = 0
+        self.let_out_of: object | None = None
         self.deadline = math.inf
         self.queue: FairQueue | None = None
 

@@ -6,7 +6,8 @@ A value: methods take the time as `now`, and no caller waits in it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeAlias
 
 # Most returning tokens that the distance between refreshes is computed from.
 _LOOKS = 100
@@ -159,3 +160,13 @@ def refresh_gap(bucket: Bucket, now: float, period: float, kept: int) -> float:
     step = 1 + len(returns) // _LOOKS
     gap = period / max(1, bucket.limit - kept)
     return max([gap, *(returns[place] / (spare + place) for place in range(0, len(returns), step))])
+
+
+MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]
+
+
+def local_bucket(
+    whose: Hashable | None, limit: int, wake: Callable[[Hashable | None], None]
+) -> Bucket:
+    """Tokens that are counted in this process."""
+    return TokenBucket(limit)

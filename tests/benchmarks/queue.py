@@ -13,10 +13,12 @@ import time
 from collections import deque
 from functools import partial
 
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
+from crustcredits._ratelimit.scheduler import Scheduler
+from crustcredits._ratelimit.terms import SchedulerTerms
 from tests.benchmarks._measure import (
     Benchmark,
     Bound,

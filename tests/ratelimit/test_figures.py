@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import pytest
 
-from crustcredits._ratelimit.scheduler import SchedulerTerms
+from crustcredits._ratelimit.terms import SchedulerTerms
 from tests.ratelimit.worlds import (
     Client,
     Counter,

@@ -30,16 +30,25 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from crustcredits._ratelimit import connection_slots, fair_queue, pace
-from crustcredits._ratelimit import scheduler as scheduler_module
+from crustcredits._ratelimit import (
+    connection_slots,
+    fair_queue,
+    feedback,
+    pace,
+    permits,
+    reserve,
+)
 from crustcredits._ratelimit.advertised_limit import AdvertisedLimit
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Trial
 from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
+from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.scope_detection import ScopeDetection
+from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
+from crustcredits._ratelimit.token_queue import AccountQueue, CommonQueue
 from crustcredits._ratelimit.witnesses import LAG, WITNESSES, Witnesses
 from tests import searches
 from tests.ratelimit.servers import EPSILON, Rules, Window
@@ -482,7 +491,7 @@ class Machine(RuleBasedStateMachine):
         self.at(back, partial(self.end, request, answer))
 
     def end(self, request: Attempt, answer: AttemptResult) -> None:
-        before, common = self.scheduler._cooldown.trial, self.scheduler._common
+        before, common = self.scheduler.cooldown.trial, self.common
         holds, rate = (0 if before is None else before.holds), self.pace.current(self.now)
         out = common.limit - common.room(self.now, 0)
         spared = self.scheduler.ended(request, answer, self.now)
@@ -495,7 +504,7 @@ class Machine(RuleBasedStateMachine):
         else:
             self.unserved.append((self.now, request.call.account))
         self.learn(request, answer, before)
-        trial = self.scheduler._cooldown.trial
+        trial = self.scheduler.cooldown.trial
         if (
             rate is not None
             and trial is not None
@@ -551,8 +560,8 @@ class Machine(RuleBasedStateMachine):
 
         Flows take turns, and in a flow accounts take turns, unless a trial draws among them.
         """
-        ready, flow = self.scheduler._ready, request.call.flow
-        ahead = sum(map(len, self.scheduler._common_waiting))
+        ready, flow = self.scheduler.ready, request.call.flow
+        ahead = len(self.scheduler.permits.common)
         waiting = {
             each: length
             for each, length in ready.lengths().items()
@@ -580,8 +589,8 @@ class Machine(RuleBasedStateMachine):
 
         Ten requests can witness before the last tenth of the common bucket is given.
         """
-        buckets: list[Bucket] = [self.scheduler._common] if request.common is not None else []
-        if request.account.shared:
+        buckets: list[Bucket] = [self.common] if request.common is not None else []
+        if request.account.is_shared:
             buckets.append(request.account.bucket)
         for bucket in buckets if request.kind is not Kind.SINGLE else ():
             kept = min(bucket.limit - 1, math.ceil(self.reserve * bucket.limit))
@@ -589,14 +598,14 @@ class Machine(RuleBasedStateMachine):
                 bucket.room(self.now, 0) >= kept,
                 "a token of the reserve for single calls was taken",
             )
-        limit = self.scheduler._common.limit
+        limit = self.common.limit
         most = limit - min(limit - 1, math.ceil(self.reserve * limit))
         if self.terms.scope == "auto" and most > 11:
             witnesses = sum(
                 end <= self.now - LAG and start >= self.now - PERIOD
                 for start, end, _ in self.served
             )
-            left = self.scheduler._common.room(self.now, 0)
+            left = self.common.room(self.now, 0)
             self.demand(
                 witnesses >= WITNESSES or left >= math.ceil(most / 10),
                 "the last tenth was given before ten requests could witness",
@@ -663,13 +672,13 @@ class Machine(RuleBasedStateMachine):
         )
         if is_plain and self.terms.scope == "client" and self.server.scope == "together":
             self.demand(
-                self.scheduler._common.limit == min(limit, self.requests),
+                self.common.limit == min(limit, self.requests),
                 "a lower limit was not followed",
             )
 
     def learn(self, request: Attempt, answer: AttemptResult, before: Trial | None) -> None:
         """Follow the trial: note the effect of an answer on it."""
-        trial = self.scheduler._cooldown.trial
+        trial = self.scheduler.cooldown.trial
         if trial is not self.trial:
             self.trial, self.refused_probes, self.served_probes = trial, 0, 0
         if answer.is_served:
@@ -690,10 +699,10 @@ class Machine(RuleBasedStateMachine):
 
     def check_that_no_admissible_call_waits(self) -> None:
         """Without a trial, a foreground call starts if a slot, tokens and the pace allow it."""
-        scheduler, now = self.scheduler, self.now
+        scheduler, permits, now = self.scheduler, self.scheduler.permits, self.now
         grace = MOMENT + GROUP / (self.pace.current(now) or math.inf)
         if (
-            scheduler._cooldown.trial is not None
+            scheduler.cooldown.trial is not None
             or self.moment <= now + grace
             or self.pace.wait(now) is not None
         ):
@@ -703,7 +712,7 @@ class Machine(RuleBasedStateMachine):
         if prompt >= self.slots.count or len(self.on_wire) >= ON_WIRE * self.slots.count:
             return
         for kind in (Kind.SINGLE, Kind.MANY):
-            if scheduler._counts_common and scheduler._common_room(kind, now) <= 0:
+            if permits.counts_common and permits.common.room(kind, now) <= 0:
                 continue
             waiting = {
                 call.account
@@ -715,9 +724,14 @@ class Machine(RuleBasedStateMachine):
                     pool.account_of(number) for pool in self.pools for number in pool.numbers()[:1]
                 )
             for name in waiting:
-                account = scheduler._accounts.get(name)
-                has_room = account is None or scheduler._account_room(account, kind, now) > 0
+                account = permits.accounts.find(name)
+                has_room = account is None or account.room(kind, now) > 0
                 self.demand(not has_room, "an admissible call was left over")
+
+    @property
+    def common(self) -> Bucket:
+        """The tokens of all accounts together."""
+        return self.scheduler.permits.common.bucket
 
     def note_predictions(self) -> None:
         """Note the predicted earliest start of some accounts."""
@@ -759,7 +773,7 @@ class Machine(RuleBasedStateMachine):
         self.check_that_nothing_is_left_over()
 
     def check_that_nothing_is_left_over(self) -> None:
-        scheduler = self.scheduler
+        scheduler, common = self.scheduler, self.scheduler.permits.common
         quota = scheduler.quota(None, self.now)
         self.demand(
             (quota.free, quota.in_flight, quota.waiting, quota.refreshing)
@@ -770,14 +784,13 @@ class Machine(RuleBasedStateMachine):
             self.demand(quota.limit == self.requests, "a wrong limit was left over")
         self.demand(not self.events, "a timer was left over")
         self.demand(
-            (scheduler._called, scheduler._refreshing, len(self.slots), scheduler._parked)
-            == (0, 0, 0, {}),
+            (common.let_out, common.refreshes_let_out, len(self.slots)) == (0, 0, 0),
             "a queue entry was left over",
         )
-        self.demand(not len(scheduler._ready), "a queue entry was left over")
-        self.demand(not any(map(len, scheduler._common_waiting)), "a queue entry was left over")
-        self.demand(len(scheduler._accounts) <= 1, "an account was left over")
-        self.demand(scheduler._cooldown.trial is None, "a trial was left over")
+        self.demand(not len(scheduler.ready), "a queue entry was left over")
+        self.demand(not len(scheduler.permits.common), "a queue entry was left over")
+        self.demand(len(scheduler.permits.accounts) <= 1, "an account was left over")
+        self.demand(scheduler.cooldown.trial is None, "a trial was left over")
 
 
 def _rules(name: str, requests: int, scope: Any) -> Rules:
@@ -880,7 +893,7 @@ def _polls(self: Scheduler, now: float) -> Attempt | Call | float | None:
     granted = _GRANT(self, now)
     return (
         min(granted or math.inf, now + 0.01)
-        if not isinstance(granted, (Attempt, Call)) and self._waits_for_common
+        if not isinstance(granted, (Attempt, Call)) and self.permits.common.has_waiters
         else granted
     )
 
@@ -919,8 +932,13 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
         lambda self, used, own, *rest: used <= own,
         "more than the limit",
     ),
-    "R4 tenth": (Scheduler, "_tenth", lambda self, now: 0, "before ten requests could witness"),
-    "R5 reserve": (Scheduler, "_kept", lambda self, bucket: 0, "reserve for single calls"),
+    "R4 tenth": (CommonQueue, "_tenth", lambda self, now: 0, "before ten requests could witness"),
+    "R5 reserve": (
+        reserve,
+        "kept_for_singles",
+        lambda bucket, share: 0,
+        "reserve for single calls",
+    ),
     "R6 no trial": (
         EndpointCooldown,
         "refused",
@@ -940,13 +958,13 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
         "run of refusals starts no cooldown|a flow was passed over",
     ),
     "R6 probes": (Attempt, "leave_trial", lambda self: None, "left over"),
-    "R6 spared": (scheduler_module, "_SPARED", 10**6, "cost a call no attempt"),
+    "R6 spared": (feedback, "_SPARED", 10**6, "cost a call no attempt"),
     "R7 pace": (pace, "_limiter", lambda rate: _LIMITER(10 * rate), "pace is exceeded"),
     "R7 cut": (Pace, "cut", lambda self, now: None, "does not cut the pace"),
     "R8 believed": (AdvertisedLimit, "hear", _believes, "that the counts contradict"),
     "R8 not believed": (AdvertisedLimit, "hear", _believes_nothing, "was not followed"),
     "R9 earliest": (
-        scheduler_module,
+        permits,
         "_sure",
         _sure_but_for_the_wire,
         "before its predicted earliest start",
@@ -959,8 +977,8 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "R10 all may hang": (connection_slots, "HANGING_SHARE", 10**6, "more requests on the wire"),
     "R10 more than slots": (connection_slots, "_PATIENCE", 0.1, "more requests than slots"),
-    "R11 accounts": (Scheduler, "_release", lambda self, account, now: None, "left over"),
-    "R11 common": (Scheduler, "_release_common", lambda self, now: None, "left over"),
+    "R11 accounts": (AccountQueue, "release", lambda self, now: iter(()), "left over"),
+    "R11 common": (CommonQueue, "release", lambda self, now: iter(()), "left over"),
     "R11 polls": (Scheduler, "grant", _polls, "the scheduler polls"),
 }
 # The kinds of server that show a broken rule, where not all do.

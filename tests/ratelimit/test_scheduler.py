@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
+from crustcredits._ratelimit.scheduler import Scheduler
+from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
 from tests.ratelimit.worlds import (
@@ -296,13 +298,13 @@ async def test_a_call_that_is_given_up_makes_room_for_the_next() -> None:
     scheduler.remove(calls[1], 1.0)
     scheduler.ended(first, OK, 1.0)
     assert scheduler.grant(1.0) == pytest.approx(61.3)
-    assert not calls[2].called
+    assert calls[2].let_out_of is None
     (second,) = started(scheduler, 61.4)
     assert second.call is calls[2]
     # The next token lets out the last call. Before it starts it is given up, and the token is free
     # for another.
     scheduler.ended(second, AttemptResult(status=None, unsent=True), 62.0)
-    assert calls[3].called
+    assert calls[3].let_out_of is scheduler.permits.common
     scheduler.remove(calls[3], 62.0)
     another = call("e", flow)
     scheduler.put(another)
@@ -517,7 +519,7 @@ async def test_an_account_is_forgotten_after_a_last_answer_that_was_a_refusal() 
         scheduler.put(call(name, flow))
         for request in started(scheduler, at):
             scheduler.ended(request, OK, at + 0.1)
-    assert len(scheduler._accounts) == 1
+    assert len(scheduler.permits.accounts) == 1
 
 
 @pytest.mark.virtual
@@ -563,10 +565,10 @@ async def test_idle_accounts_are_forgotten() -> None:
     """When their tokens are back and no cooldown is on."""
     client = Client(Server(lambda scope: Sliding(300), by_key), SchedulerTerms())
     await client.check(keys(200))
-    assert len(client.scheduler._accounts) == 200
+    assert len(client.scheduler.permits.accounts) == 200
     await asyncio.sleep(65)
     await client.check(keys(1, "other"))
-    assert len(client.scheduler._accounts) == 1
+    assert len(client.scheduler.permits.accounts) == 1
 
 
 @pytest.mark.virtual

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import attrs
 
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
-from crustcredits._ratelimit.scheduler import Attempt, AttemptResult, Scheduler, SchedulerTerms
+from crustcredits._ratelimit.scheduler import Scheduler
+from crustcredits._ratelimit.terms import SchedulerTerms
 from tests.virtual import now
 
 Key = tuple[str, str]  # its name, and the account that it declares

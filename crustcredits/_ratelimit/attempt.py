@@ -1,0 +1,82 @@
+"""`Attempt`: a request on the wire; and `AttemptResult`: how it ended."""
+
+from __future__ import annotations
+
+import attrs
+
+from crustcredits._ratelimit.cooldown import Trial
+from crustcredits._ratelimit.fair_queue import Call, Kind
+from crustcredits._ratelimit.token_queue import AccountQueue
+
+
+@attrs.define(eq=False)
+class Attempt:
+    """A request on the wire, which holds a token of each bucket that may count it."""
+
+    call: Call
+    kind: Kind
+    started: float
+    own: int  # the account's mark
+    common: int | None
+    trial: Trial | None
+    first: bool
+    in_trial: bool
+    account: AccountQueue
+
+    def leave_trial(self) -> None:
+        """Stop counting as a probe on the wire: the request has ended, or hangs."""
+        if self.in_trial and self.trial is not None:
+            self.trial.on_wire -= 1
+            self.in_trial = False
+
+
+@attrs.frozen(kw_only=True)
+class AttemptResult:
+    """How a request ended, as far as admission is concerned.
+
+    Attributes:
+        status: The HTTP status; None without an answer.
+        is_html: Whether the body is no JSON object: then something in front of the API answered.
+        limit: The limit that the answer states, or None.
+        remaining: The rest of that limit that the answer states, or None.
+        wait: Seconds that a refusal asks to wait, or None.
+        unsent: Whether the request certainly never left.
+    """
+
+    status: int | None
+    is_html: bool = False
+    limit: int | None = None
+    remaining: int | None = None
+    wait: float | None = None
+    unsent: bool = False
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the API itself answered, and did not refuse or fail."""
+        return (
+            self.status is not None
+            and not self.is_html
+            and self.status < 500
+            and self.status not in {408, 429}
+        )
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the request was refused: a 429, or a 503 that asks for a wait."""
+        return self.status == 429 or (self.status == 503 and self.wait is not None)
+
+    @property
+    def may_come_late(self) -> bool:
+        """Whether the server may count the request later than its end.
+
+        True without an answer, and for the answer of a gateway, which may pass the request on
+        later.
+        """
+        return self.status in {None, 408, 502, 503, 504} or (self.is_html and self.status != 429)
+
+    @property
+    def used(self) -> int | None:
+        """Requests that the server has counted, according to the answer."""
+        if self.limit is None or self.remaining is None or self.remaining > self.limit:
+            return None
+        return self.limit - self.remaining

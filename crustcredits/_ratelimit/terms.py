@@ -1,0 +1,32 @@
+"""`SchedulerTerms`: the settings that the scheduler of an endpoint keeps to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class SchedulerTerms:
+    """Settings of a scheduler, derived from `RateLimit`.
+
+    Attributes:
+        requests: Requests that the server allows in any one period, within one scope.
+        period: Seconds after its end for which a request counts, the margin included.
+        window: Seconds for which the server counts a request, without the margin.
+        late: Most seconds that a request takes, and most seconds after which an abandoned one may
+            still arrive.
+        scope: The scope that the server counts by; with `"auto"` all together, except where a proof
+            shows otherwise.
+        reserve: The share of a bucket's tokens that only single calls may take.
+        adopts: Which other limit is followed when the server states one: a lower one, any, or none.
+    """
+
+    requests: int = 300
+    period: float = 60.3
+    window: float = 60.0
+    late: float = 10.0
+    scope: Literal["auto", "client", "account"] = "auto"
+    reserve: float = 0.0
+    adopts: Literal["lower", "any", "never"] = "lower"

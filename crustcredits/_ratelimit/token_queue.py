@@ -1,0 +1,303 @@
+"""`TokenQueue`: the tokens of one scope, and the calls that wait for them.
+
+The scope is one account (`AccountQueue`), or all accounts together (`CommonQueue`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+
+from crustcredits._ratelimit import reserve
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Kind, PoolFlow
+from crustcredits._ratelimit.scope_detection import ScopeDetection
+from crustcredits._ratelimit.terms import SchedulerTerms
+from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
+
+# The share of the common bucket that is not given before ten requests can witness; a smaller bucket
+# keeps no such share.
+_TENTH = 0.1
+_SMALLEST_WITH_A_TENTH = 11
+
+
+class TokenQueue(ABC):
+    """The tokens of one scope, and the calls that wait for them, by kind.
+
+    A call that is let out goes back to the queue of ready calls, and stands for a token until it
+    starts or is dropped. Otherwise each answer would let another call out for the same token.
+
+    Args:
+        bucket: The tokens.
+        terms: The settings of the scheduler.
+
+    Attributes:
+        bucket: The tokens.
+        let_out: Foreground calls that were let out and have not started.
+        refreshes_let_out: Background calls likewise.
+        has_waiters: Whether calls have begun to wait since the queue was last found empty.
+        timer: The next moment at which it lets calls out.
+    """
+
+    __slots__ = (
+        "_last",
+        "_queues",
+        "_reserve",
+        "bucket",
+        "has_waiters",
+        "let_out",
+        "refreshes_let_out",
+        "timer",
+    )
+
+    def __init__(self, bucket: Bucket, terms: SchedulerTerms) -> None:
+        self.bucket = bucket
+        self.let_out = self.refreshes_let_out = 0
+        self.has_waiters = False
+        self.timer = -math.inf
+        self._reserve = terms.reserve
+        self._queues: Sequence[FairQueue] = ()  # by kind, once a call has waited
+        self._last = Kind.MANY  # the kind of the foreground call that was let out last
+
+    def __len__(self) -> int:
+        """How many calls wait."""
+        return sum(map(len, self._queues))
+
+    @property
+    def reserve(self) -> float:
+        """The share of the tokens that only single calls may take."""
+        return self._reserve
+
+    @property
+    def queues(self) -> Sequence[FairQueue]:
+        """The waiting calls by kind; empty before the first."""
+        return self._queues
+
+    @abstractmethod
+    def room(self, kind: Kind, now: float) -> int:
+        """How many calls of this kind may take a token now."""
+
+    @abstractmethod
+    def next_room(self, now: float) -> float | None:
+        """When a waiting call may take a token; None if another event has to happen first.
+
+        Also tells the bucket how many calls wait.
+        """
+
+    def waiting(self, kind: Kind) -> int:
+        """How many calls of this kind wait."""
+        return self._queues[kind].length if self._queues else 0
+
+    def waits_before(self, kind: Kind) -> bool:
+        """Whether a call of a better kind waits."""
+        return any(queue.length for queue in self._queues[:kind])
+
+    def holds(self, call: Call) -> bool:
+        """Whether a call waits here."""
+        return call.queue is not None and call.queue in self._queues
+
+    def push(self, call: Call) -> None:
+        """Let a call wait."""
+        self._of_kind(call.flow.kind).push(call)
+
+    def push_pool(self, pool: PoolFlow) -> None:
+        """Let all numbers of a pool wait."""
+        self._of_kind(pool.kind).push_pool(pool)
+
+    def drain(self) -> Iterator[Call]:
+        """Take out all waiting calls."""
+        for queue in self._queues:
+            while queue.length:
+                yield queue.pop()
+
+    def release(self, now: float) -> Iterator[Call]:
+        """Take out the calls for which there is room."""
+        rooms = [self.room(kind, now) for kind in Kind]
+        while (kind := self._next_kind(rooms)) is not None:
+            call = self._queues[kind].pop()
+            call.let_out_of = self
+            if kind is Kind.BACKGROUND:
+                self.refreshes_let_out += 1
+            else:
+                self.let_out += 1
+            yield call
+
+    def take_back(self, call: Call) -> bool:
+        """Note that a call does not stand for a token any more.
+
+        Returns whether it was let out of this queue.
+        """
+        if call.let_out_of is not self:
+            return False
+        call.let_out_of = None
+        if call.flow.kind is Kind.BACKGROUND:
+            self.refreshes_let_out -= 1
+        else:
+            self.let_out -= 1
+        return True
+
+    def space_refreshes(self, now: float, period: float) -> None:
+        """Note that a refresh has taken a token: the next one may take one a little later."""
+        kept = reserve.kept_from(Kind.BACKGROUND, self.bucket, self.reserve)
+        self.bucket.next_refresh = now + refresh_gap(self.bucket, now, period, kept)
+
+    def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
+        """The kind of the next call to let out: single ones and others in turn, refreshes last.
+
+        A background call that was let out may have to wait; it keeps no foreground call waiting.
+        """
+        single, many = (
+            self.waiting(kind) > 0 and rooms[kind] > self.let_out
+            for kind in (Kind.SINGLE, Kind.MANY)
+        )
+        if single and not (many and self._last is Kind.SINGLE):
+            self._last = Kind.SINGLE
+            return Kind.SINGLE
+        if many:
+            self._last = Kind.MANY
+            return Kind.MANY
+        out = self.let_out + self.refreshes_let_out
+        if self.waiting(Kind.BACKGROUND) and rooms[Kind.BACKGROUND] > out:
+            return Kind.BACKGROUND
+        return None
+
+    def _of_kind(self, kind: Kind) -> FairQueue:
+        self.has_waiters = True
+        if not self._queues:
+            self._queues = tuple(FairQueue() for _ in Kind)
+        return self._queues[kind]
+
+
+class AccountQueue(TokenQueue):
+    """The tokens of one account, and the calls that only they stop.
+
+    Args:
+        name: The account; for a key without a declared account the key itself.
+        key: The first key that asked for its tokens.
+        bucket: The tokens.
+        terms: The settings of the scheduler.
+
+    Attributes:
+        name: The account.
+        key: The first key.
+        is_shared: Whether calls of several keys have asked for its tokens. A check may take all
+            tokens of an account that is not: its calls are of one key.
+        refreshing: Background calls on the wire.
+        cools_until: No call starts before this time, because a call was refused.
+        idles_at: When it is checked again whether the account can be forgotten; None if no check is
+            planned.
+    """
+
+    __slots__ = ("cools_until", "idles_at", "is_shared", "key", "name", "refreshing")
+
+    def __init__(
+        self, name: Hashable, key: Hashable, bucket: Bucket, terms: SchedulerTerms
+    ) -> None:
+        super().__init__(bucket, terms)
+        self.name = name
+        self.key = key
+        self.is_shared = False
+        self.refreshing = 0
+        self.cools_until = -math.inf
+        self.idles_at: float | None = None
+
+    @property
+    def reserve(self) -> float:
+        """As for `TokenQueue`; 0 where all calls are of one key."""
+        return self._reserve if self.is_shared else 0.0
+
+    def room(self, kind: Kind, now: float) -> int:
+        """As for `TokenQueue`."""
+        if now < self.cools_until:
+            return 0
+        if kind is not Kind.BACKGROUND and not self._reserve:  # the usual case, at its price
+            return self.bucket.room(now, 0)
+        kept = reserve.kept_from(kind, self.bucket, self.reserve)
+        return reserve.room(kind, self.bucket, kept, now)
+
+    def next_room(self, now: float) -> float | None:
+        """As for `TokenQueue`."""
+        moments: list[float | None] = []
+        for kind in Kind:
+            if not self.waiting(kind):
+                continue
+            if now < self.cools_until:
+                moments.append(self.cools_until)
+                break
+            kept = reserve.kept_from(kind, self.bucket, self.reserve)
+            if not moments:
+                self.bucket.want(len(self), kept)
+            moments.append(reserve.room_at(kind, self.bucket, kept, now))
+        return min((each for each in moments if each is not None), default=None)
+
+
+class CommonQueue(TokenQueue):
+    """The tokens of all accounts together, and the calls that only they stop.
+
+    Args:
+        bucket: The tokens.
+        terms: The settings of the scheduler.
+        scope: The evidence about the scope that the server counts by.
+    """
+
+    __slots__ = ("_scope", "_withholds")
+
+    def __init__(self, bucket: Bucket, terms: SchedulerTerms, scope: ScopeDetection) -> None:
+        super().__init__(bucket, terms)
+        self._scope = scope
+        self._withholds = terms.scope == "auto"
+
+    def room(self, kind: Kind, now: float) -> int:
+        """As for `TokenQueue`."""
+        kept = reserve.kept_from(kind, self.bucket, self._reserve)
+        free = reserve.room(kind, self.bucket, kept, now)
+        if free > 0 and (tenth := self._tenth(now)):
+            return reserve.room(kind, self.bucket, kept + tenth, now)
+        return free
+
+    def admits(self, call: Call, now: float) -> bool:
+        """Whether a call may take a token now, ahead of no call that waits or was let out."""
+        kind = call.flow.kind
+        if call.let_out_of is not self and (
+            self.waiting(kind) or (self.let_out and self.room(kind, now) <= self.let_out)
+        ):
+            return False
+        # Usually so much is free that the tokens kept for witnesses, which cost more to find out,
+        # do not matter.
+        if kind is not Kind.BACKGROUND:
+            kept = reserve.kept_from(kind, self.bucket, self._reserve) if self._reserve else 0
+            free = self.bucket.room(now, kept)
+            if free <= 0 or free > 1 + self.bucket.limit * _TENTH:
+                return free > 0
+        return self.room(kind, now) > 0
+
+    def next_room(self, now: float) -> float | None:
+        """As for `TokenQueue`."""
+        moments: list[float | None] = []
+        tenth, kept_by_best = self._tenth(now), None
+        if tenth:
+            moments.append(self._scope.can_witness_at(now))
+        for kind in Kind:
+            if not self.waiting(kind):
+                continue
+            kept = reserve.kept_from(kind, self.bucket, self._reserve)
+            if kept_by_best is None:
+                kept_by_best = kept + tenth
+            if tenth and self.bucket.room(now, kept) > 0:
+                kept += tenth
+            moments.append(reserve.room_at(kind, self.bucket, kept, now))
+        self.bucket.want(len(self), kept_by_best or 0)
+        return min((each for each in moments if each is not None), default=None)
+
+    def _tenth(self, now: float) -> int:
+        """Tokens that no call takes before ten requests can witness.
+
+        A proof is always possible so. A bucket that other processes share keeps none: they would
+        leave none to a process that cannot prove anything yet.
+        """
+        if not self._withholds or self.bucket.is_shared:
+            return 0
+        most = self.bucket.limit - reserve.kept_for_singles(self.bucket, self._reserve)
+        if most <= _SMALLEST_WITH_A_TENTH or self._scope.can_witness(now):
+            return 0
+        return math.ceil(most * _TENTH)
