@@ -16,14 +16,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
+from crustcredits._cache.lookup import FanOutWaiter, Lookup
 from crustcredits._cache.policy import NEW, CachePolicy
-from crustcredits._cache.single_flight import (
-    FanOutWaiter,
-    Pool,
-    SharedCall,
-    SingleFlight,
-    WaitTerms,
-)
+from crustcredits._cache.shared_call import Pool, SharedCall, WaitTerms
 from crustcredits._errors import ConfigurationError
 from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
@@ -59,10 +54,10 @@ class PoolCheck:
     The class has many methods because the queue and the waiters call back into one shared state.
 
     Args:
-        calls: The calls to join or to open.
+        lookup: Answers from the cache, and from calls to join or to open.
         path: The endpoint.
         pool: The keys. Several may be names of one secret.
-        freshness: How old answers may be.
+        policy: How old answers may be.
         deadline: When all outcomes must be there, in seconds of the running loop's clock; None for
             no bound.
         on_outcome: Called with each outcome as it lands.
@@ -70,30 +65,30 @@ class PoolCheck:
 
     def __init__(
         self,
-        calls: SingleFlight,
+        lookup: Lookup,
         path: str,
         pool: Sequence[Key],
         *,
-        freshness: CachePolicy,
+        policy: CachePolicy,
         deadline: float | None,
         on_outcome: Callable[[Outcome[Any]], object] | None,
     ) -> None:
-        self._calls = calls
+        self._lookup, self._calls = lookup, lookup.calls
         self._path = path
         self._keys = pool
-        # The same keys: only places that hold an `ApiKey` are read from it.
+        # The same keys: only indexes that hold an `ApiKey` are read from it.
         self._usable = cast("Sequence[ApiKey]", pool)
-        self._freshness = freshness
+        self._policy = policy
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
         self._began = asyncio.get_running_loop().time()
         self._patience = WaitTerms(self._began, self._deadline, falls_back=False)
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
-        self._first: dict[bytes, int] = {}  # the first place of each secret
-        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # its other places
+        self._first: dict[bytes, int] = {}  # the first index of each secret
+        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # its other indexes
         # Outcomes for which `on_outcome` is still due.
         self._reported: deque[Outcome[Any]] = deque()
-        self._begun: dict[int, FanOutWaiter] = {}  # places that await their outcome
+        self._begun: dict[int, FanOutWaiter] = {}  # indexes that await their outcome
         self._joins = Flow()  # of joined calls that had no waiter before
         self._waiting: _Waiting | None = None  # keys that wait for their turn
         self._waiter: asyncio.Future[None] | None = None
@@ -129,78 +124,80 @@ class PoolCheck:
         self._wake()
 
     async def _take_known(self) -> list[int]:
-        """Take the cached outcomes, and return the places of the other keys, each secret once."""
+        """Take the cached outcomes, and return the indexes of the other keys, each secret once."""
         unknown: list[int] = []
-        asks = self._freshness is NEW
-        for place, key in enumerate(self._keys):
-            if place % _SLICE == _SLICE - 1:
+        asks = self._policy is NEW
+        for index, key in enumerate(self._keys):
+            if index % _SLICE == _SLICE - 1:
                 self._report()
                 await asyncio.sleep(0)
             if isinstance(key, UnusableKey):
-                self._take(place, Unknown(key=key, error=key.error))
+                self._take(index, Unknown(key=key, error=key.error))
                 continue
-            outcome = None if asks else self._calls.known(self._path, key, self._freshness)
+            outcome = None if asks else self._lookup.known(self._path, key, self._policy)
             if outcome is not None:
-                self._take(place, outcome)
-            elif self._first.setdefault(key.digest, place) == place:
-                unknown.append(place)
+                self._take(index, outcome)
+            elif self._first.setdefault(key.digest, index) == index:
+                unknown.append(index)
             else:
-                self._again[key.digest].append(place)
+                self._again[key.digest].append(index)
         return unknown
 
-    async def _ask(self, places: list[int]) -> None:
+    async def _ask(self, indexes: list[int]) -> None:
         """Queue the keys; join the calls of keys that other callers ask about already."""
         if self._has_ended() or asyncio.get_running_loop().time() >= self._deadline:
             return
         # No await until the keys are queued, so that no other check asks about one of them
         # meanwhile.
         joins: list[int] = []
-        if self._calls.are_under_way:
+        if not self._calls.is_idle:
             joins = [
-                place for place in places if self._calls.is_asked(self._path, self._usable[place])
+                index
+                for index in indexes
+                if self._calls.is_asked((self._path, self._usable[index].digest))
             ]
-            places = sorted(set(places).difference(joins))
+            indexes = sorted(set(indexes).difference(joins))
         hopeless: list[int] = []
         if self._deadline < math.inf:
-            keys = [self._usable[place] for place in places]
+            keys = [self._usable[index] for index in indexes]
             hopeless = [
-                places[number] for number in self._calls.hopeless(self._path, keys, self._deadline)
+                indexes[number] for number in self._calls.hopeless(self._path, keys, self._deadline)
             ]
-            places = sorted(set(places).difference(hopeless)) if hopeless else places
-        if places:
-            self._waiting = _Waiting(self, self._path, array("I", places))
+            indexes = sorted(set(indexes).difference(hopeless)) if hopeless else indexes
+        if indexes:
+            self._waiting = _Waiting(self, self._path, array("I", indexes))
             self._calls.enter_pool(self._waiting)
         await self._fail_late(hopeless)
-        for number, place in enumerate(joins, start=1):
+        for number, index in enumerate(joins, start=1):
             if number % _SLICE == 0:
                 self._report()
                 await asyncio.sleep(0)
             if self._has_ended():
                 return
-            self._join(place)
+            self._join(index)
 
     def _has_ended(self) -> bool:
         """Whether no more keys are asked about."""
         return self._error is not None or self._is_over
 
-    def _join(self, place: int) -> None:
+    def _join(self, index: int) -> None:
         """Share the call under way for a key, or a balance that arrived since this check began."""
-        heard = self._calls.heard_since(self._path, self._usable[place], self._began)
-        if heard is None:
-            waiter = self._waiter_for(place)
-            self._calls.begin(self._path, waiter, self._deadline, self._joins)
+        arrived = self._lookup.arrived_since(self._path, self._usable[index], self._began)
+        if arrived is None:
+            waiter = self._waiter_for(index)
+            self._lookup.begin(self._path, waiter, self._deadline, self._joins)
         else:
-            self._take_for_all(place, heard)
+            self._take_for_all(index, arrived)
 
-    def _waiter_for(self, place: int) -> FanOutWaiter:
+    def _waiter_for(self, index: int) -> FanOutWaiter:
         waiter = FanOutWaiter(
-            self._calls,
-            self._usable[place],
-            self._freshness,
+            self._lookup,
+            self._usable[index],
+            self._policy,
             self._began,
-            partial(self._land, place),
+            partial(self._land, index),
         )
-        self._begun[place] = waiter
+        self._begun[index] = waiter
         return waiter
 
     async def _wait(self) -> None:
@@ -224,62 +221,65 @@ class PoolCheck:
         """Leave nothing under way."""
         begun, self._begun = list(self._begun.values()), {}
         if self._waiting is not None:
-            self._calls.leave_pool(self._waiting, begun)
+            self._calls.leave_pool(
+                self._waiting,
+                [(waiter.call, waiter) for waiter in begun if waiter.call is not None],
+            )
             self._waiting = None
         else:
             for waiter in begun:
                 waiter.give_up()
 
-    async def _fail_late(self, places: Iterable[int]) -> None:
+    async def _fail_late(self, indexes: Iterable[int]) -> None:
         """Fail the keys that have no turn before the deadline."""
         failed = 0
-        for place in places:
-            if self._landed[place] is None:
-                self._take_for_all(place, self._too_late(place))
+        for index in indexes:
+            if self._landed[index] is None:
+                self._take_for_all(index, self._too_late(index))
                 failed += 1
                 if failed % _SLICE == 0:
                     self._report()
                     await asyncio.sleep(0)
 
-    def _too_late(self, place: int) -> Outcome[Any]:
-        return self._calls.too_late(self._path, self._usable[place], self._freshness, self._began)
+    def _too_late(self, index: int) -> Outcome[Any]:
+        return self._lookup.too_late(self._path, self._usable[index], self._policy, self._began)
 
     # --- called by the queue and by waiters
 
-    def make(self, place: int, flow: Pool, context: contextvars.Context) -> SharedCall:
-        """The call of the key at `place`, at its turn."""
-        return self._calls.take_turn(
-            self._path, self._waiter_for(place), self._patience, flow, context
+    def make(self, index: int, flow: Pool, context: contextvars.Context) -> SharedCall:
+        """The call of the key at `index`, at its turn."""
+        return self._lookup.take_turn(
+            self._path, self._waiter_for(index), self._patience, flow, context
         )
 
-    def place_of(self, digest: bytes) -> int | None:
-        """The place of a secret."""
+    def index_of(self, digest: bytes) -> int | None:
+        """The index of a secret."""
         return self._first.get(digest)
 
-    def account_at(self, place: int) -> Hashable | None:
-        """The declared account of the key at `place`."""
-        return self._usable[place].account if self._calls.counts_accounts else None
+    def account_at(self, index: int) -> Hashable | None:
+        """The declared account of the key at `index`."""
+        return self._usable[index].account if self._calls.counts_accounts else None
 
-    def _land(self, place: int, landed: Outcome[Any] | BaseException) -> None:
-        self._begun.pop(place, None)
+    def _land(self, index: int, landed: Outcome[Any] | BaseException) -> None:
+        self._begun.pop(index, None)
         if isinstance(landed, BaseException):
             self.end(landed)
             return
         if self._again:
-            self._take_for_all(place, landed)
+            self._take_for_all(index, landed)
         else:
-            self._take(place, landed)
+            self._take(index, landed)
         if self._on_outcome is not None or not self._begun:
             self._wake()
 
-    def _take_for_all(self, place: int, outcome: Outcome[Any]) -> None:
+    def _take_for_all(self, index: int, outcome: Outcome[Any]) -> None:
         """Take the outcome of a secret, under each of its names."""
-        for each in (place, *self._again.get(self._usable[place].digest, ())):
+        for each in (index, *self._again.get(self._usable[index].digest, ())):
             self._take(each, outcome)
 
-    def _take(self, place: int, outcome: Outcome[Any]) -> None:
-        key = self._keys[place]
-        self._landed[place] = outcome = outcome if outcome.key is key else outcome_for(key, outcome)
+    def _take(self, index: int, outcome: Outcome[Any]) -> None:
+        key = self._keys[index]
+        self._landed[index] = outcome = outcome if outcome.key is key else outcome_for(key, outcome)
         if self._on_outcome is not None:
             self._reported.append(outcome)
 
@@ -295,16 +295,16 @@ class PoolCheck:
 class _Waiting(Pool):
     """The keys of a pool that wait for their turn."""
 
-    __slots__ = ("_check", "_context", "places")
+    __slots__ = ("_check", "_context", "indexes")
 
-    def __init__(self, check: PoolCheck, path: str, places: array[int]) -> None:
-        super().__init__(path, [check.account_at(place) for place in places])
+    def __init__(self, check: PoolCheck, path: str, indexes: array[int]) -> None:
+        super().__init__(path, [check.account_at(index) for index in indexes])
         self._check = check
         self._context = contextvars.copy_context()
-        self.places = places  # ascending
+        self.indexes = indexes  # ascending
 
     def make(self, number: int) -> SharedCall:
-        return self._check.make(self.places[number], self, self._context.copy())
+        return self._check.make(self.indexes[number], self, self._context.copy())
 
     def of_account(self, account: Hashable) -> int:
         if isinstance(account, bytes):  # a key without a declared account
@@ -312,9 +312,11 @@ class _Waiting(Pool):
         return super().of_account(account)
 
     def number_of(self, digest: bytes) -> int | None:
-        place = self._check.place_of(digest)
-        if place is None:
+        index = self._check.index_of(digest)
+        if index is None:
             return None
-        number = bisect_left(self.places, place)
-        is_there = number < len(self.places) and self.places[number] == place and self.waits(number)
+        number = bisect_left(self.indexes, index)
+        is_there = (
+            number < len(self.indexes) and self.indexes[number] == index and self.waits(number)
+        )
         return number if is_there else None

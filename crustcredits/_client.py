@@ -19,8 +19,10 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from crustcredits._cache.dispatcher import Dispatcher
+from crustcredits._cache.lookup import FanOutWaiter, Lookup
+from crustcredits._cache.outcomes import closed_error
 from crustcredits._cache.policy import NEW, CacheOptions, CachePolicy
-from crustcredits._cache.single_flight import FanOutWaiter, SingleFlight, closed_error
+from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
@@ -33,7 +35,13 @@ from crustcredits._http.protocol import (
     proxy_problem,
 )
 from crustcredits._http.retry import Retry
-from crustcredits._http.transport import ClientSession, Transport, session_problem, tls_problem
+from crustcredits._http.transport import (
+    AiohttpTransport,
+    ClientSession,
+    Transport,
+    session_problem,
+    tls_problem,
+)
 from crustcredits._keys.api_key import (
     ApiKey,
     KeyLike,
@@ -69,12 +77,13 @@ _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
 
 
-def _transport(
+def _transport_for(
     base_url: str | None,
     session: ClientSession | None,
     proxy: str | None,
     trust_env: object,
     tls: SSLContext | None,
+    instead: Transport | None,
 ) -> Transport | ConfigurationError:
     """The transport, or the error for the arguments.
 
@@ -95,7 +104,11 @@ def _transport(
         problem = proxy_problem(proxy, "the proxy of the environment (HTTPS_PROXY or ALL_PROXY)")
         if problem is not None:
             return problem
-    return Transport(origin, session=session, proxy=proxy, tls=tls)
+    if instead is not None:
+        if not callable(getattr(instead, "attempt", None)):
+            return ConfigurationError("_transport is no transport: it needs attempt and close")
+        return instead
+    return AiohttpTransport(origin, session=session, proxy=proxy, tls=tls)
 
 
 class CreditsClient:
@@ -148,6 +161,7 @@ class CreditsClient:
             that gives its own `max_age` and no `max_error_age` uses that `max_age`.
         max_entries: Most cache entries, of all keys and both endpoints; the least recently used are
             evicted first. Make it larger than the pools that are checked again and again.
+        _transport: Private, for tests: sends the requests in place of aiohttp.
 
     Callers that ask about one key on one endpoint at the same time share one call (single-flight),
     with any `max_age`: the age of an answer counts from its receipt, and a call under way may be
@@ -180,8 +194,9 @@ class CreditsClient:
         stale_if_error: Seconds = 0.0,
         max_error_age: Seconds | None = None,
         max_entries: int = 10_000,
+        _transport: Transport | None = None,
     ) -> None:
-        transport = _transport(base_url, session, proxy, trust_env, ssl)
+        transport = _transport_for(base_url, session, proxy, trust_env, ssl, _transport)
         # They may hold credentials, and tracebacks are printed with local variables.
         del (
             base_url,
@@ -194,13 +209,13 @@ class CreditsClient:
         check_whole("max_entries", max_entries, minimum=1)
         check_kind("rate_limit", rate_limit, RateLimit)
         check_kind("retry", retry, Retry)
-        how_old = NEW.given(
+        policy = NEW.given(
             max_age=max_age,
             stale_while_revalidate=stale_while_revalidate,
             stale_if_error=stale_if_error,
             max_error_age=max_error_age,
         )
-        self._freshness = NEW if how_old == NEW else how_old
+        self._policy = NEW if policy == NEW else policy
         self._store = check_store(buckets)
         self._dispatcher = Dispatcher(
             transport,
@@ -210,9 +225,8 @@ class CreditsClient:
             request_timeout=request_timeout,
             retry=retry,
         )
-        self._calls = SingleFlight(
-            self._dispatcher, BalanceCache(max_entries, retry, self._dispatcher.refusal)
-        )
+        cache = BalanceCache(max_entries, retry, self._dispatcher.refusal)
+        self._lookup = Lookup(SingleFlight(self._dispatcher, cache), cache)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._fan_outs: set[FanOut | PoolCheck] = set()
@@ -231,20 +245,20 @@ class CreditsClient:
             CrustCreditsError: The class names the failure; the README has the tree of classes.
         """
         key = as_key(key)
-        how_old, deadline = self._freshness, None
+        policy, deadline = self._policy, None
         if freshness or timeout is not None:
             # As `hides_arguments` does, which would also cost calls that have nothing to hide.
             said = attempt(self._said, freshness, timeout)
             del freshness, timeout
             if isinstance(said, Exception):
                 raise said
-            how_old, deadline = said
+            policy, deadline = said
         self._check_usable()
         outcome: Outcome[Balance] | None = (
-            None if how_old is NEW else self._calls.known(USER_CREDITS, key, how_old)
+            None if policy is NEW else self._lookup.known(USER_CREDITS, key, policy)
         )
         if outcome is None:
-            outcome = await self._calls.ask(USER_CREDITS, key, how_old, deadline)
+            outcome = await self._lookup.ask(USER_CREDITS, key, policy, deadline)
         return outcome.result()
 
     @hides_arguments
@@ -257,10 +271,10 @@ class CreditsClient:
         rate limit.
         """
         key = as_key(key)
-        how_old, deadline = self._said(freshness, timeout)
+        policy, deadline = self._said(freshness, timeout)
         self._check_usable()
-        known: Outcome[Account] | None = self._calls.known(ACCOUNT_CREDITS, key, how_old)
-        return (known or await self._calls.ask(ACCOUNT_CREDITS, key, how_old, deadline)).result()
+        known: Outcome[Account] | None = self._lookup.known(ACCOUNT_CREDITS, key, policy)
+        return (known or await self._lookup.ask(ACCOUNT_CREDITS, key, policy, deadline)).result()
 
     @overload
     async def check(
@@ -325,14 +339,14 @@ class CreditsClient:
         """
         source = pool_of(keys)
         del keys  # The frame of a call under way may be printed too, in a log record.
-        how_old, deadline = self._said(freshness, timeout)
+        policy, deadline = self._said(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to "
                 "await between outcomes"
             )
         return await self._report(
-            source, how_old, deadline, detail=check_flag("detail", detail), on_outcome=on_outcome
+            source, policy, deadline, detail=check_flag("detail", detail), on_outcome=on_outcome
         )
 
     @overload
@@ -411,10 +425,10 @@ class CreditsClient:
         freshness.setdefault("stale_while_revalidate", 0.0)
         needed, source = needed_credits(credits, margin), pool_of(keys)
         del keys, credits  # as in check
-        how_old, deadline = self._said(freshness, timeout)
+        policy, deadline = self._said(freshness, timeout)
         detail = check_flag("detail", detail)
         report = await self._report(
-            source, how_old._replace(own_limit=False), deadline, detail=detail
+            source, policy._replace(own_limit=False), deadline, detail=detail
         )
         report.require(needed)
         return report
@@ -432,7 +446,7 @@ class CreditsClient:
         key = None if key is None else as_key(key)
         if isinstance(key, UnusableKey):
             raise copy.copy(key.error)
-        self._calls.invalidate(key)
+        self._lookup.invalidate(key)
 
     @hides_arguments
     def peek(
@@ -451,8 +465,8 @@ class CreditsClient:
         if isinstance(key, UnusableKey):
             raise copy.copy(key.error)
         self._check_loop()
-        return self._calls.last(
-            ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._freshness.given(max_age=max_age)
+        return self._lookup.last(
+            ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._policy.given(max_age=max_age)
         )
 
     async def _fan_out(
@@ -530,12 +544,12 @@ class CreditsClient:
         source = (
             as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
         )
-        how_old, most = self._how_old(freshness), _timeout(timeout)
+        policy, most = self._policy_of(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
         seconds, flow = math.inf if most is None else most, Flow()
         return self._fan_out(
             source,
-            partial(self._begin, path=path, freshness=how_old, flow=flow, seconds=seconds),
+            partial(self._begin, path=path, policy=policy, flow=flow, seconds=seconds),
             flow,
         )
 
@@ -569,7 +583,7 @@ class CreditsClient:
         for run in self._fan_outs:
             run.end(closed_error())
         try:
-            await self._calls.close()
+            await self._lookup.calls.close()
         finally:
             await self._dispatcher.transport.close()
             if self._store is not None:
@@ -591,21 +605,21 @@ class CreditsClient:
     # --- inside
 
     def _begin(
-        self, key: Key, land: Land, *, path: str, freshness: CachePolicy, flow: Flow, seconds: float
+        self, key: Key, land: Land, *, path: str, policy: CachePolicy, flow: Flow, seconds: float
     ) -> Callable[[], None]:
         self._check_usable()
         now = asyncio.get_running_loop().time()
         if isinstance(key, UnusableKey):
             land(Unknown(key=key, error=key.error))
             return nothing
-        waiter = FanOutWaiter(self._calls, key, freshness, now, land)
-        self._calls.begin(path, waiter, now + seconds, flow)
+        waiter = FanOutWaiter(self._lookup, key, policy, now, land)
+        self._lookup.begin(path, waiter, now + seconds, flow)
         return waiter.give_up
 
     async def _report(
         self,
         source: Iterator[ApiKey | UnusableKey],
-        how_old: CachePolicy,
+        policy: CachePolicy,
         deadline: float | None,
         *,
         detail: bool,
@@ -616,7 +630,7 @@ class CreditsClient:
         pool = await read_pool(source)
         self._check_usable()
         run = PoolCheck(
-            self._calls, path, pool, freshness=how_old, deadline=deadline, on_outcome=on_outcome
+            self._lookup, path, pool, policy=policy, deadline=deadline, on_outcome=on_outcome
         )
         self._fan_outs.add(run)
         try:
@@ -628,11 +642,11 @@ class CreditsClient:
         self, freshness: CacheOptions, timeout: Seconds | None
     ) -> tuple[CachePolicy, float | None]:
         """The cache policy and the deadline of a call."""
-        return self._how_old(freshness), _deadline(_timeout(timeout))
+        return self._policy_of(freshness), _deadline(_timeout(timeout))
 
-    def _how_old(self, freshness: CacheOptions) -> CachePolicy:
+    def _policy_of(self, freshness: CacheOptions) -> CachePolicy:
         if not freshness:
-            return self._freshness
+            return self._policy
         unknown = sorted(freshness.keys() - CacheOptions.__annotations__.keys())
         if unknown:
             # With **{key: name} the wrong way round, a secret is the name of an argument.
@@ -645,7 +659,7 @@ class CreditsClient:
                 f"unknown argument{name}; use {', '.join(CacheOptions.__annotations__)}, "
                 "or an argument of the method"
             )
-        return self._freshness.given(**freshness)
+        return self._policy.given(**freshness)
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -216,9 +216,7 @@ class WindowServer:
 
 
 def fake_client(server: FakeServer | WindowServer, **options: Any) -> CreditsClient:
-    client = CreditsClient(**options)
-    client._dispatcher.transport = server  # type: ignore[assignment]  # it has the same two methods
-    return client
+    return CreditsClient(_transport=server, **options)
 
 
 def keys(count: int, prefix: str = "k") -> list[ApiKey]:

@@ -1,7 +1,7 @@
 """Single-flight calls and the cache of their answers.
 
 Owns one call for each key and endpoint, its waiters and retries, the circuit breaker and the cache.
-Must not know aiohttp. Start reading in `single_flight.py`. `dispatcher.py` sends its calls when the
-admission queue grants them; `store.py` holds the cache entries, and `policy.py` says how old they
-may be.
+Must not know aiohttp. Start reading in `lookup.py`: the answer for a key, from a cache entry
+(`store.py`, `policy.py`) or from a call that all callers share (`single_flight.py`). `dispatcher.py`
+sends the calls that the admission queue grants.
 """

@@ -90,7 +90,7 @@ class _EndpointFailures:
         self.last = 0.0
         self.refresh_at = 0.0
 
-    def heard(self) -> None:
+    def answered(self) -> None:
         """Record that the endpoint answered."""
         if self.failures >= _FAILURES:
             _log.info("the API answers again")
@@ -106,7 +106,7 @@ class _EndpointFailures:
         retry: Retry,
         now: float,
         *,
-        keeps: Callable[[], bool],
+        has_balance: Callable[[], bool],
     ) -> None:
         """Record that the endpoint gave no answer for this key."""
         before = self.failures
@@ -116,9 +116,9 @@ class _EndpointFailures:
         self.claimed_by = None
         self.error, self.last = error, now
         if before < self.failures == _FAILURES:
-            kept = "; cached balances are not refreshed" if keeps() else ""
+            cached = "; cached balances are not refreshed" if has_balance() else ""
             _log.warning(
-                "no answer from the API for %d keys in a row%s: %s", _FAILURES, kept, error
+                "no answer from the API for %d keys in a row%s: %s", _FAILURES, cached, error
             )
         if self.failures >= _FAILURES:
             self.refresh_at = now + refresh_delay(retry, error, self.failures - _FAILURES + 1)
@@ -211,7 +211,7 @@ class CacheEntry:
         """Failures in a row since the last balance."""
         return self._failures
 
-    def claim_refresh(self, place: CacheKey, now: float) -> bool:
+    def claim_refresh(self, cache_key: CacheKey, now: float) -> bool:
         """Whether to refresh the entry now: its backoff after a failure is over.
 
         While the endpoint is down, one refresh at a time is enough.
@@ -223,36 +223,35 @@ class CacheEntry:
         ):
             return False
         if self._endpoint.reason(now) is not None:
-            self._endpoint.claimed_by, self._endpoint.refresh_at = place, now + _DOWN
+            self._endpoint.claimed_by, self._endpoint.refresh_at = cache_key, now + _DOWN
         return True
 
-    def answer(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
+    def answer(self, policy: CachePolicy, now: float) -> Outcome[Any] | None:
         """The outcome to return without a request: a young balance, else a young failure, or None.
 
         The caller refreshes a stale balance.
         """
         balance = self._balance
         if balance is not None:
-            age = self._age(freshness, now)
-            if age < freshness.max_age:
+            age = self._age(policy, now)
+            if age < policy.max_age:
                 return self._fresh or self._make_fresh(balance)
-            if age < freshness.max_age + freshness.revalidate:
+            if age < policy.max_age + policy.revalidate:
                 return self._stale_now(balance, now)
-            if age < freshness.max_age + freshness.if_error and self._is_down(now):
+            if age < policy.max_age + policy.if_error and self._is_down(now):
                 return self._stale_now(balance, now)
-        if self._failed is not None and self._failed.age(now) < freshness.error_age:
+        if self._failed is not None and self._failed.age(now) < policy.error_age:
             return self._failure
         return None
 
-    def may_stand_in(self, freshness: CachePolicy, now: float) -> bool:
+    def may_stand_in(self, policy: CachePolicy, now: float) -> bool:
         """Whether stale-if-error lets the balance replace a newer one while the API gives none."""
         return (
-            self._balance is not None
-            and self._age(freshness, now) < freshness.max_age + freshness.if_error
+            self._balance is not None and self._age(policy, now) < policy.max_age + policy.if_error
         )
 
     def instead_of(
-        self, failure: Unknown, freshness: CachePolicy, began: float, now: float
+        self, failure: Unknown, policy: CachePolicy, began: float, now: float
     ) -> Known[Any] | None:
         """The balance with this failure beside it, if it may replace a newer one; else None.
 
@@ -261,12 +260,12 @@ class CacheEntry:
         """
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
-        age = self._age(freshness, now)
-        if self._received > began or age < freshness.max_age:
+        age = self._age(policy, now)
+        if self._received > began or age < policy.max_age:
             return self._fresh or self._make_fresh(self._balance)
-        if age >= freshness.max_age + freshness.if_error:
+        if age >= policy.max_age + policy.if_error:
             return None
-        if isinstance(failure.error, RateLimitWaitError) and not freshness.own_limit:
+        if isinstance(failure.error, RateLimitWaitError) and not policy.own_limit:
             return None
         return attrs.evolve(
             self._stale or self._make_stale(self._balance),
@@ -274,7 +273,7 @@ class CacheEntry:
             attempts=failure.attempts,
         )
 
-    def heard_since(self, began: float) -> Known[Any] | None:
+    def arrived_since(self, began: float) -> Known[Any] | None:
         """The balance, if it arrived since `began`: as if its call had been shared."""
         if self._balance is None or self._received < began:
             return None
@@ -282,17 +281,17 @@ class CacheEntry:
             self._fresh or self._make_fresh(self._balance), attempts=1, source="shared"
         )
 
-    def last(self, freshness: CachePolicy, now: float) -> Outcome[Any] | None:
+    def last(self, policy: CachePolicy, now: float) -> Outcome[Any] | None:
         """The last balance, of any age, with the failure since then beside it; else the failure."""
         balance, failure = self._balance, self._failure
         if balance is None:
             return failure
-        if self._age(freshness, now) >= freshness.max_age:
+        if self._age(policy, now) >= policy.max_age:
             return self._stale_now(balance, now)
         fresh = self._fresh or self._make_fresh(balance)
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)
 
-    def _age(self, freshness: CachePolicy, now: float) -> float:
+    def _age(self, policy: CachePolicy, now: float) -> float:
         """Age of the balance in seconds.
 
         After the account's next grant the balance is older than `max_age`.
@@ -302,7 +301,7 @@ class CacheEntry:
         return (
             age
             if wall < self._refreshes_at
-            else max(age, freshness.max_age + wall - self._refreshes_at)
+            else max(age, policy.max_age + wall - self._refreshes_at)
         )
 
     def _is_down(self, now: float) -> bool:
@@ -346,81 +345,87 @@ class BalanceCache:
     ) -> None:
         self._room = room
         self._retry = retry
-        self._kept: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
+        self._entries: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
         self._endpoints = {
             path: _EndpointFailures(partial(blocked, path))
             for path in (USER_CREDITS, ACCOUNT_CREDITS)
         }
 
-    def find(self, place: CacheKey) -> CacheEntry | None:
+    def find(self, cache_key: CacheKey) -> CacheEntry | None:
         """The cache entry, or None. The entry becomes the most recently used."""
-        kept = self._kept.get(place)
-        if kept is not None:
-            self._kept.move_to_end(place)
-        return kept
+        entry = self._entries.get(cache_key)
+        if entry is not None:
+            self._entries.move_to_end(cache_key)
+        return entry
 
-    def succeeded(self, place: CacheKey, balance: Balance, now: float) -> CacheKey | None:
+    def succeeded(self, cache_key: CacheKey, balance: Balance, now: float) -> CacheKey | None:
         """Record a balance. Returns the cache key that was evicted for it, if any."""
-        kept, evicted = self._kept.get(place), None
-        endpoint = self._endpoints[place[0]]
+        entry, evicted = self._entries.get(cache_key), None
+        endpoint = self._endpoints[cache_key[0]]
         if endpoint.failures or endpoint.refresh_at:
-            endpoint.heard()
-        if kept is None:
-            kept, evicted = self._make(place)
+            endpoint.answered()
+        if entry is None:
+            entry, evicted = self._make(cache_key)
         else:
-            self._kept.move_to_end(place)
-        kept.succeeded(balance, now)
+            self._entries.move_to_end(cache_key)
+        entry.succeeded(balance, now)
         return evicted
 
-    def failed(self, place: CacheKey, failure: Unknown, now: float) -> CacheKey | None:
+    def failed(self, cache_key: CacheKey, failure: Unknown, now: float) -> CacheKey | None:
         """Record a failure. Returns the cache key that was evicted for it, if any."""
-        kept, evicted = self.find(place), None
-        if kept is None:
-            kept, evicted = self._make(place)
-        kept.failed(failure, self._retry, now)
+        entry, evicted = self.find(cache_key), None
+        if entry is None:
+            entry, evicted = self._make(cache_key)
+        entry.failed(failure, self._retry, now)
         if isinstance(failure.error, _OF_ALL_ENDPOINTS):
-            for path in {USER_CREDITS, ACCOUNT_CREDITS} - {place[0]}:
-                self._kept.pop((path, place[1]), None)
+            for path in {USER_CREDITS, ACCOUNT_CREDITS} - {cache_key[0]}:
+                self._entries.pop((path, cache_key[1]), None)
         if isinstance(failure.error, _OF_THE_KEY):
-            self._endpoints[place[0]].heard()
+            self._endpoints[cache_key[0]].answered()
         elif isinstance(failure.error, _OF_THE_ENDPOINT):
-            keeps = partial(self._keeps_any, place[0])
-            self._endpoints[place[0]].failed(place[1], failure.error, self._retry, now, keeps=keeps)
+            has_balance = partial(self._has_any_balance, cache_key[0])
+            self._endpoints[cache_key[0]].failed(
+                cache_key[1], failure.error, self._retry, now, has_balance=has_balance
+            )
         else:
-            self.given_up(place)
+            self.given_up(cache_key)
         return evicted
 
-    def keeps(self, place: CacheKey) -> bool:
+    def has_balance(self, cache_key: CacheKey) -> bool:
         """Whether a balance is cached there."""
-        kept = self._kept.get(place)
-        return kept is not None and kept.has_balance
+        entry = self._entries.get(cache_key)
+        return entry is not None and entry.has_balance
 
-    def given_up(self, place: CacheKey) -> None:
+    def given_up(self, cache_key: CacheKey) -> None:
         """Record that a call said nothing about the endpoint: another refresh may test it."""
-        endpoint = self._endpoints[place[0]]
-        if endpoint.claimed_by == place:
+        endpoint = self._endpoints[cache_key[0]]
+        if endpoint.claimed_by == cache_key:
             endpoint.claimed_by, endpoint.refresh_at = None, 0.0
 
-    def has_just_failed(self, place: CacheKey) -> bool:
+    def has_just_failed(self, cache_key: CacheKey) -> bool:
         """Whether the last failure was the first since a balance, and the endpoint is not down."""
-        kept = self._kept.get(place)
+        entry = self._entries.get(cache_key)
         return (
-            kept is not None
-            and kept.failures == 1
-            and self._endpoints[place[0]].failures < _FAILURES
+            entry is not None
+            and entry.failures == 1
+            and self._endpoints[cache_key[0]].failures < _FAILURES
         )
 
     def forget(self, digest: bytes | None) -> None:
         """Drop the cache entries of one key, or of all keys."""
         if digest is None:
-            self._kept.clear()
+            self._entries.clear()
         else:
             for path in (USER_CREDITS, ACCOUNT_CREDITS):
-                self._kept.pop((path, digest), None)
+                self._entries.pop((path, digest), None)
 
-    def _keeps_any(self, path: str) -> bool:
-        return any(kept.has_balance for place, kept in self._kept.items() if place[0] == path)
+    def _has_any_balance(self, path: str) -> bool:
+        return any(
+            entry.has_balance for cache_key, entry in self._entries.items() if cache_key[0] == path
+        )
 
-    def _make(self, place: CacheKey) -> tuple[CacheEntry, CacheKey | None]:
-        kept = self._kept[place] = CacheEntry(self._endpoints[place[0]])
-        return kept, self._kept.popitem(last=False)[0] if len(self._kept) > self._room else None
+    def _make(self, cache_key: CacheKey) -> tuple[CacheEntry, CacheKey | None]:
+        entry = self._entries[cache_key] = CacheEntry(self._endpoints[cache_key[0]])
+        return entry, self._entries.popitem(last=False)[0] if len(
+            self._entries
+        ) > self._room else None

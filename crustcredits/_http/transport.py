@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import ssl
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import aiohttp
 import attrs
@@ -72,7 +72,19 @@ class _NotResentError(aiohttp.ClientError):
     """Replaces a lost-connection error, after which aiohttp would re-send the GET by itself."""
 
 
-class Transport:
+class Transport(Protocol):
+    """Sends requests."""
+
+    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
+        """Send one request and read the complete response within `timeout` seconds."""
+        ...
+
+    async def close(self) -> None:
+        """Release all connections."""
+        ...
+
+
+class AiohttpTransport:
     """Sends requests over one aiohttp session.
 
     Its own session is opened by the first attempt; a caller's session is never closed.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import attrs
+
+from crustcredits._ratelimit.config import RateLimit
 
 
 @attrs.frozen(kw_only=True)
@@ -30,3 +32,17 @@ class SchedulerTerms:
     scope: Literal["auto", "client", "account"] = "auto"
     reserve: float = 0.0
     adopts: Literal["lower", "any", "never"] = "lower"
+
+    @classmethod
+    def of(cls, rate_limit: RateLimit, *, late: float) -> Self:
+        """The settings for a configured limit, where no request takes more than `late` seconds."""
+        period, scope = rate_limit.period, rate_limit.scope
+        return cls(
+            requests=rate_limit.requests,
+            period=period * (1 + rate_limit.margin),
+            window=period * (1 - rate_limit.margin),
+            late=late,
+            scope="account" if scope == "key" else scope,
+            reserve=rate_limit.reserve,
+            adopts=rate_limit.adopt_server_limit,
+        )

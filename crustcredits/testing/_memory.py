@@ -11,7 +11,7 @@ from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._http.protocol import Response, request_headers
 from crustcredits._http.retry import Retry
-from crustcredits._http.transport import Failure, Fate, Transport
+from crustcredits._http.transport import Failure, Fate
 from crustcredits._keys.api_key import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._validation import Seconds, check_kind, hides_arguments
@@ -33,11 +33,10 @@ _LOST = {
 _TOO_LARGE = {Fault.ENDLESS, Fault.BOMB}
 
 
-class _MemoryTransport(Transport):
+class _MemoryTransport:
     """Replaces the transport over aiohttp."""
 
     def __init__(self, api: FakeAPI) -> None:
-        super().__init__(_ORIGIN, session=None, proxy=None)
         self._api = api
 
     async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
@@ -59,6 +58,9 @@ class _MemoryTransport(Transport):
         return Response(
             answer.status, answer.headers, None if fault in _TOO_LARGE else answer.body.encode()
         )
+
+    async def close(self) -> None:
+        pass
 
 
 class FakeClientOptions(TypedDict, total=False):
@@ -89,8 +91,7 @@ class FakeClient(CreditsClient):
         options.setdefault("request_timeout", _TIMEOUT)
         options.setdefault("retry", _RETRY)
         options.setdefault("rate_limit", _RATE_LIMIT)
-        super().__init__(base_url=_ORIGIN, **options)
-        self._dispatcher.transport = _MemoryTransport(api)
+        super().__init__(base_url=_ORIGIN, _transport=_MemoryTransport(api), **options)
         self.api = api
         self.keys = keys
 

@@ -25,7 +25,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import attrs
 
@@ -38,7 +38,7 @@ from crustcredits import (
     RateLimitWaitError,
 )
 from crustcredits._http.protocol import Response
-from crustcredits._http.transport import Failure, Transport
+from crustcredits._http.transport import Failure
 from tests import virtual
 from tests.benchmarks._measure import (
     Benchmark,
@@ -107,11 +107,7 @@ class _Double:
 
 
 def _client(asked: _Asked | None = None, **options: Any) -> CreditsClient:
-    client = CreditsClient(**options)
-    client._dispatcher.transport = cast(
-        "Transport", _Double(asked or _Asked())
-    )  # it has the same two methods
-    return client
+    return CreditsClient(_transport=_Double(asked or _Asked()), **options)
 
 
 def _keys(count: int) -> list[ApiKey]:

@@ -38,8 +38,8 @@ from crustcredits import (
     Report,
     Retry,
 )
-from crustcredits._cache.store import _grant_after
-from crustcredits._http.protocol import Response
+from crustcredits._cache.store import BalanceCache, _grant_after
+from crustcredits._http.protocol import USER_CREDITS, Response
 from crustcredits._http.transport import Fate
 from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal
 
@@ -302,7 +302,7 @@ async def test_a_call_cancelled_before_its_first_step_ends_its_waiters() -> None
     async with fake_client(FakeServer()) as client:
         caller = asyncio.create_task(client.balance(KEY))
         await asyncio.sleep(0)  # the caller has begun the call; its task is next to run
-        assert client._calls._under_way
+        assert client.quota().in_flight == 1
         for task in asyncio.all_tasks() - {asyncio.current_task(), caller}:
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -446,7 +446,8 @@ async def test_no_secret_is_part_of_a_cache_key() -> None:
         dictionaries: list[dict[Any, Any]] = [
             each for each in gc.get_objects() if isinstance(each, dict)
         ]
-        assert any(each is client._calls._answers._kept for each in dictionaries)
+        digest = ApiKey(secret).digest
+        assert any((USER_CREDITS, digest) in each for each in dictionaries)
         assert not [
             each
             for each in dictionaries
@@ -523,8 +524,8 @@ async def test_under_overload_answers_get_older_not_slower() -> None:
         for _ in range(600):
             report = await client.check(pool)
             assert report.ok
-            received = [kept._received for kept in client._calls._answers._kept.values()]
-            oldest.append(now() - min(received))
+            received = {name: at for at, name in server.arrivals}
+            oldest.append(now() - min(received.values()))
             await asyncio.sleep(1)
         assert now() - began == pytest.approx(600, abs=1)
     # 27 a period: a round of the pool takes 50 / 27 periods, and the first burst is over after one.
@@ -774,7 +775,7 @@ async def test_a_check_of_cached_balances_ends_when_the_client_is_closed() -> No
         await check
     await asyncio.sleep(1)
     assert len(server.arrivals) == sent
-    assert not client._calls._under_way
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_an_unexpected_failure_of_a_call_ends_the_check() -> None:
@@ -786,9 +787,8 @@ async def test_an_unexpected_failure_of_a_call_ends_the_check() -> None:
     async with fake_client(server) as client:
         check = asyncio.create_task(client.check([KEY]))
         await settle()
-        (call,) = client._calls._under_way.values()
-        assert call.task is not None
-        call.task.cancel()
+        (request,) = asyncio.all_tasks() - {asyncio.current_task(), check}
+        request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await check
 
@@ -806,7 +806,7 @@ async def test_an_unexpected_exception_reaches_the_waiters() -> None:
         FakeServer(), rate_limit=RateLimit(requests=2, scope="client")
     ) as client:
         with (
-            patch.object(client._calls._answers, "succeeded", side_effect=LookupError("a fault")),
+            patch.object(BalanceCache, "succeeded", side_effect=LookupError("a fault")),
             pytest.raises(LookupError, match="a fault"),
         ):
             await client.balance(KEY)
@@ -820,9 +820,7 @@ async def test_an_answer_in_the_loop_iteration_of_the_deadline_is_fresh() -> Non
     async with fake_client(server) as client:
 
         async def too_late_and_answer(path: str, key: ApiKey, timeout: float) -> Response:
-            await asyncio.sleep(1)
-            (call,) = client._calls._under_way.values()
-            client._calls._time_out(call, next(iter(call.waiters)))
+            await asyncio.sleep(2 - 1e-9)
             return Response(200, {}, b'{"credits": 7}')
 
         server.attempt = too_late_and_answer  # type: ignore[method-assign]  # with that answer

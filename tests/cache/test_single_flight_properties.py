@@ -120,8 +120,6 @@ class World:
         closing = asyncio.create_task(self._close(400.0 if self.closes is None else self.closes))
         await asyncio.gather(*(self._caller(wish) for wish in wishes), closing)
         assert len(asyncio.all_tasks()) == 1, "a task is left over"
-        assert not self.client._calls._under_way
-        assert not self.client._calls._dropped
         quota = self.client.quota()
         assert quota.in_flight == quota.waiting == quota.refreshing == 0
 
@@ -194,23 +192,23 @@ def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     check(wishes, replies, closes)
 
 
-def _no_age(self: CacheEntry, freshness: object, now: float) -> object:
+def _no_age(self: CacheEntry, policy: object, now: float) -> object:
     return None if self._balance is None else self._make_fresh(self._balance)
 
 
-def _no_join(self: SingleFlight, place: Any, *rest: Any) -> Any:
-    self._under_way.pop(place, None)
-    return _JOIN(self, place, *rest)
+def _no_join(self: SingleFlight, cache_key: Any, *rest: Any) -> Any:
+    self._under_way.pop(cache_key, None)
+    return _JOIN(self, cache_key, *rest)
 
 
-_JOIN = SingleFlight._join
+_JOIN = SingleFlight.join
 
 
 @pytest.mark.parametrize(
     ("defect", "said"),
     [
         ((CacheEntry, "answer", _no_age), "older than was asked for"),
-        ((SingleFlight, "_join", _no_join), "two calls for one key"),
+        ((SingleFlight, "join", _no_join), "two calls for one key"),
         ((SingleFlight, "_time_out", lambda self, call, waiter: None), "left (waiting|over)"),
     ],
 )

@@ -539,7 +539,7 @@ async def test_an_account_without_waiters_is_forgotten(redis: FakeRedis) -> None
         for number in range(10):
             await client.balance(keys(1, f"later-{number}")[0])
             await asyncio.sleep(10)
-        assert len(client._dispatcher._schedulers[PATH].permits.accounts) < 10
+        assert len(client._dispatcher.endpoints[PATH].scheduler.permits.accounts) < 10
 
 
 async def test_degraded_mode_starts_despite_a_forgotten_account(

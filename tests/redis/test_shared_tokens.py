@@ -45,7 +45,7 @@ REFUSED = "ConnectionError: Error 111 connecting to nowhere:1. Connection refuse
 
 def shared(client: CreditsClient) -> SharedTokens:
     """Return a client's view of the tokens of all its requests for balances."""
-    bucket = client._dispatcher._schedulers[PATH].permits.common.bucket
+    bucket = client._dispatcher.endpoints[PATH].scheduler.permits.common.bucket
     assert isinstance(bucket, LeasedTokens)
     assert isinstance(bucket._tokens, SharedTokens)
     return bucket._tokens

@@ -1,0 +1,209 @@
+"""`Endpoint`: an admission queue, a circuit breaker, and the calls that wait for a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from datetime import UTC, datetime
+from typing import cast
+
+from crustcredits._cache.api_call import ApiCall, Resumptions
+from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
+from crustcredits._errors import CrustCreditsError, GatewayError, renamed
+from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
+from crustcredits._http.retry import asked_wait
+from crustcredits._http.transport import Failure, Fate
+from crustcredits._models import Balance
+from crustcredits._ratelimit.attempt import Attempt, AttemptResult
+from crustcredits._ratelimit.connection_slots import ConnectionSlots
+from crustcredits._ratelimit.fair_queue import Call
+from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.scheduler import Scheduler
+from crustcredits._ratelimit.terms import SchedulerTerms
+from crustcredits._ratelimit.token_bucket import MakeBucket
+
+# Seconds for which a call waits while a gateway has answered for long, so that an endless source is
+# not drained at full speed.
+_REFUSED_AFTER = 1.0
+
+
+class Endpoint:
+    """One endpoint of a client.
+
+    Args:
+        path: Its path.
+        terms: The settings of its scheduler.
+        pace: How many requests start per second, on all endpoints.
+        slots: How many requests are on the wire, on all endpoints.
+        make_bucket: Makes the tokens of an account, or of all together (None).
+        later: The calls that resume later.
+        probes: For how many failed probes a call waits.
+        period: Seconds of the rate limit, for the headers of the answers.
+
+    Attributes:
+        path: Its path.
+        scheduler: Its admission queue.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        terms: SchedulerTerms,
+        pace: Pace,
+        slots: ConnectionSlots[Attempt],
+        make_bucket: MakeBucket,
+        later: Resumptions,
+        probes: int,
+        period: float,
+    ) -> None:
+        self.path = path
+        self._later = later
+        self._probes = probes
+        self._period = period
+        self._breaker = CircuitBreaker(path)
+        self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
+        self.scheduler = Scheduler(
+            terms, pace=pace, slots=slots, make_bucket=make_bucket, is_barred=self.is_barred
+        )
+
+    # --- calls
+
+    def ask(self, call: ApiCall, now: float) -> None:
+        """Put a call into the queue, unless the circuit breaker refuses it."""
+        self._later.drop(call)
+        refusal = self._breaker.refusal(now, call.key) if self._breaker.is_open else None
+        if refusal is not None:
+            self._bar(call, refusal, now)
+            return
+        call.barred_since = None
+        if not call.attempts:
+            call.last = None
+        self.scheduler.put(call)
+
+    def resume(self, call: ApiCall, now: float) -> None:
+        """Put a call into the queue again, for a retry or as a probe."""
+        self._barred.pop(call, None)
+        call.park(parks=False)
+        self.ask(call, now)
+
+    def leave(self, call: ApiCall, now: float) -> bool:
+        """Give up a call that waits. Returns whether another call may start because of that."""
+        makes_room = self.scheduler.remove(call, now)
+        self._barred.pop(call, None)
+        self._later.drop(call)
+        call.park(parks=False)
+        return makes_room
+
+    def earliest(self, call: ApiCall, now: float) -> float:
+        """The time before which certainly no request for this call starts."""
+        if call.task is not None or call in self._barred:
+            return now  # an answer on its way may close the circuit breaker
+        if call.resumes is not None:
+            return max(now, call.resumes)
+        return self.scheduler.earliest(call.account, now)
+
+    # --- the circuit breaker
+
+    def refusal(self, now: float) -> GatewayError | None:
+        """The circuit breaker's error for requests now, or None."""
+        return self._breaker.refusal(now)
+
+    def is_barred(self, call: Call, now: float) -> bool:
+        """Whether the circuit breaker refuses a request for this call now."""
+        return self._breaker.is_open and self._breaker.refusal(now, call.key) is not None
+
+    def send(self, call: ApiCall, now: float) -> None:
+        """Note that a request is sent for a call: a probe, if the circuit breaker is open."""
+        call.attempts += 1
+        call.probe = self._breaker.start(now, call.key) if self._breaker.is_open else None
+
+    def ended(self, call: ApiCall, answer: AttemptResult, now: float) -> None:
+        """Note that the request of a call has ended."""
+        call.task = None
+        probe, scheduler = call.probe, self.scheduler
+        if probe is not None:
+            self._breaker.end(probe, now)
+        scheduler.ended(call.request, answer, now)
+        if scheduler.is_barring or probe is not None:
+            scheduler.is_barring = self._breaker.is_open
+            if probe is not None or (self._barred and not scheduler.is_barring):
+                self._ask_again(now)
+
+    def read(
+        self, call: ApiCall, got: Response | Failure, now: float
+    ) -> tuple[Balance | CrustCreditsError, AttemptResult]:
+        """The result of a request, for the waiters and for the scheduler.
+
+        The circuit breaker records the answer.
+        """
+        if isinstance(got, Failure):
+            # If only the headers arrived, the server has counted the request, and has neither
+            # served nor refused it.
+            status = 500 if got.fate is Fate.ANSWERED else None
+            return got.error, AttemptResult(status=status, unsent=got.fate is Fate.UNSENT)
+        result = read_response(
+            call.path, call.api_key, got, now=datetime.now(UTC), period=self._period
+        )
+        breaker, said = self._breaker, result.rate_limit
+        limit, remaining = (None, None) if said is None else (said.limit, said.remaining)
+        if isinstance(result, Balance):
+            breaker.api_answered(call.key)
+            return result, AttemptResult(status=got.status, limit=limit, remaining=remaining)
+        own = is_apis_own(got)
+        if isinstance(result, GatewayError):
+            sent = call.probe or Sent(call.request.started, call.key, is_probe=False)
+            breaker.gateway_answered(sent, result, now)
+            self.scheduler.is_barring = breaker.is_open
+        elif own:
+            breaker.api_answered(call.key)
+        return result, AttemptResult(
+            status=got.status,
+            is_html=not own and not is_json_object(got),
+            limit=limit,
+            remaining=remaining,
+            wait=asked_wait(result),
+        )
+
+    def give_up(self, whose: Hashable | None, now: float) -> list[ApiCall]:
+        """Remove and return the calls that wait for a token of this account, or of all (None)."""
+        return cast("list[ApiCall]", self.scheduler.give_up(whose, now))
+
+    def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
+        """Let a call wait while the circuit breaker is open, or end it.
+
+        The call ends with its own last error, if it has one. It waits for a probe on the wire, and
+        in the first seconds also for the next probe: for as many probes as a call has attempts.
+        """
+        error = (
+            call.last
+            if call.last is not None and call.attempts
+            else renamed(refusal, call.api_key.label)
+        )
+        if not call.wanted or call.can_fall_back():
+            call.on_end(error)
+            return
+        if call.barred_since is None:
+            call.barred_since = now
+        until: float | None = None
+        if not self._breaker.is_probing:
+            until = self._breaker.next_probe(call.key)
+            if self._breaker.failed_probes >= self._probes:
+                until = min(until, call.barred_since + _REFUSED_AFTER)
+                if now >= until:
+                    call.on_end(error)
+                    return
+        call.last = error
+        self._barred[call] = None
+        if until is None:
+            call.on_wait()
+        else:
+            self._later.add(call, until)
+
+    def _ask_again(self, now: float) -> None:
+        """Ask again for the calls that wait for a probe.
+
+        A probe has ended, or the API has answered an older request.
+        """
+        waiting, self._barred = self._barred, {}
+        for call in waiting:
+            self.ask(call, now)

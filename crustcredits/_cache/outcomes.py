@@ -1,0 +1,63 @@
+"""Outcomes of calls without an answer, and the errors that say why."""
+
+from __future__ import annotations
+
+import copy
+from datetime import UTC, datetime
+from typing import Any
+
+import attrs
+
+from crustcredits._errors import (
+    APITimeoutError,
+    ClientClosedError,
+    CrustCreditsError,
+    RateLimitWaitError,
+)
+from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._models import Outcome, Source, Unknown
+
+
+def failure(key: ApiKey | UnusableKey, error: CrustCreditsError) -> Unknown:
+    """The outcome of a key without an answer."""
+    source: Source = "fetched" if error.attempts else "none"
+    return Unknown(
+        key=key, error=error, checked_at=datetime.now(UTC), attempts=error.attempts, source=source
+    )
+
+
+def shared(outcome: Outcome[Any]) -> Outcome[Any]:
+    """The same outcome, for the waiters that joined the call.
+
+    The source `"none"` stays: no request was sent.
+    """
+    return outcome if outcome.source == "none" else attrs.evolve(outcome, source="shared")
+
+
+def closed_error() -> ClientClosedError:
+    """The error of calls that wait, or begin, when the client is closed."""
+    return ClientClosedError("this client is closed; make a new one")
+
+
+def late_error(key: ApiKey, wait: float) -> RateLimitWaitError:
+    """The error of a key that cannot have its turn for `wait` seconds, beyond its deadline."""
+    return RateLimitWaitError(
+        "deadline too short: the rate limit, or requests without an answer, would delay this "
+        f"request by at least {wait:.1f} s; raise timeout= or check fewer keys at once",
+        key_name=key.label,
+        wait=wait,
+    )
+
+
+def timeout_error(key: ApiKey, seconds: float, attempts: int) -> APITimeoutError:
+    """The error of a waiter whose deadline passes while a request is on the wire."""
+    return APITimeoutError(
+        f"no whole answer within {seconds:.3g} s", key_name=key.label, attempts=attempts
+    )
+
+
+def last_error(error: CrustCreditsError, attempts: int) -> CrustCreditsError:
+    """A copy of the error of the attempt before, which other waiters may get too."""
+    last = copy.copy(error)
+    last.attempts = attempts
+    return last

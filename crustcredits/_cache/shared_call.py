@@ -1,0 +1,129 @@
+"""`SharedCall`: one call under way, and its waiters; and `Pool`: keys that wait for a call each."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from crustcredits._cache.api_call import ApiCall
+from crustcredits._cache.store import CacheKey
+from crustcredits._errors import CrustCreditsError
+from crustcredits._keys.api_key import ApiKey
+from crustcredits._models import Balance, Outcome
+from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
+
+
+class Waiter(Protocol):
+    """The waiter of a call: a future, or a key of a fan-out."""
+
+    def done(self) -> bool: ...
+    def set_result(self, result: Outcome[Any], /) -> None: ...
+    def set_exception(self, exception: BaseException, /) -> None: ...
+    def cancel(self) -> object: ...
+
+
+class WaitTerms(NamedTuple):
+    """The start and the deadline of a wait, in seconds of the loop's clock.
+
+    `falls_back` says whether a stale answer may end it.
+    """
+
+    began: float
+    deadline: float
+    falls_back: bool
+
+
+class CallOwner(Protocol):
+    """The owner of calls, which ends their waiters: `SingleFlight`."""
+
+    def refuse_all(self, call: SharedCall) -> None: ...
+    def refuse_hopeless(self, call: SharedCall) -> None: ...
+    def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None: ...
+    def break_off(self, call: SharedCall, error: BaseException | None) -> None: ...
+
+
+class SharedCall(ApiCall):
+    """One call under way, and its waiters.
+
+    Attributes:
+        cache_key: Where its answer is cached.
+        first: The waiter that began the call; None for a refresh.
+        waiters: The waiters, and the terms of each.
+        early: The pool in which the call waits for its turn, and its number there; or None.
+    """
+
+    __slots__ = ("_owner", "cache_key", "early", "first", "waiters")
+
+    def __init__(
+        self,
+        owner: CallOwner,
+        cache_key: CacheKey,
+        key: ApiKey,
+        *,
+        account: Hashable,
+        flow: Flow,
+        context: contextvars.Context,
+    ) -> None:
+        super().__init__(cache_key, key, account, flow, context)
+        self._owner = owner
+        self.cache_key = cache_key
+        self.first: Waiter | None = None
+        self.waiters: dict[Waiter, WaitTerms] = {}
+        self.early: tuple[Pool, int] | None = None
+
+    @property
+    def is_refresh(self) -> bool:
+        """Whether the call only refreshes a cache entry, without a waiter."""
+        return self.first is None and not self.wanted
+
+    def can_fall_back(self) -> bool:
+        return all(terms.falls_back for terms in self.waiters.values())
+
+    def patience(self, now: float) -> float:
+        return max((terms.deadline for terms in self.waiters.values()), default=math.inf) - now
+
+    def on_late(self) -> None:
+        self._owner.refuse_all(self)
+
+    def on_wait(self) -> None:
+        self._owner.refuse_hopeless(self)
+
+    def on_end(self, result: Balance | CrustCreditsError) -> None:
+        self._owner.end(self, result)
+
+    def on_broken_off(self, error: BaseException | None) -> None:
+        self._owner.break_off(self, error)
+
+
+class Pool(PoolFlow):
+    """Keys of one check that wait for their turn.
+
+    Attributes:
+        path: The endpoint.
+        early: Calls of numbers that still wait, made because other callers ask for their keys too.
+    """
+
+    __slots__ = ("early", "path")
+
+    def __init__(self, path: str, accounts: Sequence[Hashable | None]) -> None:
+        super().__init__(accounts)
+        self.path = path
+        self.early: dict[int, SharedCall] = {}
+
+    def begin(self, number: int) -> SharedCall:
+        call = self.early.pop(number, None)
+        if call is None:
+            return self.make(number)
+        call.early = None
+        return call
+
+    @abstractmethod
+    def make(self, number: int) -> SharedCall:
+        """Make the call of a number."""
+
+    @abstractmethod
+    def number_of(self, digest: bytes) -> int | None:
+        """The number of this secret, if it waits in the pool; else None."""
