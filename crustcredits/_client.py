@@ -79,6 +79,7 @@ _RETRY = Retry()
 
 def _transport_for(
     base_url: str | None,
+    *,
     session: ClientSession | None,
     proxy: str | None,
     trust_env: object,
@@ -196,7 +197,14 @@ class CreditsClient:
         max_entries: int = 10_000,
         _transport: Transport | None = None,
     ) -> None:
-        transport = _transport_for(base_url, session, proxy, trust_env, ssl, _transport)
+        transport = _transport_for(
+            base_url,
+            session=session,
+            proxy=proxy,
+            trust_env=trust_env,
+            tls=ssl,
+            instead=_transport,
+        )
         # They may hold credentials, and tracebacks are printed with local variables.
         del (
             base_url,
