@@ -12,7 +12,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, KeysView, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -82,7 +82,7 @@ class PoolCheck:
         self._deadline = math.inf if deadline is None else deadline
         self._on_outcome = on_outcome
         self._began = asyncio.get_running_loop().time()
-        self._patience = WaitTerms(self._began, self._deadline, falls_back=False)
+        self._terms = WaitTerms(self._began, self._deadline, falls_back=False, own_timer=True)
         self._landed: list[Outcome[Any] | None] = [None] * len(pool)
         self._first: dict[bytes, int] = {}  # the first index of each secret
         self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # its other indexes
@@ -131,6 +131,8 @@ class PoolCheck:
             if index % _SLICE == _SLICE - 1:
                 self._report()
                 await asyncio.sleep(0)
+                if self._has_ended():
+                    break
             if isinstance(key, UnusableKey):
                 self._take(index, Unknown(key=key, error=key.error))
                 continue
@@ -151,12 +153,9 @@ class PoolCheck:
         # meanwhile.
         joins: list[int] = []
         if not self._calls.is_idle:
-            joins = [
-                index
-                for index in indexes
-                if self._calls.is_asked((self._path, self._usable[index].digest))
-            ]
-            indexes = sorted(set(indexes).difference(joins))
+            asked = self._calls.asked_among(self._path, self._first.keys())
+            joins = sorted(self._first[digest] for digest in asked)
+            indexes = sorted(set(indexes).difference(joins)) if joins else indexes
         hopeless: list[int] = []
         if self._deadline < math.inf:
             keys = [self._usable[index] for index in indexes]
@@ -185,7 +184,7 @@ class PoolCheck:
         arrived = self._lookup.arrived_since(self._path, self._usable[index], self._began)
         if arrived is None:
             waiter = self._waiter_for(index)
-            self._lookup.begin(self._path, waiter, self._deadline, self._joins)
+            self._lookup.begin(self._path, waiter, self._deadline, self._joins, own_timer=True)
         else:
             self._take_for_all(index, arrived)
 
@@ -201,17 +200,28 @@ class PoolCheck:
         return waiter
 
     async def _wait(self) -> None:
-        """Wait for all outcomes; after the deadline, only for the calls that had begun."""
+        """Wait for all outcomes; after the deadline, only for stale answers that may stand in."""
         while self._error is None:
             self._report()
-            if self._is_over and self._waiting is not None:
-                self._calls.leave_pool(self._waiting)
-                self._waiting = None
+            if self._is_over:
+                await self._time_out()
             if not self._begun and (self._waiting is None or not self._waiting.waiting):
                 return
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         raise self._error
+
+    async def _time_out(self) -> None:
+        """End the wait for all keys without an outcome: the deadline has passed."""
+        if self._waiting is not None:
+            self._calls.leave_pool(self._waiting)
+            self._waiting = None
+        for number, waiter in enumerate([*self._begun.values()], start=1):
+            if waiter.call is not None:
+                self._calls.time_out(waiter.call, waiter)
+            if number % _SLICE == 0:
+                self._report()
+                await asyncio.sleep(0)
 
     def _on_deadline(self) -> None:
         self._is_over = True
@@ -249,12 +259,13 @@ class PoolCheck:
     def make(self, index: int, flow: Pool, context: contextvars.Context) -> SharedCall:
         """The call of the key at `index`, at its turn."""
         return self._lookup.take_turn(
-            self._path, self._waiter_for(index), self._patience, flow, context
+            self._path, self._waiter_for(index), self._terms, flow, context
         )
 
-    def index_of(self, digest: bytes) -> int | None:
-        """The index of a secret."""
-        return self._first.get(digest)
+    @property
+    def first(self) -> dict[bytes, int]:
+        """The first index of each secret."""
+        return self._first
 
     def account_at(self, index: int) -> Hashable | None:
         """The declared account of the key at `index`."""
@@ -311,8 +322,12 @@ class _Waiting(Pool):
             return int(self.number_of(account) is not None)
         return super().of_account(account)
 
+    @property
+    def digests(self) -> KeysView[bytes]:
+        return self._check.first.keys()
+
     def number_of(self, digest: bytes) -> int | None:
-        index = self._check.index_of(digest)
+        index = self._check.first.get(digest)
         if index is None:
             return None
         number = bisect_left(self.indexes, index)

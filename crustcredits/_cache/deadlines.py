@@ -32,9 +32,7 @@ class Deadlines:
         self._room = _SLICE
 
     def add(self, deadline: float, call: SharedCall, waiter: Waiter) -> None:
-        """Add the deadline of a waiter; does nothing for an infinite one."""
-        if deadline == math.inf:
-            return
+        """Add the deadline of a waiter."""
         if len(self._heap) >= self._room:
             self._purge()
         heapq.heappush(self._heap, (deadline, next(self._numbers), call, waiter))

@@ -9,6 +9,7 @@ traceback. The module must not know the waiters, their deadlines or the cache.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Callable, Hashable
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("crustcredits")
 
-# Granted calls that one iteration of the loop handles without sending them.
+# Calls that one iteration of the loop handles without sending them.
 _SLICE = 1_000
 
 
@@ -90,6 +91,7 @@ class Dispatcher:
             )
             for path in (USER_CREDITS, ACCOUNT_CREDITS)
         }
+        self._turns = [*self.endpoints.values()]  # the endpoint that started last comes last
         self._alarm = Alarm(self._on_alarm)
         self._admitting = self._stopped = False
         self._pauses = False  # until the alarm rings, which is due
@@ -166,16 +168,18 @@ class Dispatcher:
         self._admitting = True
         try:
             now = _now() if now is None else now
-            while True:
-                if self._later.next_at < math.inf:
-                    for call in self._later.due(now):
-                        self.endpoints[call.path].resume(call, now)
-                moment, is_more = self._start_all(now)
-                if not is_more:
-                    break
+            if self._later.next_at < math.inf:
+                for call in itertools.islice(self._later.due(now), _SLICE):
+                    self.endpoints[call.path].resume(call, now)
+            for endpoint in self._turns:
+                if endpoint.again:
+                    endpoint.ask_again(now, _SLICE)
+            moment = min(self._start_all(now), self._later.next_at)
+            for endpoint in self._turns:
+                if endpoint.again:
+                    moment = now
             # The rest in the next iteration of the loop, so that other tasks run meanwhile.
             self._pauses = moment <= now
-            moment = min(moment, self._later.next_at)
             # An alarm that is set for an earlier moment stays: it is set again when it rings.
             if moment < self._alarm.at:
                 self._alarm.set(max(moment, now))
@@ -184,28 +188,25 @@ class Dispatcher:
         finally:
             self._admitting = False
 
-    def _start_all(self, now: float) -> tuple[float, bool]:
-        """Start every attempt that may start now.
-
-        Returns the time of the next possible start, and whether calls were handled without sending
-        that may have to resume.
-        """
-        moment, is_more, not_sent = math.inf, False, 0
-        busy = [*self.endpoints.values()]
-        while busy and not_sent < _SLICE:
+    def _start_all(self, now: float) -> float:
+        """Start every attempt that may start now. Returns the time of the next possible start."""
+        moment, looks = math.inf, _SLICE
+        busy = [*self._turns]
+        while busy and looks > 0:
             for endpoint in tuple(busy):  # in turns
-                granted = endpoint.scheduler.grant(now)
+                granted = endpoint.scheduler.grant(now, looks)
+                looks -= endpoint.scheduler.looks
                 if isinstance(granted, Attempt):
                     self._send(endpoint, granted, now)
-                    continue
-                if isinstance(granted, Call):
+                    self._turns.remove(endpoint)
+                    self._turns.append(endpoint)
+                elif isinstance(granted, Call):
                     self._not_sent(endpoint, cast("ApiCall", granted), now)
-                    is_more, not_sent = True, not_sent + 1
-                    continue
-                busy.remove(endpoint)
-                if granted is not None:
-                    moment = min(moment, granted)
-        return (now, False) if busy else (moment, is_more)
+                else:
+                    busy.remove(endpoint)
+                    if granted is not None:
+                        moment = min(moment, granted)
+        return now if busy else moment
 
     def _not_sent(self, endpoint: Endpoint, call: ApiCall, now: float) -> None:
         """Handle a granted call that is not sent: too late, or the circuit breaker is open."""

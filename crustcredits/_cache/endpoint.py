@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import cast
@@ -42,6 +43,7 @@ class Endpoint:
     Attributes:
         path: Its path.
         scheduler: Its admission queue.
+        again: Calls that waited for a probe, which has ended: `ask_again` takes them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Endpoint:
         self._period = period
         self._breaker = CircuitBreaker(path)
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
+        self.again: deque[ApiCall] = deque()
         self.scheduler = Scheduler(
             terms, pace=pace, slots=slots, make_bucket=make_bucket, is_barred=self.is_barred
         )
@@ -104,6 +107,17 @@ class Endpoint:
 
     # --- the circuit breaker
 
+    def ask_again(self, now: float, most: int) -> None:
+        """Ask again for calls that waited for a probe, up to `most` of them.
+
+        The probe has ended, or the API has answered an older request.
+        """
+        for _ in range(min(most, len(self.again))):
+            call = self.again.popleft()
+            if call in self._barred:  # otherwise it was given up, or has resumed
+                del self._barred[call]
+                self.ask(call, now)
+
     def refusal(self, now: float) -> GatewayError | None:
         """The circuit breaker's error for requests now, or None."""
         return self._breaker.refusal(now)
@@ -127,7 +141,7 @@ class Endpoint:
         if scheduler.is_barring or probe is not None:
             scheduler.is_barring = self._breaker.is_open
             if probe is not None or (self._barred and not scheduler.is_barring):
-                self._ask_again(now)
+                self.again.extend(self._barred)
 
     def read(
         self, call: ApiCall, got: Response | Failure, now: float
@@ -198,12 +212,3 @@ class Endpoint:
             call.on_wait()
         else:
             self._later.add(call, until)
-
-    def _ask_again(self, now: float) -> None:
-        """Ask again for the calls that wait for a probe.
-
-        A probe has ended, or the API has answered an older request.
-        """
-        waiting, self._barred = self._barred, {}
-        for call in waiting:
-            self.ask(call, now)

@@ -75,7 +75,8 @@ class FanOutWaiter:
         self.hand_on(asyncio.CancelledError())
 
     def give_up(self) -> None:
-        """Leave the call."""
+        """Leave the call: nothing lands any more."""
+        self._land = None
         assert self.call is not None, "a waiter without an outcome has a call"
         self._lookup.calls.leave(self.call, self)
 
@@ -163,10 +164,19 @@ class Lookup:
             return outcome
         return self.given(cache_key, key, outcome, policy, began)
 
-    def begin(self, path: str, waiter: FanOutWaiter, deadline: float, flow: Flow) -> None:
+    def begin(
+        self,
+        path: str,
+        waiter: FanOutWaiter,
+        deadline: float,
+        flow: Flow,
+        *,
+        own_timer: bool = False,
+    ) -> None:
         """Ask about a key of a fan-out, without a task: the outcome lands at once or later.
 
-        A new call waits for its turn in `flow`. If the client was closed, an exception lands.
+        A new call waits for its turn in `flow`. If the client was closed, an exception lands. With
+        `own_timer` the caller ends the wait at the deadline.
         """
         key, policy = waiter.key, waiter.policy
         outcome = None if policy is NEW else self.known(path, key, policy)
@@ -175,6 +185,8 @@ class Lookup:
             return
         cache_key = path, key.digest
         terms = self._terms(cache_key, policy, waiter.began, deadline)
+        if own_timer:
+            terms = terms._replace(own_timer=True)
         waiter.call = self.calls.join(cache_key, key, waiter, terms, flow)
 
     def take_turn(
@@ -192,7 +204,8 @@ class Lookup:
         key = waiter.key
         cache_key = path, key.digest
         if waiter.policy.if_error:
-            terms = self._terms(cache_key, waiter.policy, terms.began, terms.deadline)
+            falls_back = self._falls_back(cache_key, waiter.policy, terms.began)
+            terms = terms._replace(falls_back=falls_back)
         call = waiter.call = self.calls.open(
             cache_key, key, waiter, terms, flow=flow, context=context
         )
@@ -232,9 +245,12 @@ class Lookup:
     def _terms(
         self, cache_key: CacheKey, policy: CachePolicy, began: float, deadline: float
     ) -> WaitTerms:
+        return WaitTerms(began, deadline, self._falls_back(cache_key, policy, began))
+
+    def _falls_back(self, cache_key: CacheKey, policy: CachePolicy, began: float) -> bool:
+        """Whether a stale answer may replace a newer one while the API gives none."""
         entry = self._cache.find(cache_key) if policy.if_error else None
-        falls_back = entry is not None and entry.may_stand_in(policy, began)
-        return WaitTerms(began, deadline, falls_back)
+        return entry is not None and entry.may_stand_in(policy, began)
 
 
 def _now() -> float:

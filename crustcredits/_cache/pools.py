@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import KeysView
+
 from crustcredits._cache.shared_call import Pool, SharedCall
 from crustcredits._cache.store import CacheKey
 
@@ -37,6 +39,16 @@ class Pools:
     def holds(self, cache_key: CacheKey) -> bool:
         """Whether a key waits in a pool for its turn."""
         return self._find(cache_key) is not None
+
+    def holds_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
+        """The secrets among these that wait in a pool for their turn."""
+        return {
+            digest
+            for pool in self._pools
+            if pool.path == path
+            for digest in pool.digests & digests
+            if pool.number_of(digest) is not None
+        }
 
     def begin_early(self, cache_key: CacheKey) -> SharedCall | None:
         """Make the call of a key that waits in a pool, because another caller asks about it too.

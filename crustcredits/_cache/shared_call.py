@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, KeysView, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from crustcredits._cache.api_call import ApiCall
@@ -14,6 +14,8 @@ from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance, Outcome
 from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
+
+_NO_FLOW = Flow()  # of calls that have ended
 
 
 class Waiter(Protocol):
@@ -26,14 +28,19 @@ class Waiter(Protocol):
 
 
 class WaitTerms(NamedTuple):
-    """The start and the deadline of a wait, in seconds of the loop's clock.
+    """The terms of a wait.
 
-    `falls_back` says whether a stale answer may end it.
+    Attributes:
+        began: Its start, in seconds of the loop's clock.
+        deadline: Its end.
+        falls_back: Whether a stale answer may end it.
+        own_timer: Whether the waiter's owner ends it at the deadline.
     """
 
     began: float
     deadline: float
     falls_back: bool
+    own_timer: bool = False
 
 
 class CallOwner(Protocol):
@@ -73,6 +80,12 @@ class SharedCall(ApiCall):
         self.first: Waiter | None = None
         self.waiters: dict[Waiter, WaitTerms] = {}
         self.early: tuple[Pool, int] | None = None
+
+    def forget(self) -> None:
+        """Hold on to no waiter and no check: a deadline may keep an ended call in memory."""
+        self.first = None
+        self.waiters = {}
+        self.flow = _NO_FLOW
 
     @property
     def is_refresh(self) -> bool:
@@ -123,6 +136,11 @@ class Pool(PoolFlow):
     @abstractmethod
     def make(self, number: int) -> SharedCall:
         """Make the call of a number."""
+
+    @property
+    @abstractmethod
+    def digests(self) -> KeysView[bytes]:
+        """The secrets of the check, whether they wait or not."""
 
     @abstractmethod
     def number_of(self, digest: bytes) -> int | None:

@@ -12,7 +12,7 @@ import contextvars
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from typing import Any
 
 from crustcredits._cache.deadlines import Deadlines
@@ -35,8 +35,10 @@ from crustcredits._ratelimit.fair_queue import Flow
 
 _log = logging.getLogger("crustcredits")
 
-# Calls that one iteration of the loop puts into the queue.
+# Calls that one iteration of the loop queues, or ends.
 _SLICE = 1_000
+# Waiters whose latest deadline is computed anew when another one leaves.
+_FEW = 8
 
 
 class SingleFlight:
@@ -57,7 +59,7 @@ class SingleFlight:
         self._outdated: set[SharedCall] = set()
         self._dropped: set[asyncio.Task[Any]] = set()
         self._pools = Pools()
-        self._deadlines = Deadlines(self._time_out)
+        self._deadlines = Deadlines(self.time_out)
 
     @property
     def is_idle(self) -> bool:
@@ -67,6 +69,17 @@ class SingleFlight:
     def is_asked(self, cache_key: CacheKey) -> bool:
         """Whether a call for this key is under way, or waits for its turn in a pool."""
         return cache_key in self._under_way or (bool(self._pools) and self._pools.holds(cache_key))
+
+    def asked_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
+        """The secrets among these for which `is_asked` holds."""
+        asked = self._pools.holds_among(path, digests) if self._pools else set[bytes]()
+        if len(digests) < len(self._under_way):
+            asked.update(digest for digest in digests if (path, digest) in self._under_way)
+        else:
+            asked.update(
+                digest for each, digest in self._under_way if each == path and digest in digests
+            )
+        return asked
 
     # --- calls
 
@@ -88,8 +101,7 @@ class SingleFlight:
             self._dispatcher.enter(call)
         else:
             call.deadline = max(call.deadline, terms.deadline) if call.waiters else terms.deadline
-            call.waiters[waiter] = terms
-            self._deadlines.add(terms.deadline, call, waiter)
+            self._add(call, waiter, terms)
             if call.early is not None and flow.kind < call.flow.kind:
                 self._pools.leave_early(call)
                 call.flow = flow
@@ -99,7 +111,7 @@ class SingleFlight:
         if terms.deadline < math.inf and not (
             terms.began < terms.deadline >= self._earliest(call, terms.began)
         ):
-            self._time_out(call, waiter)
+            self.time_out(call, waiter)
         return call
 
     def open(
@@ -122,9 +134,8 @@ class SingleFlight:
             context=context,
         )
         call.first = waiter
-        call.waiters[waiter] = terms
         call.deadline = terms.deadline
-        self._deadlines.add(terms.deadline, call, waiter)
+        self._add(call, waiter, terms)
         return call
 
     def refresh(self, cache_key: CacheKey, key: ApiKey) -> None:
@@ -139,11 +150,18 @@ class SingleFlight:
         )
         self._dispatcher.enter(call)
 
+    def _add(self, call: SharedCall, waiter: Waiter, terms: WaitTerms) -> None:
+        call.waiters[waiter] = terms
+        if terms.deadline < math.inf and not terms.own_timer:
+            self._deadlines.add(terms.deadline, call, waiter)
+
     def leave(self, call: SharedCall, waiter: Waiter) -> None:
         """Remove a waiter that gives up its call."""
         call.waiters.pop(waiter, None)
         if call.waiters:
-            call.deadline = max(terms.deadline for terms in call.waiters.values())
+            # Of many waiters the deadline stays as it is, so that thousands leave at little cost.
+            if len(call.waiters) <= _FEW:
+                call.deadline = max(terms.deadline for terms in call.waiters.values())
             return
         if not self._is_under_way(call):
             return
@@ -163,9 +181,13 @@ class SingleFlight:
         self._dispatcher.stop()
         for pool in self._pools.clear():
             self._dispatcher.leave_pool(pool.path, pool)
-        for call in [*self._under_way.values(), *self._outdated]:
-            self._settle(call, failure(call.api_key, closed_error()))
-            self._end(call)
+        calls = [*self._under_way.values(), *self._outdated]
+        for number, call in enumerate(calls, start=1):
+            if self._is_under_way(call):
+                self._settle(call, failure(call.api_key, closed_error()))
+                self._end(call)
+            if number % _SLICE == 0:
+                await asyncio.sleep(0)
         self._deadlines.close()
         await asyncio.gather(*self._dropped, return_exceptions=True)
 
@@ -226,19 +248,20 @@ class SingleFlight:
         earliest = self._earliest(call, _now())
         for waiter, deadline in patient:
             if deadline < earliest:
-                self._time_out(call, waiter)
+                self.time_out(call, waiter)
 
     def refuse_all(self, call: SharedCall) -> None:
         """End all waiters: their deadlines come before an answer could."""
         for waiter in tuple(call.waiters):
-            self._time_out(call, waiter)
+            self.time_out(call, waiter)
         if self._is_under_way(call) and call.task is None:
             # A waiter that was cancelled in this very iteration of the loop has not left yet.
             call.waiters.clear()
             call.wanted = False
             self._drop(call)
 
-    def _time_out(self, call: SharedCall, waiter: Waiter) -> None:
+    def time_out(self, call: SharedCall, waiter: Waiter) -> None:
+        """End a waiter whose deadline has passed, or certainly passes without an answer."""
         terms = call.waiters.get(waiter)
         if terms is None or waiter.done():
             return
@@ -274,6 +297,7 @@ class SingleFlight:
             outcome = failure(call.api_key, result)
         evicted = self._record(call, outcome) if is_joined else None
         self._settle(call, outcome)
+        call.forget()
         if evicted is not None:
             self._forget(evicted)
 
@@ -288,6 +312,7 @@ class SingleFlight:
                 waiter.cancel()
             else:
                 waiter.set_exception(error)
+        call.forget()
 
     def _record(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
         """Cache the outcome of a call. Returns the cache key that was evicted for it, if any."""
@@ -331,6 +356,7 @@ class SingleFlight:
         self._remove(call)
         self._cache.given_up(call.cache_key)
         self._end(call)
+        call.forget()
 
     def _end(self, call: SharedCall) -> None:
         """Take a call out of the queue, or cancel its request."""

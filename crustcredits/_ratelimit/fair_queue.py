@@ -239,6 +239,20 @@ class _FlowQueue:
         """Waiting calls for which no request was sent yet."""
         return len(self.fresh) + (0 if self.pool is None else self.pool.waiting)
 
+    def add_first(self, call: Call) -> None:
+        """Add a call whose turn it is next."""
+        calls = self.accounts.get(call.account)
+        if calls is None:
+            first = self.turns[0][0] if self.turns else self.tickets + 1
+            if self.pool is not None and self.pool.waiting:
+                first = min(first, self.pool.next_ticket())
+            self.accounts[call.account] = call
+            self.turns.appendleft((first - 1, call.account))
+        elif isinstance(calls, deque):
+            calls.appendleft(call)
+        else:
+            self.accounts[call.account] = deque((call, calls))
+
     def add(self, call: Call) -> None:
         """Add a call at the end of its account."""
         calls = self.accounts.get(call.account)
@@ -351,15 +365,23 @@ class FairQueue:
         ]
         return sum(line.of_account(self, account) for line in lines)
 
+    def of_flow(self, flow: Flow) -> int:
+        """How many calls of a flow wait."""
+        line = self._lines.get(flow)
+        return 0 if line is None else line.length
+
     def lengths(self) -> dict[Flow, int]:
         """How many calls of each flow wait."""
         return {flow: line.length for flow, line in self._lines.items()}
 
-    def push(self, call: Call) -> None:
-        """Add a call at the end of its account."""
+    def push(self, call: Call, *, first: bool = False) -> None:
+        """Add a call at the end of its account, or as the `first` of its account and flow."""
         flow = call.flow
         line = self._lines.get(flow) or self._line(flow)
-        line.add(call)
+        if first:
+            line.add_first(call)
+        else:
+            line.add(call)
         pool = line.asked if call.was_asked else line.fresh
         call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # only this module uses its place
         pool.append(call)

@@ -105,6 +105,7 @@ class Permits:
             self.release(account, now)
         if let_out_of is self.common:
             self.release(self.common, now)
+        self.accounts.forget_idle(now)
         return let_out_of is not None
 
     def drop(self, call: Call, now: float) -> None:
@@ -118,6 +119,7 @@ class Permits:
         if account is not None:
             self.accounts.forget_later(account, now)
             self.release(account, now)
+        self.accounts.forget_idle(now)
 
     def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
         """Remove and return the calls that wait for a token of this account, or a common one."""
@@ -157,7 +159,8 @@ class Permits:
         for call in queue.release(now):
             if queue is not self.common:
                 self._park(call, -1)
-            self._ready.push(call)
+            # It has had its turn in its flow; no other call may take its account's token.
+            self._ready.push(call, first=queue is not self.common)
         if len(queue):
             self._arm(queue, now)
         else:

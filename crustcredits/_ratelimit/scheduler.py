@@ -57,6 +57,7 @@ class Scheduler:
 
     Attributes:
         is_barring: Whether `is_barred` has to be asked.
+        looks: Calls that the last `grant` has looked at without starting them.
         ready: Calls that no token has stopped so far.
         permits: The tokens, and the calls that wait for them.
         cooldown: The trials and cooldowns of the endpoint.
@@ -86,6 +87,7 @@ class Scheduler:
             terms, permits=self.permits, scope=self._scope, cooldown=self.cooldown, pace=pace
         )
         self._refreshing = 0  # background calls on the wire
+        self.looks = 0
 
     # --- calls
 
@@ -134,18 +136,19 @@ class Scheduler:
 
     # --- starts and ends
 
-    def grant(self, now: float) -> Attempt | Call | float | None:
+    def grant(self, now: float, most: int = _LOOKS) -> Attempt | Call | float | None:
         """Start the next request, hand out a call that must not be sent, or say when to ask again.
 
         Returns None without such a moment. The caller asks until no request comes, and again after
-        each other method. One call of `grant` looks at most at a thousand calls, so that other
-        tasks run in between.
+        each other method. One call of `grant` looks at `most` calls, so that other tasks run in
+        between.
         """
         permits = self.permits
+        self.looks = 0
         if permits.next_moment <= now:
             permits.release_due(now)
         until: float | None = None
-        for _ in range(_LOOKS):
+        while self.looks < most:
             if not self.ready.length:
                 break
             trial = self.cooldown.trial
@@ -153,6 +156,9 @@ class Scheduler:
             if is_held:
                 break
             found = self._take(trial, now)
+            if isinstance(found, Attempt):
+                return found
+            self.looks += 1
             if found is not None:
                 return found
         else:
@@ -259,20 +265,24 @@ class Scheduler:
         if left <= 0:
             return True
         needed = min(_ANSWERS * (self._slots.usual or 0.0), _SHORT)
-        return left < needed and self._is_scarce(needed, now)
+        return left < needed and self._is_scarce(call.flow, needed, now)
 
-    def _is_scarce(self, seconds: float, now: float) -> bool:
-        """Whether more foreground calls wait than could start in these seconds."""
-        common = self.permits.common
-        if common.waits_before(Kind.BACKGROUND):
-            return True
-        room = self._slots.free
+    def _is_scarce(self, flow: Flow, seconds: float, now: float) -> bool:
+        """Whether more calls of a flow wait than could start in these seconds.
+
+        Flows take turns, so the calls of other flows take no start from it.
+        """
+        if isinstance(flow, PoolFlow):  # all have one deadline: none has more use of the token
+            return False
+        common, room = self.permits.common, self._slots.free
         if self.permits.counts_common:
-            room = min(room, common.room(Kind.SINGLE, now))
+            if common.of_flow(flow):
+                return True
+            room = min(room, common.room(flow.kind, now))
         rate = self._pace.current(now)
         if rate is not None:
             room = min(room, math.ceil(rate * seconds))
-        return self.ready.foreground >= max(1, room)
+        return self.ready.of_flow(flow) >= max(1, room)
 
     def _is_refused(self, call: Call, now: float) -> bool:
         """Whether the next call in turn must not be sent."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 
 from crustcredits._ratelimit import reserve
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
@@ -87,6 +87,10 @@ class TokenQueue(ABC):
     def waiting(self, kind: Kind) -> int:
         """How many calls of this kind wait."""
         return self._queues[kind].length if self._queues else 0
+
+    def of_flow(self, flow: Flow) -> int:
+        """How many calls of a flow wait."""
+        return self._queues[flow.kind].of_flow(flow) if self._queues else 0
 
     def waits_before(self, kind: Kind) -> bool:
         """Whether a call of a better kind waits."""

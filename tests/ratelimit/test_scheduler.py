@@ -790,7 +790,8 @@ def test_which_calls_certainly_start_after_a_deadline() -> None:
 
 def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> None:
     """Without others it is tried, until its time is over."""
-    late, other = call("late", Flow()), call("other", Flow())
+    flow = Flow()
+    late, other = call("late", flow), call("other", flow)
     late.deadline = 10.3
     for others in (True, False):
         scheduler = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None)
