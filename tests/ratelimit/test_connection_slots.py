@@ -49,3 +49,47 @@ def test_the_number_of_hanging_requests_is_bounded() -> None:
     assert slots.free == 0
     slots.release(0, 50.0, answered=False)
     assert slots.free == 1
+
+
+def test_a_hanging_request_over_the_bound_gives_its_slot_back_when_it_ends() -> None:
+    """Then it was no hanging one, and is on the wire no more."""
+    slots = ConnectionSlots[int](1)
+    for number in range(1 + HANGING_SHARE):
+        slots.take(number, 0.0)
+        assert slots.overdue(0.4) == [number]
+    assert (slots.free, len(slots)) == (0, 9)
+    slots.release(HANGING_SHARE, 3.0, answered=True)
+    assert (slots.free, len(slots), slots.usual) == (1, 8, 3.0)
+
+
+def test_the_oldest_hanging_request_over_the_bound_hangs_next() -> None:
+    """When one of the hanging ones ends; each ends once."""
+    slots = ConnectionSlots[int](3)
+    for number in range(3 * (1 + HANGING_SHARE)):
+        slots.take(number, 0.0)
+        slots.overdue(0.4)
+    assert (slots.free, len(slots), slots.next_overdue()) == (0, 27, None)
+    slots.release(0, 1.0, answered=False)
+    assert (slots.free, len(slots)) == (1, 26)
+    slots.release(24, 1.0, answered=False)  # the oldest, which hangs now
+    assert (slots.free, len(slots)) == (2, 25)
+    for number in (25, 26, *range(1, 24)):
+        slots.release(number, 1.0, answered=False)
+    assert (slots.free, len(slots)) == (3, 0)
+    with pytest.raises(KeyError):
+        slots.release(1, 1.0, answered=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "patience"), [([0.05], 0.4), ([0.1], 0.4), ([0.2], 0.8), ([2.0, 12.0], 12.0)]
+)
+def test_the_patience_is_four_times_a_moving_average_of_answers(
+    answers: list[float], patience: float
+) -> None:
+    """Of which the newest is a tenth; 0.4 s at least."""
+    slots = ConnectionSlots[str](1)
+    for took in answers:
+        slots.take("a", 5.0)
+        slots.release("a", 5.0 + took, answered=True)
+    slots.take("b", 100.0)
+    assert slots.next_overdue() == pytest.approx(100 + patience)
