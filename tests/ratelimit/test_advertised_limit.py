@@ -38,3 +38,52 @@ def test_a_limit_for_all_accounts_needs_the_last_three_accounts_to_agree() -> No
     assert limit.hear("d", 40, used=1, seen=0) == 60
     assert limit.hear("e", 30, used=0, seen=5) == 300
     assert [limit.hear(name, 900, used=1, seen=0) for name in "xyz"] == [300, 300, 900]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "seen", "followed"),
+    [
+        (1, 1, 1, 1),
+        (299, 1, 0, 299),
+        (300, 1, 0, 300),
+        (301, 1, 0, 301),
+        (10**6, 1, 0, 10**6),
+        (10**6 + 1, 1, 0, 10**6),
+        (0, 1, 0, 300),
+        (20, 0, 1, 300),
+    ],
+)
+def test_any_plausible_limit_with_an_agreeing_count_can_be_followed(
+    limit: int, used: int, seen: int, followed: int
+) -> None:
+    """From one request to a million, as the only answer."""
+    assert AdvertisedLimit(300, follows_higher=True).hear("a", limit, used, seen) == followed
+
+
+def test_two_accounts_can_be_enough_for_all() -> None:
+    """Answers of one account alone change nothing, and its latest counts."""
+    limit = AdvertisedLimit(300, follows_higher=False, voices=2)
+    assert limit.hear("a", 20, used=1, seen=0) == 300
+    assert limit.hear("a", 30, used=1, seen=0) == 300
+    assert limit.hear("b", 10, used=1, seen=0) == 30
+
+
+def test_only_the_latest_answers_of_accounts_count() -> None:
+    """An account that answers again becomes the latest one."""
+    limit = AdvertisedLimit(300, follows_higher=False, voices=2)
+    for account, stated in (("a", 20), ("b", 10), ("a", 20)):
+        limit.hear(account, stated, used=1, seen=0)
+    assert limit.hear("c", 5, used=1, seen=0) == 20
+
+
+def test_the_configured_limit_is_news_only_after_another_one() -> None:
+    """Until all latest accounts state the configured one again."""
+    limit = AdvertisedLimit(300, follows_higher=False, voices=3)
+    assert not limit.is_news(300)
+    assert limit.is_news(299)
+    limit.hear("a", 20, used=1, seen=0)
+    assert limit.is_news(300)
+    limit.hear("a", 300, used=1, seen=0)
+    assert not limit.is_news(300)
+    limit.hear("b", 300, used=1, seen=0)
+    assert not limit.is_news(300)
