@@ -15,9 +15,8 @@ _TOGETHER = 2
 _AFTER_A_HOLD = 3
 _UNKNOWN = 8
 _ALONE = 24
-# A trial doubles its width with each served answer, up to the widest, and ends beyond `_OVER`.
+# A trial doubles its width with each served answer, and ends beyond this one.
 _OVER = 16
-_WIDEST = 64
 # Periods for which a past cooldown lowers the run that starts the next one.
 _MEMORY = 2
 # Seconds of a first cooldown without a stated wait; doubled with each refused probe, up to the
@@ -136,7 +135,7 @@ class EndpointCooldown:
         trial = self.trial
         if trial is None or (probe is not trial and not alone):
             return
-        trial.width = min(_WIDEST, 2 * trial.width)
+        trial.width *= 2
         trial.refused = trial.holds = 0
         if trial.width > _OVER or (alone and (not trial.is_held or trial.with_counts)):
             self.trial = None
@@ -159,8 +158,10 @@ class EndpointCooldown:
             else wait
         )
         more = 2.0 ** min(_MOST_DOUBLINGS, max(0, holds - 1 - _PATIENT))
+        if more > 1:  # a stated wait of 0 grows too
+            span = max(span, _FIRST_HOLD)
         if again and not sure:
             return min(max(_LONGEST_HOLD, span), min(span, _WEAK_HOLD) * more)
         if more > 1:
-            return max(span, min(_LONGEST_HOLD, max(span, _FIRST_HOLD) * more))
+            return max(span, min(_LONGEST_HOLD, span * more))
         return span

@@ -157,12 +157,12 @@ class PoolFlow(Flow, ABC):
             self.queue.length -= 1
 
     def enter(self, queue: FairQueue, ticket: int) -> int:
-        """Let all waiting numbers enter a queue behind this ticket. Returns the next ticket."""
+        """Let all waiting numbers enter a queue, from this ticket on. Returns the last ticket."""
         self.queue = queue
         shift = ticket - self.next_ticket()
         self._base += shift
         self._turns = deque((turn + shift, account) for turn, account in self._turns)
-        return max(self._base + len(self._accounts), self._turns[-1][0] if self._turns else 0) + 1
+        return max(self._base + len(self._accounts), self._turns[-1][0] if self._turns else 0)
 
     def next_ticket(self) -> int:
         """The ticket of the number whose turn is next; at least one number waits."""
@@ -216,11 +216,12 @@ class PoolFlow(Flow, ABC):
 class _FlowQueue:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
-    __slots__ = ("accounts", "asked", "fresh", "left", "pool", "tickets", "turns")
+    __slots__ = ("accounts", "asked", "drawn", "fresh", "left", "pool", "tickets", "turns")
 
     def __init__(self) -> None:
         # Calls that have left out of turn, and may still be in their account's deque.
         self.left = 0
+        self.drawn: set[Call] = set()  # of these, the ones that may come again
         self.accounts: dict[Hashable, Call | deque[Call]] = {}
         # Accounts, each with the ticket of its turn.
         self.turns: deque[tuple[int, Hashable]] = deque()
@@ -240,7 +241,9 @@ class _FlowQueue:
         return len(self.fresh) + (0 if self.pool is None else self.pool.waiting)
 
     def add_first(self, call: Call) -> None:
-        """Add a call whose turn it is next."""
+        """Add a call before all others of its account, which has the next turn if it had none."""
+        if self._is_back(call):
+            return
         calls = self.accounts.get(call.account)
         if calls is None:
             first = self.turns[0][0] if self.turns else self.tickets + 1
@@ -255,6 +258,8 @@ class _FlowQueue:
 
     def add(self, call: Call) -> None:
         """Add a call at the end of its account."""
+        if self._is_back(call):
+            return
         calls = self.accounts.get(call.account)
         if calls is None:  # most accounts have one call, and a deque is large
             self.accounts[call.account] = call
@@ -275,6 +280,7 @@ class _FlowQueue:
         if there and self.left <= there + _FEW:
             return
         self.left = 0
+        self.drawn.clear()
         for _, account in self.turns:
             calls = [call for call in self._calls(account) if call.queue is queue]
             if calls:
@@ -301,10 +307,9 @@ class _FlowQueue:
             found: Call | None = None
             if isinstance(calls, deque):
                 while calls and found is None:
-                    call = calls.popleft()
-                    found = call if call.queue is queue else None
-            elif calls.queue is queue:
-                found = calls
+                    found = self._still_waits(calls.popleft(), queue)
+            else:
+                found = self._still_waits(calls, queue)
             if isinstance(calls, deque) and calls:
                 self.tickets += 1
                 self.turns.append((self.tickets, account))
@@ -312,6 +317,21 @@ class _FlowQueue:
                 del self.accounts[account]
             if found is not None:
                 return found
+
+    def _is_back(self, call: Call) -> bool:
+        """Whether a call that was drawn comes again, at its old place among its account's calls."""
+        if call not in self.drawn:
+            return False
+        self.drawn.remove(call)
+        self.left -= 1
+        return True
+
+    def _still_waits(self, call: Call, queue: FairQueue) -> Call | None:
+        """The call, if it waits in the queue; None if it has left out of turn."""
+        if call.queue is queue:
+            return call
+        self.drawn.discard(call)
+        return None
 
     def of_account(self, queue: FairQueue, account: Hashable) -> int:
         """How many calls of an account wait."""
@@ -449,6 +469,7 @@ class FairQueue:
                 assert line.pool is not None
                 return self._begin(line.pool, line.pool.draw(place - len(line.fresh)), line)
             call = line.fresh[place]
+            line.drawn.add(call)
             self.remove(call)
             return call
         found = line.next(self)

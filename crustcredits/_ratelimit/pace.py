@@ -74,15 +74,12 @@ class Pace:
         self._recover(now)
         assert self._rate is not None
         self._rate = max(min(self._least, self._ceiling), self._rate * _CUT)
-        self._changed = now
 
     def _recover(self, now: float) -> None:
         if self._ceiling is not None and self._rate is not None and self._rate < self._ceiling:
             self._rate = min(
                 self._ceiling, self._rate + (now - self._changed) * _RECOVERY * self._ceiling
             )
-            if self._rate == self._ceiling:
-                self._limiter = _limiter(self._ceiling)
         self._changed = now
 
 

@@ -159,8 +159,8 @@ class Permits:
         for call in queue.release(now):
             if queue is not self.common:
                 self._park(call, -1)
-            # It has had its turn in its flow; no other call may take its account's token.
-            self._ready.push(call, first=queue is not self.common)
+            # Calls that still wait for the account may not take the token for which it stands.
+            self._ready.push(call, first=queue is not self.common and len(queue) > 0)
         if len(queue):
             self._arm(queue, now)
         else:

@@ -36,7 +36,6 @@ class ScopeDetection:
         "_alone_at",
         "_doubt",
         "_in_a_row",
-        "_late",
         "_no_proof_before",
         "_period",
         "_proves",
@@ -46,7 +45,6 @@ class ScopeDetection:
 
     def __init__(self, period: float, late: float, *, proves: bool) -> None:
         self._period = period
-        self._late = late
         self._proves = proves
         self._witnesses = Witnesses(period, late)
         self._alone_at = -math.inf

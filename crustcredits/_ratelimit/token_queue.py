@@ -98,7 +98,7 @@ class TokenQueue(ABC):
 
     def holds(self, call: Call) -> bool:
         """Whether a call waits here."""
-        return call.queue is not None and call.queue in self._queues
+        return call.queue in self._queues
 
     def push(self, call: Call) -> None:
         """Let a call wait."""
@@ -270,9 +270,8 @@ class CommonQueue(TokenQueue):
         # do not matter.
         if kind is not Kind.BACKGROUND:
             kept = reserve.kept_from(kind, self.bucket, self._reserve) if self._reserve else 0
-            free = self.bucket.room(now, kept)
-            if free <= 0 or free > 1 + self.bucket.limit * _TENTH:
-                return free > 0
+            if self.bucket.room(now, kept) > 1 + self.bucket.limit * _TENTH:
+                return True
         return self.room(kind, now) > 0
 
     def next_room(self, now: float) -> float | None:
