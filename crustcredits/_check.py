@@ -231,10 +231,7 @@ class PoolCheck:
         """Leave nothing under way."""
         begun, self._begun = list(self._begun.values()), {}
         if self._waiting is not None:
-            self._calls.leave_pool(
-                self._waiting,
-                [(waiter.call, waiter) for waiter in begun if waiter.call is not None],
-            )
+            self._calls.leave_pool(self._waiting, [waiter.give_up for waiter in begun])
             self._waiting = None
         else:
             for waiter in begun:

@@ -26,7 +26,7 @@ from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
-from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
+from crustcredits._fan_out import Ask, FanOut, InTime, Key, Land, nothing
 from crustcredits._http.protocol import (
     ACCOUNT_CREDITS,
     USER_CREDITS,
@@ -72,6 +72,8 @@ from crustcredits._validation import (
 
 # Most keys of a stream under way at a time. A pool enters the queue as a whole.
 _STREAMED = 1_024
+# The share of a stream's timeout in which a key is to have its turn; the rest is for its answer.
+_IN_TIME = 0.5
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
@@ -482,9 +484,10 @@ class CreditsClient:
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
         flow: Flow,
+        in_time: InTime | None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
-        run = FanOut(ask, room=_STREAMED)
+        run = FanOut(ask, room=_STREAMED, in_time=in_time)
         flow.on_parked = run.on_parked
         self._fan_outs.add(run)
         try:
@@ -541,7 +544,8 @@ class CreditsClient:
                 keys that it gave before.
             detail: As for `check`.
             timeout: Seconds, or a timedelta, for each key, from the time at which it is taken from
-                `keys`.
+                `keys`. With a timeout no key is taken before it is likely to have its turn in time;
+                without one up to 1,024 keys are taken ahead.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 
@@ -559,6 +563,9 @@ class CreditsClient:
             source,
             partial(self._begin, path=path, policy=policy, flow=flow, seconds=seconds),
             flow,
+            None
+            if most is None
+            else partial(self._lookup.calls.likely_starts, path, flow, _IN_TIME * most),
         )
 
     @hides_arguments

@@ -28,6 +28,14 @@ Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 _SLICE = 1_000
 # Most keys under way, counted or not, as a multiple of `room`.
 _MOST = 8
+# Seconds for which an estimate of the keys that have their turn in time is used, and the least
+# seconds until the next one.
+_ESTIMATED = 0.1
+
+
+# How many more keys, of so many, are likely to have their turn in time. If none is, the second
+# value is the seconds until one is.
+InTime: TypeAlias = Callable[[int], tuple[int, float]]
 
 
 class FanOut:
@@ -35,7 +43,8 @@ class FanOut:
 
     A key counts from its start until its outcome has been taken. Keys that wait for their own
     account or for a retry do not count, so that they delay no others; but at most eight times
-    `room` keys are under way.
+    `room` keys are under way. With `in_time`, no key is taken from the source before it is likely
+    to have its turn in time: otherwise an endless source would be drained, and most would fail.
 
     After the deadline, in seconds of the running loop's clock, no further key of an iterator is
     asked about, and no outcome comes of it. An exception that `ask` raises, or that lands, ends the
@@ -44,8 +53,19 @@ class FanOut:
     asynchronous source.
     """
 
-    def __init__(self, ask: Ask, *, room: int, deadline: float | None = None) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        *,
+        room: int,
+        deadline: float | None = None,
+        in_time: InTime | None = None,
+    ) -> None:
         self._ask = ask
+        self._in_time = in_time
+        self._estimate = 0  # keys that are likely to have their turn in time
+        self._estimated_at = -math.inf
+        self._timer: asyncio.Handle | None = None  # for the next estimate
         self._deadline = math.inf if deadline is None else deadline
         self._room = room
         self._open = 0  # keys until their outcome is taken
@@ -114,7 +134,25 @@ class FanOut:
             _wake(self._reader)
 
     def _has_room(self) -> bool:
-        return self._open - self._parked < self._room and self._open < _MOST * self._room
+        free = self._room - self._open + self._parked
+        if free <= 0 or self._open >= _MOST * self._room:
+            return False
+        return self._in_time is None or self._is_in_time(self._in_time, free)
+
+    def _is_in_time(self, in_time: InTime, free: int) -> bool:
+        """Whether one more key is likely to have its turn in time; if not, a timer asks again."""
+        loop = asyncio.get_running_loop()
+        if not self._estimate or loop.time() - self._estimated_at > _ESTIMATED:
+            self._estimated_at = loop.time()
+            self._estimate, wait = in_time(free)
+            if not self._estimate and self._timer is None:
+                self._timer = loop.call_later(max(wait, _ESTIMATED), self._on_timer)
+        return self._estimate > 0
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        _wake(self._feeder)
+        _wake(self._reader)
 
     async def _take(self, keys: Iterator[Key]) -> None:
         """Ask about as many keys as there is room for."""
@@ -143,6 +181,7 @@ class FanOut:
         """Ask about a key. Returns whether other tasks should run now."""
         number = next(self._numbers)
         self._open += 1
+        self._estimate -= self._estimate > 0
         self._under_way[number] = nothing
         try:
             give_up = self._ask(key, partial(self._land, number))
@@ -167,6 +206,8 @@ class FanOut:
 
     async def _stop(self, feeding: asyncio.Task[None] | None) -> None:
         """Give up all keys under way, and wait until the source is closed."""
+        if self._timer is not None:
+            self._timer.cancel()
         if feeding is not None:
             feeding.cancel()
         while self._under_way:  # giving up one can let others land

@@ -210,7 +210,7 @@ async def test_a_deadline_in_the_wait_for_a_connection_slot_is_no_attempt() -> N
     async with fake_client(server, concurrency=1) as client:
         first = asyncio.create_task(client.balance(KEY))
         await asyncio.sleep(0.1)
-        with pytest.raises(RateLimitWaitError, match="deadline too short") as caught:
+        with pytest.raises(RateLimitWaitError, match="its turn comes") as caught:
             await client.balance("secret-1", timeout=0.2)
         assert caught.value.wait == pytest.approx(0.2, abs=0.01)
         await first
@@ -247,7 +247,7 @@ async def test_a_deadline_before_the_calls_turn_fails_at_the_deadline() -> None:
     async with fake_client(FakeServer(), rate_limit=RateLimit(pace=1.0)) as client:
         others = [asyncio.create_task(client.balance(key)) for key in keys(50)]
         await settle()
-        with pytest.raises(RateLimitWaitError, match="deadline too short") as caught:
+        with pytest.raises(RateLimitWaitError, match="its turn comes") as caught:
             await client.balance(KEY, timeout=5)
         assert now() == pytest.approx(5, abs=0.1)
         assert caught.value.wait == pytest.approx(5, abs=0.1)

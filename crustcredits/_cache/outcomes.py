@@ -42,8 +42,19 @@ def closed_error() -> ClientClosedError:
 def late_error(key: ApiKey, wait: float) -> RateLimitWaitError:
     """The error of a key that cannot have its turn for `wait` seconds, beyond its deadline."""
     return RateLimitWaitError(
-        "deadline too short: the rate limit, or requests without an answer, would delay this "
-        f"request by at least {wait:.1f} s; raise timeout= or check fewer keys at once",
+        f"not sent: its turn comes {wait:.1f} s after the call at the earliest, because of the "
+        "rate limit or of requests without an answer; raise timeout= or check fewer keys at once "
+        "(for single calls beside a check: RateLimit(reserve=0.1))",
+        key_name=key.label,
+        wait=wait,
+    )
+
+
+def overload_error(key: ApiKey, wait: float) -> RateLimitWaitError:
+    """The error of a waiter whose turn came with too little time left, in an overload."""
+    return RateLimitWaitError(
+        "not sent: its turn came with too little time left for an answer, and more calls wait "
+        "than may start; raise timeout= or make fewer calls at once",
         key_name=key.label,
         wait=wait,
     )

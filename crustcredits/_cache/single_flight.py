@@ -12,7 +12,7 @@ import contextvars
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from typing import Any
 
 from crustcredits._cache.deadlines import Deadlines
@@ -22,6 +22,7 @@ from crustcredits._cache.outcomes import (
     failure,
     last_error,
     late_error,
+    overload_error,
     shared,
     timeout_error,
 )
@@ -198,22 +199,30 @@ class SingleFlight:
         self._pools.add(pool)
         self._dispatcher.enter_pool(pool.path, pool)
 
-    def leave_pool(self, pool: Pool, leaving: Iterable[tuple[SharedCall, Waiter]] = ()) -> None:
-        """Give up the keys that still wait for their turn, and then these waiters.
+    def leave_pool(self, pool: Pool, leaving: Iterable[Callable[[], None]] = ()) -> None:
+        """Give up the keys that still wait for their turn, and then call these functions.
 
         Keys that other callers have asked about too go on, each as a call in the queue.
         """
         if not self._pools.remove(pool):
             return
         self._dispatcher.leave_pool(pool.path, pool)
-        for call, waiter in leaving:
-            self.leave(call, waiter)
+        for leave in leaving:
+            leave()
         self._enter(deque(self._pools.release_early(pool)))
 
     def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
         """Numbers of the keys for which certainly no request starts before the deadline."""
         names = map(self._dispatcher.account_of, keys)
         return self._dispatcher.endpoints[path].scheduler.hopeless(names, deadline, _now())
+
+    def likely_starts(self, path: str, flow: Flow, seconds: float, most: int) -> tuple[int, float]:
+        """How many more calls of a flow are likely to start within these seconds, up to `most`.
+
+        If none is, the second value says in how many seconds one is.
+        """
+        scheduler = self._dispatcher.endpoints[path].scheduler
+        return scheduler.likely_starts(flow, seconds, most, _now())
 
     def earliest(self, path: str, key: ApiKey) -> float:
         """The time before which certainly no request starts for a key without a call."""
@@ -253,32 +262,36 @@ class SingleFlight:
     def refuse_all(self, call: SharedCall) -> None:
         """End all waiters: their deadlines come before an answer could."""
         for waiter in tuple(call.waiters):
-            self.time_out(call, waiter)
+            self.time_out(call, waiter, is_late=True)
         if self._is_under_way(call) and call.task is None:
             # A waiter that was cancelled in this very iteration of the loop has not left yet.
             call.waiters.clear()
             call.wanted = False
             self._drop(call)
 
-    def time_out(self, call: SharedCall, waiter: Waiter) -> None:
-        """End a waiter whose deadline has passed, or certainly passes without an answer."""
+    def time_out(self, call: SharedCall, waiter: Waiter, *, is_late: bool = False) -> None:
+        """End a waiter whose deadline has passed, or certainly passes without an answer.
+
+        With `is_late` its turn has come, with too little time left.
+        """
         terms = call.waiters.get(waiter)
         if terms is None or waiter.done():
             return
-        waiter.set_result(failure(call.api_key, self._why_late(call, terms)))
+        waiter.set_result(failure(call.api_key, self._why_late(call, terms, is_late=is_late)))
         self.leave(call, waiter)
 
     def _earliest(self, call: SharedCall, now: float) -> float:
         return self._dispatcher.endpoints[call.path].earliest(call, now)
 
-    def _why_late(self, call: SharedCall, terms: WaitTerms) -> CrustCreditsError:
+    def _why_late(self, call: SharedCall, terms: WaitTerms, *, is_late: bool) -> CrustCreditsError:
         """The error of a waiter past its deadline: the reason why it had no answer."""
         if call.task is not None:
             return timeout_error(call.api_key, terms.deadline - terms.began, call.attempts)
         if call.last is not None:
             return last_error(call.last, call.attempts)
         earliest = self._earliest(call, _now())
-        return late_error(call.api_key, max(earliest, terms.deadline) - terms.began)
+        why = overload_error if is_late and earliest <= terms.deadline else late_error
+        return why(call.api_key, max(earliest, terms.deadline) - terms.began)
 
     # --- the end of a call
 

@@ -101,11 +101,10 @@ class Permits:
             call.queue.remove(call)
         let_out_of = self._take_back(call)
         if account is not None:
-            self.accounts.forget_later(account, now)
+            self.accounts.let_go(account, now)
             self.release(account, now)
         if let_out_of is self.common:
             self.release(self.common, now)
-        self.accounts.forget_idle(now)
         return let_out_of is not None
 
     def drop(self, call: Call, now: float) -> None:
@@ -117,9 +116,8 @@ class Permits:
         if self._take_back(call) is self.common:
             self._release_at(self.common, now)
         if account is not None:
-            self.accounts.forget_later(account, now)
+            self.accounts.let_go(account, now)
             self.release(account, now)
-        self.accounts.forget_idle(now)
 
     def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
         """Remove and return the calls that wait for a token of this account, or a common one."""
@@ -130,7 +128,7 @@ class Permits:
                 self._park(call, -1)
             account = self.accounts.find(call.account)
             if account is not None:
-                self.accounts.forget_later(account, now)
+                self.accounts.let_go(account, now)
         return given_up
 
     def lengths(self) -> Counter[Flow]:

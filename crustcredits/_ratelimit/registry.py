@@ -54,6 +54,16 @@ class Accounts:
             )
         return account
 
+    def let_go(self, account: AccountQueue, now: float) -> None:
+        """Note that a call has left without a request, and forget an account that is not in use."""
+        is_in_use = account.let_out or account.refreshes_let_out or len(account)
+        if account.idles_at is None and not is_in_use and account.cools_until <= now:
+            account.bucket.room(now, 0)
+            if account.bucket.is_whole:
+                self._by_name.pop(account.name, None)
+                return
+        self.forget_later(account, now)
+
     def forget_later(self, account: AccountQueue, when: float) -> None:
         """Plan a check whether an account can be forgotten, unless one is planned.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
@@ -289,6 +290,32 @@ class Scheduler:
         if call.deadline < math.inf and self.is_late(call, now):
             return True
         return self.is_barring and self._is_barred is not None and self._is_barred(call, now)
+
+    def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
+        """How many more calls of a flow are likely to start within these seconds, up to `most`.
+
+        An estimate. If none is, the second value says in how many seconds one is.
+        """
+        if not self.permits.counts_common:
+            return most, 0.0
+        queued = self._queued()
+        own = queued.pop(flow, 0)
+        others = [(flow.kind, count) for flow, count in queued.items()]
+        quota = self._common_quota(now)
+
+        def start_of(more: int) -> float:
+            each = own + more  # calls of this flow; flows take turns
+            ahead = sum(
+                count if kind is Kind.SINGLE else min(each, count)
+                for kind, count in others
+                if kind is not Kind.BACKGROUND
+            )
+            return quota.start_of(each + ahead)
+
+        first = start_of(1)
+        if first > seconds:
+            return 0, first - seconds
+        return bisect_right(range(1, most + 1), seconds, key=start_of), 0.0
 
     # --- the state for users
 

@@ -209,7 +209,7 @@ _JOIN = SingleFlight.join
     [
         ((CacheEntry, "answer", _no_age), "older than was asked for"),
         ((SingleFlight, "join", _no_join), "two calls for one key"),
-        ((SingleFlight, "time_out", lambda self, call, waiter: None), "left (waiting|over)"),
+        ((SingleFlight, "time_out", lambda self, call, waiter, **how: None), "left (waiting|over)"),
     ],
 )
 def test_the_properties_fail_when_a_rule_is_broken(

@@ -1,0 +1,234 @@
+"""No call waits for ever or fails without need, whatever else the client does; in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from crustcredits import ApiKey, APITimeoutError, RateLimit, RateLimitWaitError
+from crustcredits._check import PoolCheck
+from crustcredits._ratelimit.token_queue import AccountQueue
+from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
+
+pytestmark = pytest.mark.virtual
+
+VAST = 100_000  # requests in a period
+
+
+def of_one_account(count: int) -> list[ApiKey]:
+    return [ApiKey(f"secret-a-{number}", name=f"a{number}", account="A") for number in range(count)]
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- starvation
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "most"),
+    [
+        (0.3, {"rate_limit": RateLimit(requests=VAST), "concurrency": 1}, 1.0),
+        (1.0, {"rate_limit": RateLimit(requests=VAST, pace=None), "concurrency": 4}, 2.0),
+        (0.05, {"rate_limit": RateLimit(requests=VAST, pace=1.0)}, 3.0),
+        (0.4, {"rate_limit": RateLimit(scope="account")}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("detail", [False, True])
+async def test_a_check_on_one_endpoint_leaves_starts_to_the_other(
+    seconds: float, options: dict[str, Any], most: float, *, detail: bool
+) -> None:
+    """Where one start is possible at a time, because of slots or pace, the endpoints take turns."""
+    server = FakeServer(lambda name, times: Reply(seconds=seconds))
+    async with fake_client(server, **options) as client:
+        check = asyncio.create_task(client.check(keys(5_000), detail=detail))
+        await asyncio.sleep(5)
+        began, key = now(), keys(1, "single")[0]
+        await (client.balance(key) if detail else client.account(key))
+        assert now() - began <= most
+        await end(check)
+
+
+async def test_a_refresh_that_was_let_out_keeps_no_single_call_of_its_account_waiting() -> None:
+    """It waits behind a check in the queue, while the account's token is free."""
+    limit = RateLimit(requests=1, scope="account", pace=5.0)
+    async with fake_client(FakeServer(), rate_limit=limit) as client:
+        pool = of_one_account(3)
+        await client.balance(pool[0])
+        assert (await client.balance(pool[0], stale_while_revalidate=1_000)).stale
+        check = asyncio.create_task(client.check(keys(5_000)))
+        await asyncio.sleep(61)
+        began = now()
+        await client.balance(pool[1])
+        await client.balance(pool[2])
+        assert now() - began < 62
+        await end(check)
+
+
+async def test_a_call_of_a_check_that_was_let_out_goes_before_the_rest_of_its_check() -> None:
+    """Single calls of its account wait for the token for which it stands."""
+    limit = RateLimit(requests=1, scope="account", pace=5.0)
+    async with fake_client(FakeServer(), rate_limit=limit) as client:
+        pool = of_one_account(5)
+        await client.balance(pool[0])
+        check = asyncio.create_task(client.check([*pool[1:3], *keys(5_000)]))
+        await asyncio.sleep(10)
+        began = now()
+        await asyncio.gather(client.balance(pool[3]), client.balance(pool[4]))
+        assert now() - began < 3 * 61
+        await end(check)
+
+
+# --- short timeouts
+
+
+@pytest.mark.parametrize(
+    ("limit", "after"),
+    [
+        (RateLimit(reserve=0.1), 20.0),
+        (RateLimit(), 1.0),
+        (RateLimit(scope="account"), 1.0),
+    ],
+)
+async def test_a_single_call_beside_a_check_is_sent_while_a_token_is_free_for_it(
+    limit: RateLimit, after: float
+) -> None:
+    """A waiting check takes no start from it, so little time left is no reason not to try."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.25))
+    async with fake_client(server, rate_limit=limit) as client:
+        check = asyncio.create_task(client.check(keys(2_000)))
+        await asyncio.sleep(after)
+        assert (await client.balance(keys(1, "single")[0], timeout=0.35)).credits == 9406
+        await end(check)
+
+
+async def test_a_check_tries_its_last_keys_although_little_time_is_left() -> None:
+    """All its keys have one deadline: no other key has more use of the token."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.2))
+    limit = RateLimit(requests=VAST, pace=100.0)
+    async with fake_client(server, rate_limit=limit) as client:
+        report = await client.check(keys(500), timeout=1.0)
+    assert len(report.succeeded) == 84
+
+
+async def test_in_an_overload_a_call_with_too_little_time_leaves_its_token_to_the_next() -> None:
+    """Its error says so; no request is sent whose answer would come too late."""
+    server = FakeServer(lambda name, times: Reply(seconds=0.2))
+    limit = RateLimit(requests=VAST, pace=5.0)
+    errors: Counter[str] = Counter()
+    async with fake_client(server, rate_limit=limit) as client:
+
+        async def one(key: ApiKey) -> None:
+            try:
+                await client.balance(key, timeout=1.0)
+            except (RateLimitWaitError, APITimeoutError) as error:
+                errors[str(error).partition(": ")[2].partition(",")[0]] += 1
+
+        callers: list[asyncio.Task[None]] = []
+        for key in keys(200):
+            callers.append(asyncio.create_task(one(key)))
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*callers)
+    answered = len(callers) - errors.total()
+    assert len(server.arrivals) - 1 <= answered >= 50  # the last one is tried: no other waits
+    assert errors["not sent: its turn came with too little time left for an answer"] > 50
+
+
+@pytest.mark.parametrize(("count", "timeout"), [(1_000, 10.0), (1_000, 30.0), (400, 0.5)])
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_stream_with_a_timeout_takes_keys_only_as_they_can_be_answered(
+    count: int, timeout: float, *, is_async: bool
+) -> None:
+    """An endless source is not drained, and no key fails for the rate limit."""
+    taken = 0
+
+    async def source() -> AsyncIterator[ApiKey]:
+        nonlocal taken
+        for key in keys(count):
+            taken += 1
+            yield key
+
+    server = WindowServer()
+    async with fake_client(server) as client:
+        landed = 0
+        async for outcome in client.stream(source() if is_async else keys(count), timeout=timeout):
+            assert outcome.error is None
+            landed += 1
+            assert not is_async or taken <= landed + 301
+        assert landed == count
+    assert now() < 61 * (count / 300)
+
+
+async def test_a_stream_with_a_timeout_leaves_no_timer_behind() -> None:
+    """It waits for the next token when it is left."""
+    async with fake_client(WindowServer(limit=2), rate_limit=RateLimit(requests=2)) as client:
+        stream = client.stream(keys(5), timeout=1.0)
+        assert [(await anext(stream)).ok for _ in range(2)] == [True, True]
+        waits = asyncio.create_task(anext(stream))
+        await asyncio.sleep(1)
+        await end(waits)
+        await stream.aclose()
+
+
+# --- memory and endings
+
+
+@pytest.mark.parametrize("count", [3, 2_000])
+async def test_an_ended_check_with_a_long_timeout_is_not_kept(count: int) -> None:
+    """Nor is one that was cancelled while another caller shares one of its calls."""
+    server = FakeServer(lambda name, times: Reply(seconds=50.0 if name == "slow0" else 0.0))
+    limit = RateLimit(requests=VAST, pace=None)
+    async with fake_client(server, rate_limit=limit, request_timeout=60.0) as client:
+        slow = keys(1, "slow")
+        assert (await client.check(keys(count), timeout=86_400)).ok
+        check = asyncio.create_task(client.check([*keys(count, "other"), *slow], timeout=86_400))
+        await asyncio.sleep(1)
+        sharer = asyncio.create_task(client.balance(slow[0], timeout=86_400))
+        await asyncio.sleep(1)
+        await end(check)
+        del check
+        await asyncio.sleep(1)  # asyncio holds on to the exception for a moment
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, PoolCheck)]
+        assert (await sharer).credits == 9406
+
+
+async def test_accounts_of_refused_calls_are_forgotten() -> None:
+    """No answer comes that would remind the client of them."""
+    async with fake_client(FakeServer(), rate_limit=RateLimit(requests=1)) as client:
+        await client.balance(keys(1, "first")[0])
+        for key in keys(3_000):
+            with pytest.raises(RateLimitWaitError):
+                await client.balance(key, timeout=0.5)
+        gc.collect()
+        assert sum(isinstance(each, AccountQueue) for each in gc.get_objects()) < 10
+
+
+async def test_many_callers_of_one_key_may_leave_at_once() -> None:
+    """The last one has its answer, and its own deadline."""
+    server = FakeServer(lambda name, times: Reply(seconds=5.0))
+    async with fake_client(server) as client:
+        key = keys(1)[0]
+        callers = [asyncio.create_task(client.balance(key, timeout=60.0)) for _ in range(2_000)]
+        await asyncio.sleep(1)
+        await end(*callers[1:])
+        assert (await callers[0]).credits == 9406
+
+
+async def test_many_calls_that_wait_are_ended_by_close() -> None:
+    """Also calls that two checks share."""
+    client = fake_client(FakeServer(), rate_limit=RateLimit(requests=1))
+    pool = keys(2_500)
+    checks = [asyncio.create_task(client.check(pool)) for _ in range(2)]
+    await asyncio.sleep(1)
+    await client.close()
+    errors = await asyncio.gather(*checks, return_exceptions=True)
+    assert [type(error).__name__ for error in errors] == ["ClientClosedError"] * 2
