@@ -8,7 +8,6 @@ import random
 import statistics
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
+from tests.ratelimit.calls import OK, Pool, call, started
 from tests.ratelimit.worlds import (
     Client,
     Headers,
@@ -41,38 +41,12 @@ from tests.ratelimit.worlds import (
 from tests.ratelimit.worlds import scheduler as scheduler_of
 from tests.virtual import now, run
 
-OK = AttemptResult(status=200)
-
-
-def call(name: str, flow: Flow, account: str | None = None) -> Call:
-    return Call(name, account or name, flow)
-
 
 def popped(
     queue: FairQueue, draw: random.Random | None = None, *, draw_singles: bool = False
 ) -> Call:
     """The call that is taken out of a queue in which calls wait."""
     return queue.pop(draw, draw_singles=draw_singles)
-
-
-class Pool(PoolFlow):
-    """Numbers that become calls of the same name."""
-
-    def __init__(self, accounts: Sequence[str | None]) -> None:
-        super().__init__(accounts)
-        self.names = accounts
-
-    def begin(self, number: int) -> Call:
-        name = self.names[number]
-        return Call(f"p{number}", f"p{number}" if name is None else name, self)
-
-
-def started(scheduler: Scheduler, at: float) -> list[Attempt]:
-    """The attempts that start at a time."""
-    requests: list[Attempt] = []
-    while isinstance(granted := scheduler.grant(at), Attempt):
-        requests.append(granted)
-    return requests
 
 
 # --- one rule at a time
@@ -396,30 +370,6 @@ async def test_a_call_that_gets_a_waiter_of_a_better_kind_moves_to_that_kind() -
     scheduler.move(first.call, singles, 0.5)
     scheduler.ended(first, OK, 1.0)
     assert [request.call for request in started(scheduler, 61.4)] == [refresh]
-
-
-@pytest.mark.virtual
-async def test_the_earliest_start_is_predicted_only_when_certain() -> None:
-    """A cooldown and a returning token are certain.
-
-    While a request is on the wire nothing is certain, because its token may return at once.
-    """
-    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
-    one, two = call("one", flow), call("two", flow)
-    scheduler.put(one)
-    assert scheduler.earliest(one.account, 0.0) == 0.0
-    (first,) = started(scheduler, 0.0)
-    scheduler.put(two)
-    assert scheduler.earliest(two.account, 0.5) == 0.5
-    scheduler.ended(first, OK, 1.0)
-    assert scheduler.earliest(two.account, 1.0) == pytest.approx(61.3)
-    scheduler.put(one)
-    (second,) = started(scheduler, 61.4)
-    assert second.call is two
-    scheduler.ended(second, AttemptResult(status=429, wait=200.0), 61.5)
-    scheduler.put(two)
-    assert scheduler.earliest(two.account, 61.5) == 261.5
-    assert scheduler.earliest(one.account, 61.5) == 61.5
 
 
 @pytest.mark.virtual
@@ -762,50 +712,3 @@ async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
         )
         limits.append(scheduler.quota(None, number + 0.01).limit)
     assert limits == [6, 12]
-
-
-def test_which_calls_certainly_start_after_a_deadline() -> None:
-    """Calls of an account without a token or in a cooldown, and all behind an empty bucket."""
-    scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="account"), pace=None), Flow()
-    for name in ("spent", "cooling", "on the wire"):
-        scheduler.put(call(name, flow))
-    spent, cooling, _ = started(scheduler, 0.0)
-    scheduler.ended(spent, OK, 1.0)
-    scheduler.ended(cooling, AttemptResult(status=429, wait=30.0), 1.0)
-    names = ["new", "spent", "cooling", "on the wire"]
-    assert scheduler.hopeless(names, 31.0, 2.0) == [1]
-    assert scheduler.hopeless(names, 30.9, 2.0) == [1, 2]
-    assert scheduler.hopeless(names, 61.3, 2.0) == []
-    assert scheduler.earliest("spent", 2.0) == pytest.approx(61.3)
-    assert scheduler.earliest("new", 2.0) == 2.0
-    together, flow = scheduler_of(SchedulerTerms(requests=1, scope="client"), pace=None), Flow()
-    together.put(call("one", flow))
-    (one,) = started(together, 0.0)
-    assert together.hopeless(["a", "b"], 5.0, 1.0) == []
-    together.ended(one, OK, 1.0)
-    assert together.hopeless(["a", "b"], 61.2, 1.0) == [0, 1]
-    assert together.hopeless(["a", "b"], 61.3, 1.0) == []
-    assert together.earliest("a", 1.0) == pytest.approx(61.3)
-
-
-def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> None:
-    """Without others it is tried, until its time is over."""
-    flow = Flow()
-    late, other = call("late", flow), call("other", flow)
-    late.deadline = 10.3
-    for others in (True, False):
-        scheduler = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None)
-        scheduler.put(first := call("first", Flow()))
-        (request,) = started(scheduler, 0.0)
-        scheduler.ended(request, OK, 0.2)  # so a usual answer takes 0.2 s
-        scheduler.put(late)
-        if others:
-            scheduler.put(other)
-        assert not scheduler.is_late(first, 10.0)
-        assert scheduler.is_late(late, 10.3)
-        assert not scheduler.is_late(late, 9.9)
-        granted = scheduler.grant(10.0)
-        assert (granted is late) is others
-        assert isinstance(granted, Attempt) is not others
-        late.queue = None
-        late.was_asked = False
