@@ -1,0 +1,232 @@
+"""`Scheduler.quota`: the state of the common bucket, and of one account."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+
+from crustcredits._ratelimit.fair_queue import Flow, Kind
+from crustcredits._ratelimit.quota import Quota
+from crustcredits._ratelimit.token_bucket import TokenBucket
+from tests.ratelimit.calls import (
+    OK,
+    Pool,
+    call,
+    refused,
+    served,
+    start_call,
+    started,
+    terms,
+)
+from tests.ratelimit.worlds import scheduler as scheduler_of
+
+
+def quota_of(limit: int, free: int, **state: object) -> Quota:
+    """A quota of a scheduler with the terms of these tests and 32 slots, without a pace."""
+    return Quota(**{"limit": limit, "free": free, "period": 60.5, **state})  # type: ignore[arg-type]  # checked by each test
+
+
+# --- tokens, pace and slots
+
+
+@pytest.mark.parametrize("account", [None, "a"])
+def test_a_scheduler_without_requests_has_all_tokens(account: str | None) -> None:
+    """The pace and the slots are those of the client."""
+    scheduler = scheduler_of(terms(requests=4), pace=50.0, slots=7)
+    assert scheduler.quota(account, 5.0) == quota_of(
+        4, 4, pace=50.0, slots=7, returns=(0.0, 0.0, 0.0, 0.0)
+    )
+
+
+def test_tokens_on_the_wire_return_a_period_after_now_at_the_earliest() -> None:
+    """Tokens of ended requests return a period after their end. Times are seconds from now."""
+    scheduler, flow = scheduler_of(terms(requests=4), pace=None), Flow()
+    first = start_call(scheduler, call("a1", flow, "A"), 0.0)
+    start_call(scheduler, call("a2", flow, "A"), 0.0)
+    start_call(scheduler, call("b", flow), 0.0)
+    scheduler.ended(first, OK, 0.5)
+    assert scheduler.quota(None, 2.0) == quota_of(
+        4, 1, in_flight=2, answer_seconds=0.5, returns=(0.0, 59.0, 60.5, 60.5)
+    )
+    assert scheduler.quota("A", 2.0) == quota_of(
+        4, 2, in_flight=1, answer_seconds=0.5, returns=(0.0, 0.0, 59.0, 60.5)
+    )
+    assert scheduler.quota("b", 2.0) == quota_of(
+        4, 3, in_flight=1, answer_seconds=0.5, returns=(0.0, 0.0, 0.0, 60.5)
+    )
+    assert scheduler.quota("c", 2.0) == quota_of(4, 4, answer_seconds=0.5)
+
+
+def test_a_bucket_in_degraded_mode_says_so() -> None:
+    """Each bucket for itself."""
+
+    class Degraded(TokenBucket):
+        is_degraded = True
+
+    scheduler = scheduler_of(
+        terms(requests=4),
+        pace=None,
+        make_bucket=lambda whose, limit, wake: (Degraded if whose is None else TokenBucket)(limit),
+    )
+    start_call(scheduler, call("a", Flow()), 0.0)
+    assert [scheduler.quota(name, 0.0).degraded for name in (None, "a")] == [True, False]
+
+
+# --- calls that wait
+
+
+def test_waiting_calls_are_counted_in_every_queue() -> None:
+    """Ready calls, and those that wait for the common bucket or for their account."""
+    scheduler = scheduler_of(terms(requests=2), pace=None)
+    singles, check, stream, refreshes = (
+        Flow(Kind.SINGLE),
+        Flow(),
+        Flow(),
+        Flow(Kind.BACKGROUND),
+    )
+    for name in ("a1", "a2"):
+        start_call(scheduler, call(name, check, "A"), 0.0)
+    for name, flow, account in (
+        ("a3", singles, "A"),
+        ("a4", check, "A"),
+        ("b1", check, "B"),
+        ("b2", singles, "B"),
+        ("b3", refreshes, "B"),
+        ("a5", refreshes, "A"),
+    ):
+        scheduler.put(call(name, flow, account))
+    assert started(scheduler, 0.0) == []
+    for name, flow, account in (
+        ("b4", stream, "B"),
+        ("c1", singles, "C"),
+        ("c2", check, "C"),
+        ("c3", refreshes, "C"),
+        ("a6", singles, "A"),
+    ):
+        scheduler.put(call(name, flow, account))
+    on_wire = (60.5, 60.5)
+    assert scheduler.quota(None, 0.0) == quota_of(
+        2,
+        0,
+        in_flight=2,
+        waiting=8,
+        singles=4,
+        lengths=(3, 1),
+        refreshing=3,
+        returns=on_wire,
+    )
+    assert scheduler.quota("A", 0.0) == quota_of(
+        2, 0, in_flight=2, waiting=3, singles=3, refreshing=1, returns=on_wire
+    )
+    assert scheduler.quota("B", 0.0) == quota_of(2, 2, waiting=3, singles=3, refreshing=1)
+    assert scheduler.quota("C", 0.0) == quota_of(2, 2, waiting=2, singles=2, refreshing=1)
+    assert scheduler.quota("D", 0.0) == quota_of(2, 2)
+
+
+def test_refreshes_on_the_wire_are_counted_until_they_end() -> None:
+    """With those that wait, for the account and in all; they are not waiting calls."""
+    scheduler, refreshes = scheduler_of(terms(requests=20), pace=None), Flow(Kind.BACKGROUND)
+    request = start_call(scheduler, call("a1", refreshes, "A"), 0.0)
+    start_call(scheduler, call("b1", Flow(), "B"), 0.0)
+
+    def refreshing() -> list[int]:
+        return [scheduler.quota(name, 0.0).refreshing for name in (None, "A", "B")]
+
+    assert refreshing() == [1, 1, 0]
+    scheduler.put(call("a2", refreshes, "A"))  # too early for another refresh of the account
+    scheduler.put(call("b2", refreshes, "B"))  # and of all accounts
+    assert started(scheduler, 0.0) == []
+    assert refreshing() == [3, 2, 1]
+    assert [scheduler.quota(name, 0.0).waiting for name in (None, "A", "B")] == [0, 0, 0]
+    scheduler.ended(request, OK, 0.0)
+    assert refreshing() == [2, 1, 1]
+
+
+def test_a_pool_whose_last_number_was_taken_out_is_no_flow_that_waits() -> None:
+    """The next check takes no turns with it."""
+    scheduler, pool = scheduler_of(terms(requests=2), pace=None), Pool([None])
+    scheduler.put_pool(pool)
+    assert scheduler.quota(None, 0.0) == quota_of(2, 2, waiting=1, lengths=(1,))
+    pool.take_out(0)
+    assert scheduler.quota(None, 0.0) == quota_of(2, 2)
+
+
+# --- cooldowns
+
+
+def test_a_cooldown_of_an_account_is_that_of_no_other() -> None:
+    """It is over in the moment at which a call may start again."""
+    scheduler, flow = scheduler_of(terms(requests=4), pace=None), Flow()
+    request = start_call(scheduler, call("a", flow), 0.0)
+    scheduler.ended(request, refused(30.0), 1.0)
+    assert [scheduler.quota("a", at).cooldown for at in (1.0, 30.5, 31.0, 32.0)] == [
+        30.0,
+        0.5,
+        None,
+        None,
+    ]
+    assert [scheduler.quota(name, 1.0).cooldown for name in (None, "b")] == [None, None]
+
+
+def test_a_cooldown_of_the_endpoint_is_that_of_every_account() -> None:
+    """At 0 a probe tests whether it is over. Of an account's own cooldown the longer one counts."""
+    scheduler, flow = scheduler_of(terms(requests=4, scope="client"), pace=None), Flow()
+    first = start_call(scheduler, call("a", flow), 0.0)
+    scheduler.ended(first, refused(50.0), 0.5)
+    probe = start_call(scheduler, call("b", flow), 1.0)
+    assert [scheduler.quota(name, 1.0).probing for name in (None, "a", "b", "c")] == [True] * 4
+    assert scheduler.quota(None, 1.0).cooldown is None
+    scheduler.ended(probe, refused(20.0), 1.5)
+
+    def cooldowns(at: float) -> list[float | None]:
+        return [scheduler.quota(name, at).cooldown for name in (None, "a", "b", "c")]
+
+    assert cooldowns(1.5) == [20.0, 49.0, 20.0, 20.0]
+    assert cooldowns(21.5) == [0.0, 29.0, 0.0, 0.0]
+    assert not scheduler.quota(None, 22.0).probing
+    start_call(scheduler, call("d", flow), 22.0)
+    assert scheduler.quota(None, 22.0).probing
+    assert cooldowns(51.0) == [0.0] * 4
+
+
+def test_without_a_trial_a_request_is_no_probe() -> None:
+    """Nor is a trial under way while no request of it is on the wire."""
+    scheduler, flow = scheduler_of(terms(requests=4), pace=None), Flow()
+    request = start_call(scheduler, call("a", flow), 0.0)
+    assert not scheduler.quota(None, 0.0).probing
+    scheduler.ended(request, refused(), 0.5)
+    assert not scheduler.quota(None, 0.5).probing
+
+
+# --- other clients
+
+
+def test_requests_of_other_clients_count_once_ten_answers_show_a_common_count() -> None:
+    """For the common bucket only: all but this client's own requests of the last count."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow()
+    quotas: list[Quota] = []
+    for number, others in enumerate([7] * 11 + [4]):
+        request = start_call(scheduler, call(str(number), flow), 2.0 * number)
+        scheduler.ended(request, served(number + 1 + others), 2.0 * number + 0.5)
+        quotas.append(scheduler.quota(None, 2.0 * number + 0.5))
+    expected = [0] * 9 + [7, 7, 4]
+    assert quotas == with_others(quotas, expected)
+    per_account = [scheduler.quota("11", 22.5)]
+    assert per_account == with_others(per_account, [0])
+
+
+def test_a_common_count_of_own_requests_alone_shows_no_other_clients() -> None:
+    """Answers that count each request of this client, and no more."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow()
+    for number in range(12):
+        request = start_call(scheduler, call(str(number), flow), 2.0 * number)
+        scheduler.ended(request, served(number + 1), 2.0 * number + 0.5)
+    quotas = [scheduler.quota(None, 23.0)]
+    assert quotas == with_others(quotas, [0])
+
+
+def with_others(quotas: list[Quota], others: list[int]) -> list[Quota]:
+    """The same quotas with these numbers of requests of other clients."""
+    return [
+        attrs.evolve(quota, others=number) for quota, number in zip(quotas, others, strict=True)
+    ]
