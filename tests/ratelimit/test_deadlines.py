@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.connection_slots import ConnectionSlots
+from crustcredits._ratelimit.fair_queue import Flow, Kind
+from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
-from tests.ratelimit.calls import OK, call, started
+from tests.ratelimit.calls import OK, Outside, call, refused, start_call, started, terms
 from tests.ratelimit.worlds import scheduler as scheduler_of
+
+# --- the earliest start
 
 
 @pytest.mark.virtual
@@ -35,6 +42,58 @@ async def test_the_earliest_start_is_predicted_only_when_certain() -> None:
     assert scheduler.earliest(one.account, 61.5) == 61.5
 
 
+@pytest.mark.parametrize("scope", ["auto", "client", "account"])
+def test_a_free_token_or_one_on_the_wire_may_be_had_now(scope: str) -> None:
+    """However late the tokens of ended requests return."""
+    scheduler, flow = scheduler_of(terms(requests=2, scope=scope), pace=None), Flow()
+    first, second = (start_call(scheduler, call(name, flow, "A"), 0.0) for name in ("a1", "a2"))
+    assert scheduler.earliest("A", 0.5) == 0.5
+    scheduler.ended(first, OK, 1.0)
+    assert scheduler.earliest("A", 1.0) == 1.0  # one is on the wire
+    scheduler.ended(second, OK, 2.0)
+    assert scheduler.earliest("A", 2.0) == 61.5
+    assert scheduler.earliest("A", 61.5) == 61.5  # one is free, and one returns later
+    assert scheduler.earliest("A", 61.75) == 61.75
+
+
+@pytest.mark.parametrize(("scope", "moment"), [("client", 61.5), ("auto", 61.5), ("account", 3.0)])
+def test_an_empty_common_bucket_delays_all_accounts(scope: str, moment: float) -> None:
+    """Unless accounts are counted separately. An account that is not known has all its tokens."""
+    scheduler = scheduler_of(terms(requests=1, scope=scope), pace=None)
+    common = scheduler.permits.common.bucket
+    common.take(0.0)  # by another process, where the count is shared
+    common.return_at(61.5)
+    assert scheduler.earliest("unknown", 3.0) == moment
+    assert scheduler.hopeless(["a", "b"], 61.0, 3.0) == ([] if scope == "account" else [0, 1])
+
+
+def test_the_latest_of_tokens_and_cooldown_decides() -> None:
+    """The account's token, its cooldown, and the common token."""
+    scheduler, flow = scheduler_of(terms(requests=1, scope="client"), pace=None), Flow()
+    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), refused(10.0), 1.0)
+    assert scheduler.earliest("a", 1.0) == 11.0
+    assert scheduler.hopeless(["a", "b"], 10.5, 1.0) == [0]
+    assert scheduler.hopeless(["b", "a"], 10.5, 1.0) == [1]
+    assert scheduler.hopeless(["a"], 11.0, 1.0) == []
+    scheduler.ended(start_call(scheduler, call("b", flow), 2.0), OK, 2.5)
+    assert [scheduler.earliest(name, 3.0) for name in ("a", "b", "c")] == [63.0] * 3
+
+
+def test_a_token_whose_return_is_unknown_may_come_now() -> None:
+    """Another process may return it at any moment."""
+    scheduler = scheduler_of(terms(requests=1), pace=None, make_bucket=Outside({None: 1, "a": 1}))
+    each = call("a", Flow())
+    scheduler.put(each)
+    assert scheduler.grant(0.0) is None
+    assert scheduler.earliest("a", 1.0) == 1.0
+    each.deadline = 1.0
+    assert not scheduler.is_hopeless(each, 1.0)
+    assert scheduler.is_hopeless(each, 1.5)
+
+
+# --- calls without hope
+
+
 def test_which_calls_certainly_start_after_a_deadline() -> None:
     """Calls of an account without a token or in a cooldown, and all behind an empty bucket."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="account"), pace=None), Flow()
@@ -59,6 +118,31 @@ def test_which_calls_certainly_start_after_a_deadline() -> None:
     assert together.earliest("a", 1.0) == pytest.approx(61.3)
 
 
+def test_a_call_without_hope_is_handed_out_at_its_turn() -> None:
+    """It leaves nothing behind, and the call behind it waits on."""
+    parked: list[int] = []
+    scheduler, flow = (
+        scheduler_of(terms(requests=1, scope="account"), pace=None),
+        Flow(on_parked=parked.append),
+    )
+    scheduler.ended(start_call(scheduler, call("first", flow, "A"), 0.0), OK, 1.0)
+    hopeless, patient, endless = (call(name, flow, "A") for name in ("h", "p", "e"))
+    hopeless.deadline, patient.deadline = 61.25, 61.5
+    for each in (hopeless, patient, endless):
+        scheduler.put(each)
+    assert scheduler.is_hopeless(hopeless, 2.0)
+    assert not scheduler.is_hopeless(patient, 2.0)
+    assert not scheduler.is_hopeless(endless, 2.0)
+    assert scheduler.grant(2.0) is hopeless
+    assert hopeless.queue is None
+    assert scheduler.grant(2.0) == 61.5
+    assert scheduler.quota("A", 2.0).waiting == 2
+    assert parked == [1, -1, 1, 1]
+
+
+# --- calls that are late
+
+
 def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> None:
     """Without others it is tried, until its time is over."""
     late, other = call("late", Flow()), call("other", Flow())
@@ -79,3 +163,134 @@ def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> No
         assert isinstance(granted, Attempt) is not others
         late.queue = None
         late.was_asked = False
+
+
+def scheduler_with(
+    *,
+    scope: str = "account",
+    requests: int = 300,
+    reserve: float = 0.0,
+    slots: int = 32,
+    pace: Pace | None = None,
+    usual: float | None = 0.125,
+) -> tuple[Scheduler, ConnectionSlots[Attempt]]:
+    """A scheduler, and slots in which an answer usually takes so many seconds."""
+    taken = ConnectionSlots[Attempt](slots)
+    taken.usual = usual
+    scheduler = Scheduler(
+        terms(requests=requests, scope=scope, reserve=reserve),
+        pace=pace or Pace(None, 5.0),
+        slots=taken,
+        seed=1,
+    )
+    return scheduler, taken
+
+
+def halved(pace: Pace, at: float) -> Pace:
+    pace.cut(at)
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("usual", "left", "late"),
+    [
+        (0.125, 0.25, False),
+        (0.125, 0.1875, True),
+        (0.125, 0.0, True),
+        (0.125, -1.0, True),
+        (1.0, 0.5, False),
+        (1.0, 0.375, True),
+        (None, 0.001, False),
+        (None, 0.0, True),
+        (0.125, math.inf, False),
+    ],
+)
+def test_a_call_is_late_with_less_time_than_two_usual_answers(
+    usual: float | None, left: float, *, late: bool
+) -> None:
+    """At most 0.4 s, where another call waits for the only slot; without an answer so far never."""
+    scheduler, _ = scheduler_with(slots=1, usual=usual)
+    scheduler.put(call("other", Flow()))
+    each = call("late", Flow())
+    each.deadline = 8.0 + left
+    assert scheduler.is_late(each, 8.0) is late
+
+
+@pytest.mark.parametrize(
+    ("room", "ready", "late"),
+    [
+        ({"slots": 2}, 1, False),
+        ({"slots": 2}, 2, True),
+        ({"requests": 2, "scope": "client"}, 1, False),
+        ({"requests": 2, "scope": "client"}, 2, True),
+        ({"requests": 2, "scope": "account"}, 31, False),
+        ({"requests": 2, "scope": "account"}, 32, True),
+        ({"pace": Pace(8.0, 5.0)}, 1, False),  # two starts in 0.25 s
+        ({"pace": Pace(8.0, 5.0)}, 2, True),
+        ({"pace": Pace(9.0, 5.0)}, 2, False),  # a third one may begin
+        ({"pace": Pace(9.0, 5.0)}, 3, True),
+        ({"pace": halved(Pace(16.0, 5.0), 8.0)}, 1, False),
+        ({"pace": halved(Pace(16.0, 5.0), 8.0)}, 2, True),
+        ({"requests": 4, "scope": "client", "reserve": 0.5}, 3, False),  # single calls may take all
+        ({"requests": 4, "scope": "client", "reserve": 0.5}, 4, True),
+        ({"slots": 4, "pace": Pace(8.0, 5.0), "requests": 3, "scope": "client"}, 2, True),
+        ({"slots": 4, "pace": Pace(16.0, 5.0), "requests": 3, "scope": "client"}, 3, True),
+        ({"slots": 4, "pace": Pace(16.0, 5.0), "requests": 3, "scope": "client"}, 2, False),
+    ],
+)
+def test_starts_are_scarce_when_as_many_calls_are_ready_as_can_start(
+    room: dict[str, object], ready: int, *, late: bool
+) -> None:
+    """Before an answer can come, as slots, common tokens and the pace allow."""
+    scheduler, _ = scheduler_with(**room)  # type: ignore[arg-type]  # checked by the function
+    flow, refreshes = Flow(), Flow(Kind.BACKGROUND)
+    for number in range(ready):
+        scheduler.put(call(str(number), flow))
+        scheduler.put(call(f"refresh{number}", refreshes))
+    each = call("late", flow)
+    each.deadline = 8.125
+    assert scheduler.is_late(each, 8.0) is late
+
+
+def test_without_another_call_starts_are_never_scarce() -> None:
+    """Even if no slot is free."""
+    scheduler, slots = scheduler_with(slots=1)
+    start_call(scheduler, call("on the wire", Flow()), 7.9)
+    assert slots.free == 0
+    each = call("late", Flow())
+    each.deadline = 8.125
+    assert not scheduler.is_late(each, 8.0)
+    scheduler.put(call("other", Flow()))
+    assert scheduler.is_late(each, 8.0)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_starts_are_scarce_while_a_foreground_call_waits_for_the_common_bucket(
+    kind: Kind,
+) -> None:
+    """A refresh that waits there needs no token before a caller has one."""
+    scheduler, _ = scheduler_with(requests=2, scope="client")
+    for name in ("a", "b"):
+        start_call(scheduler, call(name, Flow()), 7.9)
+    scheduler.put(call("waits", Flow(kind)))
+    assert started(scheduler, 8.0) == []
+    each = call("late", Flow())
+    each.deadline = 8.125
+    assert scheduler.is_late(each, 8.0) is (kind is not Kind.BACKGROUND)
+
+
+def test_a_late_call_gives_its_common_token_to_the_next() -> None:
+    """In an overload a token is not spent on an answer that comes too late."""
+    scheduler, _ = scheduler_with(requests=1, scope="client")
+    flow = Flow()
+    first = start_call(scheduler, call("first", flow), 0.0)
+    late, other, third = (call(name, flow) for name in ("late", "other", "third"))
+    for each in (late, other, third):
+        scheduler.put(each)
+    assert started(scheduler, 0.0) == []
+    scheduler.ended(first, OK, 0.125)
+    late.deadline = 60.75
+    assert scheduler.grant(60.625) is late
+    assert late.let_out_of is None
+    (request,) = started(scheduler, 60.625)
+    assert request.call is other
