@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,18 @@ from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
-from tests.ratelimit.calls import OK, Pool, call, started
+from tests.ratelimit.calls import (
+    FAILED,
+    LOST,
+    OK,
+    UNSENT,
+    Pool,
+    call,
+    refused,
+    start_call,
+    started,
+    terms,
+)
 from tests.ratelimit.worlds import (
     Client,
     Headers,
@@ -712,3 +724,282 @@ async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
         )
         limits.append(scheduler.quota(None, number + 0.01).limit)
     assert limits == [6, 12]
+
+
+# --- when to ask again
+
+
+def cooled_down(scheduler: Scheduler, at: float, wait: float) -> None:
+    """Let two refusals start a cooldown of the endpoint, with the scope `client`."""
+    for name in ("refused1", "refused2"):
+        request = start_call(scheduler, call(name, Flow()), at)
+        scheduler.ended(request, refused(wait), at)
+
+
+def test_an_empty_queue_names_no_moment() -> None:
+    """Neither does one whose only call is on the wire."""
+    scheduler = scheduler_of(terms(), pace=None)
+    assert scheduler.grant(0.0) is None
+    start_call(scheduler, call("a", Flow()), 0.0)
+    assert scheduler.grant(0.0) is None
+
+
+def test_during_a_cooldown_of_the_endpoint_no_call_starts() -> None:
+    """It is asked again at its end, or earlier for a token that returns."""
+    scheduler, flow = scheduler_of(terms(scope="client", requests=2), pace=None), Flow()
+    cooled_down(scheduler, 1.0, 20.0)
+    scheduler.put(call("a", flow))
+    assert scheduler.holds_back
+    assert scheduler.grant(2.0) == 21.0
+    assert scheduler.grant(20.5) == 21.0
+    (probe,) = started(scheduler, 21.0)
+    assert (probe.in_trial, probe.trial) == (True, scheduler.cooldown.trial)
+    assert not scheduler.holds_back
+
+
+def test_waiting_calls_are_let_out_during_a_cooldown_of_the_endpoint() -> None:
+    """It is asked again at the moment at which one of them may be ready."""
+    scheduler, flow = scheduler_of(terms(scope="client"), pace=None), Flow()
+    scheduler.ended(start_call(scheduler, call("a1", flow, "A"), 0.0), refused(61.0), 0.0)
+    scheduler.put(waits := call("a2", flow, "A"))
+    assert scheduler.grant(1.0) == 61.0
+    scheduler.ended(start_call(scheduler, call("b", flow), 50.0), refused(30.0), 50.0)
+    assert scheduler.grant(51.0) == 61.0
+    scheduler.put(call("ready", flow))
+    assert scheduler.grant(51.0) == 61.0
+    assert waits.queue is not scheduler.ready
+    assert scheduler.grant(61.0) == 80.0
+    assert waits.queue is scheduler.ready
+
+
+def test_a_trial_has_as_many_probes_on_the_wire_as_it_is_wide() -> None:
+    """The next one starts when one has ended, or hangs."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow()
+    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), refused(), 0.0)
+    for name in "bcdefg":
+        scheduler.put(call(name, flow))
+    (first,) = started(scheduler, 1.0)
+    assert scheduler.grant(1.0) == 1.4
+    assert scheduler.grant(1.25) == 1.4
+    scheduler.ended(first, OK, 1.25)
+    assert scheduler.cooldown.trial is not None
+    assert len(started(scheduler, 1.25)) == 2  # twice as wide
+    assert scheduler.cooldown.trial.on_wire == 2
+    assert len(started(scheduler, 1.75)) == 2  # the first two hang
+    assert scheduler.cooldown.trial.on_wire == 2
+
+
+def test_a_probe_that_hung_counts_no_more_when_it_ends() -> None:
+    """Its place in the trial was given to another."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow()
+    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), refused(), 0.0)
+    hangs = start_call(scheduler, call("hangs", flow), 1.0)
+    other = start_call(scheduler, call("other", flow), 1.5)
+    assert (hangs.in_trial, other.in_trial) == (False, True)
+    scheduler.ended(hangs, FAILED, 2.0)
+    assert scheduler.cooldown.trial is not None
+    assert scheduler.cooldown.trial.on_wire == 1
+    scheduler.ended(other, FAILED, 2.0)
+    assert scheduler.cooldown.trial.on_wire == 0
+
+
+def test_without_a_free_slot_no_call_starts() -> None:
+    """It is asked again when a request begins to hang; never if all hang that may."""
+    scheduler, flow = scheduler_of(terms(), pace=None, slots=1), Flow()
+    first = start_call(scheduler, call("first", flow), 1.0)
+    scheduler.put(call("second", flow))
+    assert scheduler.grant(1.25) == 1.4
+    scheduler.ended(first, OK, 1.25)
+    assert len(started(scheduler, 1.25)) == 1
+    for number in range(20):
+        scheduler.put(call(str(number), flow))
+    at = 1.25
+    while isinstance(moment := scheduler.grant(at), Attempt | float):
+        at = moment if isinstance(moment, float) else at
+    assert moment is None
+    assert scheduler.quota(None, at).in_flight == 9
+    assert scheduler.holds_back
+
+
+@pytest.mark.virtual
+async def test_the_pace_names_the_moment_of_the_next_start() -> None:
+    """Calls start in groups."""
+    scheduler, flow = scheduler_of(terms(), pace=10.0), Flow()
+    for number in range(20):
+        scheduler.put(call(str(number), flow))
+    assert len(started(scheduler, 0.0)) == 5
+    assert scheduler.grant(0.0) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("slots", "most"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_refreshes_take_a_quarter_of_the_slots(slots: int, most: int) -> None:
+    """The next one starts when one has ended. Calls with a waiter take the others."""
+    scheduler = scheduler_of(terms(), pace=None, slots=slots)
+    refreshes, on_wire = Flow(Kind.BACKGROUND), list[Attempt]()
+    for number in range(12):
+        scheduler.put(call(str(number), refreshes))
+        on_wire += started(scheduler, float(number) * 0.3)
+    assert len(on_wire) == most
+    assert scheduler.grant(3.5) is None
+    assert not scheduler.holds_back
+    for each in on_wire[1:]:
+        scheduler.ended(each, OK, 3.5)
+
+
+def test_one_look_for_a_start_passes_over_a_thousand_calls() -> None:
+    """Then other tasks run, and it goes on at once."""
+    scheduler, flow = scheduler_of(terms(requests=1, scope="account"), pace=None), Flow()
+    request = start_call(scheduler, call("first", flow, "A"), 0.0)
+    for number in range(1999):
+        scheduler.put(call(str(number), flow, "A"))
+    assert scheduler.grant(1.0) == 1.0
+    assert scheduler.ready.length == 999
+    assert scheduler.grant(1.0) is None
+    assert scheduler.ready.length == 0
+    scheduler.ended(request, OK, 1.0)
+    assert scheduler.grant(1.0) == 61.5
+
+
+# --- which call starts
+
+
+def test_an_attempt_tells_with_which_permit_it_was_sent() -> None:
+    """And whether it is the first of its call."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow(Kind.SINGLE)
+    each = call("a", flow, "A")
+    first = start_call(scheduler, each, 1.5)
+    assert (first.kind, first.started, first.first, first.trial, first.in_trial) == (
+        Kind.SINGLE,
+        1.5,
+        True,
+        None,
+        False,
+    )
+    assert first.account is scheduler.permits.accounts.find("A")
+    assert first.account.bucket.own(first.own) == 1
+    assert first.common is not None
+    scheduler.ended(first, FAILED, 2.0)
+    assert each.was_asked
+    assert not start_call(scheduler, each, 3.0).first
+
+
+def probes(seed: int, kind: Kind, *, held: bool) -> list[object]:
+    """The keys of twenty calls in the order of their probes."""
+    scheduler, flow = scheduler_of(terms(scope="client"), pace=None, seed=seed), Flow(kind)
+    cooled_down(scheduler, 0.0, 0.0)
+    assert scheduler.cooldown.trial is not None
+    scheduler.cooldown.trial.is_held = held
+    for number in range(20):
+        scheduler.put(call(str(number), flow))
+    keys_: list[object] = []
+    while scheduler.ready.length:
+        at = 1.0 + len(keys_) / 8
+        (request,) = started(scheduler, at)
+        keys_.append(request.call.key)
+        scheduler.ended(request, FAILED, at)
+    return keys_
+
+
+def test_probes_are_drawn_among_the_calls_of_a_flow() -> None:
+    """By the seed; single calls only in a cooldown of the endpoint, and else in turn."""
+    in_turn = [str(number) for number in range(20)]
+    for kind, held, is_drawn in (
+        (Kind.MANY, False, True),
+        (Kind.MANY, True, True),
+        (Kind.SINGLE, False, False),
+        (Kind.SINGLE, True, True),
+    ):
+        order = probes(1, kind, held=held)
+        assert (order != in_turn) is is_drawn
+        assert sorted(map(str, order)) == sorted(in_turn)
+        assert order == probes(1, kind, held=held)
+        assert (order != probes(2, kind, held=held)) is is_drawn
+
+
+# --- ends
+
+
+def test_only_an_answer_tells_how_long_answers_take() -> None:
+    """A request without one may have taken any time."""
+    scheduler, flow = scheduler_of(terms(), pace=None), Flow()
+    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), FAILED, 0.5)
+    scheduler.ended(start_call(scheduler, call("b", flow), 0.0), LOST, 8.0)
+    quota = scheduler.quota(None, 8.0)
+    assert quota == attrs.evolve(quota, answer_seconds=0.5)
+
+
+@pytest.mark.parametrize("answer", [OK, FAILED, LOST, UNSENT])
+def test_an_attempt_that_was_not_refused_is_counted(answer: AttemptResult) -> None:
+    """Against its call, which has a few."""
+    scheduler = scheduler_of(terms(), pace=None)
+    assert scheduler.ended(start_call(scheduler, call("a", Flow()), 0.0), answer, 0.5) is False
+
+
+@pytest.mark.parametrize("scope", ["account", "client"])
+def test_a_token_that_returns_at_once_lets_a_waiting_call_out(scope: str) -> None:
+    """Of its account, or of all together."""
+    scheduler, flow = scheduler_of(terms(requests=1, scope=scope), pace=None), Flow()
+    request = start_call(scheduler, call("a", flow, "A"), 0.0)
+    scheduler.put(waits := call("b", flow, "A" if scope == "account" else "B"))
+    assert scheduler.grant(0.0) is None
+    scheduler.ended(request, UNSENT, 1.0)
+    assert waits.queue is scheduler.ready
+    assert [each.call for each in started(scheduler, 1.0)] == [waits]
+
+
+def test_a_call_that_waits_is_removed_once() -> None:
+    """From any queue. Another call may start if it stood for a token."""
+    scheduler, flow = scheduler_of(terms(requests=1), pace=None), Flow()
+    first = start_call(scheduler, call("first", flow, "A"), 0.0)
+    own, common, ready = call("own", flow, "A"), call("common", flow), call("ready", flow)
+    for each in (own, common):
+        scheduler.put(each)
+    assert started(scheduler, 0.0) == []
+    scheduler.put(ready)
+    assert [scheduler.remove(each, 0.0) for each in (own, ready, first.call)] == [False] * 3
+    assert scheduler.quota(None, 0.0).waiting == 1
+    scheduler.ended(first, UNSENT, 1.0)
+    assert scheduler.remove(common, 1.0)
+    assert not scheduler.remove(common, 1.0)
+    assert scheduler.quota(None, 1.0).waiting == 0
+
+
+@pytest.mark.parametrize("barred", [True, False])
+def test_a_scheduler_without_bars_asks_for_none(*, barred: bool) -> None:
+    """With them each call is asked for at its turn, unless that is switched off."""
+    asked: list[tuple[object, float]] = []
+
+    def is_barred(each: Call, at: float) -> bool:
+        asked.append((each.key, at))
+        return False
+
+    scheduler = scheduler_of(terms(), pace=None, is_barred=is_barred if barred else None)
+    assert scheduler.is_barring is barred
+    start_call(scheduler, call("a", Flow()), 1.5)
+    assert asked == ([("a", 1.5)] if barred else [])
+    scheduler.is_barring = False
+    start_call(scheduler, call("b", Flow()), 2.5)
+    assert len(asked) == barred
+
+
+def test_a_call_that_is_moved_waits_at_the_end_of_the_other_flow() -> None:
+    """A common token that had let it out goes to the next call."""
+    scheduler, flow, singles = (
+        scheduler_of(terms(requests=1, scope="client"), pace=None),
+        Flow(),
+        Flow(Kind.SINGLE),
+    )
+    first = start_call(scheduler, call("first", flow), 0.0)
+    moved, other = call("moved", flow), call("other", flow)
+    for each in (moved, other):
+        scheduler.put(each)
+    assert started(scheduler, 0.0) == []
+    scheduler.ended(first, UNSENT, 1.0)
+    let_out_of = [moved.let_out_of, other.let_out_of]
+    scheduler.move(moved, singles, 1.0)
+    assert (moved.flow, moved.queue) == (singles, scheduler.ready)
+    let_out_of += [moved.let_out_of, other.let_out_of]
+    common = scheduler.permits.common
+    assert let_out_of == [common, None, None, common]
+    scheduler.move(first.call, singles, 1.0)
+    assert (first.call.flow, first.call.queue) == (singles, None)
