@@ -730,7 +730,7 @@ async def test_an_answer_of_any_account_raises_the_limit_again() -> None:
 
 
 def cooled_down(scheduler: Scheduler, at: float, wait: float) -> None:
-    """Let two refusals start a cooldown of the endpoint, with the scope `client`."""
+    """Let two accounts be refused, which starts a cooldown with the scope `client`."""
     for name in ("refused1", "refused2"):
         request = start_call(scheduler, call(name, Flow()), at)
         scheduler.ended(request, refused(wait), at)
@@ -821,6 +821,18 @@ def test_without_a_free_slot_no_call_starts() -> None:
     assert scheduler.holds_back
 
 
+def test_a_request_hangs_only_when_its_slot_is_needed() -> None:
+    """Until then an answer may show that the API is slow for all."""
+    scheduler, flow = scheduler_of(terms(), pace=None, slots=3), Flow()
+    slow = start_call(scheduler, call("slow", flow), 0.0)
+    start_call(scheduler, call("as slow", flow), 10.0)
+    start_call(scheduler, call("third", flow), 11.0)
+    scheduler.ended(slow, OK, 11.0)
+    start_call(scheduler, call("fourth", flow), 11.0)
+    scheduler.put(call("fifth", flow))
+    assert scheduler.grant(11.0) == 10.0 + 4 * 11.0
+
+
 @pytest.mark.virtual
 async def test_the_pace_names_the_moment_of_the_next_start() -> None:
     """Calls start in groups."""
@@ -884,11 +896,12 @@ def test_an_attempt_tells_with_which_permit_it_was_sent() -> None:
 
 
 def probes(seed: int, kind: Kind, *, held: bool) -> list[object]:
-    """The keys of twenty calls in the order of their probes."""
-    scheduler, flow = scheduler_of(terms(scope="client"), pace=None, seed=seed), Flow(kind)
+    """The keys of twenty calls in the order of their probes, `held` in a cooldown."""
+    scope = "client" if held else "auto"  # in which two refusals are not enough for a cooldown
+    scheduler, flow = scheduler_of(terms(scope=scope), pace=None, seed=seed), Flow(kind)
     cooled_down(scheduler, 0.0, 0.0)
     assert scheduler.cooldown.trial is not None
-    scheduler.cooldown.trial.is_held = held
+    assert scheduler.cooldown.trial.is_held is held
     for number in range(20):
         scheduler.put(call(str(number), flow))
     keys_: list[object] = []
@@ -900,20 +913,24 @@ def probes(seed: int, kind: Kind, *, held: bool) -> list[object]:
     return keys_
 
 
-def test_probes_are_drawn_among_the_calls_of_a_flow() -> None:
-    """By the seed; single calls only in a cooldown of the endpoint, and else in turn."""
-    in_turn = [str(number) for number in range(20)]
-    for kind, held, is_drawn in (
+@pytest.mark.parametrize(
+    ("kind", "held", "is_drawn"),
+    [
         (Kind.MANY, False, True),
         (Kind.MANY, True, True),
         (Kind.SINGLE, False, False),
         (Kind.SINGLE, True, True),
-    ):
-        order = probes(1, kind, held=held)
-        assert (order != in_turn) is is_drawn
-        assert sorted(map(str, order)) == sorted(in_turn)
-        assert order == probes(1, kind, held=held)
-        assert (order != probes(2, kind, held=held)) is is_drawn
+    ],
+)
+def test_probes_are_drawn_among_the_calls_of_a_flow(
+    kind: Kind, *, held: bool, is_drawn: bool
+) -> None:
+    """By the seed; single calls only in a cooldown of the endpoint, and else in turn."""
+    in_turn, order = [str(number) for number in range(20)], probes(1, kind, held=held)
+    assert (order != in_turn) is is_drawn
+    assert sorted(map(str, order)) == sorted(in_turn)
+    assert order == probes(1, kind, held=held)
+    assert (order != probes(2, kind, held=held)) is is_drawn
 
 
 # --- ends
