@@ -138,7 +138,10 @@ def test_refreshes_on_the_wire_are_counted_until_they_end() -> None:
     assert started(scheduler, 0.0) == []
     assert refreshing() == [3, 2, 1]
     assert [scheduler.quota(name, 0.0).waiting for name in (None, "A", "B")] == [0, 0, 0]
-    scheduler.ended(request, OK, 0.0)
+    (second,) = started(scheduler, 20.0)
+    assert second.call.key == "a2"
+    assert refreshing() == [3, 2, 1]
+    scheduler.ended(request, OK, 20.0)
     assert refreshing() == [2, 1, 1]
 
 
@@ -221,6 +224,16 @@ def test_a_common_count_of_own_requests_alone_shows_no_other_clients() -> None:
     for number in range(12):
         request = start_call(scheduler, call(str(number), flow), 2.0 * number)
         scheduler.ended(request, served(number + 1), 2.0 * number + 0.5)
+    quotas = [scheduler.quota(None, 23.0)]
+    assert quotas == with_others(quotas, [0])
+
+
+def test_without_a_common_token_no_requests_of_other_clients_are_known() -> None:
+    """Where accounts are counted separately, as configured, although the counts say otherwise."""
+    scheduler, flow = scheduler_of(terms(scope="account"), pace=None), Flow()
+    for number in range(12):
+        request = start_call(scheduler, call(str(number), flow), 2.0 * number)
+        scheduler.ended(request, served(number + 8), 2.0 * number + 0.5)
     quotas = [scheduler.quota(None, 23.0)]
     assert quotas == with_others(quotas, [0])
 
