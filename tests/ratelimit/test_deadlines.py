@@ -171,24 +171,26 @@ def scheduler_with(
     requests: int = 300,
     reserve: float = 0.0,
     slots: int = 32,
-    pace: Pace | None = None,
+    rate: float | None = None,
+    cut_at: float | None = None,
     usual: float | None = 0.125,
 ) -> tuple[Scheduler, ConnectionSlots[Attempt]]:
-    """A scheduler, and slots in which an answer usually takes so many seconds."""
+    """A scheduler, and slots in which an answer usually takes so many seconds.
+
+    The pace is `rate`, halved at `cut_at`.
+    """
+    pace = Pace(rate, 5.0)
+    if cut_at is not None:
+        pace.cut(cut_at)
     taken = ConnectionSlots[Attempt](slots)
     taken.usual = usual
     scheduler = Scheduler(
         terms(requests=requests, scope=scope, reserve=reserve),
-        pace=pace or Pace(None, 5.0),
+        pace=pace,
         slots=taken,
         seed=1,
     )
     return scheduler, taken
-
-
-def halved(pace: Pace, at: float) -> Pace:
-    pace.cut(at)
-    return pace
 
 
 @pytest.mark.parametrize(
@@ -225,17 +227,17 @@ def test_a_call_is_late_with_less_time_than_two_usual_answers(
         ({"requests": 2, "scope": "client"}, 2, True),
         ({"requests": 2, "scope": "account"}, 31, False),
         ({"requests": 2, "scope": "account"}, 32, True),
-        ({"pace": Pace(8.0, 5.0)}, 1, False),  # two starts in 0.25 s
-        ({"pace": Pace(8.0, 5.0)}, 2, True),
-        ({"pace": Pace(9.0, 5.0)}, 2, False),  # a third one may begin
-        ({"pace": Pace(9.0, 5.0)}, 3, True),
-        ({"pace": halved(Pace(16.0, 5.0), 8.0)}, 1, False),
-        ({"pace": halved(Pace(16.0, 5.0), 8.0)}, 2, True),
+        ({"rate": 8.0}, 1, False),  # two starts in 0.25 s
+        ({"rate": 8.0}, 2, True),
+        ({"rate": 9.0}, 2, False),  # a third one may begin
+        ({"rate": 9.0}, 3, True),
+        ({"rate": 16.0, "cut_at": 8.0}, 1, False),
+        ({"rate": 16.0, "cut_at": 8.0}, 2, True),
         ({"requests": 4, "scope": "client", "reserve": 0.5}, 3, False),  # single calls may take all
         ({"requests": 4, "scope": "client", "reserve": 0.5}, 4, True),
-        ({"slots": 4, "pace": Pace(8.0, 5.0), "requests": 3, "scope": "client"}, 2, True),
-        ({"slots": 4, "pace": Pace(16.0, 5.0), "requests": 3, "scope": "client"}, 3, True),
-        ({"slots": 4, "pace": Pace(16.0, 5.0), "requests": 3, "scope": "client"}, 2, False),
+        ({"slots": 4, "rate": 8.0, "requests": 3, "scope": "client"}, 2, True),
+        ({"slots": 4, "rate": 16.0, "requests": 3, "scope": "client"}, 3, True),
+        ({"slots": 4, "rate": 16.0, "requests": 3, "scope": "client"}, 2, False),
     ],
 )
 def test_starts_are_scarce_when_as_many_calls_are_ready_as_can_start(
