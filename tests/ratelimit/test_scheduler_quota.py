@@ -143,6 +143,8 @@ def test_refreshes_on_the_wire_are_counted_until_they_end() -> None:
     assert refreshing() == [3, 2, 1]
     scheduler.ended(request, OK, 20.0)
     assert refreshing() == [2, 1, 1]
+    scheduler.ended(second, OK, 20.0)
+    assert refreshing() == [1, 0, 1]
 
 
 def test_a_pool_whose_last_number_was_taken_out_is_no_flow_that_waits() -> None:
