@@ -22,23 +22,23 @@ class AdvertisedLimit:
     Args:
         configured: The configured limit.
         follows_higher: Whether a higher one is followed.
-        voices: How many accounts have to state another limit, the latest ones: one key of a smaller
-            plan is no reason to hold back all the others.
+        agreeing: How many accounts have to state another limit, the latest ones. One key of a
+            smaller plan is no reason to hold back all the others.
     """
 
-    __slots__ = ("_configured", "_most", "_said", "_voices")
+    __slots__ = ("_agreeing", "_configured", "_most", "_said")
 
-    def __init__(self, configured: int, *, follows_higher: bool, voices: int = 1) -> None:
+    def __init__(self, configured: int, *, follows_higher: bool, agreeing: int = 1) -> None:
         self._configured = configured
         self._most = _MOST if follows_higher else configured
-        self._voices = voices
+        self._agreeing = agreeing
         self._said: dict[Hashable, int] = {}  # the latest limits, by account
 
     def is_news(self, limit: int) -> bool:
         """Whether an answer with this limit can change the limit that is followed."""
         return limit != self._configured or bool(self._said)
 
-    def hear(self, account: Hashable, limit: int, used: int, seen: int) -> int:
+    def note(self, account: Hashable, limit: int, used: int, seen: int) -> int:
         """Note an answer for an account: its limit, its count `used`, and `seen` ended requests.
 
         Returns the limit to follow.
@@ -46,16 +46,16 @@ class AdvertisedLimit:
         if used < seen or limit < 1:
             limit = self._configured
         limit = min(limit, self._most)
-        if self._voices == 1:
+        if self._agreeing == 1:
             return limit
         self._said.pop(account, None)
         self._said[account] = limit
         if all(said == self._configured for said in self._said.values()):
             self._said.clear()  # more accounts that agree would change nothing
             return self._configured
-        if len(self._said) > self._voices:
+        if len(self._said) > self._agreeing:
             del self._said[next(iter(self._said))]
-        if len(self._said) < self._voices:
+        if len(self._said) < self._agreeing:
             return self._configured
         # Of the stated limits, the nearest to the configured one.
         return min(max(self._said.values()), max(min(self._said.values()), self._configured))

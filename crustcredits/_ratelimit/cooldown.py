@@ -14,7 +14,7 @@ import attrs
 _TOGETHER = 2
 _AFTER_A_HOLD = 3
 _UNKNOWN = 8
-_ALONE = 24
+_APART = 24
 # A trial doubles its width with each served answer, and ends beyond this one.
 _OVER = 16
 # Periods for which a past cooldown lowers the run that starts the next one.
@@ -73,14 +73,14 @@ class Evidence:
         is_foreign: Whether served answers have counts and the refusal has none: something in front
             of the API refused.
         is_sure: Whether all accounts are known to be counted together.
-        is_alone: Whether an answer of the last period seemed to be of an account that is counted
-            separately.
+        is_counted_apart: Whether an answer of the last period seemed to be of an account that is
+            counted separately.
     """
 
     has_counts: bool
     is_foreign: bool
     is_sure: bool
-    is_alone: bool
+    is_counted_apart: bool
 
 
 class EndpointCooldown:
@@ -130,14 +130,14 @@ class EndpointCooldown:
         trial.until = max(trial.until, now + min(span, self._period))
         return True
 
-    def served(self, probe: Trial | None, *, alone: bool) -> None:
-        """Note a served request; `alone` is whether its counts seem to be of its own account."""
+    def served(self, probe: Trial | None, *, apart: bool) -> None:
+        """Note a served request; `apart` is whether its counts seem to be of its account only."""
         trial = self.trial
-        if trial is None or (probe is not trial and not alone):
+        if trial is None or (probe is not trial and not apart):
             return
         trial.width *= 2
         trial.refused = trial.holds = 0
-        if trial.width > _OVER or (alone and (not trial.is_held or trial.with_counts)):
+        if trial.width > _OVER or (apart and (not trial.is_held or trial.with_counts)):
             self.trial = None
 
     def _needed(self, evidence: Evidence, now: float) -> int:
@@ -145,8 +145,8 @@ class EndpointCooldown:
             return _TOGETHER
         if evidence.is_foreign:
             return _UNKNOWN
-        if evidence.is_alone:
-            return _ALONE
+        if evidence.is_counted_apart:
+            return _APART
         return _AFTER_A_HOLD if self._held_at > now - _MEMORY * self._period else _UNKNOWN
 
     @staticmethod

@@ -22,10 +22,10 @@ _log = logging.getLogger("crustcredits")
 # Refusals that cost a call no attempt: of probes while other accounts are refused too, and by
 # something in front of the API.
 _SPARED = 4
-# Last probes of calls without an earlier request, and the share of them refused by something in
-# front of the API that halves the pace.
+# Last probes of calls without an earlier request, and how many of them something in front of the
+# API may refuse; with more, the pace is halved.
 _LATEST_PROBES = 16
-_FOREIGN_SHARE = 0.4
+_FEW_FOREIGN = 6
 # Accounts that have to state another limit before it holds back all, where accounts may be counted
 # separately.
 _AGREEING_ACCOUNTS = 3
@@ -66,7 +66,7 @@ class Feedback:
         self._common_limit = AdvertisedLimit(
             terms.requests,
             follows_higher=follows_higher,
-            voices=_AGREEING_ACCOUNTS if terms.scope == "auto" else 1,
+            agreeing=_AGREEING_ACCOUNTS if terms.scope == "auto" else 1,
         )
         # Whether something in front of the API refused each of the latest first probes.
         self._foreign: deque[bool] = deque(maxlen=_LATEST_PROBES)
@@ -74,10 +74,10 @@ class Feedback:
 
     def served(self, request: Attempt, answer: AttemptResult, now: float) -> None:
         """Note a request that the API has answered, and has neither refused nor failed."""
-        proved, alone = self._learn(request, answer, now)
+        proved, apart = self._learn(request, answer, now)
         self._return_tokens(request, now + self._terms.period, proved=proved)
         if self._cooldown.trial is not None:
-            self._cooldown.served(request.trial, alone=alone)
+            self._cooldown.served(request.trial, apart=apart)
         if request.trial is not None:
             self._note_probe(request, foreign=False)
 
@@ -105,12 +105,10 @@ class Feedback:
         ):
             self._adopt(request, limit, used, now)
         own = bucket.own(request.own)
-        proved, alone = self._scope.told(used, own, started, now)
-        if request.common is None:
-            return False, alone
-        if used > own:  # otherwise none of them need be others'
+        proved, apart = self._scope.counted(used, own, started, now)
+        if request.common is not None:
             self.used_by_others = max(0, used - self._common.own(request.common))
-        return proved, alone
+        return proved, apart
 
     def _adopt(self, request: Attempt, limit: int, used: int, now: float) -> None:
         """Follow the limit of an answer where its count supports it.
@@ -122,9 +120,9 @@ class Feedback:
         # server's window any more.
         aged = now + period - window + min(self._terms.late, window / 2)
         seen_of_account = account.bucket.returning(aged, request.started + period)
-        account.bucket.limit = self._own_limit.hear(account.name, limit, used, seen_of_account)
+        account.bucket.limit = self._own_limit.note(account.name, limit, used, seen_of_account)
         # A proof has fewer used than seen.
-        adopted = self._common_limit.hear(
+        adopted = self._common_limit.note(
             account.name, limit, used, self._scope.ended_before(request.started, now)
         )
         if adopted != self._common.limit:
@@ -156,8 +154,7 @@ class Feedback:
         """Return the tokens at a moment; the common one at once if it was `proved` not to count."""
         account = request.account
         account.bucket.return_at(when)
-        if account.idles_at is None:
-            self._permits.accounts.forget_later(account, when)
+        self._permits.accounts.forget_later(account, when)
         if request.common is None:
             return
         if proved:
@@ -183,11 +180,7 @@ class Feedback:
         spared = expected and request.call.spared < _SPARED
         request.call.spared += spared
         latest = self._foreign
-        if (
-            foreign
-            and len(latest) == _LATEST_PROBES
-            and (sum(latest) > _FOREIGN_SHARE * _LATEST_PROBES)
-        ):
+        if foreign and len(latest) == _LATEST_PROBES and sum(latest) > _FEW_FOREIGN:
             self._pace.cut(now)
             latest.clear()
         self._cool_down(request, answer, now, foreign=foreign)
@@ -201,7 +194,7 @@ class Feedback:
             has_counts=answer.used is not None,
             is_foreign=foreign,
             is_sure=not foreign and (self._scope.is_together or self._terms.scope == "client"),
-            is_alone=self._scope.is_alone(now),
+            is_counted_apart=self._scope.is_counted_apart(now),
         )
         before = self._cooldown.trial
         was_held = before is not None and before.is_held

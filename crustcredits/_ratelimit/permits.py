@@ -129,6 +129,7 @@ class Permits:
             account = self.accounts.find(call.account)
             if account is not None:
                 self.accounts.let_go(account, now)
+                self.release(account, now)
         return given_up
 
     def lengths(self) -> Counter[Flow]:
@@ -154,11 +155,13 @@ class Permits:
         """Let out as many waiting calls as there is room for."""
         if not queue.has_waiters:
             return
-        for call in queue.release(now):
+        calls = list(queue.release(now))
+        # Calls that still wait for their account may not take the tokens for which these stand.
+        first = queue is not self.common and len(queue) > 0
+        for call in reversed(calls) if first else calls:
             if queue is not self.common:
                 self._park(call, -1)
-            # Calls that still wait for the account may not take the token for which it stands.
-            self._ready.push(call, first=queue is not self.common and len(queue) > 0)
+            self._ready.push(call, first=first)
         if len(queue):
             self._arm(queue, now)
         else:
@@ -170,9 +173,7 @@ class Permits:
     def earliest(self, name: Hashable, now: float) -> float:
         """The earliest time at which a call of this account can have its tokens."""
         account = self.accounts.find(name)
-        moment = (
-            now if account is None else max(now, account.cools_until, _sure(account.bucket, now))
-        )
+        moment = now if account is None else max(account.cools_until, _sure(account.bucket, now))
         return max(moment, _sure(self.common.bucket, now)) if self.counts_common else moment
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:

@@ -356,7 +356,7 @@ class Scheduler:
         """A quota without the calls that wait."""
         trial = self.cooldown.trial
         is_held = trial is not None and trial.is_held
-        until = max(cools_until, trial.until) if trial is not None and is_held else cools_until
+        until = cools_until if trial is None else max(cools_until, trial.until)
         return Quota(
             limit=bucket.limit,
             free=bucket.available(now),

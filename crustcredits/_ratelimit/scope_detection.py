@@ -33,7 +33,7 @@ class ScopeDetection:
     """
 
     __slots__ = (
-        "_alone_at",
+        "_apart_at",
         "_doubt",
         "_in_a_row",
         "_no_proof_before",
@@ -47,7 +47,7 @@ class ScopeDetection:
         self._period = period
         self._proves = proves
         self._witnesses = Witnesses(period, late)
-        self._alone_at = -math.inf
+        self._apart_at = -math.inf
         self._in_a_row = 0
         self._no_proof_before = -math.inf
         self._doubt = 0
@@ -58,12 +58,12 @@ class ScopeDetection:
         """Whether the last served answers all counted more than their own account's requests."""
         return self._in_a_row >= _TOGETHER
 
-    def is_alone(self, now: float) -> bool:
-        """Whether a recent answer counted its account's requests alone, and none of our other ones.
+    def is_counted_apart(self, now: float) -> bool:
+        """Whether a recent answer counted its account's requests apart, and none of our other ones.
 
         Recent means within the last period.
         """
-        return self._alone_at > now - self._period
+        return self._apart_at > now - self._period
 
     def can_witness(self, now: float) -> bool:
         """Whether ten requests can witness for one that starts and ends now."""
@@ -84,11 +84,11 @@ class ScopeDetection:
         """Note a served answer without counts: its request can witness."""
         self._witnesses.add(started, now)
 
-    def told(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
+    def counted(self, used: int, own: int, started: float, now: float) -> tuple[bool, bool]:
         """Note a served answer that counts `used` requests, at most `own` of them of its account.
 
         Returns whether this proves that its account is counted separately, and the weaker sign that
-        it is (`is_alone`).
+        it is (`is_counted_apart`).
         """
         self.has_seen_counts = True
         if used > own:
@@ -96,22 +96,22 @@ class ScopeDetection:
             self._witnesses.add(started, now)
             return False, False
         self._in_a_row = 0
-        alone = own <= self.ended_before(started, now)
-        if alone:
-            self._alone_at = now
+        apart = own <= self.ended_before(started, now)
+        if apart:
+            self._apart_at = now
         proved = (
             self._proves
             and now >= self._no_proof_before
             and self._witnesses.prove(used, own, started, now)
         )
         self._witnesses.add(started, now)
-        return proved, alone
+        return proved, apart
 
     def contradicted(self, now: float) -> None:
         """Note a refusal with counts that started a cooldown, against an answer counted alone.
 
         The counts may be of another limit.
         """
-        if self._proves and now >= self._no_proof_before and self.is_alone(now):
+        if self._proves and now >= self._no_proof_before and self.is_counted_apart(now):
             self._doubt = min(_MOST_DOUBT, 2 * self._doubt or _DOUBT)
             self._no_proof_before = now + self._doubt * self._period

@@ -8,11 +8,11 @@ import pytest
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Evidence, Trial
 
 PERIOD = 60.0
-UNKNOWN = Evidence(has_counts=False, is_foreign=False, is_sure=False, is_alone=False)
+UNKNOWN = Evidence(has_counts=False, is_foreign=False, is_sure=False, is_counted_apart=False)
 WITH_COUNTS = attrs.evolve(UNKNOWN, has_counts=True)
 FOREIGN = attrs.evolve(UNKNOWN, is_foreign=True)
 TOGETHER = attrs.evolve(UNKNOWN, is_sure=True)
-ALONE = attrs.evolve(UNKNOWN, is_alone=True)
+ALONE = attrs.evolve(UNKNOWN, is_counted_apart=True)
 # Served probes in a row that end a trial.
 DOUBLINGS = 5
 
@@ -91,13 +91,13 @@ def test_a_trial_concerns_other_accounts_than_the_one_that_began_it(
 def test_each_served_probe_doubles_the_width_of_a_trial_until_it_ends() -> None:
     """Beyond 16 at a time."""
     cooldown = EndpointCooldown(PERIOD)
-    cooldown.served(None, alone=False)
+    cooldown.served(None, apart=False)
     cooldown.refused("a", None, None, UNKNOWN, 0.0)
     trial, widths = trial_of(cooldown), []
     for _ in range(DOUBLINGS):
         assert cooldown.trial is trial
         widths.append(trial.width)
-        cooldown.served(trial, alone=False)
+        cooldown.served(trial, apart=False)
     assert (widths, cooldown.trial) == ([1, 2, 4, 8, 16], None)
 
 
@@ -108,7 +108,7 @@ def test_requests_that_were_sent_before_a_trial_do_not_change_its_run(
     """Neither served nor refused ones, also if they were probes of an earlier trial."""
     cooldown = EndpointCooldown(PERIOD)
     cooldown.refused("a", None, None, UNKNOWN, 0.0)
-    cooldown.served(earlier, alone=False)
+    cooldown.served(earlier, apart=False)
     for _ in range(100):
         assert not cooldown.refused("a", earlier, None, UNKNOWN, 0.0)
     assert (trial_of(cooldown).width, trial_of(cooldown).refused) == (1, 0)
@@ -121,7 +121,7 @@ def test_a_served_probe_ends_a_run_of_refused_ones() -> None:
     trial = trial_of(cooldown)
     for _ in range(6):
         assert not cooldown.refused("a", trial, None, UNKNOWN, 0.0)
-    cooldown.served(trial, alone=False)
+    cooldown.served(trial, apart=False)
     for _ in range(6):
         assert not cooldown.refused("a", trial, None, UNKNOWN, 0.0)
     assert cooldown.refused("a", trial, None, UNKNOWN, 0.0)
@@ -142,7 +142,7 @@ def test_an_answer_of_an_account_counted_alone_ends_a_trial(
     if evidence is not None:
         refusals_until_a_cooldown(cooldown, evidence, 0.0)
     trial = trial_of(cooldown)
-    cooldown.served(None, alone=True)
+    cooldown.served(None, apart=True)
     assert (cooldown.trial is None) is ends
     assert trial.width == 2
 
@@ -185,7 +185,7 @@ def test_three_refusals_start_a_cooldown_within_two_periods_of_the_last(
     """Unless the evidence is better."""
     cooldown, trial = held(now=50.0)
     for _ in range(DOUBLINGS):
-        cooldown.served(trial, alone=False)
+        cooldown.served(trial, apart=False)
     assert cooldown.trial is None
     assert refusals_until_a_cooldown(cooldown, evidence, 50.0 + later) == refusals
 
@@ -204,7 +204,7 @@ def test_a_cooldown_reduces_a_trial_to_one_probe() -> None:
     cooldown = EndpointCooldown(PERIOD)
     cooldown.refused("a", None, None, UNKNOWN, 0.0)
     trial = trial_of(cooldown)
-    cooldown.served(trial, alone=False)
+    cooldown.served(trial, apart=False)
     assert trial.width == 2
     refusals_until_a_cooldown(cooldown, WITH_COUNTS, 0.0)
     assert (trial.width, trial.is_held, trial.with_counts, trial.holds) == (1, True, True, 1)
@@ -261,7 +261,7 @@ def test_a_served_probe_in_a_cooldown_makes_its_next_extension_a_short_one() -> 
     cooldown, trial = held()
     for now in range(1, 12):
         cooldown.refused("a", trial, None, UNKNOWN, float(now))
-    cooldown.served(trial, alone=False)
+    cooldown.served(trial, apart=False)
     assert (trial.is_held, trial.width) == (True, 2)
     assert cooldown.refused("a", trial, None, UNKNOWN, 100.0)
     assert (trial.until, trial.width) == (100.25, 1)

@@ -12,7 +12,7 @@ from crustcredits._ratelimit.fair_queue import Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
-from tests.ratelimit.calls import OK, Outside, call, refused, start_call, started, terms
+from tests.ratelimit.calls import OK, Outside, Pool, call, refused, start_call, started, terms
 from tests.ratelimit.worlds import scheduler as scheduler_of
 
 # --- the earliest start
@@ -145,7 +145,8 @@ def test_a_call_without_hope_is_handed_out_at_its_turn() -> None:
 
 def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> None:
     """Without others it is tried, until its time is over."""
-    late, other = call("late", Flow()), call("other", Flow())
+    flow = Flow()
+    late, other = call("late", flow), call("other", flow)
     late.deadline = 10.3
     for others in (True, False):
         scheduler = scheduler_of(SchedulerTerms(requests=2, scope="client"), pace=None)
@@ -212,8 +213,9 @@ def test_a_call_is_late_with_less_time_than_two_usual_answers(
 ) -> None:
     """At most 0.4 s, where another call waits for the only slot; without an answer so far never."""
     scheduler, _ = scheduler_with(slots=1, usual=usual)
-    scheduler.put(call("other", Flow()))
-    each = call("late", Flow())
+    flow = Flow()
+    scheduler.put(call("other", flow))
+    each = call("late", flow)
     each.deadline = 8.0 + left
     assert scheduler.is_late(each, 8.0) is late
 
@@ -233,8 +235,12 @@ def test_a_call_is_late_with_less_time_than_two_usual_answers(
         ({"rate": 9.0}, 3, True),
         ({"rate": 16.0, "cut_at": 8.0}, 1, False),
         ({"rate": 16.0, "cut_at": 8.0}, 2, True),
-        ({"requests": 4, "scope": "client", "reserve": 0.5}, 3, False),  # single calls may take all
-        ({"requests": 4, "scope": "client", "reserve": 0.5}, 4, True),
+        (
+            {"requests": 4, "scope": "client", "reserve": 0.5},
+            1,
+            False,
+        ),  # two are kept
+        ({"requests": 4, "scope": "client", "reserve": 0.5}, 2, True),
         ({"slots": 4, "rate": 8.0, "requests": 3, "scope": "client"}, 2, True),
         ({"slots": 4, "rate": 16.0, "requests": 3, "scope": "client"}, 3, True),
         ({"slots": 4, "rate": 16.0, "requests": 3, "scope": "client"}, 2, False),
@@ -254,31 +260,47 @@ def test_starts_are_scarce_when_as_many_calls_are_ready_as_can_start(
     assert scheduler.is_late(each, 8.0) is late
 
 
-def test_without_another_call_starts_are_never_scarce() -> None:
-    """Even if no slot is free."""
+def test_without_another_call_of_its_flow_starts_are_never_scarce() -> None:
+    """Even if no slot is free: flows take turns, so the calls of others take no start from it."""
     scheduler, slots = scheduler_with(slots=1)
-    start_call(scheduler, call("on the wire", Flow()), 7.9)
+    flow = Flow()
+    start_call(scheduler, call("on the wire", flow), 7.9)
     assert slots.free == 0
-    each = call("late", Flow())
+    each = call("late", flow)
     each.deadline = 8.125
     assert not scheduler.is_late(each, 8.0)
-    scheduler.put(call("other", Flow()))
+    scheduler.put(call("of another flow", Flow()))
+    assert not scheduler.is_late(each, 8.0)
+    scheduler.put(call("other", flow))
     assert scheduler.is_late(each, 8.0)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_starts_are_scarce_while_a_foreground_call_waits_for_the_common_bucket(
+def test_a_key_of_a_pool_is_late_only_when_its_time_is_over() -> None:
+    """All keys of a pool have one deadline: no other key has more use of the token."""
+    scheduler, _ = scheduler_with(slots=1)
+    pool = Pool([None, None, None])
+    scheduler.put_pool(pool)
+    each = pool.begin(0)
+    each.deadline = 8.125
+    assert not scheduler.is_late(each, 8.0)
+    assert scheduler.is_late(each, 8.125)
+
+
+@pytest.mark.parametrize("kind", [Kind.SINGLE, Kind.MANY])
+def test_starts_are_scarce_while_a_call_of_the_flow_waits_for_the_common_bucket(
     kind: Kind,
 ) -> None:
-    """A refresh that waits there needs no token before a caller has one."""
+    """Not for the calls of another flow."""
     scheduler, _ = scheduler_with(requests=2, scope="client")
+    flow = Flow(kind)
     for name in ("a", "b"):
-        start_call(scheduler, call(name, Flow()), 7.9)
-    scheduler.put(call("waits", Flow(kind)))
+        start_call(scheduler, call(name, flow), 7.9)
+    scheduler.put(call("waits", flow))
     assert started(scheduler, 8.0) == []
-    each = call("late", Flow())
-    each.deadline = 8.125
-    assert scheduler.is_late(each, 8.0) is (kind is not Kind.BACKGROUND)
+    each, other = call("late", flow), call("of another flow", Flow(kind))
+    each.deadline = other.deadline = 8.125
+    assert scheduler.is_late(each, 8.0)
+    assert not scheduler.is_late(other, 8.0)
 
 
 def test_a_late_call_gives_its_common_token_to_the_next() -> None:

@@ -925,7 +925,12 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
         property(lambda self: False),
         "more than the limit",
     ),
-    "R4 proof": (ScopeDetection, "told", lambda self, *rest: (True, True), "more than the limit"),
+    "R4 proof": (
+        ScopeDetection,
+        "counted",
+        lambda self, *rest: (True, True),
+        "more than the limit",
+    ),
     "R4 witnesses": (
         Witnesses,
         "prove",
@@ -961,8 +966,8 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     "R6 spared": (feedback, "_SPARED", 10**6, "cost a call no attempt"),
     "R7 pace": (pace, "_limiter", lambda rate: _LIMITER(10 * rate), "pace is exceeded"),
     "R7 cut": (Pace, "cut", lambda self, now: None, "does not cut the pace"),
-    "R8 believed": (AdvertisedLimit, "hear", _believes, "that the counts contradict"),
-    "R8 not believed": (AdvertisedLimit, "hear", _believes_nothing, "was not followed"),
+    "R8 believed": (AdvertisedLimit, "note", _believes, "that the counts contradict"),
+    "R8 not believed": (AdvertisedLimit, "note", _believes_nothing, "was not followed"),
     "R9 earliest": (
         permits,
         "_sure",

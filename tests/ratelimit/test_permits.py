@@ -237,7 +237,7 @@ def test_a_call_that_was_let_out_and_leaves_lets_the_next_one_out(scope: str | N
     assert endpoint.let_out() == ["second"]
     assert permits.remove(second, 2.0) is True
     third = call("third", flow, "A")
-    assert endpoint.start(third, 2.0).key == "first"
+    assert endpoint.start(third, 2.0).name == "A"
 
 
 def test_a_ready_call_that_leaves_frees_no_token() -> None:
@@ -282,7 +282,7 @@ def test_a_call_of_an_unknown_account_is_dropped_without_a_trace() -> None:
 
 @pytest.mark.parametrize("how", ["removed", "dropped", "given up"])
 def test_an_account_whose_last_call_leaves_is_forgotten(how: str) -> None:
-    """At the next look, and only then."""
+    """At once, because none of its tokens is out."""
     outside = Outside({None: 1})
     endpoint = Endpoint(outside, requests=1)
     permits = endpoint.permits
@@ -296,9 +296,6 @@ def test_an_account_whose_last_call_leaves_is_forgotten(how: str) -> None:
         outside.buckets[None].wake()
         permits.release_due(2.0)
         permits.drop(endpoint.ready.pop(), 2.0)
-    permits.accounts.forget_idle(1.5)
-    assert len(permits.accounts) == 1
-    permits.accounts.forget_idle(2.0)
     assert len(permits.accounts) == 0
 
 
@@ -465,3 +462,19 @@ def test_refreshes_that_wait_are_let_out_one_by_one(scope: str) -> None:
         assert permits.next_moment == math.inf
         endpoint.start(each, at)
         assert each.let_out_of is None
+
+
+def test_a_call_given_up_at_the_common_bucket_leaves_its_account_to_the_next() -> None:
+    """The token of its account had let it out, and lets the next call out then."""
+    outside = Outside({None: 1})
+    endpoint, flow = Endpoint(outside, requests=1), Flow()
+    permits = endpoint.permits
+    outside.held = {"A": 1}
+    first, second = (endpoint.wait(call(name, flow, "A")) for name in ("first", "second"))
+    outside.buckets["A"].held = 0
+    outside.buckets["A"].wake()
+    permits.release_due(1.0)
+    assert permits.admit(endpoint.ready.pop(), 1.0) is None
+    assert permits.give_up(None, 2.0) == [first]
+    assert endpoint.let_out() == ["second"]
+    assert second.let_out_of is permits.accounts.find("A")

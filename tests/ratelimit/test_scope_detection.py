@@ -14,7 +14,7 @@ def prove(own: int, used: int, others: int = 10, ended: float = 1.0, started: fl
     scope = ScopeDetection(PERIOD, LATE, proves=True)
     for _ in range(others):
         scope.served(0.0, ended)
-    return scope.told(used, own, started, started + 0.1)[0]
+    return scope.counted(used, own, started, started + 0.1)[0]
 
 
 def test_ten_requests_that_are_missing_from_a_count_prove_its_account() -> None:
@@ -42,16 +42,16 @@ def scope_with(witnesses: int, ended: float = 1.0, *, proves: bool = True) -> Sc
 def test_nothing_is_proven_where_no_proof_is_looked_for() -> None:
     """The weaker sign is noted all the same."""
     scope = scope_with(10, proves=False)
-    assert scope.told(1, 1, 5.0, 5.1) == (False, True)
-    assert scope.is_alone(5.1)
+    assert scope.counted(1, 1, 5.0, 5.1) == (False, True)
+    assert scope.is_counted_apart(5.1)
 
 
 def test_answers_with_counts_witness_too() -> None:
     """Those that count others, and those that prove."""
     scope = scope_with(8)
-    assert scope.told(9, 1, 0.0, 1.0) == (False, False)
+    assert scope.counted(9, 1, 0.0, 1.0) == (False, False)
     assert not scope.can_witness(4.0)
-    assert scope.told(1, 1, 0.0, 1.0) == (False, False)
+    assert scope.counted(1, 1, 0.0, 1.0) == (False, False)
     assert scope.can_witness(4.0)
 
 
@@ -59,7 +59,7 @@ def test_a_scope_has_seen_counts_after_an_answer_with_one() -> None:
     scope, seen = scope_with(10), []
     for _ in range(2):
         seen.append(scope.has_seen_counts)
-        scope.told(1, 1, 5.0, 5.1)
+        scope.counted(1, 1, 5.0, 5.1)
     assert seen == [False, True]
 
 
@@ -67,31 +67,31 @@ def test_ten_answers_in_a_row_that_count_others_mean_all_are_counted_together() 
     """One that counts its own account's requests at most ends the row."""
     scope, together = scope_with(0), []
     for used in (*[2] * 11, 1, *[2] * 9):
-        scope.told(used, 1, 0.0, 1.0)
+        scope.counted(used, 1, 0.0, 1.0)
         together.append(scope.is_together)
     assert together == [*[False] * 9, True, True, *[False] * 10]
 
 
 @pytest.mark.parametrize(
-    ("own", "ended", "alone"), [(3, 5.0, True), (4, 5.0, False), (3, 5.1, False)]
+    ("own", "ended", "apart"), [(3, 5.0, True), (4, 5.0, False), (3, 5.1, False)]
 )
 def test_an_answer_that_counts_its_own_account_at_most_is_a_weak_sign(
-    own: int, ended: float, *, alone: bool
+    own: int, ended: float, *, apart: bool
 ) -> None:
     """If at least as many requests of any account had ended before it began."""
     scope = scope_with(3, ended)
     assert scope.ended_before(5.0, 5.2) == (3 if ended <= 5.0 else 0)
-    assert scope.told(1, own, 5.0, 5.2) == (False, alone)
-    assert scope.is_alone(5.2) is alone
+    assert scope.counted(1, own, 5.0, 5.2) == (False, apart)
+    assert scope.is_counted_apart(5.2) is apart
 
 
 def test_the_weak_sign_is_good_for_a_period() -> None:
     """And there is none before the first answer."""
     scope = scope_with(1)
-    assert not scope.is_alone(0.0)
-    scope.told(1, 1, 5.0, 5.5)
-    assert scope.is_alone(65.0)
-    assert not scope.is_alone(65.5)
+    assert not scope.is_counted_apart(0.0)
+    scope.counted(1, 1, 5.0, 5.5)
+    assert scope.is_counted_apart(65.0)
+    assert not scope.is_counted_apart(65.5)
 
 
 def test_ten_requests_can_witness_when_a_count_must_have_them() -> None:
@@ -106,10 +106,10 @@ def test_ten_requests_can_witness_when_a_count_must_have_them() -> None:
 
 
 def contradict_at(scope: ScopeDetection, now: float) -> None:
-    """An answer that counts its account alone, and then a refusal that contradicts it."""
+    """An answer that counts its account apart, and then a refusal that contradicts it."""
     for _ in range(11):
         scope.served(now - 8.0, now - 7.0)
-    scope.told(1, 1, now - 1.0, now)
+    scope.counted(1, 1, now - 1.0, now)
     scope.contradicted(now)
 
 
@@ -117,7 +117,7 @@ def proves_at(scope: ScopeDetection, now: float) -> bool:
     """Whether an answer proves its account, when ten requests can witness."""
     for _ in range(11):
         scope.served(now - 8.0, now - 7.0)
-    return scope.told(1, 1, now - 1.0, now)[0]
+    return scope.counted(1, 1, now - 1.0, now)[0]
 
 
 def test_no_proof_is_accepted_for_ten_periods_after_a_contradiction() -> None:
@@ -150,7 +150,7 @@ def test_a_refusal_contradicts_only_a_recent_sign() -> None:
     """After a period another client may have spent the limit."""
     scope = scope_with(10)
     scope.contradicted(0.0)
-    assert scope.told(1, 1, 5.0, 5.5) == (True, True)
+    assert scope.counted(1, 1, 5.0, 5.5) == (True, True)
     scope.contradicted(65.5)
     assert proves_at(scope, 80.0)
     scope.contradicted(139.0)
