@@ -229,6 +229,11 @@ class AiohttpTransport:
                 ),
                 given_up,
             )
+        if isinstance(error, aiohttp.ClientResponseError):
+            said = (
+                "the answer is no HTTP; is this the address of the API, and not of another server?"
+            )
+            return Failure(APIConnectionError(said, **details), given_up)
         when = "while the answer came" if answers else "before an answer"
         return Failure(
             APIConnectionError(

@@ -29,6 +29,7 @@ from crustcredits._keys.checks import (
     label_problem,
     looks_secret,
     secret_problem,
+    setting_problem,
     slash_problem,
     trimmed,
 )
@@ -249,7 +250,11 @@ def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiK
                 "its label and the key itself declare different accounts; keep the right one", place
             )
         account = key.account
-    return make_key(clear_text(key), name, account, place=place)
+    secret = clear_text(key)
+    problem = setting_problem(name, account, secret)
+    if problem is not None:
+        return unusable(problem, printable_label(secret, name, account) or place)
+    return make_key(secret, name, account, place=place)
 
 
 def make_key(secret: object, name: object, account: object, *, place: str) -> ApiKey | UnusableKey:

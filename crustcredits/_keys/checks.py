@@ -331,7 +331,18 @@ _PLAIN = frozenset(
 _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
-def is_setting(name: str, secret: object) -> bool:
+def setting_problem(name: object, account: object, secret: object) -> str | None:
+    """The reason why an entry seems to be a setting and no key, or None."""
+    if account is not None or not isinstance(name, str) or not _is_setting(name, secret):
+        return None
+    return (
+        "its name is a setting's name: this seems to be the configuration of a program, not a list "
+        "of keys; in an env file set CRUSTDATA_API_KEYS, in a list rename the key, or write its "
+        "account before the name, as in acme/prod"
+    )
+
+
+def _is_setting(name: str, secret: object) -> bool:
     """Whether a line `name=secret` looks like a setting (`DB_PASSWORD=…`, `port=…`), not a key."""
     words = [word.lower() for word in _PART.findall(name)]
     last = words[-1] if words else ""

@@ -33,10 +33,10 @@ from crustcredits._keys.api_key import (
 )
 from crustcredits._keys.checks import (
     is_likely_key,
-    is_setting,
     looks_secret,
     may_be_key,
     secret_problem,
+    setting_problem,
 )
 from crustcredits._validation import hides_arguments
 
@@ -80,13 +80,6 @@ _ASSIGNMENT = re.compile(
     """,
     re.MULTILINE | re.VERBOSE | re.DOTALL,
 )
-
-_A_SETTING = (
-    "its name is a setting's name: this seems to be the configuration of a program, not a list "
-    f"of keys; in an env file set {KEYS_VARIABLE}, in a list rename the key, or write its account "
-    "before the name, as in acme/prod"
-)
-
 
 # A path of lower-case words; no generated key has this form.
 _WORDS = re.compile(r"[a-z_.-]*(/[a-z_.-]+)+")
@@ -455,8 +448,9 @@ def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
 
 def _labelled(label: str, secret: object, place: str) -> ApiKey | UnusableKey:
     account, name = split_label(label)
-    if account is None and is_setting(name, secret):
-        return unusable(_A_SETTING, place)
+    problem = setting_problem(name, account, secret)
+    if problem is not None:
+        return unusable(problem, place)
     return _at_place(make_key(secret, name, account, place=place), place)
 
 

@@ -26,7 +26,7 @@ class Quota:
     In tests `Quota(limit=300, free=20)` makes one by hand.
 
     Attributes:
-        limit: Tokens in all: requests in any one period.
+        limit: Tokens in all, at least 1: requests in any one period.
         free: Tokens that can be taken now.
         in_flight: Tokens of requests on the wire.
         waiting: Foreground calls that wait for their turn.
@@ -58,16 +58,18 @@ class Quota:
     # Requests of other clients in the last count.
     _others: int = attrs.field(alias="others", default=0, repr=False)
     _singles: int = attrs.field(alias="singles", default=0, repr=False)  # single calls that wait
+    _kept: int = attrs.field(alias="kept", default=0, repr=False)  # the reserve for single calls
     # Lengths of the other flows that wait.
     _lengths: tuple[int, ...] = attrs.field(alias="lengths", default=(), repr=False)
 
     @hides_arguments
     def seconds_for(self, requests: int) -> float:
-        """An estimate: seconds until the last of `requests` more calls starts.
+        """An estimate: seconds until the last of `requests` more keys of a check starts.
 
-        They start after the single calls that wait, and take turns with checks and streams. The
-        estimate assumes that the requests under way end now, and that other clients spend as much
-        as the server's last count shows.
+        They start after the single calls that wait, take turns with other checks and streams, and
+        leave the reserve (`RateLimit.reserve`) to single calls. The estimate assumes that the
+        requests under way end now, and that other clients spend as much as the server's last count
+        shows.
 
         Raises:
             ConfigurationError: `requests` is not a whole number of at least 0.
@@ -85,14 +87,12 @@ class Quota:
         """An estimate: seconds until the last of the next `count` calls starts, of all callers."""
         if not count:
             return 0.0
-        times = [_nth(self._returns, count - 1, self._period), self.cooldown or 0.0]
+        times = [_nth(self._returns[self._kept :], count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
-            times.append(max(0.0, count - min(_BURST, max(1.0, self._pace))) / self._pace)
-        times.append(
-            max(0, count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots
-        )
-        missing = count - self.free
-        if self._others and missing > 0:
+            times.append((count - min(_BURST, max(1.0, self._pace))) / self._pace)
+        times.append((count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots)
+        if self._others:
+            missing = count - max(0, self.free - self._kept)
             times.append(missing * self._period / max(1, self.limit - self._others))
         return max(times)
 

@@ -27,6 +27,7 @@ from crustcredits._ratelimit.feedback import Feedback
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.quota import Quota
+from crustcredits._ratelimit.reserve import kept_for_singles
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, MakeBucket, TokenBucket, local_bucket
@@ -329,7 +330,7 @@ class Scheduler:
         lengths = [count for flow, count in queued.items() if flow.kind is Kind.MANY and count]
         waiting = singles + sum(lengths)
         return attrs.evolve(
-            self._quota(self.permits.common.bucket, -math.inf, now),
+            self._quota(self.permits.common.bucket, self._terms.reserve, now),
             waiting=waiting,
             refreshing=self._refreshing + sum(queued.values()) - waiting,
             others=self._feedback.used_by_others if self._scope.is_together else 0,
@@ -344,16 +345,18 @@ class Scheduler:
         waiting = sum(queue.of_account(name, background=False) for queue in queues)
         refreshing = sum(queue.of_account(name, background=True) for queue in queues)
         return attrs.evolve(
-            self._quota(TokenBucket(self._terms.requests), -math.inf, now)
+            self._quota(TokenBucket(self._terms.requests), 0.0, now)
             if account is None
-            else self._quota(account.bucket, account.cools_until, now),
+            else self._quota(account.bucket, account.reserve, now, cools_until=account.cools_until),
             waiting=waiting,
             refreshing=refreshing + (0 if account is None else account.refreshing),
             singles=waiting,
         )
 
-    def _quota(self, bucket: Bucket, cools_until: float, now: float) -> Quota:
-        """A quota without the calls that wait."""
+    def _quota(
+        self, bucket: Bucket, share: float, now: float, *, cools_until: float = -math.inf
+    ) -> Quota:
+        """A quota without the calls that wait, with this share as the reserve."""
         trial = self.cooldown.trial
         is_held = trial is not None and trial.is_held
         until = cools_until if trial is None else max(cools_until, trial.until)
@@ -369,6 +372,7 @@ class Scheduler:
             pace=self._pace.current(now),
             slots=self._slots.count,
             answer_seconds=self._slots.usual or 0.0,
+            kept=kept_for_singles(bucket, share),
         )
 
     def _queued(self) -> Counter[Flow]:

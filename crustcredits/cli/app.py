@@ -79,6 +79,9 @@ class _Commands(TyperGroup):
     """Commands by their names. An unknown name is not repeated either."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            echo(f"{ctx.get_help()}\n")
+            ctx.exit()
         return _without_values(partial(super().parse_args, ctx, args), ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -88,7 +91,6 @@ class _Commands(TyperGroup):
 app: typer.Typer = typer.Typer(
     cls=_Commands,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,  # they print local variables
     rich_markup_mode=None,  # its boxes contain escape sequences even with NO_COLOR
 )

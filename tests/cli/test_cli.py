@@ -847,3 +847,13 @@ def test_a_similar_option_is_suggested() -> None:
     assert (
         "Invalid value for '--keys': it takes N. Number of keys." in run("demo", "--keys", "0").err
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_without_a_command_the_help_is_shown(columns: int) -> None:
+    """It is no error."""
+    result = run(COLUMNS=str(columns))
+    assert (result.status, result.err) == (0, "")
+    assert result.out == run("--help", COLUMNS=str(columns)).out
+    assert "Commands:" in result.lines
+    assert widest(result.out) <= columns

@@ -322,3 +322,23 @@ async def test_closing_ends_requests_on_the_wire(sandbox: SandboxServer) -> None
     with pytest.raises(ClientClosedError):
         await call
     await eventually(lambda: sandbox.connections == 0)
+
+
+async def test_an_answer_that_is_no_http_is_named_so() -> None:
+    """Another server listens at the address; nothing of its text is repeated."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with (
+        server,
+        CreditsClient(base_url=f"http://127.0.0.1:{port}", retry=Retry(attempts=1)) as client,
+    ):
+        with pytest.raises(APIConnectionError, match="the answer is no HTTP") as caught:
+            await client.balance("some-key")
+    assert "SSH" not in str(caught.value)

@@ -26,6 +26,7 @@ from crustcredits import (
 )
 from crustcredits._keys.checks import looks_secret
 from tests.searches import examples
+from tests.virtual import FakeServer, fake_client
 
 ONE, TWO = "sk-0123456789abcdef01", "sk-fedcba987654321000"
 
@@ -233,6 +234,20 @@ def test_the_name_of_a_setting_is_refused_in_text(line: str) -> None:
     """Other programs write their secrets as `name=secret`, too."""
     with pytest.raises(ConfigurationError, match="line 2: its name is a setting's name"):
         keys_from_text(f"prod={ONE}\n{line}\n")
+
+
+@pytest.mark.virtual
+async def test_the_name_of_a_setting_is_refused_in_a_mapping() -> None:
+    """As in text: the values of a program's configuration are no keys. An account decides."""
+    server = FakeServer()
+    config = {"DB_PASSWORD": "hunter2", "SECRET_KEY": "djangoinsecure7d8f", "port": "5432"}
+    keys = {**config, "prod": ONE, "user": SecretStr(TWO), "acme/token": "a-short-one"}
+    async with fake_client(server) as client:
+        report = await client.check(keys)
+    assert [outcome.key.label for outcome in report.failed] == list(config)
+    for outcome in report.failed:
+        assert "its name is a setting's name" in str(outcome.error)
+    assert {name for _, name in server.arrivals} == {"prod", "user", "token"}
 
 
 # --- JSON

@@ -110,3 +110,11 @@ def test_the_slowest_of_all_bounds_decides() -> None:
     """Here the cooldown, and for three calls the tokens."""
     quota = Quota(limit=2, free=2, cooldown=20.0, pace=1.0, others=1, returns=(0.0, 0.0))
     assert [quota.start_of(count) for count in (1, 2, 3)] == [20.0, 20.0, 60.0]
+
+
+def test_the_keys_of_a_check_leave_the_reserve() -> None:
+    """A reserved token is no token for them, whether it is free or returns."""
+    quota = Quota(limit=4, free=3, kept=2, returns=(0.0, 0.0, 0.0, 9.0))
+    assert [quota.seconds_for(count) for count in (1, 2, 3, 4)] == [0.0, 9.0, 60.0, 69.0]
+    spent = Quota(limit=4, free=4, kept=2, others=2, returns=(0.0,) * 4)
+    assert [spent.seconds_for(count) for count in (2, 3)] == [0.0, 60.0]
