@@ -328,8 +328,9 @@ async def test_an_answer_that_is_no_http_is_named_so() -> None:
     """Another server listens at the address; nothing of its text is repeated."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
         writer.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
-        await writer.drain()
+        await reader.read()  # until the client closes
         writer.close()
         await writer.wait_closed()
 
