@@ -12,14 +12,14 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from crustcredits._cache.alarm import Alarm
 from crustcredits._cache.api_call import ApiCall, AttemptTask, Resumptions
 from crustcredits._cache.endpoint import Endpoint
-from crustcredits._errors import BucketsUnavailableError, ConfigurationError, CrustCreditsError
+from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry, retry_delay
 from crustcredits._http.transport import Transport
@@ -28,10 +28,9 @@ from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
-from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
+from crustcredits._ratelimit.leased_tokens import TokenStore
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.terms import SchedulerTerms
-from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_bucket
 
 if TYPE_CHECKING:
     from crustcredits._ratelimit.config import RateLimit
@@ -82,10 +81,10 @@ class Dispatcher:
                 terms=terms,
                 pace=pace,
                 slots=slots,
-                make_bucket=local_bucket
-                if store is None
-                else partial(self._make_bucket, path, store),
                 later=self._later,
+                store=store,
+                shares_accounts=rate_limit.scope != "client",
+                on_tokens=self._admit,
                 probes=retry.attempts,
                 period=rate_limit.period,
             )
@@ -290,32 +289,6 @@ class Dispatcher:
         call.last = result
         call.park(parks=True)
         self._later.add(call, now + delay)
-
-    # --- tokens
-
-    def _make_bucket(
-        self,
-        path: str,
-        store: TokenStore,
-        whose: Hashable | None,
-        limit: int,
-        wake: Callable[[Hashable | None], None],
-    ) -> Bucket:
-        if whose is not None and self._scope == "client":
-            return TokenBucket(limit)
-
-        def came() -> None:
-            wake(whose)
-            self._admit()
-
-        tokens = store.tokens(path, cast("str | bytes | None", whose), limit)
-        return LeasedTokens(tokens, came, partial(self._on_outage, path, whose))
-
-    def _on_outage(self, path: str, whose: Hashable | None) -> None:
-        """End the calls that wait for a token of this bucket: no token can be had."""
-        said = "not sent: the count that processes share is out of reach; see the log for the cause"
-        for call in self.endpoints[path].give_up(whose, _now()):
-            call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))
 
 
 def _now() -> float:

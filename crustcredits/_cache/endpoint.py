@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
+from functools import partial
 from typing import cast
 
 from crustcredits._cache.api_call import ApiCall, Resumptions
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
-from crustcredits._errors import CrustCreditsError, GatewayError, renamed
+from crustcredits._errors import (
+    BucketsUnavailableError,
+    CrustCreditsError,
+    GatewayError,
+    renamed,
+)
 from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import asked_wait
 from crustcredits._http.transport import Failure, Fate
@@ -17,10 +24,11 @@ from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call
+from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
-from crustcredits._ratelimit.token_bucket import MakeBucket
+from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_bucket
 
 # Seconds for which a call waits while a gateway has answered for long, so that an endless source is
 # not drained at full speed.
@@ -35,8 +43,10 @@ class Endpoint:
         terms: The settings of its scheduler.
         pace: How many requests start per second, on all endpoints.
         slots: How many requests are on the wire, on all endpoints.
-        make_bucket: Makes the tokens of an account, or of all together (None).
         later: The calls that resume later.
+        store: The store in which several processes count their tokens together, or None.
+        shares_accounts: Whether the tokens of accounts are in the store too.
+        on_tokens: Called when the store has brought tokens.
         probes: For how many failed probes a call waits.
         period: Seconds of the rate limit, for the headers of the answers.
 
@@ -53,20 +63,28 @@ class Endpoint:
         terms: SchedulerTerms,
         pace: Pace,
         slots: ConnectionSlots[Attempt],
-        make_bucket: MakeBucket,
         later: Resumptions,
+        store: TokenStore | None,
+        shares_accounts: bool,
+        on_tokens: Callable[[], None],
         probes: int,
         period: float,
     ) -> None:
         self.path = path
         self._later = later
+        self._shares_accounts = shares_accounts
+        self._on_tokens = on_tokens
         self._probes = probes
         self._period = period
         self._breaker = CircuitBreaker(path)
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
         self.again: deque[ApiCall] = deque()
         self.scheduler = Scheduler(
-            terms, pace=pace, slots=slots, make_bucket=make_bucket, is_barred=self.is_barred
+            terms,
+            pace=pace,
+            slots=slots,
+            make_bucket=local_bucket if store is None else partial(self._make_bucket, store),
+            is_barred=self.is_barred,
         )
 
     # --- calls
@@ -178,10 +196,6 @@ class Endpoint:
             wait=asked_wait(result),
         )
 
-    def give_up(self, whose: Hashable | None, now: float) -> list[ApiCall]:
-        """Remove and return the calls that wait for a token of this account, or of all (None)."""
-        return cast("list[ApiCall]", self.scheduler.give_up(whose, now))
-
     def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
         """Let a call wait while the circuit breaker is open, or end it.
 
@@ -212,3 +226,29 @@ class Endpoint:
             call.on_wait()
         else:
             self._later.add(call, until)
+
+    # --- tokens
+
+    def _make_bucket(
+        self,
+        store: TokenStore,
+        whose: Hashable | None,
+        limit: int,
+        wake: Callable[[Hashable | None], None],
+    ) -> Bucket:
+        if whose is not None and not self._shares_accounts:
+            return TokenBucket(limit)
+
+        def came() -> None:
+            wake(whose)
+            self._on_tokens()
+
+        tokens = store.tokens(self.path, cast("str | bytes | None", whose), limit)
+        return LeasedTokens(tokens, came, partial(self._on_outage, whose))
+
+    def _on_outage(self, whose: Hashable | None) -> None:
+        """End the calls that wait for a token of this bucket: no token can be had."""
+        said = "not sent: the count that processes share is out of reach; see the log for the cause"
+        for call in self.scheduler.give_up(whose, asyncio.get_running_loop().time()):
+            call = cast("ApiCall", call)
+            call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))

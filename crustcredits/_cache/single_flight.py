@@ -221,8 +221,8 @@ class SingleFlight:
 
         If none is, the second value says in how many seconds one is.
         """
-        scheduler = self._dispatcher.endpoints[path].scheduler
-        return scheduler.likely_starts(flow, seconds, most, _now())
+        estimates = self._dispatcher.endpoints[path].scheduler.estimates
+        return estimates.likely_starts(flow, seconds, most, _now())
 
     def earliest(self, path: str, key: ApiKey) -> float:
         """The time before which certainly no request starts for a key without a call."""

@@ -34,6 +34,7 @@ class Permits:
         accounts: The tokens of each account.
         common: The tokens of all accounts together.
         counts_common: Whether an attempt takes one of the common tokens.
+        refreshing: Background calls on the wire.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Permits:
         self.accounts = Accounts(terms, make)
         self.common = CommonQueue(make(None), terms, scope)
         self.counts_common = terms.scope != "account"
+        self.refreshing = 0
         self._parked: dict[Flow, int] = {}  # calls of each flow that wait for their own account
         # When tokens return to queues with waiters.
         self._moments: list[tuple[float, int, TokenQueue]] = []
@@ -85,6 +87,7 @@ class Permits:
         if call.let_out_of is not None:
             self._take_back(call)
         if call.flow.kind is Kind.BACKGROUND:
+            self.refreshing += 1
             account.refreshing += 1
             for queue in (account, self.common):
                 queue.space_refreshes(now, self._period)

@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-
-import attrs
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Trial
+from crustcredits._ratelimit.estimates import Estimates
 from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.feedback import Feedback
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.quota import Quota
-from crustcredits._ratelimit.reserve import kept_for_singles
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
-from crustcredits._ratelimit.token_bucket import Bucket, MakeBucket, TokenBucket, local_bucket
+from crustcredits._ratelimit.token_bucket import MakeBucket, local_bucket
 from crustcredits._ratelimit.token_queue import AccountQueue
 
 # The divisor that gives the refreshes' part of the slots.
@@ -63,6 +59,7 @@ class Scheduler:
         ready: Calls that no token has stopped so far.
         permits: The tokens, and the calls that wait for them.
         cooldown: The trials and cooldowns of the endpoint.
+        estimates: The state for users, and when more calls are likely to start.
     """
 
     def __init__(
@@ -88,7 +85,16 @@ class Scheduler:
         self._feedback = Feedback(
             terms, permits=self.permits, scope=self._scope, cooldown=self.cooldown, pace=pace
         )
-        self._refreshing = 0  # background calls on the wire
+        self.estimates = Estimates(
+            terms,
+            ready=self.ready,
+            permits=self.permits,
+            scope=self._scope,
+            cooldown=self.cooldown,
+            feedback=self._feedback,
+            pace=pace,
+            slots=slots,
+        )
         self.looks = 0
 
     # --- calls
@@ -178,7 +184,7 @@ class Scheduler:
             request.leave_trial()
         account, permits = request.account, self.permits
         if request.kind is Kind.BACKGROUND:
-            self._refreshing -= 1
+            permits.refreshing -= 1
             account.refreshing -= 1
         spared = False
         if answer.is_served:
@@ -207,7 +213,7 @@ class Scheduler:
         until = self._pace.wait(now)
         if until is not None:
             return True, until
-        if self._refreshing * _REFRESHES_ON_WIRE < self._slots.count:
+        if self.permits.refreshing * _REFRESHES_ON_WIRE < self._slots.count:
             return False, None
         return not self.ready.has_foreground, None
 
@@ -237,7 +243,6 @@ class Scheduler:
         own, common = self.permits.take(call, account, now)
         first, call.was_asked = not call.was_asked, True
         kind = call.flow.kind
-        self._refreshing += kind is Kind.BACKGROUND
         request = Attempt(call, kind, now, own, common, trial, first, trial is not None, account)
         self._slots.take(request, now)
         if trial is not None:
@@ -292,91 +297,6 @@ class Scheduler:
             return True
         return self.is_barring and self._is_barred is not None and self._is_barred(call, now)
 
-    def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
-        """How many more calls of a flow are likely to start within these seconds, up to `most`.
-
-        An estimate. If none is, the second value says in how many seconds one is.
-        """
-        if not self.permits.counts_common:
-            return most, 0.0
-        queued = self._queued()
-        own = queued.pop(flow, 0)
-        others = [(flow.kind, count) for flow, count in queued.items()]
-        quota = self._common_quota(now)
-
-        def start_of(more: int) -> float:
-            each = own + more  # calls of this flow; flows take turns
-            ahead = sum(
-                count if kind is Kind.SINGLE else min(each, count)
-                for kind, count in others
-                if kind is not Kind.BACKGROUND
-            )
-            return quota.start_of(each + ahead)
-
-        first = start_of(1)
-        if first > seconds:
-            return 0, first - seconds
-        return bisect_right(range(1, most + 1), seconds, key=start_of), 0.0
-
-    # --- the state for users
-
     def quota(self, account: Hashable | None, now: float) -> Quota:
         """The quota of an account's bucket, or with None of the common bucket."""
-        return self._common_quota(now) if account is None else self._account_quota(account, now)
-
-    def _common_quota(self, now: float) -> Quota:
-        queued = self._queued()
-        singles = sum(count for flow, count in queued.items() if flow.kind is Kind.SINGLE)
-        lengths = [count for flow, count in queued.items() if flow.kind is Kind.MANY and count]
-        waiting = singles + sum(lengths)
-        return attrs.evolve(
-            self._quota(self.permits.common.bucket, self._terms.reserve, now),
-            waiting=waiting,
-            refreshing=self._refreshing + sum(queued.values()) - waiting,
-            others=self._feedback.used_by_others if self._scope.is_together else 0,
-            singles=singles,
-            lengths=tuple(lengths),
-        )
-
-    def _account_quota(self, name: Hashable, now: float) -> Quota:
-        account = self.permits.accounts.find(name)
-        own = () if account is None else account.queues
-        queues = (self.ready, *self.permits.common.queues, *own)
-        waiting = sum(queue.of_account(name, background=False) for queue in queues)
-        refreshing = sum(queue.of_account(name, background=True) for queue in queues)
-        return attrs.evolve(
-            self._quota(TokenBucket(self._terms.requests), 0.0, now)
-            if account is None
-            else self._quota(account.bucket, account.reserve, now, cools_until=account.cools_until),
-            waiting=waiting,
-            refreshing=refreshing + (0 if account is None else account.refreshing),
-            singles=waiting,
-        )
-
-    def _quota(
-        self, bucket: Bucket, share: float, now: float, *, cools_until: float = -math.inf
-    ) -> Quota:
-        """A quota without the calls that wait, with this share as the reserve."""
-        trial = self.cooldown.trial
-        is_held = trial is not None and trial.is_held
-        until = cools_until if trial is None else max(cools_until, trial.until)
-        return Quota(
-            limit=bucket.limit,
-            free=bucket.available(now),
-            in_flight=bucket.on_wire,
-            cooldown=max(0.0, until - now) if until > now or is_held else None,
-            probing=trial is not None and trial.on_wire > 0,
-            degraded=bucket.is_degraded,
-            returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),
-            period=self._terms.period,
-            pace=self._pace.current(now),
-            slots=self._slots.count,
-            answer_seconds=self._slots.usual or 0.0,
-            kept=kept_for_singles(bucket, share),
-        )
-
-    def _queued(self) -> Counter[Flow]:
-        """How many calls of each flow wait, in all queues."""
-        queued = self.permits.lengths()
-        queued.update(self.ready.lengths())
-        return queued
+        return self.estimates.quota(account, now)
