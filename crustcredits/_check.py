@@ -74,6 +74,7 @@ class PoolCheck:
         on_outcome: Callable[[Outcome[Any]], object] | None,
     ) -> None:
         self._lookup, self._calls = lookup, lookup.calls
+        self._endpoint = lookup.calls.endpoints[path]
         self._path = path
         self._keys = pool
         # The same keys: only indexes that hold an `ApiKey` are read from it.
@@ -159,9 +160,10 @@ class PoolCheck:
         hopeless: list[int] = []
         if self._deadline < math.inf:
             keys = [self._usable[index] for index in indexes]
-            hopeless = [
-                indexes[number] for number in self._calls.hopeless(self._path, keys, self._deadline)
-            ]
+            numbers = self._endpoint.hopeless(
+                keys, self._deadline, asyncio.get_running_loop().time()
+            )
+            hopeless = [indexes[number] for number in numbers]
             indexes = sorted(set(indexes).difference(hopeless)) if hopeless else indexes
         if indexes:
             self._waiting = _Waiting(self, self._path, array("I", indexes))
@@ -266,7 +268,7 @@ class PoolCheck:
 
     def account_at(self, index: int) -> Hashable | None:
         """The declared account of the key at `index`."""
-        return self._usable[index].account if self._calls.counts_accounts else None
+        return self._usable[index].account if self._endpoint.counts_accounts else None
 
     def _land(self, index: int, landed: Outcome[Any] | BaseException) -> None:
         self._begun.pop(index, None)

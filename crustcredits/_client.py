@@ -258,11 +258,11 @@ class CreditsClient:
         policy, deadline = self._policy, None
         if freshness or timeout is not None:
             # As `hides_arguments` does, which would also cost calls that have nothing to hide.
-            said = attempt(self._said, freshness, timeout)
+            terms = attempt(self._terms_of, freshness, timeout)
             del freshness, timeout
-            if isinstance(said, Exception):
-                raise said
-            policy, deadline = said
+            if isinstance(terms, Exception):
+                raise terms
+            policy, deadline = terms
         self._check_usable()
         outcome: Outcome[Balance] | None = (
             None if policy is NEW else self._lookup.known(USER_CREDITS, key, policy)
@@ -281,7 +281,7 @@ class CreditsClient:
         rate limit.
         """
         key = as_key(key)
-        policy, deadline = self._said(freshness, timeout)
+        policy, deadline = self._terms_of(freshness, timeout)
         self._check_usable()
         known: Outcome[Account] | None = self._lookup.known(ACCOUNT_CREDITS, key, policy)
         return (known or await self._lookup.ask(ACCOUNT_CREDITS, key, policy, deadline)).result()
@@ -349,7 +349,7 @@ class CreditsClient:
         """
         source = pool_of(keys)
         del keys  # The frame of a call under way may be printed too, in a log record.
-        policy, deadline = self._said(freshness, timeout)
+        policy, deadline = self._terms_of(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
             raise ConfigurationError(
                 "on_outcome is a plain function, not a coroutine function; use stream() to "
@@ -435,7 +435,7 @@ class CreditsClient:
         freshness.setdefault("stale_while_revalidate", 0.0)
         needed, source = needed_credits(credits, margin), pool_of(keys)
         del keys, credits  # as in check
-        policy, deadline = self._said(freshness, timeout)
+        policy, deadline = self._terms_of(freshness, timeout)
         detail = check_flag("detail", detail)
         report = await self._report(
             source, policy._replace(own_limit=False), deadline, detail=detail
@@ -563,9 +563,7 @@ class CreditsClient:
             source,
             partial(self._begin, path=path, policy=policy, flow=flow, seconds=seconds),
             flow,
-            None
-            if most is None
-            else partial(self._lookup.calls.likely_starts, path, flow, _IN_TIME * most),
+            None if most is None else partial(self._likely_starts, path, flow, most),
         )
 
     @hides_arguments
@@ -631,6 +629,12 @@ class CreditsClient:
         self._lookup.begin(path, waiter, now + seconds, flow)
         return waiter.give_up
 
+    def _likely_starts(self, path: str, flow: Flow, timeout: float, most: int) -> tuple[int, float]:
+        """How many more keys of a stream are likely to have their turn in time."""
+        estimates = self._dispatcher.endpoints[path].scheduler.estimates
+        now = asyncio.get_running_loop().time()
+        return estimates.likely_starts(flow, _IN_TIME * timeout, most, now)
+
     async def _report(
         self,
         source: Iterator[ApiKey | UnusableKey],
@@ -653,7 +657,7 @@ class CreditsClient:
         finally:
             self._fan_outs.discard(run)
 
-    def _said(
+    def _terms_of(
         self, freshness: CacheOptions, timeout: Seconds | None
     ) -> tuple[CachePolicy, float | None]:
         """The cache policy and the deadline of a call."""

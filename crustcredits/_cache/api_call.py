@@ -42,8 +42,8 @@ class ApiCall(Call, ABC):
     Attributes:
         path: The endpoint.
         api_key: The key that is asked about.
-        wanted: Whether a waiter awaits the answer. Otherwise the call is a background refresh, and
-            is not retried.
+        is_foreground: Whether a waiter awaits the answer. Otherwise the call is a background
+            refresh, and is not retried.
         attempts: Requests put on the wire for the call, including the current one.
         last: The error of the attempt before, or None.
         failing_since: When the first attempt failed, or None.
@@ -65,6 +65,7 @@ class ApiCall(Call, ABC):
         "context",
         "entered",
         "failing_since",
+        "is_foreground",
         "is_parked",
         "last",
         "path",
@@ -73,7 +74,6 @@ class ApiCall(Call, ABC):
         "resumes",
         "task",
         "ticket",
-        "wanted",
     )
 
     request: Attempt
@@ -81,16 +81,16 @@ class ApiCall(Call, ABC):
 
     def __init__(
         self,
-        place: tuple[str, bytes],
+        cache_key: tuple[str, bytes],
         key: ApiKey,
         account: Hashable,
         flow: Flow,
         context: contextvars.Context,
     ) -> None:
-        self.path, digest = place
+        self.path, digest = cache_key
         super().__init__(digest, account, flow)
         self.api_key = key
-        self.wanted = flow.kind is not Kind.BACKGROUND
+        self.is_foreground = flow.kind is not Kind.BACKGROUND
         self.attempts = 0
         self.last: CrustCreditsError | None = None
         self.failing_since: float | None = None

@@ -101,12 +101,12 @@ class CircuitBreaker:
             if self.is_probing
             else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
         )
-        said = (
+        state = (
             f"not sent {soon}: the circuit breaker is open, because a gateway answered "
             f"{_THRESHOLD} requests in a row in the API's place"
         )
         return GatewayError(
-            f"{said}; look for a proxy or firewall between here and the API, or try again",
+            f"{state}; look for a proxy or firewall between here and the API, or try again",
             status=self._status,
         )
 

@@ -12,7 +12,6 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -50,7 +49,6 @@ class Dispatcher:
         endpoints: The endpoints by their paths.
         singles: The flow of all single calls.
         refreshes: The flow of background calls, which have no waiter.
-        counts_accounts: Whether the keys of a declared account share its tokens.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class Dispatcher:
         self.transport = transport
         self.singles, self.refreshes = Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
         self._scope = rate_limit.scope
-        self.counts_accounts = rate_limit.scope != "key"
         self._request_timeout = request_timeout
         self._retry = retry
         terms = SchedulerTerms.of(rate_limit, late=request_timeout)
@@ -85,6 +82,7 @@ class Dispatcher:
                 store=store,
                 shares_accounts=rate_limit.scope != "client",
                 on_tokens=self._admit,
+                counts_accounts=rate_limit.scope != "key",
                 probes=retry.attempts,
                 period=rate_limit.period,
             )
@@ -123,17 +121,12 @@ class Dispatcher:
 
     def move(self, call: ApiCall, flow: Flow) -> None:
         """Move a call to the flow of a waiter with a higher priority."""
-        call.wanted = True
+        call.is_foreground = True
         is_parked = call.is_parked
         call.park(parks=False)
         self.endpoints[call.path].scheduler.move(call, flow, _now())
         call.park(parks=is_parked)
         self._admit()
-
-    def account_of(self, key: ApiKey) -> Hashable:
-        """The account of a key: the declared one, else the key's digest."""
-        account = key.account if self.counts_accounts else None
-        return key.digest if account is None else account
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """The part of the rate limit that is left on `path`.
@@ -146,8 +139,9 @@ class Dispatcher:
                 f"quota() needs a key: with scope {self._scope!r} each key or account has a "
                 "quota of its own; name the key: quota(key=…)"
             )
-        account = None if key is None or self._scope == "client" else self.account_of(key)
-        return self.endpoints[path].scheduler.quota(account, _now())
+        endpoint = self.endpoints[path]
+        account = None if key is None or self._scope == "client" else endpoint.account_of(key)
+        return endpoint.scheduler.quota(account, _now())
 
     def refusal(self, path: str) -> CrustCreditsError | None:
         """The circuit breaker's error for requests on `path` now, or None."""
@@ -265,7 +259,7 @@ class Dispatcher:
 
     def _go_on(self, call: ApiCall, result: CrustCreditsError, now: float) -> None:
         """End a call, or retry it later. A call without a waiter is not retried."""
-        if not call.wanted:
+        if not call.is_foreground:
             call.on_end(result)
             return
         if call.failing_since is None:

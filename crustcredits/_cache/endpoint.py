@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import cast
@@ -20,6 +20,7 @@ from crustcredits._errors import (
 from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import asked_wait
 from crustcredits._http.transport import Failure, Fate
+from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
@@ -47,11 +48,13 @@ class Endpoint:
         store: The store in which several processes count their tokens together, or None.
         shares_accounts: Whether the tokens of accounts are in the store too.
         on_tokens: Called when the store has brought tokens.
+        counts_accounts: Whether the keys of a declared account share its tokens.
         probes: For how many failed probes a call waits.
         period: Seconds of the rate limit, for the headers of the answers.
 
     Attributes:
         path: Its path.
+        counts_accounts: Whether the keys of a declared account share its tokens.
         scheduler: Its admission queue.
         again: Calls that waited for a probe, which has ended: `ask_again` takes them.
     """
@@ -67,6 +70,7 @@ class Endpoint:
         store: TokenStore | None,
         shares_accounts: bool,
         on_tokens: Callable[[], None],
+        counts_accounts: bool,
         probes: int,
         period: float,
     ) -> None:
@@ -74,6 +78,7 @@ class Endpoint:
         self._later = later
         self._shares_accounts = shares_accounts
         self._on_tokens = on_tokens
+        self.counts_accounts = counts_accounts
         self._probes = probes
         self._period = period
         self._breaker = CircuitBreaker(path)
@@ -123,6 +128,21 @@ class Endpoint:
             return max(now, call.resumes)
         return self.scheduler.earliest(call.account, now)
 
+    # --- keys without a call
+
+    def account_of(self, key: ApiKey) -> Hashable:
+        """The account of a key: the declared one, else the key's digest."""
+        account = key.account if self.counts_accounts else None
+        return key.digest if account is None else account
+
+    def earliest_for(self, key: ApiKey, now: float) -> float:
+        """The time before which certainly no request starts for a key."""
+        return self.scheduler.earliest(self.account_of(key), now)
+
+    def hopeless(self, keys: Sequence[ApiKey], deadline: float, now: float) -> list[int]:
+        """Numbers of the keys for which certainly no request starts before the deadline."""
+        return self.scheduler.hopeless(map(self.account_of, keys), deadline, now)
+
     # --- the circuit breaker
 
     def ask_again(self, now: float, most: int) -> None:
@@ -171,13 +191,13 @@ class Endpoint:
         if isinstance(got, Failure):
             # If only the headers arrived, the server has counted the request, and has neither
             # served nor refused it.
-            status = 500 if got.fate is Fate.ANSWERED else None
-            return got.error, AttemptResult(status=status, unsent=got.fate is Fate.UNSENT)
+            code = 500 if got.fate is Fate.ANSWERED else None
+            return got.error, AttemptResult(status=code, unsent=got.fate is Fate.UNSENT)
         result = read_response(
             call.path, call.api_key, got, now=datetime.now(UTC), period=self._period
         )
-        breaker, said = self._breaker, result.rate_limit
-        limit, remaining = (None, None) if said is None else (said.limit, said.remaining)
+        breaker, status = self._breaker, result.rate_limit
+        limit, remaining = (None, None) if status is None else (status.limit, status.remaining)
         if isinstance(result, Balance):
             breaker.api_answered(call.key)
             return result, AttemptResult(status=got.status, limit=limit, remaining=remaining)
@@ -207,7 +227,7 @@ class Endpoint:
             if call.last is not None and call.attempts
             else renamed(refusal, call.api_key.label)
         )
-        if not call.wanted or call.can_fall_back():
+        if not call.is_foreground or call.can_fall_back():
             call.on_end(error)
             return
         if call.barred_since is None:
@@ -248,7 +268,9 @@ class Endpoint:
 
     def _on_outage(self, whose: Hashable | None) -> None:
         """End the calls that wait for a token of this bucket: no token can be had."""
-        said = "not sent: the count that processes share is out of reach; see the log for the cause"
+        message = (
+            "not sent: the count that processes share is out of reach; see the log for the cause"
+        )
         for call in self.scheduler.give_up(whose, asyncio.get_running_loop().time()):
             call = cast("ApiCall", call)
-            call.on_end(BucketsUnavailableError(said, key_name=call.api_key.label))
+            call.on_end(BucketsUnavailableError(message, key_name=call.api_key.label))

@@ -231,7 +231,8 @@ class Lookup:
 
     def too_late(self, path: str, key: ApiKey, policy: CachePolicy, began: float) -> Outcome[Any]:
         """The outcome of a key that had no turn before its deadline."""
-        outcome = failure(key, late_error(key, self.calls.earliest(path, key) - began))
+        earliest = self.calls.endpoints[path].earliest_for(key, _now())
+        outcome = failure(key, late_error(key, earliest - began))
         return self.given((path, key.digest), key, outcome, policy, began)
 
     def invalidate(self, key: ApiKey | None) -> None:

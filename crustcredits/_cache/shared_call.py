@@ -90,7 +90,7 @@ class SharedCall(ApiCall):
     @property
     def is_refresh(self) -> bool:
         """Whether the call only refreshes a cache entry, without a waiter."""
-        return self.first is None and not self.wanted
+        return self.first is None and not self.is_foreground
 
     def can_fall_back(self) -> bool:
         return all(terms.falls_back for terms in self.waiters.values())

@@ -12,7 +12,7 @@ import contextvars
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView
 from typing import Any
 
 from crustcredits._cache.deadlines import Deadlines
@@ -50,10 +50,14 @@ class SingleFlight:
     Args:
         dispatcher: Sends the requests.
         cache: Gets the answers.
+
+    Attributes:
+        endpoints: The endpoints by their paths.
     """
 
     def __init__(self, dispatcher: Dispatcher, cache: BalanceCache) -> None:
         self._dispatcher = dispatcher
+        self.endpoints = dispatcher.endpoints
         self._cache = cache
         self._under_way: dict[CacheKey, SharedCall] = {}
         # On the wire when their cache entries were invalidated; no new waiter joins them.
@@ -107,10 +111,10 @@ class SingleFlight:
                 self._pools.leave_early(call)
                 call.flow = flow
                 self._dispatcher.enter(call)
-            elif flow.kind < call.flow.kind or not call.wanted:
+            elif flow.kind < call.flow.kind or not call.is_foreground:
                 self._dispatcher.move(call, flow)
         if terms.deadline < math.inf and not (
-            terms.began < terms.deadline >= self._earliest(call, terms.began)
+            terms.began < terms.deadline >= self.endpoints[call.path].earliest(call, terms.began)
         ):
             self.time_out(call, waiter)
         return call
@@ -130,7 +134,7 @@ class SingleFlight:
             self,
             cache_key,
             key,
-            account=self._dispatcher.account_of(key),
+            account=self.endpoints[cache_key[0]].account_of(key),
             flow=flow,
             context=context,
         )
@@ -145,7 +149,7 @@ class SingleFlight:
             self,
             cache_key,
             key,
-            account=self._dispatcher.account_of(key),
+            account=self.endpoints[cache_key[0]].account_of(key),
             flow=self._dispatcher.refreshes,
             context=contextvars.Context(),
         )
@@ -166,7 +170,7 @@ class SingleFlight:
             return
         if not self._is_under_way(call):
             return
-        call.wanted = False
+        call.is_foreground = False
         if call.task is None:
             self._drop(call)
 
@@ -211,29 +215,6 @@ class SingleFlight:
             leave()
         self._enter(deque(self._pools.release_early(pool)))
 
-    def hopeless(self, path: str, keys: Sequence[ApiKey], deadline: float) -> list[int]:
-        """Numbers of the keys for which certainly no request starts before the deadline."""
-        names = map(self._dispatcher.account_of, keys)
-        return self._dispatcher.endpoints[path].scheduler.hopeless(names, deadline, _now())
-
-    def likely_starts(self, path: str, flow: Flow, seconds: float, most: int) -> tuple[int, float]:
-        """How many more calls of a flow are likely to start within these seconds, up to `most`.
-
-        If none is, the second value says in how many seconds one is.
-        """
-        estimates = self._dispatcher.endpoints[path].scheduler.estimates
-        return estimates.likely_starts(flow, seconds, most, _now())
-
-    def earliest(self, path: str, key: ApiKey) -> float:
-        """The time before which certainly no request starts for a key without a call."""
-        account = self._dispatcher.account_of(key)
-        return self._dispatcher.endpoints[path].scheduler.earliest(account, _now())
-
-    @property
-    def counts_accounts(self) -> bool:
-        """Whether the keys of a declared account share its tokens."""
-        return self._dispatcher.counts_accounts
-
     def _enter(self, calls: deque[SharedCall]) -> None:
         """Queue calls whose pool has gone and that others await, a slice at a time."""
         for _ in range(min(_SLICE, len(calls))):
@@ -254,7 +235,7 @@ class SingleFlight:
         ]
         if not patient:
             return
-        earliest = self._earliest(call, _now())
+        earliest = self.endpoints[call.path].earliest(call, _now())
         for waiter, deadline in patient:
             if deadline < earliest:
                 self.time_out(call, waiter)
@@ -266,7 +247,7 @@ class SingleFlight:
         if self._is_under_way(call) and call.task is None:
             # A waiter that was cancelled in this very iteration of the loop has not left yet.
             call.waiters.clear()
-            call.wanted = False
+            call.is_foreground = False
             self._drop(call)
 
     def time_out(self, call: SharedCall, waiter: Waiter, *, is_late: bool = False) -> None:
@@ -280,16 +261,13 @@ class SingleFlight:
         waiter.set_result(failure(call.api_key, self._why_late(call, terms, is_late=is_late)))
         self.leave(call, waiter)
 
-    def _earliest(self, call: SharedCall, now: float) -> float:
-        return self._dispatcher.endpoints[call.path].earliest(call, now)
-
     def _why_late(self, call: SharedCall, terms: WaitTerms, *, is_late: bool) -> CrustCreditsError:
         """The error of a waiter past its deadline: the reason why it had no answer."""
         if call.task is not None:
             return timeout_error(call.api_key, terms.deadline - terms.began, call.attempts)
         if call.last is not None:
             return last_error(call.last, call.attempts)
-        earliest = self._earliest(call, _now())
+        earliest = self.endpoints[call.path].earliest(call, _now())
         why = overload_error if is_late and earliest <= terms.deadline else late_error
         return why(call.api_key, max(earliest, terms.deadline) - terms.began)
 
@@ -360,7 +338,7 @@ class SingleFlight:
     def _forget(self, cache_key: CacheKey) -> None:
         """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
         call = self._under_way.get(cache_key)
-        if call is not None and not (call.wanted or call.task is not None):
+        if call is not None and not (call.is_foreground or call.task is not None):
             self._drop(call)
 
     def _drop(self, call: SharedCall) -> None:

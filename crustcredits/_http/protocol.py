@@ -199,17 +199,19 @@ def read_response(
         return _read_failure(key, response, now, period)
     document, problem = _parse(response.body)
     if problem is not None and _is_cut_short(response):
-        said = "the connection failed while the answer came (the body is cut short)"
-        return APIConnectionError(said, key_name=key.label, **read_details(response.headers, key))
+        message = "the connection failed while the answer came (the body is cut short)"
+        return APIConnectionError(
+            message, key_name=key.label, **read_details(response.headers, key)
+        )
     if problem is None:
         document, problem = (
             _user_of(document) if path == USER_CREDITS else _account_of(document, key)
         )
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
-        said = f"the API answered with {problem or 'no number of credits'}"
+        message = f"the API answered with {problem or 'no number of credits'}"
         return UnexpectedResponseError(
-            said, key_name=key.label, status=200, **read_details(response.headers, key)
+            message, key_name=key.label, status=200, **read_details(response.headers, key)
         )
     request_id, rate_limit = (
         _clean(response.headers.get("x-request-id"), key),
@@ -551,23 +553,23 @@ def _read_failure(
         return GatewayError(
             _NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"]
         )
-    said = _clean(_message(document), key)
+    message = _clean(_message(document), key)
     if status >= 500:
         wait = read_wait(response.headers, now=now) if status == 503 else None
-        said = said or "the API or a gateway before it failed"
-        return _errors.InternalServerError(said, status=status, retry_after=wait, **details)
+        message = message or "the API or a gateway before it failed"
+        return _errors.InternalServerError(message, status=status, retry_after=wait, **details)
     kind, default = _STATUS_ERRORS.get(status, (APIStatusError, "the API answered with an error"))
     if kind is RateLimitError:
         wait = read_retry_after(response.headers, now=now, period=period)
-        return RateLimitError(said or default, retry_after=wait, **details)
+        return RateLimitError(message or default, retry_after=wait, **details)
     if kind is _errors.AuthenticationError:
-        kind = _authentication_error(said)
-    return kind(said or default, status=status, **details)
+        kind = _authentication_error(message)
+    return kind(message or default, status=status, **details)
 
 
-def _authentication_error(said: str | None) -> type[APIStatusError]:
+def _authentication_error(message: str | None) -> type[APIStatusError]:
     # The vendor's texts are "Missing API key in request" and "Invalid API key in request".
-    words = (said or "").lower()
+    words = (message or "").lower()
     if "missing" in words:
         return _errors.MissingKeyError
     return _errors.InvalidKeyError if "invalid" in words else _errors.AuthenticationError

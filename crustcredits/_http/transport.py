@@ -207,11 +207,11 @@ class AiohttpTransport:
             )
         if isinstance(error, aiohttp.ClientHttpProxyError):
             remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
-            said = f"the proxy refused to connect (HTTP {error.status}){remedy}"
-            return Failure(APIConnectionError(said, **details), Fate.UNSENT)
+            message = f"the proxy refused to connect (HTTP {error.status}){remedy}"
+            return Failure(APIConnectionError(message, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ServerFingerprintMismatch):
-            said = "the server's certificate does not match the fingerprint of the session"
-            return Failure(APIConnectionError(said, retryable=False, **details), Fate.UNSENT)
+            message = "the server's certificate does not match the fingerprint of the session"
+            return Failure(APIConnectionError(message, retryable=False, **details), Fate.UNSENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
             peer = (
@@ -219,8 +219,8 @@ class AiohttpTransport:
                 if isinstance(error, aiohttp.ClientProxyConnectionError)
                 else self._peer()
             )
-            said = f"could not connect{peer} ({_reason(error)})"
-            return Failure(APIConnectionError(said, retryable=retryable, **details), Fate.UNSENT)
+            message = f"could not connect{peer} ({_reason(error)})"
+            return Failure(APIConnectionError(message, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # Not a network failure: it comes from the session, its connector or its trace hooks.
             return Failure(
@@ -230,10 +230,10 @@ class AiohttpTransport:
                 given_up,
             )
         if isinstance(error, aiohttp.ClientResponseError):
-            said = (
+            message = (
                 "the answer is no HTTP; is this the address of the API, and not of another server?"
             )
-            return Failure(APIConnectionError(said, **details), given_up)
+            return Failure(APIConnectionError(message, **details), given_up)
         when = "while the answer came" if answers else "before an answer"
         return Failure(
             APIConnectionError(

@@ -26,17 +26,17 @@ class AdvertisedLimit:
             smaller plan is no reason to hold back all the others.
     """
 
-    __slots__ = ("_agreeing", "_configured", "_most", "_said")
+    __slots__ = ("_agreeing", "_configured", "_most", "_stated")
 
     def __init__(self, configured: int, *, follows_higher: bool, agreeing: int = 1) -> None:
         self._configured = configured
         self._most = _MOST if follows_higher else configured
         self._agreeing = agreeing
-        self._said: dict[Hashable, int] = {}  # the latest limits, by account
+        self._stated: dict[Hashable, int] = {}  # the latest limits, by account
 
     def is_news(self, limit: int) -> bool:
         """Whether an answer with this limit can change the limit that is followed."""
-        return limit != self._configured or bool(self._said)
+        return limit != self._configured or bool(self._stated)
 
     def note(self, account: Hashable, limit: int, used: int, seen: int) -> int:
         """Note an answer for an account: its limit, its count `used`, and `seen` ended requests.
@@ -48,14 +48,14 @@ class AdvertisedLimit:
         limit = min(limit, self._most)
         if self._agreeing == 1:
             return limit
-        self._said.pop(account, None)
-        self._said[account] = limit
-        if all(said == self._configured for said in self._said.values()):
-            self._said.clear()  # more accounts that agree would change nothing
+        self._stated.pop(account, None)
+        self._stated[account] = limit
+        if all(limit == self._configured for limit in self._stated.values()):
+            self._stated.clear()  # more accounts that agree would change nothing
             return self._configured
-        if len(self._said) > self._agreeing:
-            del self._said[next(iter(self._said))]
-        if len(self._said) < self._agreeing:
+        if len(self._stated) > self._agreeing:
+            del self._stated[next(iter(self._stated))]
+        if len(self._stated) < self._agreeing:
             return self._configured
         # Of the stated limits, the nearest to the configured one.
-        return min(max(self._said.values()), max(min(self._said.values()), self._configured))
+        return min(max(self._stated.values()), max(min(self._stated.values()), self._configured))

@@ -15,7 +15,7 @@ _DRAWS = 4
 # Calls that left out of turn are cleared from the deques once there are this many more of them than
 # waiting calls.
 _FEW = 64
-# Stands for the place of a number that has left its pool's array.
+# Stands for the index of a number that has left its pool's array.
 _GONE = 2**32 - 1
 
 
@@ -61,7 +61,7 @@ class Call:
 
     __slots__ = (
         "_index",
-        "_pool",
+        "_list",
         "account",
         "deadline",
         "flow",
@@ -72,7 +72,7 @@ class Call:
         "was_asked",
     )
 
-    _pool: list[Call]  # the list that holds it while it waits
+    _list: list[Call]  # the list that holds it while it waits
     _index: int
 
     def __init__(self, key: Hashable, account: Hashable, flow: Flow) -> None:
@@ -119,7 +119,7 @@ class PoolFlow(Flow, ABC):
         self.waiting = len(accounts)
         self._accounts = accounts
         self._fresh = array("I", range(len(accounts)))  # waiting numbers, to draw from
-        self._where = array("I", self._fresh)  # the place of each number in `_fresh`
+        self._where = array("I", self._fresh)  # the index of each number in `_fresh`
         self._base = 0  # the ticket of number 0
         self._head = 0  # the first number without a declared account that may wait
         # Declared accounts, each with the ticket of its turn.
@@ -184,9 +184,9 @@ class PoolFlow(Flow, ABC):
             self._turns.append((ticket, account))
         return number
 
-    def draw(self, place: int) -> int:
-        """The number at this place of the waiting numbers, in no order."""
-        return self._fresh[place]
+    def draw(self, index: int) -> int:
+        """The number at this index of the waiting numbers, in no order."""
+        return self._fresh[index]
 
     def of_account(self, account: Hashable) -> int:
         """How many numbers of a declared account wait."""
@@ -353,10 +353,10 @@ class FairQueue:
         length: How many calls wait in it.
     """
 
-    __slots__ = ("_background", "_draws", "_foreground", "_in_background", "_lines", "length")
+    __slots__ = ("_background", "_draws", "_flow_queues", "_foreground", "_in_background", "length")
 
     def __init__(self) -> None:
-        self._lines: dict[Flow, _FlowQueue] = {}
+        self._flow_queues: dict[Flow, _FlowQueue] = {}
         self._foreground: deque[Flow] = deque()
         self._background: deque[Flow] = deque()
         self.length = 0
@@ -378,33 +378,33 @@ class FairQueue:
 
     def of_account(self, account: Hashable, *, background: bool) -> int:
         """How many foreground calls of an account wait or, with `background`, background calls."""
-        lines = [
-            line
-            for flow, line in self._lines.items()
+        queues = [
+            flow_queue
+            for flow, flow_queue in self._flow_queues.items()
             if (flow.kind is Kind.BACKGROUND) is background
         ]
-        return sum(line.of_account(self, account) for line in lines)
+        return sum(flow_queue.of_account(self, account) for flow_queue in queues)
 
     def of_flow(self, flow: Flow) -> int:
         """How many calls of a flow wait."""
-        line = self._lines.get(flow)
-        return 0 if line is None else line.length
+        flow_queue = self._flow_queues.get(flow)
+        return 0 if flow_queue is None else flow_queue.length
 
     def lengths(self) -> dict[Flow, int]:
         """How many calls of each flow wait."""
-        return {flow: line.length for flow, line in self._lines.items()}
+        return {flow: flow_queue.length for flow, flow_queue in self._flow_queues.items()}
 
     def push(self, call: Call, *, first: bool = False) -> None:
         """Add a call at the end of its account, or as the `first` of its account and flow."""
         flow = call.flow
-        line = self._lines.get(flow) or self._line(flow)
+        flow_queue = self._flow_queues.get(flow) or self._queue_of(flow)
         if first:
-            line.add_first(call)
+            flow_queue.add_first(call)
         else:
-            line.add(call)
-        pool = line.asked if call.was_asked else line.fresh
-        call.queue, call._pool, call._index = self, pool, len(pool)  # noqa: SLF001  # only this module uses its place
-        pool.append(call)
+            flow_queue.add(call)
+        calls = flow_queue.asked if call.was_asked else flow_queue.fresh
+        call.queue, call._list, call._index = self, calls, len(calls)  # noqa: SLF001  # only this module uses them
+        calls.append(call)
         self.length += 1
         if flow.kind is Kind.BACKGROUND:
             self._in_background += 1
@@ -417,25 +417,25 @@ class FairQueue:
         if pool.queue is not None:
             pool.queue.remove_pool(pool)
         if pool.waiting:
-            line = self._line(pool)
-            line.pool, line.tickets = pool, pool.enter(self, line.tickets + 1)
+            flow_queue = self._queue_of(pool)
+            flow_queue.pool, flow_queue.tickets = pool, pool.enter(self, flow_queue.tickets + 1)
             self.length += pool.waiting
 
     def remove_pool(self, pool: PoolFlow) -> None:
         """Take out all numbers of a pool that wait here."""
         pool.queue = None
-        line = self._lines.get(pool)
-        if line is not None:
-            line.pool = None
+        flow_queue = self._flow_queues.get(pool)
+        if flow_queue is not None:
+            flow_queue.pool = None
             self.length -= pool.waiting
-            self._forget_if_empty(pool, line)
+            self._forget_if_empty(pool, flow_queue)
 
     def remove(self, call: Call) -> None:
         """Take out a call from any place in the queue."""
         self._take_out(call)
-        line = self._lines[call.flow]
-        line.leave_out_of_turn(self)
-        self._forget_if_empty(call.flow, line)
+        flow_queue = self._flow_queues[call.flow]
+        flow_queue.leave_out_of_turn(self)
+        self._forget_if_empty(call.flow, flow_queue)
 
     def pop(self, draw: random.Random | None = None, *, draw_singles: bool = False) -> Call:
         """Take out the call whose turn it is, or with `draw` a random one of its flow.
@@ -448,64 +448,66 @@ class FairQueue:
         while True:
             ring = self._foreground or self._background
             flow = ring.popleft()
-            line = self._lines[flow]
-            if line.length:
+            flow_queue = self._flow_queues[flow]
+            if flow_queue.length:
                 break
-            del self._lines[flow]
+            del self._flow_queues[flow]
         ring.append(flow)
         never_asked = (
-            line.never_asked
+            flow_queue.never_asked
             if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE)
             else 0
         )
-        self._draws += bool(draw_singles and line.asked)
+        self._draws += bool(draw_singles and flow_queue.asked)
         if (
             draw is not None
             and never_asked
-            and (not draw_singles or not line.asked or self._draws % _DRAWS)
+            and (not draw_singles or not flow_queue.asked or self._draws % _DRAWS)
         ):
-            place = draw.randrange(never_asked)
-            if place >= len(line.fresh):
-                assert line.pool is not None
-                return self._begin(line.pool, line.pool.draw(place - len(line.fresh)), line)
-            call = line.fresh[place]
-            line.drawn.add(call)
+            index = draw.randrange(never_asked)
+            if index >= len(flow_queue.fresh):
+                assert flow_queue.pool is not None
+                return self._begin(
+                    flow_queue.pool, flow_queue.pool.draw(index - len(flow_queue.fresh)), flow_queue
+                )
+            call = flow_queue.fresh[index]
+            flow_queue.drawn.add(call)
             self.remove(call)
             return call
-        found = line.next(self)
+        found = flow_queue.next(self)
         if isinstance(found, int):
-            assert line.pool is not None
-            return self._begin(line.pool, found, line)
+            assert flow_queue.pool is not None
+            return self._begin(flow_queue.pool, found, flow_queue)
         self._take_out(found)
-        self._forget_if_empty(flow, line)
+        self._forget_if_empty(flow, flow_queue)
         return found
 
-    def _begin(self, pool: PoolFlow, number: int, line: _FlowQueue) -> Call:
+    def _begin(self, pool: PoolFlow, number: int, flow_queue: _FlowQueue) -> Call:
         pool.take_out(number)
-        self._forget_if_empty(pool, line)
+        self._forget_if_empty(pool, flow_queue)
         return pool.begin(number)
 
-    def _forget_if_empty(self, flow: Flow, line: _FlowQueue) -> None:
+    def _forget_if_empty(self, flow: Flow, flow_queue: _FlowQueue) -> None:
         """Forget the flow of a check or a stream of which no call waits.
 
         The flow may have ended, and holds much memory.
         """
-        if flow.kind is Kind.MANY and not line.length:
-            del self._lines[flow]
+        if flow.kind is Kind.MANY and not flow_queue.length:
+            del self._flow_queues[flow]
             self._foreground.remove(flow)
 
-    def _line(self, flow: Flow) -> _FlowQueue:
-        line = self._lines.get(flow)
-        if line is None:
-            line = self._lines[flow] = _FlowQueue()
+    def _queue_of(self, flow: Flow) -> _FlowQueue:
+        flow_queue = self._flow_queues.get(flow)
+        if flow_queue is None:
+            flow_queue = self._flow_queues[flow] = _FlowQueue()
             (self._background if flow.kind is Kind.BACKGROUND else self._foreground).append(flow)
-        return line
+        return flow_queue
 
     def _take_out(self, call: Call) -> None:
-        pool, index = call._pool, call._index  # noqa: SLF001  # as above
-        last = pool.pop()
+        calls, index = call._list, call._index  # noqa: SLF001  # as above
+        last = calls.pop()
         if last is not call:
-            pool[index] = last
+            calls[index] = last
             last._index = index  # noqa: SLF001  # as above
         call.queue = None
         self.length -= 1

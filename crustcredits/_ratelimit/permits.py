@@ -180,11 +180,11 @@ class Permits:
         return max(moment, _sure(self.common.bucket, now)) if self.counts_common else moment
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
-        """The places of the names whose calls certainly have no tokens before the deadline."""
+        """The indexes of the names whose calls certainly have no tokens before the deadline."""
         is_late = self.counts_common and _sure(self.common.bucket, now) > deadline
         return [
-            place
-            for place, name in enumerate(names)
+            index
+            for index, name in enumerate(names)
             if is_late
             or (
                 (account := self.accounts.find(name)) is not None

@@ -97,10 +97,10 @@ class Quota:
         return max(times)
 
 
-def _nth(returns: tuple[float, ...], place: int, period: float) -> float:
-    """When the call at this place gets a token, if each token is used at once.
+def _nth(returns: tuple[float, ...], index: int, period: float) -> float:
+    """When the call at this index gets a token, if each token is used at once.
 
     A used token returns one period later.
     """
-    rounds, place = divmod(place, len(returns))
-    return returns[place] + rounds * period
+    rounds, index = divmod(index, len(returns))
+    return returns[index] + rounds * period

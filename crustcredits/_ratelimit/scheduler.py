@@ -43,6 +43,8 @@ _SHORT = 0.4
 class Scheduler:
     """The admission queue of one endpoint.
 
+    The class is long because a start is decided, with all its conditions, in one moment.
+
     Args:
         terms: The settings it keeps to.
         pace: How many requests start per second.

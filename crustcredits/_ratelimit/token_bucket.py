@@ -159,7 +159,7 @@ def refresh_gap(bucket: Bucket, now: float, period: float, kept: int) -> float:
     spare = max(0, bucket.available(now) - kept) + 1
     step = 1 + len(returns) // _LOOKS
     gap = period / max(1, bucket.limit - kept)
-    return max([gap, *(returns[place] / (spare + place) for place in range(0, len(returns), step))])
+    return max([gap, *(returns[index] / (spare + index) for index in range(0, len(returns), step))])
 
 
 MakeBucket: TypeAlias = Callable[[Hashable | None, int, Callable[[Hashable | None], None]], Bucket]

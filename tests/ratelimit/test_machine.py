@@ -853,7 +853,7 @@ def _same_account_again(self: Any, queue: FairQueue) -> Call | int:
 
 
 def _background_first(self: FairQueue, *draw: Any, **how: Any) -> Call | None:
-    if not any(self._lines[flow].length for flow in self._background):
+    if not any(self._flow_queues[flow].length for flow in self._background):
         return _POP(self, *draw, **how)
     with patch.object(self, "_foreground", deque()):
         return _POP(self, *draw, **how)

@@ -7,7 +7,6 @@ import itertools
 import random
 import statistics
 import zlib
-from collections import deque
 from typing import Any
 
 import attrs
@@ -505,21 +504,6 @@ def test_calls_with_an_earlier_request_get_their_turn_while_new_ones_are_drawn()
     for number in range(8):
         queue.push(call(str(number), singles))
     assert "asked" in [popped(queue, draw, draw_singles=True).key for _ in range(4)]
-
-
-def test_calls_that_were_given_up_leave_nothing_behind() -> None:
-    """Also if no call of the queue has its turn."""
-    queue, flow = FairQueue(), Flow()
-    calls = [call(str(number), flow, f"a{number % 3}") for number in range(500)]
-    for each in calls:
-        queue.push(each)
-    for each in calls[:-1]:
-        queue.remove(each)
-    line = queue._lines[flow]
-    assert sum(len(each) if isinstance(each, deque) else 1 for each in line.accounts.values()) < 100
-    queue.remove(calls[-1])
-    assert not line.accounts
-    assert not line.turns
 
 
 @pytest.mark.virtual
