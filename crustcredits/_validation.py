@@ -130,6 +130,7 @@ def check_number(
     above: float = -math.inf,
     minimum: float = -math.inf,
     maximum: float = math.inf,
+    unit: str = "",
 ) -> None:
     """Raise `ConfigurationError` unless `value` is a finite number within the bounds."""
     if (
@@ -140,12 +141,15 @@ def check_number(
         and minimum <= value <= maximum
     ):
         return
-    bounds = [f" above {above:g}"] * (above > -math.inf) + [f" of at least {minimum:g}"] * (
-        minimum > -math.inf
-    )
-    bounds += [f" at most {maximum:g}"] * (maximum < math.inf)
+    bounds: list[str] = []
+    if above > -math.inf:
+        bounds.append(f" above {above:g}")
+    if minimum > -math.inf:
+        bounds.append(f" of at least {minimum:g}")
+    if maximum < math.inf:
+        bounds.append(f" at most {maximum:g}")
     raise ConfigurationError(
-        f"{what} must be a finite number{' and'.join(bounds)}, not {shown(value)}"
+        f"{what} must be a finite number{unit}{' and'.join(bounds)}, not {shown(value)}"
     )
 
 
@@ -160,7 +164,8 @@ def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
     if (
         type(value) is not float or not max(0.0, above) < value <= _SENSIBLE
     ):  # the short way for most calls
-        check_number(what, value, above=above, minimum=0.0 if above < 0 else -math.inf)
+        minimum = 0.0 if above < 0 else -math.inf
+        check_number(what, value, above=above, minimum=minimum, unit=" of seconds")
     return value
 
 

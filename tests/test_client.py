@@ -550,7 +550,9 @@ async def test_the_timeout_of_a_stream_applies_to_each_key() -> None:
         outcomes = {
             outcome.key.name: outcome.error async for outcome in client.stream(keys(3), timeout=2)
         }
-        with pytest.raises(ConfigurationError, match="timeout must be a finite number above 0"):
+        with pytest.raises(
+            ConfigurationError, match="timeout must be a finite number of seconds above 0"
+        ):
             client.stream(keys(3), timeout=0)
     assert isinstance(outcomes["k1"], APITimeoutError)
     assert outcomes["k0"] is outcomes["k2"] is None

@@ -347,13 +347,9 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    return (
-        list(value.values())
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else []
-    )
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 # A lone surrogate: JSON can escape it, but no encoding can write it.

@@ -174,7 +174,9 @@ class Scheduler:
         else:
             return now
         moment = permits.next_moment
-        return moment if moment < (math.inf if until is None else until) else until
+        if until is None:
+            return moment if moment < math.inf else None
+        return min(moment, until)
 
     def ended(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
         """Note that a request has ended.

@@ -205,10 +205,10 @@ def check(
             echo(json.dumps(report.to_dict(), indent=2) + "\n")
         elif not as_jsonl:
             print_parts(*tables_of(report, floor))
-        _leave(
-            run,
-            _FAILED if not report.ok else _LOW if floor is not None and report.low(floor) else 0,
-        )
+        if not report.ok:
+            _leave(run, _FAILED)
+        else:
+            _leave(run, _LOW if floor is not None and report.low(floor) else 0)
 
 
 @contextlib.contextmanager
@@ -256,13 +256,12 @@ def _floor(text: str | None) -> Decimal | None:
 
 
 def _read_keys(path: str | None) -> list[ApiKey]:
-    pool = (
-        keys_from_env()
-        if path is None
-        else keys_from_text(_read_stdin())
-        if path == "-"
-        else keys_from_file(path)
-    )
+    if path is None:
+        pool = keys_from_env()
+    elif path == "-":
+        pool = keys_from_text(_read_stdin())
+    else:
+        pool = keys_from_file(path)
     if not pool:
         raise ConfigurationError(
             "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "

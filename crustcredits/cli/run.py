@@ -110,4 +110,4 @@ class TimeLeft(ProgressColumn):
         held = task.fields["held"]
         left = max(math.ceil(task.fields["end"] - task.get_time()), bool(held))
         words = f"ETA {timedelta(seconds=left)}" if left > 0 else "last answers"
-        return Text(words + f", rate limit holds back {held}" * bool(held))
+        return Text(f"{words}, rate limit holds back {held}" if held else words)

@@ -52,14 +52,16 @@ def _failures_table(failures: list[Unknown]) -> Table:
     table = Table.grid(Column(max_width=30), Column(), padding=(0, 2, 0, 0))
     for outcome in failures:
         words = str(outcome.error).removeprefix(f"{outcome.key.label}: ")
-        tries = f", after {outcome.attempts} tries" * (outcome.attempts > 1)
-        table.add_row(_cell(outcome.key.label), Text(printable(words + tries)))
+        if outcome.attempts > 1:
+            words += f", after {outcome.attempts} tries"
+        table.add_row(_cell(outcome.key.label), Text(printable(words)))
     return table
 
 
 def _keys_table(report: Report, floor: Decimal | None) -> Table:
     detail = any(isinstance(outcome.balance, Account) for outcome in report)
-    table = plain_table("key", "credits", *("grant", "next grant") * detail, "state")
+    details = ("grant", "next grant") if detail else ()
+    table = plain_table("key", "credits", *details, "state")
     for outcome in report:
         about = [_cell(outcome.key.label), _number(outcome.credits)]
         table.add_row(
@@ -103,7 +105,7 @@ def total_line(report: Report) -> str:
         report.accounts.get(outcome.key.account or "") is None for outcome in report.failed
     )
     known = "unknown" if credits is None else f"{credits:,f} credits"
-    return f"Total: {known}" + f"; keys with unknown credits: {unknown}" * bool(unknown)
+    return f"Total: {known}" + (f"; keys with unknown credits: {unknown}" if unknown else "")
 
 
 def plain_table(*headers: str) -> Table:
@@ -141,7 +143,9 @@ def print_parts(*parts: RenderableType) -> None:
     console.width = max(console.width, NARROWEST)
     with console.capture() as capture:
         for number, part in enumerate(parts):
-            console.print(*[""] * bool(number), part, sep="\n")
+            if number:
+                console.print()
+            console.print(part)
     echo(capture.get())
 
 

@@ -116,13 +116,15 @@ class Pool:
             outcome is None and not isinstance(key, UnusableKey) for key, outcome in outcomes
         )
         reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
-        reasons += [f"{never} of {len(outcomes)} keys have no answer yet"] * bool(never)
-        reasons = reasons or ["the pool is empty"] * (not outcomes)
+        if never:
+            reasons.append(f"{never} of {len(outcomes)} keys have no answer yet")
+        if not outcomes:
+            reasons.append("the pool is empty")
         if len(reasons) > _REASONS:
             reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
-        status: Literal["ok", "degraded", "unknown"] = (
-            "unknown" if not known else "degraded" if reasons else "ok"
-        )
+        status: Literal["ok", "degraded", "unknown"] = "degraded" if reasons else "ok"
+        if not known:
+            status = "unknown"
         return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
 
 

@@ -405,7 +405,7 @@ async def test_cache_options_are_numbers_of_seconds(name: str, mistake: Any) -> 
             client.check([KEY], **{name: mistake}),
         ):
             with pytest.raises(
-                ConfigurationError, match=f"{name} must be a finite number of at least 0"
+                ConfigurationError, match=f"{name} must be a finite number of seconds of at least 0"
             ):
                 await call
         with pytest.raises(ConfigurationError, match=name):

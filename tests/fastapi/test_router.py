@@ -402,9 +402,12 @@ def test_a_pool_response_can_be_read_back() -> None:
             {"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}},
             "two different keys have this name",
         ),
-        ({"public": True, "max_age": -1}, "max_age must be a finite number of at least 0"),
+        (
+            {"public": True, "max_age": -1},
+            "max_age must be a finite number of seconds of at least 0",
+        ),
         ({"public": True, "stale_if_error": "1h"}, "stale_if_error must be a finite number"),
-        ({"public": True, "timeout": 0}, "timeout must be a finite number above 0"),
+        ({"public": True, "timeout": 0}, "timeout must be a finite number of seconds above 0"),
     ],
 )
 def test_an_unusable_router_is_refused(options: dict[str, Any], said: str) -> None:
