@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import attrs
@@ -206,12 +207,19 @@ class Whole:
 
 
 class Number:
-    """An attrs validator: a finite number within `bounds`, or None with `optional=True`."""
+    """An attrs validator: a finite number within the bounds, or None with `optional=True`."""
 
-    def __init__(self, *, optional: bool = False, **bounds: float) -> None:
+    def __init__(
+        self,
+        *,
+        above: float = -math.inf,
+        minimum: float = -math.inf,
+        maximum: float = math.inf,
+        optional: bool = False,
+    ) -> None:
+        self._check = partial(check_number, above=above, minimum=minimum, maximum=maximum)
         self._optional = optional
-        self._bounds = bounds
 
     def __call__(self, instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not (value is None and self._optional):
-            check_number(attribute.name, value, **self._bounds)
+            self._check(attribute.name, value)
