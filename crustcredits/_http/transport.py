@@ -189,58 +189,44 @@ class AiohttpTransport:
         )
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return Failure(
-                APITimeoutError(f"no connection within {_CONNECTING * timeout:.3g} s", **details),
-                Fate.UNSENT,
-            )
+            message = f"no connection within {_CONNECTING * timeout:.3g} s"
+            return Failure(APITimeoutError(message, **details), Fate.UNSENT)
         if isinstance(error, TimeoutError):
-            return Failure(
-                APITimeoutError(f"no whole answer within {timeout:.3g} s", **details), given_up
-            )
+            message = f"no whole answer within {timeout:.3g} s"
+            return Failure(APITimeoutError(message, **details), given_up)
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
-            return Failure(
-                ClientClosedError(
-                    "the given aiohttp session is closed; give an open session",
-                    **details,
-                ),
-                Fate.UNSENT,
-            )
-        if isinstance(error, aiohttp.ClientHttpProxyError):
-            remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
-            message = f"the proxy refused to connect (HTTP {error.status}){remedy}"
-            return Failure(APIConnectionError(message, **details), Fate.UNSENT)
-        if isinstance(error, aiohttp.ServerFingerprintMismatch):
-            message = "the server's certificate does not match the fingerprint of the session"
-            return Failure(APIConnectionError(message, retryable=False, **details), Fate.UNSENT)
-        if isinstance(error, aiohttp.ClientConnectorError):
-            retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
-            peer = (
-                " to the proxy"
-                if isinstance(error, aiohttp.ClientProxyConnectionError)
-                else self._peer()
-            )
-            message = f"could not connect{peer} ({_reason(error)})"
+            message = "the given aiohttp session is closed; give an open session"
+            return Failure(ClientClosedError(message, **details), Fate.UNSENT)
+        unconnected = self._unconnected(error)
+        if unconnected is not None:
+            message, retryable = unconnected
             return Failure(APIConnectionError(message, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # Not a network failure: it comes from the session, its connector or its trace hooks.
-            return Failure(
-                ConfigurationError(
-                    f"the request failed in the session ({type(error).__name__})", **details
-                ),
-                given_up,
-            )
+            message = f"the request failed in the session ({type(error).__name__})"
+            return Failure(ConfigurationError(message, **details), given_up)
         if isinstance(error, aiohttp.ClientResponseError):
             message = (
                 "the answer is no HTTP; is this the address of the API, and not of another server?"
             )
-            return Failure(APIConnectionError(message, **details), given_up)
-        when = "while the answer came" if answers else "before an answer"
-        return Failure(
-            APIConnectionError(
-                f"the connection{self._peer()} failed {when} ({_reason(error)})", **details
-            ),
-            given_up,
-        )
+        else:
+            when = "while the answer came" if answers else "before an answer"
+            message = f"the connection{self._peer()} failed {when} ({_reason(error)})"
+        return Failure(APIConnectionError(message, **details), given_up)
+
+    def _unconnected(self, error: BaseException) -> tuple[str, bool] | None:
+        """The message for an error without a connection, and whether to retry; else None."""
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
+            return f"the proxy refused to connect (HTTP {error.status}){remedy}", True
+        if isinstance(error, aiohttp.ServerFingerprintMismatch):
+            return "the server's certificate does not match the fingerprint of the session", False
+        if isinstance(error, aiohttp.ClientConnectorError):
+            is_proxy = isinstance(error, aiohttp.ClientProxyConnectionError)
+            peer = " to the proxy" if is_proxy else self._peer()
+            retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
+            return f"could not connect{peer} ({_reason(error)})", retryable
+        return None
 
 
 def tls_problem(context: object) -> ConfigurationError | None:
