@@ -609,3 +609,74 @@ def test_a_drawn_number_loses_its_turn_and_its_account_does_not() -> None:
     queue.push_pool(pool)
     assert queue.pop(Draws((0,))).key == "p0"
     assert popped(queue) == "p1 p2 p3"
+
+
+# --- calls that go first
+
+
+@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize("waiting", ["", "b1 c1"])
+def test_a_call_may_be_pushed_as_the_first_of_its_flow(pool: int, waiting: str) -> None:
+    """Its account has the next turn, before all numbers of a pool. Then turns go on as before."""
+    flow = Pool([None] * pool)
+    queue = FairQueue()
+    if pool:
+        queue.push_pool(flow)
+    pushed(queue, flow, waiting)
+    before = queue.length
+    for name in ("x1", "y1"):
+        queue.push(call(name, flow, name[0]), first=True)
+    assert queue.length == before + 2
+    assert popped(queue, 1) == "y1"
+    pushed(queue, flow, "z1")
+    numbers = " ".join(f"p{number}" for number in range(pool))
+    assert popped(queue).split() == f"x1 {numbers} {waiting} z1".split()
+
+
+@pytest.mark.parametrize("calls", ["a2", "a2 a3"])
+def test_a_call_pushed_first_comes_before_the_others_of_its_account(calls: str) -> None:
+    """The turn of the account stays where it is."""
+    queue, flow = FairQueue(), Flow()
+    pushed(queue, flow, f"b1 {calls}")
+    queue.push(call("a1", flow, "a"), first=True)
+    assert popped(queue).split() == ["b1", "a1", *calls.split()]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("others", ["a2 a3", ""])
+def test_a_drawn_call_that_comes_again_is_counted_once_and_has_its_old_turn(
+    others: str, *, first: bool
+) -> None:
+    """However often it is drawn."""
+    queue, flow = FairQueue(), Flow()
+    pushed(queue, flow, f"a1 b1 {others}")
+    count, of_account = queue.length, queue.of_account("a", background=False)
+    for place in (0, count - 1, count - 1):
+        drawn = queue.pop(Draws((place,)))
+        assert drawn.key == "a1"
+        queue.push(drawn, first=first)
+        assert (queue.length, queue.of_account("a", background=False)) == (count, of_account)
+    assert popped(queue).split() == ["a1", "b1", *others.split()]
+
+
+def test_a_drawn_call_that_comes_again_elsewhere_leaves_its_old_entry_behind() -> None:
+    """The entry is passed over at its turn, and the call is new when it comes back after that."""
+    queue, other, flow = FairQueue(), FairQueue(), Flow()
+    pushed(queue, flow, "a1 b1 c1")
+    drawn = queue.pop(Draws((0,)))
+    other.push(drawn)
+    assert popped(queue, 1) == "b1"
+    other.remove(drawn)
+    queue.push(drawn)
+    assert popped(queue) == "c1 a1"
+
+
+def test_calls_drawn_and_returned_do_not_count_as_gone() -> None:
+    """So the entries of the others stay, and the ones that left are cleared in time."""
+    queue, flow = FairQueue(), Flow()
+    made = [Watched(f"{number}", f"a{number}", flow) for number in range(100)]
+    for each in made:
+        queue.push(each)
+    for _ in range(150):  # more than would clear the queue
+        queue.push(queue.pop(Draws((0,))))
+    assert sorted(popped(queue).split(), key=int) == [str(number) for number in range(100)]

@@ -478,3 +478,37 @@ def test_a_call_given_up_at_the_common_bucket_leaves_its_account_to_the_next() -
     assert permits.give_up(None, 2.0) == [first]
     assert endpoint.let_out() == ["second"]
     assert second.let_out_of is permits.accounts.find("A")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "order"),
+    [(1, "before ready"), (2, "first before ready"), (3, "first before ready")],
+)
+def test_a_call_let_out_goes_first_while_others_wait_for_its_account(
+    waiting: int, order: str
+) -> None:
+    """They may not take the token for which it stands; otherwise it goes to the end."""
+    outside = Outside({"A": 1})
+    endpoint, flow = Endpoint(outside, requests=1), Flow()
+    for name in ("first", "second", "third")[:waiting]:
+        endpoint.wait(call(name, flow, "A"))
+    for name in ("before", "ready"):
+        endpoint.ready.push(call(name, flow))
+    outside.buckets["A"].held = 0
+    outside.buckets["A"].wake()
+    endpoint.permits.release_due(1.0)
+    expected = order if waiting > 1 else f"{order} first"
+    assert endpoint.let_out() == expected.split()
+
+
+def test_a_call_let_out_of_the_common_bucket_goes_to_the_end() -> None:
+    """Also while others wait there: no call of another account stands behind its token."""
+    outside = Outside({None: 1})
+    endpoint, flow = Endpoint(outside, requests=1), Flow()
+    for name in ("first", "second"):
+        endpoint.wait(call(name, flow))
+    endpoint.ready.push(call("ready", flow))
+    outside.buckets[None].held = 0
+    outside.buckets[None].wake()
+    endpoint.permits.release_due(1.0)
+    assert endpoint.let_out() == ["ready", "first"]

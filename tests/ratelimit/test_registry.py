@@ -236,3 +236,49 @@ def test_an_account_whose_check_comes_within_a_period_keeps_its_place(
     accounts.forget_idle(now)
     accounts.forget_idle(now)
     assert len(accounts) == remain
+
+
+# --- accounts whose call has left without a request
+
+
+def test_an_account_of_which_nothing_is_out_is_forgotten_at_once() -> None:
+    """Its bucket is new, or all its tokens have returned."""
+    accounts, (new, returned) = known("new", "returned")
+    used(returned, returns=60.0)
+    accounts.let_go(new, 1.0)
+    assert accounts.find("new") is None
+    accounts.let_go(returned, 60.0)
+    assert len(accounts) == 0
+    accounts.let_go(returned, 60.0)  # a call of it that left a moment later
+    assert len(accounts) == 0
+
+
+@pytest.mark.parametrize("why", ["token", "waits", "let out", "refresh", "cooldown", "planned"])
+def test_an_account_that_is_in_use_is_checked_later(why: str) -> None:
+    """Something of it is out, a call waits for it, or stands for one of its tokens."""
+    accounts, (account,) = known("a")
+    if why == "token":
+        used(account, returns=60.0)
+    elif why == "waits":
+        account.push(call("a"))
+    elif why == "let out":
+        account.push(call("a"))
+        (_,) = account.release(0.0)
+    elif why == "refresh":
+        account.push(call("a", Kind.BACKGROUND))
+        (_,) = account.release(0.0)
+    elif why == "cooldown":
+        account.cools_until = 5.0
+    else:
+        accounts.forget_later(account, 9.0)
+    accounts.let_go(account, 1.0)
+    assert accounts.find("a") is account
+    assert account.idles_at == {"cooldown": 5.0, "planned": 9.0}.get(why, 1.0)
+
+
+def test_an_account_is_forgotten_when_its_cooldown_is_just_over() -> None:
+    """Not a moment later."""
+    accounts, (account,) = known("a")
+    account.cools_until = 5.0
+    accounts.let_go(account, 5.0)
+    assert len(accounts) == 0

@@ -1,4 +1,4 @@
-"""`Scheduler.quota`: the state of the common bucket, and of one account."""
+"""`Estimates`: the state of the buckets for users, and when calls are likely to start."""
 
 from __future__ import annotations
 
@@ -245,3 +245,57 @@ def with_others(quotas: list[Quota], others: list[int]) -> list[Quota]:
     return [
         attrs.evolve(quota, others=number) for quota, number in zip(quotas, others, strict=True)
     ]
+
+
+# --- likely starts
+
+
+def test_as_many_calls_are_likely_to_start_in_time_as_tokens_are_free_or_return() -> None:
+    """If none is, the second value is the seconds until one is."""
+    scheduler, flow = scheduler_of(terms(requests=4, scope="client"), pace=None), Flow()
+    estimates = scheduler.estimates
+    assert estimates.likely_starts(flow, 0.0, 10, 0.0) == (4, 0.0)
+    assert estimates.likely_starts(flow, 0.0, 3, 0.0) == (3, 0.0)
+    assert estimates.likely_starts(flow, 60.5, 10, 0.0) == (8, 0.0)
+    assert estimates.likely_starts(flow, 60.0, 10, 0.0) == (4, 0.0)
+    for name in "abcd":
+        scheduler.ended(start_call(scheduler, call(name, flow), 0.0), OK, 0.5)
+    assert estimates.likely_starts(flow, 20.0, 10, 1.0) == (0, 40.0)
+    assert estimates.likely_starts(flow, 59.75, 10, 1.0) == (0, 0.25)
+    assert estimates.likely_starts(flow, 60.0, 10, 1.0) == (4, 0.0)
+
+
+def test_the_pace_bounds_the_likely_starts() -> None:
+    """Beyond the first five, one for each part of a second."""
+    scheduler, flow = scheduler_of(terms(requests=300, scope="client"), pace=8.0), Flow()
+    assert scheduler.estimates.likely_starts(flow, 2.0, 100, 0.0) == (5 + 16, 0.0)
+    assert scheduler.estimates.likely_starts(flow, 0.0, 100, 0.0) == (5, 0.0)
+
+
+def test_flows_take_turns_in_the_likely_starts() -> None:
+    """Calls of its own that wait come first, and so do single calls; of another check as many.
+
+    Refreshes come last, and count for nothing.
+    """
+    scheduler, flow = scheduler_of(terms(requests=12, scope="client"), pace=None), Flow()
+    other, singles, refreshes = Flow(), Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
+    estimates = scheduler.estimates
+    for number in range(4):
+        scheduler.put(call(f"other{number}", other))
+    scheduler.put(call("own", flow))
+    assert estimates.likely_starts(flow, 0.0, 100, 0.0) == (7, 0.0)  # 1 + 7 + 4
+    scheduler.put(call("single", singles))
+    for number in range(5):
+        scheduler.put(call(f"refresh{number}", refreshes))
+    assert estimates.likely_starts(flow, 0.0, 100, 0.0) == (6, 0.0)
+    assert estimates.likely_starts(other, 0.0, 100, 0.0) == (6, 0.0)  # 4 + 6 + 1 + 1
+    small = scheduler_of(terms(requests=4, scope="client"), pace=None)
+    for number in range(4):
+        small.put(call(f"other{number}", other))
+    assert small.estimates.likely_starts(flow, 0.0, 100, 0.0) == (2, 0.0)  # 2 + 2
+
+
+def test_without_a_common_bucket_any_number_of_calls_may_start() -> None:
+    """Each account has tokens of its own."""
+    scheduler = scheduler_of(terms(requests=1, scope="account"), pace=None)
+    assert scheduler.estimates.likely_starts(Flow(), 0.0, 1_000, 0.0) == (1_000, 0.0)
