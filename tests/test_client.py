@@ -1059,14 +1059,13 @@ async def test_cancelling_one_call_affects_no_other() -> None:
         assert (await other).credits
 
 
-async def test_a_client_is_refused_on_a_second_loop() -> None:
+@pytest.mark.own_loops
+def test_a_client_is_refused_on_a_second_loop() -> None:
     """The error names the remedy."""
     client = fake_client(FakeServer())
-    await client.balance(KEY)
-    client._loop = asyncio.new_event_loop()
+    asyncio.run(client.balance(KEY))
     with pytest.raises(ConfigurationError, match="make one client for each loop"):
-        await client.balance(KEY)
-    client._loop.close()
+        asyncio.run(client.balance(KEY))
 
 
 def test_making_a_client_needs_no_loop() -> None:

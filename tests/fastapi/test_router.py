@@ -111,16 +111,18 @@ def test_the_client_opens_and_closes_with_the_app() -> None:
     app = FastAPI(lifespan=credits_lifespan())
 
     @app.get("/")
-    async def closed(client: CreditsDep) -> bool:
-        return client._closed
+    async def opened(client: CreditsDep) -> bool:
+        return await client.__aenter__() is client
 
     seen = []
     for _ in range(2):
         with TestClient(app) as caller:
-            assert caller.get("/").json() is False
+            assert caller.get("/").json() is True
             seen.append(credits_client_of(caller))
             assert credits_client_of(app) is seen[-1]
-    assert [client._closed for client in seen] == [True, True]
+    for client in seen:
+        with pytest.raises(ClientClosedError):
+            asyncio.run(client.balance("some-key"))
     assert seen[0] is not seen[1]
 
 
