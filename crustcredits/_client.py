@@ -101,7 +101,9 @@ def _transport_for(
     if isinstance(origin, ConfigurationError):
         return origin
     if not isinstance(trust_env, bool):
-        return ConfigurationError(f"trust_env is True or False, not {type(trust_env).__name__}")
+        return ConfigurationError(
+            f"trust_env must be True or False, not {type(trust_env).__name__}"
+        )
     if trust_env and proxy is None:
         proxy = proxy_from_env(origin)
         problem = proxy_problem(proxy, "the proxy of the environment (HTTPS_PROXY or ALL_PROXY)")
@@ -352,7 +354,7 @@ class CreditsClient:
         policy, deadline = self._terms_of(freshness, timeout)
         if on_outcome is not None and not _is_plain_function(on_outcome):
             raise ConfigurationError(
-                "on_outcome is a plain function, not a coroutine function; use stream() to "
+                "on_outcome must be a plain function, not a coroutine function; use stream() to "
                 "await between outcomes"
             )
         return await self._report(

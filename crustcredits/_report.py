@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Generic, Self, Unpack, overload
 
 import attrs
@@ -124,7 +125,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             for outcome in self._outcomes
             if isinstance(outcome.key, ApiKey)
         }
-        return {outcome.key.label: outcome for outcome in self._outcomes} | usable
+        every = {outcome.key.label: outcome for outcome in self._outcomes}
+        return MappingProxyType(every | usable)
 
     @property
     def total_credits(self) -> Decimal | None:
@@ -210,7 +212,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         self, credits: Decimal | float | None, grant_share: Decimal | float | None
     ) -> Mapping[Hashable, Balance]:
         if credits is None and grant_share is None:
-            raise ConfigurationError("low needs a threshold: give credits=, grant_share= or both")
+            raise ConfigurationError("no threshold is given: pass credits=, grant_share= or both")
         ceiling = None if credits is None else _decimal("credits", credits)
         share = None if grant_share is None else _decimal("grant_share", grant_share)
         if share is not None and not all(
@@ -252,20 +254,19 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         draw from the same account. An account adds nothing when another of its keys got a later 402
         (out of credits), or when it is overdrawn: no other account can pay its debt.
         """
-        known = [
-            (account, balance) for account, balance in self._newest.items() if balance is not None
-        ]
-        # A declared account, identified by a str, always counts, even with an identical answer.
-        declared = [balance for account, balance in known if isinstance(account, str)]
-        answers = {_answer(balance) for balance in declared}
-        apart = {
-            _answer(balance): balance for account, balance in known if not isinstance(account, str)
+        known = {
+            account: balance for account, balance in self._newest.items() if balance is not None
         }
-        counted = [*declared, *(apart[answer] for answer in apart.keys() - answers)]
-        spent = {id(balance) for account, balance in known if self._is_spent(account, balance)}
-        return _sum(
-            max(balance.credits, Decimal(0)) for balance in counted if id(balance) not in spent
-        )
+        spent = {account for account, balance in known.items() if self._is_spent(account, balance)}
+        # A declared account, identified by a str, always counts, even with an identical answer.
+        declared = {account for account in known if isinstance(account, str)}
+        counted = [known[account] for account in known if account in declared - spent]
+        answers = {_answer(known[account]) for account in declared | spent}
+        for account, balance in known.items():
+            if account not in declared and _answer(balance) not in answers:
+                answers.add(_answer(balance))
+                counted.append(balance)
+        return _sum(max(balance.credits, Decimal(0)) for balance in counted)
 
     @hides_arguments
     def require(self, credits: Decimal | float) -> None:
@@ -415,6 +416,9 @@ def _is_below(balance: Balance, share: Decimal) -> bool:
     return balance.credits < _EXACT.multiply(balance.recurring_credits, share)
 
 
+_MOST_CREDITS = Decimal("1e300")
+
+
 def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
     """The credits that a batch needs: `credits` times `margin`.
 
@@ -422,11 +426,15 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
         ConfigurationError: One argument is not a finite number of at least 0, or the product has
             too many digits.
     """
-    factors = _decimal("credits", credits), _decimal("margin", margin)
-    for what, factor in zip(("credits", "margin"), factors, strict=True):
-        check_number(what, float(factor), minimum=0)
+    factors = {"credits": _decimal("credits", credits), "margin": _decimal("margin", margin)}
+    for what, factor in factors.items():
+        if not 0 <= factor <= _MOST_CREDITS:
+            raise ConfigurationError(
+                f"{what} must be a finite number of at least 0 and at most {_MOST_CREDITS:g}, "
+                f"not {factor:g}"
+            )
     try:
-        return _EXACT.multiply(*factors)
+        return _EXACT.multiply(*factors.values())
     except decimal.Inexact:
         pass  # the error is raised below, where no `except` block links it
     raise ConfigurationError("credits and margin have too many digits; round them up")
@@ -442,7 +450,7 @@ def _decimal(what: str, number: Decimal | float) -> Decimal:
         check_number(what, number)
         return Decimal(str(number))
     if not number.is_finite():
-        check_number(what, number)
+        raise ConfigurationError(f"{what} must be a finite number, not {number}")
     return number
 
 
@@ -461,12 +469,26 @@ def _text(credits: Decimal | None) -> str | None:
 _OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale", "_order"}
 
 
-def _answer(balance: Balance) -> str:
-    """The account's data in an answer, as text to compare."""
+def _answer(balance: Balance) -> Hashable:
+    """The account's data in an answer, to compare: numbers to the last digit, in any order."""
     if not isinstance(balance, Account):
         return str(balance.credits)
     fields = attrs.asdict(balance, recurse=False)
-    return repr({name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER})
+    return _comparable(
+        {name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER}
+    )
+
+
+def _comparable(value: Any) -> Hashable:
+    if attrs.has(type(value)):
+        value = attrs.asdict(value, recurse=False)
+    if isinstance(value, Mapping):
+        return frozenset((name, _comparable(part)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_comparable, value))
+    # A part of a JSON document, or a time. Equal numbers may have different digits.
+    hashable: Hashable = str(value) if isinstance(value, Decimal) else value
+    return hashable
 
 
 # Errors of the key itself: the API refused it, or it cannot be sent.

@@ -1220,7 +1220,7 @@ async def test_every_kind_of_coroutine_function_is_refused_as_on_outcome(functio
     """None of them would be awaited."""
     server = FakeServer()
     async with fake_client(server) as client:
-        with pytest.raises(ConfigurationError, match="on_outcome is a plain function"):
+        with pytest.raises(ConfigurationError, match="on_outcome must be a plain function"):
             await client.check([KEY], on_outcome=function)
     assert server.arrivals == []
 
@@ -1251,7 +1251,7 @@ async def test_the_log_mentions_cached_balances_only_if_there_are_any(
             caller.cancel()
         await asyncio.sleep(2)
         assert "cached" not in caplog.text
-        assert "no answer from the API for 3 keys in a row: k" in caplog.text
+        assert "no answer from the API for 3 keys in a row; last failure: k" in caplog.text
 
 
 async def test_a_failed_refresh_of_a_cached_balance_is_logged(
@@ -1264,4 +1264,6 @@ async def test_a_failed_refresh_of_a_cached_balance_is_logged(
             await client.check(keys(5))
             await asyncio.sleep(20)
         assert "the cached balance could not be refreshed" in caplog.text
-        assert "for 3 keys in a row; cached balances are not refreshed: " in caplog.text
+        assert (
+            "for 3 keys in a row; cached balances are not refreshed; last failure: " in caplog.text
+        )

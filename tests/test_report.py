@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -448,7 +450,7 @@ def test_low_is_by_credits_or_by_a_share_of_the_grant() -> None:
     ).low_accounts(5) == ("x",)
     with pytest.raises(ConfigurationError, match="detail=True"):
         Report([good("a", "1")]).low(grant_share=0.1)
-    with pytest.raises(ConfigurationError, match="give credits=, grant_share= or both"):
+    with pytest.raises(ConfigurationError, match="pass credits=, grant_share= or both"):
         Report([]).low_accounts()
 
 
@@ -551,3 +553,71 @@ def test_a_requirement_error_names_the_remedy() -> None:
         with pytest.raises(CreditsUnknownError, match=remedy) as caught:
             report.require(1)
         assert len(copy.deepcopy(caught.value).report) == 1
+
+
+# --- equal answers, and the order of outcomes
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_available_credits_do_not_depend_on_the_order_of_outcomes(order: tuple[int, ...]) -> None:
+    """Two undeclared keys answer alike, and one of them is out of credits since."""
+    a, b = (ApiKey(f"secret-{name}", name=name) for name in "ab")
+    outcomes: list[Outcome[Balance]] = [
+        Known(balance=Balance(key=a, credits=Decimal(5), checked_at=NOON)),
+        Known(balance=Balance(key=b, credits=Decimal(5), checked_at=NOON)),
+        Unknown(
+            key=a,
+            error=PaymentRequiredError("out of credits", status=402, key_name="a"),
+            checked_at=NOON + timedelta(seconds=1),
+            attempts=1,
+        ),
+    ]
+    assert Report([outcomes[index] for index in order]).available_credits == 0
+
+
+def test_equal_answers_are_recognised_in_any_order_of_fields() -> None:
+    """The API may send them in another order; numbers are equal to the last digit."""
+    one, two = (
+        Account(
+            key=ApiKey(f"secret-{name}", name=name),
+            credits=Decimal(credits),
+            checked_at=NOON,
+            extra=extra,
+        )
+        for name, credits, extra in (
+            ("a", "5", {"x": 1, "y": [2]}),
+            ("b", "5", {"y": [2], "x": 1}),
+        )
+    )
+    report = Report([Known(balance=one), Known(balance=two)])
+    assert [len(group) for group in report.lookalikes] == [2]
+    assert report.available_credits == 5
+
+
+@pytest.mark.parametrize(
+    ("credits", "said"),
+    [
+        (Decimal("NaN"), "credits must be a finite number, not NaN"),
+        (
+            Decimal("-1E-400"),
+            "of at least 0 and at most 1e+300, not -1e-400",
+        ),
+        (Decimal("1E+301"), "at most 1e+300, not 1e+301"),
+        (Decimal("1E+300"), "5 are known to be available"),
+    ],
+)
+def test_needed_credits_are_compared_as_decimals(credits: Decimal, said: str) -> None:
+    """No number passes through a float."""
+    key = ApiKey("secret-a", name="a")
+    report = Report([Known(balance=Balance(key=key, credits=Decimal(5), checked_at=NOON))])
+    with pytest.raises((ConfigurationError, InsufficientCreditsError), match=re.escape(said)):
+        report.require(credits)
+
+
+def test_the_outcomes_by_label_cannot_be_changed() -> None:
+    """All callers share them."""
+    report = Report(
+        [Known(balance=Balance(key=ApiKey("s", name="a"), credits=Decimal(5), checked_at=NOON))]
+    )
+    with pytest.raises(TypeError):
+        report.by_label["b"] = report[0]  # type: ignore[index]  # the mistake under test

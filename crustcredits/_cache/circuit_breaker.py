@@ -99,10 +99,10 @@ class CircuitBreaker:
         soon = (
             "while a probe is on the wire"
             if self.is_probing
-            else f"for {max(0.0, self.next_probe(whose) - now):.1f} s"
+            else f"for another {max(0.0, self.next_probe(whose) - now):.1f} s"
         )
         state = (
-            f"not sent {soon}: the circuit breaker is open, because a gateway answered "
+            f"not sent: the circuit breaker is open {soon}, because a gateway answered "
             f"{_THRESHOLD} requests in a row in the API's place"
         )
         return GatewayError(

@@ -278,7 +278,9 @@ class Dispatcher:
             return
         counted = f"attempt {call.attempts} of {self._retry.attempts}"
         if call.spared:
-            counted = f"request {call.attempts}, {call.spared} of them not counted as attempts"
+            counted = (
+                f"request {call.attempts}; refusals that do not count as attempts: {call.spared}"
+            )
         _log.info("%s; this was %s; next attempt in %.2f s", result, counted, delay)
         call.last = result
         call.park(parks=True)

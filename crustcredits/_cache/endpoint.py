@@ -34,6 +34,8 @@ from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_buck
 # Seconds for which a call waits while a gateway has answered for long, so that an endless source is
 # not drained at full speed.
 _REFUSED_AFTER = 1.0
+# Calls that one iteration of the loop ends in an outage.
+_SLICE = 1_000
 
 
 class Endpoint:
@@ -267,10 +269,17 @@ class Endpoint:
         return LeasedTokens(tokens, came, partial(self._on_outage, whose))
 
     def _on_outage(self, whose: Hashable | None) -> None:
-        """End the calls that wait for a token of this bucket: no token can be had."""
+        """End the calls that wait for a token of this bucket: no token can be had.
+
+        A slice at a time, so that other tasks run in between.
+        """
+        loop = asyncio.get_running_loop()
         message = (
             "not sent: the count that processes share is out of reach; see the log for the cause"
         )
-        for call in self.scheduler.give_up(whose, asyncio.get_running_loop().time()):
+        calls = self.scheduler.give_up(whose, loop.time(), _SLICE)
+        for call in calls:
             call = cast("ApiCall", call)
             call.on_end(BucketsUnavailableError(message, key_name=call.api_key.label))
+        if len(calls) == _SLICE:
+            loop.call_soon(self._on_outage, whose)

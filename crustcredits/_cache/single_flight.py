@@ -296,8 +296,8 @@ class SingleFlight:
         """End the waiters of a call that was cancelled from outside or failed unexpectedly."""
         if not self._is_under_way(call):
             return
-        self._remove(call)
-        self._cache.given_up(call.cache_key)
+        if self._remove(call):
+            self._cache.given_up(call.cache_key)
         for waiter in [waiter for waiter in call.waiters if not waiter.done()]:
             if error is None:
                 waiter.cancel()
@@ -325,15 +325,18 @@ class SingleFlight:
     def _settle(self, call: SharedCall, outcome: Outcome[Any]) -> None:
         """End the call, with this outcome for every waiter."""
         self._remove(call)
-        for_others: Outcome[Any] | None = None
+        for_others = shared(outcome) if len(call.waiters) > 1 or call.first is None else outcome
         for waiter in call.waiters:
             if waiter.done():  # given up in this iteration of the loop
                 continue
-            if waiter is call.first:
-                waiter.set_result(outcome)
-            else:
-                for_others = for_others or shared(outcome)
-                waiter.set_result(for_others)
+            try:
+                waiter.set_result(outcome if waiter is call.first else for_others)
+            except Exception as error:  # noqa: BLE001  # a defect; the other waiters go on
+                _log.error(  # a traceback may hold secrets
+                    "%s: an outcome could not be passed on (%s): this is a defect of crustcredits",
+                    call.api_key.label,
+                    type(error).__name__,
+                )
 
     def _forget(self, cache_key: CacheKey) -> None:
         """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
@@ -344,8 +347,8 @@ class SingleFlight:
     def _drop(self, call: SharedCall) -> None:
         """End a call without waiters before its request is on the wire."""
         self._pools.leave_early(call)
-        self._remove(call)
-        self._cache.given_up(call.cache_key)
+        if self._remove(call):
+            self._cache.given_up(call.cache_key)
         self._end(call)
         call.forget()
 
@@ -358,11 +361,13 @@ class SingleFlight:
         call.task.add_done_callback(self._dropped.discard)
         call.task.cancel()
 
-    def _remove(self, call: SharedCall) -> None:
+    def _remove(self, call: SharedCall) -> bool:
+        """Forget a call under way. Returns whether later callers would have joined it."""
         if call in self._outdated:
             self._outdated.remove(call)
-        else:
-            del self._under_way[call.cache_key]
+            return False
+        del self._under_way[call.cache_key]
+        return True
 
     def _is_under_way(self, call: SharedCall) -> bool:
         return self._under_way.get(call.cache_key) is call or call in self._outdated

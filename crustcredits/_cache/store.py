@@ -118,7 +118,10 @@ class _EndpointFailures:
         if before < self.failures == _FAILURES:
             cached = "; cached balances are not refreshed" if has_balance() else ""
             _log.warning(
-                "no answer from the API for %d keys in a row%s: %s", _FAILURES, cached, error
+                "no answer from the API for %d keys in a row%s; last failure: %s",
+                _FAILURES,
+                cached,
+                error,
             )
         if self.failures >= _FAILURES:
             self.refresh_at = now + refresh_delay(retry, error, self.failures - _FAILURES + 1)

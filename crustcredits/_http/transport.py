@@ -207,7 +207,7 @@ class AiohttpTransport:
             return Failure(ConfigurationError(message, **details), given_up)
         if isinstance(error, aiohttp.ClientResponseError):
             message = (
-                "the answer is no HTTP; is this the address of the API, and not of another server?"
+                "the answer cannot be read as HTTP; check the address of the API and of any proxy"
             )
         else:
             when = "while the answer came" if answers else "before an answer"

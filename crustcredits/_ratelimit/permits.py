@@ -122,10 +122,10 @@ class Permits:
             self.accounts.let_go(account, now)
             self.release(account, now)
 
-    def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
+    def give_up(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
         """Remove and return the calls that wait for a token of this account, or a common one."""
         queue = self.common if whose is None else self.accounts.find(whose)
-        given_up = [] if queue is None else list(queue.drain())
+        given_up = [] if queue is None else list(itertools.islice(queue.drain(), most))
         for call in given_up:
             if queue is not self.common:
                 self._park(call, -1)

@@ -129,12 +129,12 @@ class Scheduler:
         if waits:
             self.put(call)
 
-    def give_up(self, whose: Hashable | None, now: float) -> list[Call]:
-        """Remove and return the calls that wait for a token of this account.
+    def give_up(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
+        """Remove and return the calls that wait for a token of this account, up to `most`.
 
         With None those that wait for the common bucket.
         """
-        return self.permits.give_up(whose, now)
+        return self.permits.give_up(whose, now, most)
 
     @property
     def holds_back(self) -> bool:

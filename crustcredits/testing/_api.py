@@ -485,7 +485,8 @@ def _credits(credits: Decimal | int | str) -> Decimal:
         if not isinstance(credits, (float, bool)) and Decimal(credits).is_finite():
             return Decimal(credits)
     raise ConfigurationError(
-        f"credits must be exact: give a finite Decimal, an int or their text, not {shown(credits)}"
+        "credits must be exact: give a finite Decimal, an int, or such a number as text, not "
+        f"{shown(credits)}"
     )
 
 

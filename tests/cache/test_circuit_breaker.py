@@ -102,10 +102,12 @@ async def test_eight_gateway_answers_in_a_row_open_the_circuit_breaker(
             assert now() < 1 + 2 + 4 + 8 + 500 / (4 * 9) + 2
             assert all(isinstance(outcome.error, GatewayError) for outcome in report)
             assert (report[-1].attempts, report[-1].source) == (0, "none")
-            assert str(report[-1].error).startswith("k499: not sent for ")
+            assert str(report[-1].error).startswith("k499: not sent: the circuit breaker is open")
             assert "look for a proxy or firewall" in str(report[-1].error)
             began = now()
-            with pytest.raises(GatewayError, match="k400: not sent for"):
+            with pytest.raises(
+                GatewayError, match="k400: not sent: the circuit breaker is open for another"
+            ):
                 await client.balance(pool[400])
             assert now() - began == pytest.approx(1, abs=0.01)
     assert (
@@ -361,7 +363,7 @@ async def test_a_probe_without_a_waiter_is_finished_and_the_next_call_starts() -
         probe = asyncio.create_task(client.balance(pool[0]))
         await asyncio.sleep(0.1)
         waiting = asyncio.create_task(client.balance(pool[1]))
-        with pytest.raises(GatewayError, match="not sent while a probe is on the wire"):
+        with pytest.raises(GatewayError, match="is open while a probe is on the wire"):
             await client.balance(pool[2], timeout=0.5)
         probe.cancel()
         began = now()

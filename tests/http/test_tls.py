@@ -335,7 +335,7 @@ def unverified() -> ssl.SSLContext:
             "ssl does not verify the server's certificate",
         ),
         ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is not an http\(s\) URL"),
-        ({"trust_env": 1}, "trust_env is True or False, not int"),
+        ({"trust_env": 1}, "trust_env must be True or False, not int"),
     ],
 )
 def test_options_that_cannot_secure_a_connection_are_refused(

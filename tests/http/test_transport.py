@@ -340,6 +340,6 @@ async def test_an_answer_that_is_no_http_is_named_so() -> None:
         server,
         CreditsClient(base_url=f"http://127.0.0.1:{port}", retry=Retry(attempts=1)) as client,
     ):
-        with pytest.raises(APIConnectionError, match="the answer is no HTTP") as caught:
+        with pytest.raises(APIConnectionError, match="the answer cannot be read as HTTP") as caught:
             await client.balance("some-key")
     assert "SSH" not in str(caught.value)
