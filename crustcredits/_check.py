@@ -137,7 +137,7 @@ class PoolCheck:
             if isinstance(key, UnusableKey):
                 self._take(index, Unknown(key=key, error=key.error))
                 continue
-            outcome = None if asks else self._lookup.known(self._path, key, self._policy)
+            outcome = None if asks else self._lookup.cached(self._path, key, self._policy)
             if outcome is not None:
                 self._take(index, outcome)
             elif self._first.setdefault(key.digest, index) == index:
@@ -257,7 +257,7 @@ class PoolCheck:
 
     def make(self, index: int, flow: Pool, context: contextvars.Context) -> SharedCall:
         """The call of the key at `index`, at its turn."""
-        return self._lookup.take_turn(
+        return self._lookup.open_for_pool(
             self._path, self._waiter_for(index), self._terms, flow, context
         )
 

@@ -237,7 +237,7 @@ class CreditsClient:
             request_timeout=request_timeout,
             retry=retry,
         )
-        cache = BalanceCache(max_entries, retry, self._dispatcher.refusal)
+        cache = BalanceCache(max_entries, retry, self._dispatcher.breaker_error)
         self._lookup = Lookup(SingleFlight(self._dispatcher, cache), cache)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -267,7 +267,7 @@ class CreditsClient:
             policy, deadline = terms
         self._check_usable()
         outcome: Outcome[Balance] | None = (
-            None if policy is NEW else self._lookup.known(USER_CREDITS, key, policy)
+            None if policy is NEW else self._lookup.cached(USER_CREDITS, key, policy)
         )
         if outcome is None:
             outcome = await self._lookup.ask(USER_CREDITS, key, policy, deadline)
@@ -285,7 +285,7 @@ class CreditsClient:
         key = as_key(key)
         policy, deadline = self._terms_of(freshness, timeout)
         self._check_usable()
-        known: Outcome[Account] | None = self._lookup.known(ACCOUNT_CREDITS, key, policy)
+        known: Outcome[Account] | None = self._lookup.cached(ACCOUNT_CREDITS, key, policy)
         return (known or await self._lookup.ask(ACCOUNT_CREDITS, key, policy, deadline)).result()
 
     @overload

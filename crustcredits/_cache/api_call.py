@@ -1,7 +1,7 @@
 """`ApiCall`: one call on its way to an answer; and `Resumptions`: the calls that resume later.
 
-The modules that send requests see a call through this class, and know neither its waiters nor their
-deadlines.
+The modules that send requests see a call through this class, and know of its waiters only what the
+class declares.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class ApiCall(Call, ABC):
     Attributes:
         path: The endpoint.
         api_key: The key that is asked about.
-        is_foreground: Whether a waiter awaits the answer. Otherwise the call is a background
-            refresh, and is not retried.
+        is_foreground: Whether a waiter awaits the answer. Otherwise the call is not retried: it is
+            a background refresh, or its waiters have left.
         attempts: Requests put on the wire for the call, including the current one.
-        last: The error of the attempt before, or None.
+        last: The error of the attempt before, or of the circuit breaker that keeps it waiting;
+            or None.
         failing_since: When the first attempt failed, or None.
         barred_since: Since when the circuit breaker has kept it waiting, or None.
         task: The task of the request on the wire, or None.

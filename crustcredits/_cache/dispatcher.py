@@ -3,7 +3,7 @@
 A call that waits has no task, token or timer of its own. One function starts all attempts. It runs
 when a call enters, when a request ends, and from one timer, and asks the schedulers again. Errors
 are values here: a pool has as many as it has bad keys, and an error that is never raised needs no
-traceback. The module must not know the waiters, their deadlines or the cache.
+traceback. The module must not know the cache, and of waiters only what `ApiCall` declares.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Dispatcher:
                 later=self._later,
                 store=store,
                 shares_accounts=rate_limit.scope != "client",
-                on_tokens=self._admit,
+                on_tokens=self._start_due,
                 counts_accounts=rate_limit.scope != "key",
                 probes=retry.attempts,
                 period=rate_limit.period,
@@ -91,7 +91,7 @@ class Dispatcher:
         self._turns = [*self.endpoints.values()]  # the endpoint that started last comes last
         self._alarm = Alarm(self._on_alarm)
         self._admitting = self._stopped = False
-        self._pauses = False  # until the alarm rings, which is due
+        self._is_deferred = False  # until the alarm rings, which is due
 
     # --- calls
 
@@ -101,14 +101,14 @@ class Dispatcher:
         endpoint = self.endpoints[call.path]
         # If other calls are held back, the same cause holds back this one too.
         is_behind = endpoint.scheduler.holds_back
-        endpoint.ask(call, now)
+        endpoint.enqueue(call, now)
         if not is_behind:
-            self._admit(now)
+            self._start_due(now)
 
     def enter_pool(self, path: str, pool: PoolFlow) -> None:
         """Begin the calls of a collection of known size, each at its turn."""
         self.endpoints[path].scheduler.put_pool(pool)
-        self._admit()
+        self._start_due()
 
     def leave_pool(self, path: str, pool: PoolFlow) -> None:
         """Give up the calls of a pool that have not begun."""
@@ -117,7 +117,7 @@ class Dispatcher:
     def leave(self, call: ApiCall) -> None:
         """Give up a call before its request is on the wire."""
         if self.endpoints[call.path].leave(call, _now()):
-            self._admit()
+            self._start_due()
 
     def move(self, call: ApiCall, flow: Flow) -> None:
         """Move a call to the flow of a waiter with a higher priority."""
@@ -126,7 +126,7 @@ class Dispatcher:
         call.park(parks=False)
         self.endpoints[call.path].scheduler.move(call, flow, _now())
         call.park(parks=is_parked)
-        self._admit()
+        self._start_due()
 
     def quota(self, path: str, key: ApiKey | None) -> Quota:
         """The part of the rate limit that is left on `path`.
@@ -143,9 +143,9 @@ class Dispatcher:
         account = None if key is None or self._scope == "client" else endpoint.account_of(key)
         return endpoint.scheduler.quota(account, _now())
 
-    def refusal(self, path: str) -> CrustCreditsError | None:
+    def breaker_error(self, path: str) -> CrustCreditsError | None:
         """The circuit breaker's error for requests on `path` now, or None."""
-        return self.endpoints[path].refusal(_now())
+        return self.endpoints[path].breaker_error(_now())
 
     def stop(self) -> None:
         """Start no more attempts."""
@@ -154,9 +154,9 @@ class Dispatcher:
 
     # --- starting
 
-    def _admit(self, now: float | None = None) -> None:
+    def _start_due(self, now: float | None = None) -> None:
         """Send every attempt that may start now, and set the alarm for the next one."""
-        if self._admitting or self._stopped or self._pauses:
+        if self._admitting or self._stopped or self._is_deferred:
             return
         self._admitting = True
         try:
@@ -165,14 +165,14 @@ class Dispatcher:
                 for call in itertools.islice(self._later.due(now), _SLICE):
                     self.endpoints[call.path].resume(call, now)
             for endpoint in self._turns:
-                if endpoint.again:
-                    endpoint.ask_again(now, _SLICE)
+                if endpoint.to_requeue:
+                    endpoint.requeue(now, _SLICE)
             moment = min(self._start_all(now), self._later.next_at)
             for endpoint in self._turns:
-                if endpoint.again:
+                if endpoint.to_requeue:
                     moment = now
             # The rest in the next iteration of the loop, so that other tasks run meanwhile.
-            self._pauses = moment <= now
+            self._is_deferred = moment <= now
             # An alarm that is set for an earlier moment stays: it is set again when it rings.
             if moment < self._alarm.at:
                 self._alarm.set(max(moment, now))
@@ -204,18 +204,18 @@ class Dispatcher:
     def _not_sent(self, endpoint: Endpoint, call: ApiCall, now: float) -> None:
         """Handle a granted call that is not sent: too late, or the circuit breaker is open."""
         if endpoint.is_barred(call, now):
-            endpoint.ask(call, now)
+            endpoint.enqueue(call, now)
         else:
             call.on_late()
 
     def _on_alarm(self) -> None:
-        self._pauses = False
-        self._admit()
+        self._is_deferred = False
+        self._start_due()
 
     def _send(self, endpoint: Endpoint, request: Attempt, now: float) -> None:
         call: ApiCall = request.call  # type: ignore[assignment]  # as are all calls here
         call.request = request
-        endpoint.send(call, now)
+        endpoint.note_sent(call, now)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug(
                 "%s: request sent %.3f s after its call", call.api_key.label, now - call.entered
@@ -236,7 +236,7 @@ class Dispatcher:
                 call.on_end(result)
             else:
                 self._go_on(call, result, now)
-            self._admit(now)
+            self._start_due(now)
         except asyncio.CancelledError:
             self._break_off(endpoint, call, None)
             raise
@@ -255,7 +255,7 @@ class Dispatcher:
         if call.task is not None:
             endpoint.ended(call, AttemptResult(status=None), _now())
         call.on_broken_off(error)
-        self._admit()
+        self._start_due()
 
     def _go_on(self, call: ApiCall, result: CrustCreditsError, now: float) -> None:
         """End a call, or retry it later. A call without a waiter is not retried."""

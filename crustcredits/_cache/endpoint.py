@@ -51,14 +51,14 @@ class Endpoint:
         shares_accounts: Whether the tokens of accounts are in the store too.
         on_tokens: Called when the store has brought tokens.
         counts_accounts: Whether the keys of a declared account share its tokens.
-        probes: For how many failed probes a call waits.
+        probes: Failed probes in a row, of any call, after which a call waits 1 s at the most.
         period: Seconds of the rate limit, for the headers of the answers.
 
     Attributes:
         path: Its path.
         counts_accounts: Whether the keys of a declared account share its tokens.
         scheduler: Its admission queue.
-        again: Calls that waited for a probe, which has ended: `ask_again` takes them.
+        to_requeue: Calls that waited for a probe, which has ended: `requeue` takes them.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Endpoint:
         self._period = period
         self._breaker = CircuitBreaker(path)
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
-        self.again: deque[ApiCall] = deque()
+        self.to_requeue: deque[ApiCall] = deque()
         self.scheduler = Scheduler(
             terms,
             pace=pace,
@@ -96,7 +96,7 @@ class Endpoint:
 
     # --- calls
 
-    def ask(self, call: ApiCall, now: float) -> None:
+    def enqueue(self, call: ApiCall, now: float) -> None:
         """Put a call into the queue, unless the circuit breaker refuses it."""
         self._later.drop(call)
         refusal = self._breaker.refusal(now, call.key) if self._breaker.is_open else None
@@ -112,7 +112,7 @@ class Endpoint:
         """Put a call into the queue again, for a retry or as a probe."""
         self._barred.pop(call, None)
         call.park(parks=False)
-        self.ask(call, now)
+        self.enqueue(call, now)
 
     def leave(self, call: ApiCall, now: float) -> bool:
         """Give up a call that waits. Returns whether another call may start because of that."""
@@ -147,18 +147,18 @@ class Endpoint:
 
     # --- the circuit breaker
 
-    def ask_again(self, now: float, most: int) -> None:
+    def requeue(self, now: float, most: int) -> None:
         """Ask again for calls that waited for a probe, up to `most` of them.
 
         The probe has ended, or the API has answered an older request.
         """
-        for _ in range(min(most, len(self.again))):
-            call = self.again.popleft()
+        for _ in range(min(most, len(self.to_requeue))):
+            call = self.to_requeue.popleft()
             if call in self._barred:  # otherwise it was given up, or has resumed
                 del self._barred[call]
-                self.ask(call, now)
+                self.enqueue(call, now)
 
-    def refusal(self, now: float) -> GatewayError | None:
+    def breaker_error(self, now: float) -> GatewayError | None:
         """The circuit breaker's error for requests now, or None."""
         return self._breaker.refusal(now)
 
@@ -166,7 +166,7 @@ class Endpoint:
         """Whether the circuit breaker refuses a request for this call now."""
         return self._breaker.is_open and self._breaker.refusal(now, call.key) is not None
 
-    def send(self, call: ApiCall, now: float) -> None:
+    def note_sent(self, call: ApiCall, now: float) -> None:
         """Note that a request is sent for a call: a probe, if the circuit breaker is open."""
         call.attempts += 1
         call.probe = self._breaker.start(now, call.key) if self._breaker.is_open else None
@@ -181,7 +181,7 @@ class Endpoint:
         if scheduler.is_barring or probe is not None:
             scheduler.is_barring = self._breaker.is_open
             if probe is not None or (self._barred and not scheduler.is_barring):
-                self.again.extend(self._barred)
+                self.to_requeue.extend(self._barred)
 
     def read(
         self, call: ApiCall, got: Response | Failure, now: float

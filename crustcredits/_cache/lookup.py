@@ -89,11 +89,11 @@ class FanOutWaiter:
     def _stand_in(self, result: Unknown, land: Land) -> None:
         assert self.call is not None
         cache_key = self.call.cache_key
-        land(self._lookup.given(cache_key, self.key, result, self.policy, self.began))
+        land(self._lookup.for_caller(cache_key, self.key, result, self.policy, self.began))
 
 
 class Lookup:
-    """Answers about keys.
+    """The answer for a key, from its cache entry or from a call.
 
     Args:
         calls: The calls under way.
@@ -107,7 +107,7 @@ class Lookup:
         self.calls = calls
         self._cache = cache
 
-    def known(
+    def cached(
         self, path: str, key: ApiKey | UnusableKey, policy: CachePolicy
     ) -> Outcome[Any] | None:
         """A cached outcome young enough, or None; a stale one is refreshed in the background."""
@@ -162,7 +162,7 @@ class Lookup:
             raise
         if policy is NEW and outcome.key is key:
             return outcome
-        return self.given(cache_key, key, outcome, policy, began)
+        return self.for_caller(cache_key, key, outcome, policy, began)
 
     def begin(
         self,
@@ -179,7 +179,7 @@ class Lookup:
         `own_timer` the caller ends the wait at the deadline.
         """
         key, policy = waiter.key, waiter.policy
-        outcome = None if policy is NEW else self.known(path, key, policy)
+        outcome = None if policy is NEW else self.cached(path, key, policy)
         if outcome is not None:
             waiter.hand_on(outcome)
             return
@@ -189,7 +189,7 @@ class Lookup:
             terms = terms._replace(own_timer=True)
         waiter.call = self.calls.join(cache_key, key, waiter, terms, flow)
 
-    def take_turn(
+    def open_for_pool(
         self,
         path: str,
         waiter: FanOutWaiter,
@@ -199,7 +199,8 @@ class Lookup:
     ) -> SharedCall:
         """Open the call of a key of a pool.
 
-        No other caller has asked about the key yet, or its number would have been found.
+        No call for the key is under way: another caller's call would have been made from its
+        number.
         """
         key = waiter.key
         cache_key = path, key.digest
@@ -212,7 +213,7 @@ class Lookup:
         call.entered = terms.began
         return call
 
-    def given(
+    def for_caller(
         self,
         cache_key: CacheKey,
         key: ApiKey,
@@ -226,14 +227,16 @@ class Lookup:
         """
         if isinstance(outcome, Unknown) and policy.if_error:
             entry = self._cache.find(cache_key)
-            outcome = (entry and entry.instead_of(outcome, policy, began, _now())) or outcome
+            stand_in = None if entry is None else entry.instead_of(outcome, policy, began, _now())
+            if stand_in is not None:
+                outcome = stand_in
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def too_late(self, path: str, key: ApiKey, policy: CachePolicy, began: float) -> Outcome[Any]:
         """The outcome of a key that had no turn before its deadline."""
         earliest = self.calls.endpoints[path].earliest_for(key, _now())
         outcome = failure(key, late_error(key, earliest - began))
-        return self.given((path, key.digest), key, outcome, policy, began)
+        return self.for_caller((path, key.digest), key, outcome, policy, began)
 
     def invalidate(self, key: ApiKey | None) -> None:
         """Drop the cache entries of `key`, or of all keys.
@@ -241,7 +244,7 @@ class Lookup:
         A request on the wire still answers its own waiters, and no later ones.
         """
         self._cache.forget(None if key is None else key.digest)
-        self.calls.outdate(key)
+        self.calls.detach(key)
 
     def _terms(
         self, cache_key: CacheKey, policy: CachePolicy, began: float, deadline: float
@@ -249,7 +252,7 @@ class Lookup:
         return WaitTerms(began, deadline, self._falls_back(cache_key, policy, began))
 
     def _falls_back(self, cache_key: CacheKey, policy: CachePolicy, began: float) -> bool:
-        """Whether a stale answer may replace a newer one while the API gives none."""
+        """Whether stale-if-error allows a stale answer for this caller."""
         entry = self._cache.find(cache_key) if policy.if_error else None
         return entry is not None and entry.may_stand_in(policy, began)
 

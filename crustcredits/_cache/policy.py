@@ -52,6 +52,18 @@ class CachePolicy(NamedTuple):
             return self.error
         return max(self.max_age, 1.0) if self.max_age or self.revalidate or self.if_error else 0.0
 
+    def is_fresh(self, age: float) -> bool:
+        """Whether a balance of this age is returned without a request."""
+        return age < self.max_age
+
+    def is_stale_while_revalidate(self, age: float) -> bool:
+        """Whether a balance of this age is returned at once, and refreshed in the background."""
+        return age < self.max_age + self.revalidate
+
+    def is_stale_if_error(self, age: float) -> bool:
+        """Whether a balance of this age is returned while the API gives no answer."""
+        return age < self.max_age + self.if_error
+
     def given(
         self,
         *,

@@ -41,7 +41,7 @@ class Pools:
         return self._find(cache_key) is not None
 
     def holds_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
-        """The secrets among these that wait in a pool for their turn."""
+        """The digests among these whose keys wait in a pool for their turn."""
         return {
             digest
             for pool in self._pools

@@ -46,8 +46,8 @@ class WaitTerms(NamedTuple):
 class CallOwner(Protocol):
     """The owner of calls, which ends their waiters: `SingleFlight`."""
 
-    def refuse_all(self, call: SharedCall) -> None: ...
-    def refuse_hopeless(self, call: SharedCall) -> None: ...
+    def time_out_all(self, call: SharedCall) -> None: ...
+    def time_out_hopeless(self, call: SharedCall) -> None: ...
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None: ...
     def break_off(self, call: SharedCall, error: BaseException | None) -> None: ...
 
@@ -81,7 +81,7 @@ class SharedCall(ApiCall):
         self.waiters: dict[Waiter, WaitTerms] = {}
         self.early: tuple[Pool, int] | None = None
 
-    def forget(self) -> None:
+    def release_references(self) -> None:
         """Hold on to no waiter and no check: a deadline may keep an ended call in memory."""
         self.first = None
         self.waiters = {}
@@ -99,10 +99,10 @@ class SharedCall(ApiCall):
         return max((terms.deadline for terms in self.waiters.values()), default=math.inf) - now
 
     def on_late(self) -> None:
-        self._owner.refuse_all(self)
+        self._owner.time_out_all(self)
 
     def on_wait(self) -> None:
-        self._owner.refuse_hopeless(self)
+        self._owner.time_out_hopeless(self)
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self._owner.end(self, result)
@@ -140,8 +140,8 @@ class Pool(PoolFlow):
     @property
     @abstractmethod
     def digests(self) -> KeysView[bytes]:
-        """The secrets of the check, whether they wait or not."""
+        """The digests of the keys of the check, whether they wait or not."""
 
     @abstractmethod
     def number_of(self, digest: bytes) -> int | None:
-        """The number of this secret, if it waits in the pool; else None."""
+        """The number of the key with this digest, if it waits in the pool; else None."""

@@ -38,7 +38,7 @@ _log = logging.getLogger("crustcredits")
 
 # Calls that one iteration of the loop queues, or ends.
 _SLICE = 1_000
-# Waiters whose latest deadline is computed anew when another one leaves.
+# Up to this many remaining waiters, the deadline is computed anew when one leaves.
 _FEW = 8
 
 
@@ -76,7 +76,7 @@ class SingleFlight:
         return cache_key in self._under_way or (bool(self._pools) and self._pools.holds(cache_key))
 
     def asked_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
-        """The secrets among these for which `is_asked` holds."""
+        """The digests among these for which `is_asked` holds."""
         asked = self._pools.holds_among(path, digests) if self._pools else set[bytes]()
         if len(digests) < len(self._under_way):
             asked.update(digest for digest in digests if (path, digest) in self._under_way)
@@ -129,7 +129,7 @@ class SingleFlight:
         flow: Flow,
         context: contextvars.Context,
     ) -> SharedCall:
-        """Make a new call, with its first waiter, which has still to enter a queue."""
+        """Make a new call with its first waiter. The caller lets the call enter a queue."""
         call = self._under_way[cache_key] = SharedCall(
             self,
             cache_key,
@@ -174,7 +174,7 @@ class SingleFlight:
         if call.task is None:
             self._drop(call)
 
-    def outdate(self, key: ApiKey | None) -> None:
+    def detach(self, key: ApiKey | None) -> None:
         """Let no later waiter join a request that is on the wire for `key`, or for any key."""
         for cache_key, call in list(self._under_way.items()):
             if call.task is not None and (key is None or key.digest == cache_key[1]):
@@ -190,7 +190,7 @@ class SingleFlight:
         for number, call in enumerate(calls, start=1):
             if self._is_under_way(call):
                 self._settle(call, failure(call.api_key, closed_error()))
-                self._end(call)
+                self._withdraw(call)
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
         self._deadlines.close()
@@ -213,20 +213,20 @@ class SingleFlight:
         self._dispatcher.leave_pool(pool.path, pool)
         for leave in leaving:
             leave()
-        self._enter(deque(self._pools.release_early(pool)))
+        self._queue_released(deque(self._pools.release_early(pool)))
 
-    def _enter(self, calls: deque[SharedCall]) -> None:
+    def _queue_released(self, calls: deque[SharedCall]) -> None:
         """Queue calls whose pool has gone and that others await, a slice at a time."""
         for _ in range(min(_SLICE, len(calls))):
             call = calls.popleft()
             if self._is_under_way(call):
                 self._dispatcher.enter(call)
         if calls:
-            asyncio.get_running_loop().call_soon(self._enter, calls)
+            asyncio.get_running_loop().call_soon(self._queue_released, calls)
 
     # --- deadlines
 
-    def refuse_hopeless(self, call: SharedCall) -> None:
+    def time_out_hopeless(self, call: SharedCall) -> None:
         """End the waiters with a deadline before the next attempt of `call` can start."""
         patient = [
             (waiter, terms.deadline)
@@ -240,7 +240,7 @@ class SingleFlight:
             if deadline < earliest:
                 self.time_out(call, waiter)
 
-    def refuse_all(self, call: SharedCall) -> None:
+    def time_out_all(self, call: SharedCall) -> None:
         """End all waiters: their deadlines come before an answer could."""
         for waiter in tuple(call.waiters):
             self.time_out(call, waiter, is_late=True)
@@ -288,9 +288,9 @@ class SingleFlight:
             outcome = failure(call.api_key, result)
         evicted = self._record(call, outcome) if is_joined else None
         self._settle(call, outcome)
-        call.forget()
+        call.release_references()
         if evicted is not None:
-            self._forget(evicted)
+            self._drop_refresh_of(evicted)
 
     def break_off(self, call: SharedCall, error: BaseException | None) -> None:
         """End the waiters of a call that was cancelled from outside or failed unexpectedly."""
@@ -303,7 +303,7 @@ class SingleFlight:
                 waiter.cancel()
             else:
                 waiter.set_exception(error)
-        call.forget()
+        call.release_references()
 
     def _record(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
         """Cache the outcome of a call. Returns the cache key that was evicted for it, if any."""
@@ -338,7 +338,7 @@ class SingleFlight:
                     type(error).__name__,
                 )
 
-    def _forget(self, cache_key: CacheKey) -> None:
+    def _drop_refresh_of(self, cache_key: CacheKey) -> None:
         """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
         call = self._under_way.get(cache_key)
         if call is not None and not (call.is_foreground or call.task is not None):
@@ -349,10 +349,10 @@ class SingleFlight:
         self._pools.leave_early(call)
         if self._remove(call):
             self._cache.given_up(call.cache_key)
-        self._end(call)
-        call.forget()
+        self._withdraw(call)
+        call.release_references()
 
-    def _end(self, call: SharedCall) -> None:
+    def _withdraw(self, call: SharedCall) -> None:
         """Take a call out of the queue, or cancel its request."""
         if call.task is None:
             self._dispatcher.leave(call)

@@ -237,21 +237,19 @@ class CacheEntry:
         balance = self._balance
         if balance is not None:
             age = self._age(policy, now)
-            if age < policy.max_age:
+            if policy.is_fresh(age):
                 return self._fresh or self._make_fresh(balance)
-            if age < policy.max_age + policy.revalidate:
+            if policy.is_stale_while_revalidate(age):
                 return self._stale_now(balance, now)
-            if age < policy.max_age + policy.if_error and self._is_down(now):
+            if policy.is_stale_if_error(age) and self._is_down(now):
                 return self._stale_now(balance, now)
         if self._failed is not None and self._failed.age(now) < policy.error_age:
             return self._failure
         return None
 
     def may_stand_in(self, policy: CachePolicy, now: float) -> bool:
-        """Whether stale-if-error lets the balance replace a newer one while the API gives none."""
-        return (
-            self._balance is not None and self._age(policy, now) < policy.max_age + policy.if_error
-        )
+        """Whether stale-if-error allows the balance while the API gives no answer."""
+        return self._balance is not None and policy.is_stale_if_error(self._age(policy, now))
 
     def instead_of(
         self, failure: Unknown, policy: CachePolicy, began: float, now: float
@@ -264,9 +262,9 @@ class CacheEntry:
         if self._balance is None or isinstance(failure.error, (*_OF_THE_KEY, ClientClosedError)):
             return None
         age = self._age(policy, now)
-        if self._received > began or age < policy.max_age:
+        if self._received > began or policy.is_fresh(age):
             return self._fresh or self._make_fresh(self._balance)
-        if age >= policy.max_age + policy.if_error:
+        if not policy.is_stale_if_error(age):
             return None
         if isinstance(failure.error, RateLimitWaitError) and not policy.own_limit:
             return None
@@ -289,7 +287,7 @@ class CacheEntry:
         balance, failure = self._balance, self._failure
         if balance is None:
             return failure
-        if self._age(policy, now) >= policy.max_age:
+        if not policy.is_fresh(self._age(policy, now)):
             return self._stale_now(balance, now)
         fresh = self._fresh or self._make_fresh(balance)
         return fresh if failure is None else attrs.evolve(fresh, error=failure.error)

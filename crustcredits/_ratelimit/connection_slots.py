@@ -1,4 +1,4 @@
-"""`ConnectionSlots`: a bound on the requests on the wire, and on those that hang there.
+"""`ConnectionSlots`: the bound on concurrency, which counts requests on the wire.
 
 A request without an answer for too long is called hanging. It gives its slot back, so that hanging
 keys hold up no others. The number of hanging requests is bounded too. A value: methods take the

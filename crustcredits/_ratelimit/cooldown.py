@@ -1,6 +1,8 @@
 """`EndpointCooldown`: the trial after a refusal, and the cooldown after a run of refused probes.
 
-A value: methods take the time as `now`. A trial in its cooldown is called held.
+The cooldown of a single account after a 429 is `AccountQueue.cools_until`, which `feedback` sets.
+
+A value: methods take the time as `now`. A trial may become a cooldown.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Trial:
         width: Most probes on the wire.
         on_wire: Probes on the wire.
         refused: Refused probes in a row.
-        is_held: Whether the trial has become a cooldown of the endpoint.
+        is_cooldown: Whether the trial has become a cooldown of the endpoint.
         holds: Refused probes of the cooldown, the one that started it included.
         with_counts: Whether the refusal that started the last cooldown had counts.
     """
@@ -55,7 +57,7 @@ class Trial:
     width: int = 1
     on_wire: int = 0
     refused: int = 0
-    is_held: bool = False
+    is_cooldown: bool = False
     holds: int = 0
     with_counts: bool = False
 
@@ -113,13 +115,13 @@ class EndpointCooldown:
         trial.is_of_several = trial.concerns_others_than(account)
         if probe is trial:
             trial.refused += 1
-        elif trial.is_held:  # sent before the cooldown
+        elif trial.is_cooldown:  # sent before the cooldown
             trial.until = max(trial.until, now + min(wait or 0.0, self._period))
             return False
-        if not trial.is_held and trial.refused < self._needed(evidence, now) - 1:
+        if not trial.is_cooldown and trial.refused < self._needed(evidence, now) - 1:
             return False
-        again, trial.is_held, trial.with_counts, trial.width = (
-            trial.is_held,
+        again, trial.is_cooldown, trial.with_counts, trial.width = (
+            trial.is_cooldown,
             True,
             evidence.has_counts,
             1,
@@ -137,7 +139,7 @@ class EndpointCooldown:
             return
         trial.width *= 2
         trial.refused = trial.holds = 0
-        if trial.width > _OVER or (apart and (not trial.is_held or trial.with_counts)):
+        if trial.width > _OVER or (apart and (not trial.is_cooldown or trial.with_counts)):
             self.trial = None
 
     def _needed(self, evidence: Evidence, now: float) -> int:

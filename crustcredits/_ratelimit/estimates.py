@@ -24,7 +24,7 @@ from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket
 
 
 class Estimates:
-    """Reads the parts of a scheduler, and changes none of them.
+    """Reads the parts of a scheduler, and changes no decision of it.
 
     Args:
         terms: The settings of the scheduler.
@@ -65,7 +65,7 @@ class Estimates:
     def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
         """How many more calls of a flow are likely to start within these seconds, up to `most`.
 
-        An estimate. If none is, the second value says in how many seconds one is.
+        An estimate. With 0, the second value is the seconds until one is.
         """
         if not self._permits.counts_common:
             return most, 0.0
@@ -122,13 +122,13 @@ class Estimates:
     ) -> Quota:
         """A quota without the calls that wait, with this share as the reserve."""
         trial = self._cooldown.trial
-        is_held = trial is not None and trial.is_held
+        is_cooldown = trial is not None and trial.is_cooldown
         until = cools_until if trial is None else max(cools_until, trial.until)
         return Quota(
             limit=bucket.limit,
             free=bucket.available(now),
             in_flight=bucket.on_wire,
-            cooldown=max(0.0, until - now) if until > now or is_held else None,
+            cooldown=max(0.0, until - now) if until > now or is_cooldown else None,
             probing=trial is not None and trial.on_wire > 0,
             degraded=bucket.is_degraded,
             returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),

@@ -1,4 +1,4 @@
-"""`FairQueue`: calls that wait, and whose turn it is. It knows no time and no limits."""
+"""`FairQueue`: the order in which waiting calls take turns. It knows no time and no limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GONE = 2**32 - 1
 
 
 class Kind(enum.IntEnum):
-    """The kind of a call, the best first: the best kind of its waiters."""
+    """The priority of a call, the highest first: the highest one of its waiters."""
 
     SINGLE = 0  # a call for one key
     MANY = 1  # a check or a stream
@@ -32,8 +32,8 @@ class Flow:
 
     Attributes:
         kind: The kind of its calls.
-        on_parked: Called with 1 when one of its calls begins to wait for its own account, and with
-            -1 when that is over.
+        on_parked: Called with 1 when one of its calls begins to wait for its own account or for a
+            retry, and with -1 when that is over.
     """
 
     __slots__ = ("kind", "on_parked")
@@ -52,11 +52,11 @@ class Call:
         account: The account whose tokens it takes; for a key without a declared account the key
             itself.
         flow: The flow it belongs to.
-        was_asked: Whether a request was sent for it before.
+        was_sent: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.
         queue: The queue in which it waits, if any.
         let_out_of: The token queue that has let it out, while it has not started since.
-        deadline: When the last of its waiters leaves.
+        deadline: Not before the last of its waiters leaves.
     """
 
     __slots__ = (
@@ -69,7 +69,7 @@ class Call:
         "let_out_of",
         "queue",
         "spared",
-        "was_asked",
+        "was_sent",
     )
 
     _list: list[Call]  # the list that holds it while it waits
@@ -79,7 +79,7 @@ class Call:
         self.key = key
         self.account = account
         self.flow = flow
-        self.was_asked = False
+        self.was_sent = False
         self.spared = 0
         self.let_out_of: object | None = None
         self.deadline = math.inf
@@ -104,9 +104,9 @@ class PoolFlow(Flow, ABC):
         "_accounts",
         "_base",
         "_counts",
-        "_fresh",
         "_groups",
         "_head",
+        "_numbers",
         "_turns",
         "_where",
         "queue",
@@ -118,8 +118,8 @@ class PoolFlow(Flow, ABC):
         self.queue: FairQueue | None = None
         self.waiting = len(accounts)
         self._accounts = accounts
-        self._fresh = array("I", range(len(accounts)))  # waiting numbers, to draw from
-        self._where = array("I", self._fresh)  # the index of each number in `_fresh`
+        self._numbers = array("I", range(len(accounts)))  # waiting numbers, to draw from
+        self._where = array("I", self._numbers)  # the index of each number in `_numbers`
         self._base = 0  # the ticket of number 0
         self._head = 0  # the first number without a declared account that may wait
         # Declared accounts, each with the ticket of its turn.
@@ -143,10 +143,10 @@ class PoolFlow(Flow, ABC):
 
     def take_out(self, number: int) -> None:
         """Take a number out of those that wait."""
-        last = self._fresh.pop()
+        last = self._numbers.pop()
         where = self._where[number]
         if last != number:
-            self._fresh[where] = last
+            self._numbers[where] = last
             self._where[last] = where
         self._where[number] = _GONE
         self.waiting -= 1
@@ -186,7 +186,7 @@ class PoolFlow(Flow, ABC):
 
     def draw(self, index: int) -> int:
         """The number at this index of the waiting numbers, in no order."""
-        return self._fresh[index]
+        return self._numbers[index]
 
     def of_account(self, account: Hashable) -> int:
         """How many numbers of a declared account wait."""
@@ -216,7 +216,7 @@ class PoolFlow(Flow, ABC):
 class _FlowQueue:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
-    __slots__ = ("accounts", "asked", "drawn", "fresh", "left", "pool", "tickets", "turns")
+    __slots__ = ("accounts", "drawn", "left", "pool", "sent", "tickets", "turns", "unsent")
 
     def __init__(self) -> None:
         # Calls that have left out of turn, and may still be in their account's deque.
@@ -226,19 +226,19 @@ class _FlowQueue:
         # Accounts, each with the ticket of its turn.
         self.turns: deque[tuple[int, Hashable]] = deque()
         self.tickets = 0
-        self.fresh: list[Call] = []
-        self.asked: list[Call] = []
+        self.unsent: list[Call] = []
+        self.sent: list[Call] = []
         self.pool: PoolFlow | None = None  # the pool with numbers that wait here too
 
     @property
     def length(self) -> int:
         """Calls that wait."""
-        return len(self.fresh) + len(self.asked) + (0 if self.pool is None else self.pool.waiting)
+        return len(self.unsent) + len(self.sent) + (0 if self.pool is None else self.pool.waiting)
 
     @property
-    def never_asked(self) -> int:
+    def never_sent(self) -> int:
         """Waiting calls for which no request was sent yet."""
-        return len(self.fresh) + (0 if self.pool is None else self.pool.waiting)
+        return len(self.unsent) + (0 if self.pool is None else self.pool.waiting)
 
     def add_first(self, call: Call) -> None:
         """Add a call before all others of its account, which has the next turn if it had none."""
@@ -276,7 +276,7 @@ class _FlowQueue:
         When more such calls than waiting ones are in the deques, the deques are cleared of them.
         """
         self.left += 1
-        there = len(self.fresh) + len(self.asked)
+        there = len(self.unsent) + len(self.sent)
         if there and self.left <= there + _FEW:
             return
         self.left = 0
@@ -367,11 +367,6 @@ class FairQueue:
         return self.length
 
     @property
-    def foreground(self) -> int:
-        """The number of foreground calls."""
-        return self.length - self._in_background
-
-    @property
     def has_foreground(self) -> bool:
         """Whether it has foreground calls; `pop` takes these first."""
         return self.length > self._in_background
@@ -402,7 +397,7 @@ class FairQueue:
             flow_queue.add_first(call)
         else:
             flow_queue.add(call)
-        calls = flow_queue.asked if call.was_asked else flow_queue.fresh
+        calls = flow_queue.sent if call.was_sent else flow_queue.unsent
         call.queue, call._list, call._index = self, calls, len(calls)  # noqa: SLF001  # only this module uses them
         calls.append(call)
         self.length += 1
@@ -453,24 +448,23 @@ class FairQueue:
                 break
             del self._flow_queues[flow]
         ring.append(flow)
-        never_asked = (
-            flow_queue.never_asked
+        never_sent = (
+            flow_queue.never_sent
             if draw is not None and (draw_singles or flow.kind is not Kind.SINGLE)
             else 0
         )
-        self._draws += bool(draw_singles and flow_queue.asked)
+        self._draws += bool(draw_singles and flow_queue.sent)
         if (
             draw is not None
-            and never_asked
-            and (not draw_singles or not flow_queue.asked or self._draws % _DRAWS)
+            and never_sent
+            and (not draw_singles or not flow_queue.sent or self._draws % _DRAWS)
         ):
-            index = draw.randrange(never_asked)
-            if index >= len(flow_queue.fresh):
+            index = draw.randrange(never_sent)
+            if index >= len(flow_queue.unsent):
                 assert flow_queue.pool is not None
-                return self._begin(
-                    flow_queue.pool, flow_queue.pool.draw(index - len(flow_queue.fresh)), flow_queue
-                )
-            call = flow_queue.fresh[index]
+                number = flow_queue.pool.draw(index - len(flow_queue.unsent))
+                return self._begin(flow_queue.pool, number, flow_queue)
+            call = flow_queue.unsent[index]
             flow_queue.drawn.add(call)
             self.remove(call)
             return call

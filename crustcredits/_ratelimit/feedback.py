@@ -1,7 +1,7 @@
 """`Feedback`: the effects of an ended request on tokens, scope, limit, cooldown and pace.
 
-Each answer tells something: how many requests the server has counted, which limit it keeps to, or
-that it refuses. A token returns by the way in which its request ended.
+An answer shows the server's count, its limit, or a refusal. How a request ended decides when its
+tokens return.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Feedback:
 
     def not_served(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
         """Note any other end of a request. Returns whether it costs its call no attempt."""
-        self._take_back(request, answer, now)
+        self._return_unserved(request, answer, now)
         foreign = answer.is_refused and answer.used is None and self._scope.has_seen_counts
         if answer.status is not None:
             self._note_probe(request, foreign=foreign)
@@ -92,7 +92,10 @@ class Feedback:
     # --- counts and limits
 
     def _learn(self, request: Attempt, answer: AttemptResult, now: float) -> tuple[bool, bool]:
-        """Returns whether a served answer proves a separate count, and the weaker sign."""
+        """Update scope and limit from a served answer.
+
+        Returns whether it proves a separate count, and whether it is a weaker sign of one.
+        """
         used, limit, started = answer.used, answer.limit, request.started
         if used is None or limit is None:
             self._scope.served(started, now)
@@ -113,7 +116,7 @@ class Feedback:
     def _adopt(self, request: Attempt, limit: int, used: int, now: float) -> None:
         """Follow the limit of an answer where its count supports it.
 
-        The limit is an unusual one, or follows such a limit.
+        Called when the stated limit differs from the followed one, or did recently.
         """
         account, period, window = request.account, self._terms.period, self._terms.window
         # Tokens return a period after the end. A request that ended so long ago may not be in the
@@ -121,7 +124,7 @@ class Feedback:
         aged = now + period - window + min(self._terms.late, window / 2)
         seen_of_account = account.bucket.returning(aged, request.started + period)
         account.bucket.limit = self._own_limit.note(account.name, limit, used, seen_of_account)
-        # A proof has fewer used than seen.
+        # An answer that proves a separate count has `used` below `seen`, so its limit is ignored.
         adopted = self._common_limit.note(
             account.name, limit, used, self._scope.ended_before(request.started, now)
         )
@@ -136,7 +139,7 @@ class Feedback:
 
     # --- tokens
 
-    def _take_back(self, request: Attempt, answer: AttemptResult, now: float) -> None:
+    def _return_unserved(self, request: Attempt, answer: AttemptResult, now: float) -> None:
         """Return the tokens of a request: at once if the server does not count it.
 
         Later if the time at which the server counts it is unknown.
@@ -172,7 +175,7 @@ class Feedback:
     def _refused(
         self, request: Attempt, answer: AttemptResult, now: float, *, foreign: bool
     ) -> bool:
-        """Returns whether the refusal costs its call no attempt."""
+        """Note a refusal. Returns whether it costs its call no attempt."""
         account, trial = request.account, request.trial
         if answer.wait is not None:
             account.cools_until = max(account.cools_until, now + answer.wait)
@@ -197,7 +200,7 @@ class Feedback:
             is_counted_apart=self._scope.is_counted_apart(now),
         )
         before = self._cooldown.trial
-        was_held = before is not None and before.is_held
+        was_held = before is not None and before.is_cooldown
         if not self._cooldown.refused(
             request.account.name, request.trial, answer.wait, evidence, now
         ):

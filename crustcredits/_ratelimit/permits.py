@@ -68,7 +68,7 @@ class Permits:
         """
         account = self.accounts.of(call)
         if account.key != call.key:
-            account.is_shared = True
+            account.has_several_keys = True
         if account.room(call.flow.kind, now) <= 0:
             self._wait_for_account(account, call, now)
             return None
@@ -104,7 +104,7 @@ class Permits:
             call.queue.remove(call)
         let_out_of = self._take_back(call)
         if account is not None:
-            self.accounts.let_go(account, now)
+            self.accounts.forget_if_unused(account, now)
             self.release(account, now)
         if let_out_of is self.common:
             self.release(self.common, now)
@@ -119,7 +119,7 @@ class Permits:
         if self._take_back(call) is self.common:
             self._release_at(self.common, now)
         if account is not None:
-            self.accounts.let_go(account, now)
+            self.accounts.forget_if_unused(account, now)
             self.release(account, now)
 
     def give_up(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
@@ -131,7 +131,7 @@ class Permits:
                 self._park(call, -1)
             account = self.accounts.find(call.account)
             if account is not None:
-                self.accounts.let_go(account, now)
+                self.accounts.forget_if_unused(account, now)
                 self.release(account, now)
         return given_up
 
@@ -209,7 +209,7 @@ class Permits:
         let_out_of = self._take_back(call)
         self.common.push(call)
         if isinstance(call.flow, PoolFlow) and call.flow.queue is self._ready:
-            self.common.push_pool(call.flow)  # none of the others could start either
+            self.common.push_pool(call.flow)  # no other call of the pool could start now
         if let_out_of is self.common:  # as above
             self.release(self.common, now)
             return
@@ -244,17 +244,17 @@ class Permits:
     def _arm(self, queue: TokenQueue, now: float) -> None:
         """Set the moment at which the queue has room again for one of its waiting calls."""
         moment = queue.next_room(now)
-        if moment is not None and not now < queue.timer <= moment:
+        if moment is not None and not now < queue.releases_at <= moment:
             self._release_at(queue, moment)
 
     def _release_at(self, queue: TokenQueue, moment: float) -> None:
-        queue.timer = moment
+        queue.releases_at = moment
         heapq.heappush(self._moments, (moment, next(self._ids), queue))
 
     def _wake(self, name: Hashable | None) -> None:
         """Note that the tokens of an account, or the common ones, changed outside the scheduler.
 
-        They have come unexpectedly, or will not come by themselves.
+        A lease has arrived, or none will arrive.
         """
         queue = self.common if name is None else self.accounts.find(name)
         if queue is not None:  # otherwise no call waits any more, and the account was forgotten

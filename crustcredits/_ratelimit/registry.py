@@ -1,6 +1,6 @@
 """`Accounts`: the accounts of an endpoint that have tokens out or calls that wait.
 
-An account is forgotten when all its tokens are back and no call waits.
+Eviction of idle buckets: an account is forgotten when all its tokens are back and no call waits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Accounts:
             )
         return account
 
-    def let_go(self, account: AccountQueue, now: float) -> None:
+    def forget_if_unused(self, account: AccountQueue, now: float) -> None:
         """Note that a call has left without a request, and forget an account that is not in use."""
         is_in_use = account.let_out or account.refreshes_let_out or len(account)
         if account.idles_at is None and not is_in_use and account.cools_until <= now:

@@ -42,7 +42,7 @@ def room_at(kind: Kind, bucket: Bucket, kept: int, now: float) -> float | None:
     """When calls of this kind may take a token; None if another event has to happen first."""
     if kind is not Kind.BACKGROUND:
         return bucket.room_at(now, kept)
-    # With room another refresh has been let out, unless it is too early for one.
+    # A token is free: either the spacing delays the refresh, or another one was let out already.
     if bucket.room(now, kept) > 0:
         return bucket.next_refresh if bucket.next_refresh > now else None
     moment = bucket.room_at(now, kept)

@@ -4,9 +4,9 @@ A call starts only without a cooldown of its endpoint or its account. The trial 
 connection slot must be free, and the pace must allow the start. The account's bucket and the common
 bucket must have a token each. The call takes all of them in that one moment.
 
-Every decision is a function of values and the time `now`. The dispatcher has the timers and tasks,
-and asks again at the moment that `grant` names. Both endpoints of a client share the pace and the
-slots.
+It does no I/O and never waits: methods take the time as `now`, and only the pace reads the loop's
+clock, through aiolimiter. The dispatcher has the timers and tasks, and asks again at the moment
+that `grant` names. Both endpoints of a client share the pace and the slots.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from crustcredits._ratelimit.token_queue import AccountQueue
 _REFRESHES_ON_WIRE = 4
 # Most calls that one `grant` passes over.
 _LOOKS = 1_000
-# A call is not sent if less time is left than this multiple of the usual answer time, and at most
-# these seconds. Otherwise, in an overload, the next call is always the one that expires next, and
-# each token is spent without a use.
+# Where starts are scarce, a call needs the time of this many usual answers, and no more than these
+# seconds. Otherwise the next call is always the one that expires next, and each token is spent
+# without a use.
 _ANSWERS = 2.0
 _SHORT = 0.4
 
@@ -122,7 +122,7 @@ class Scheduler:
         return call.queue is not None and self.permits.remove(call, now)
 
     def move(self, call: Call, flow: Flow, now: float) -> None:
-        """Move a call to another flow, at whose end it waits if it waits at all."""
+        """Move a call to another flow. A waiting call goes to the end of that flow."""
         waits = call.queue is not None
         self.remove(call, now)
         call.flow = flow
@@ -162,8 +162,8 @@ class Scheduler:
             if not self.ready.length:
                 break
             trial = self.cooldown.trial
-            is_held, until = self._is_held(trial, now)
-            if is_held:
+            is_blocked, until = self._is_blocked(trial, now)
+            if is_blocked:
                 break
             found = self._take(trial, now)
             if isinstance(found, Attempt):
@@ -202,7 +202,7 @@ class Scheduler:
         permits.accounts.forget_idle(now)
         return spared
 
-    def _is_held(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
+    def _is_blocked(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
         """Whether no call of this endpoint may start, and until when.
 
         The second is None if that depends on another event.
@@ -229,9 +229,9 @@ class Scheduler:
         call = (
             self.ready.pop()
             if trial is None
-            else self.ready.pop(self._random, draw_singles=trial.is_held)
+            else self.ready.pop(self._random, draw_singles=trial.is_cooldown)
         )
-        if self._is_refused(call, now):
+        if self._must_not_start(call, now):
             self.permits.drop(call, now)
             return call
         account = self.permits.admit(call, now)
@@ -245,7 +245,7 @@ class Scheduler:
     def _start(self, call: Call, account: AccountQueue, trial: Trial | None, now: float) -> Attempt:
         self._pace.take(now)
         own, common = self.permits.take(call, account, now)
-        first, call.was_asked = not call.was_asked, True
+        first, call.was_sent = not call.was_sent, True
         kind = call.flow.kind
         request = Attempt(call, kind, now, own, common, trial, first, trial is not None, account)
         self._slots.take(request, now)
@@ -263,7 +263,7 @@ class Scheduler:
         return self.permits.earliest(name, now)
 
     def hopeless(self, names: Iterable[Hashable], deadline: float, now: float) -> list[int]:
-        """The numbers of the calls that certainly do not start before the deadline."""
+        """The indexes of the names whose calls certainly do not start before the deadline."""
         return self.permits.hopeless(names, deadline, now)
 
     def is_hopeless(self, call: Call, now: float) -> bool:
@@ -295,7 +295,7 @@ class Scheduler:
             room = min(room, math.ceil(rate * seconds))
         return self.ready.of_flow(flow) >= max(1, room)
 
-    def _is_refused(self, call: Call, now: float) -> bool:
+    def _must_not_start(self, call: Call, now: float) -> bool:
         """Whether the next call in turn must not be sent."""
         if call.deadline < math.inf and self.is_late(call, now):
             return True

@@ -91,7 +91,7 @@ class TokenBucket:
         return self.limit - kept - self.on_wire - len(returns)
 
     def room_at(self, now: float, kept: int) -> float | None:
-        """When there is room, or room for one more.
+        """When the next token can be taken.
 
         None where that needs a request on the wire to end.
         """
@@ -99,7 +99,7 @@ class TokenBucket:
         return self._returns[nth - 1] if nth <= len(self._returns) else None
 
     def want(self, count: int, kept: int) -> None:
-        """Note that `count` calls wait for tokens, and leave `kept` tokens.
+        """Note that `count` calls wait, which may take all tokens but `kept`.
 
         Does nothing: tokens return by themselves.
         """

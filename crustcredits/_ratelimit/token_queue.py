@@ -18,7 +18,7 @@ from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
 # The share of the common bucket that is not given before ten requests can witness; a smaller bucket
 # keeps no such share.
 _TENTH = 0.1
-_SMALLEST_WITH_A_TENTH = 11
+_LARGEST_WITHOUT_A_TENTH = 11
 
 
 class TokenQueue(ABC):
@@ -36,7 +36,7 @@ class TokenQueue(ABC):
         let_out: Foreground calls that were let out and have not started.
         refreshes_let_out: Background calls likewise.
         has_waiters: Whether calls have begun to wait since the queue was last found empty.
-        timer: The next moment at which it lets calls out.
+        releases_at: The next moment at which it lets calls out.
     """
 
     __slots__ = (
@@ -47,14 +47,14 @@ class TokenQueue(ABC):
         "has_waiters",
         "let_out",
         "refreshes_let_out",
-        "timer",
+        "releases_at",
     )
 
     def __init__(self, bucket: Bucket, terms: SchedulerTerms) -> None:
         self.bucket = bucket
         self.let_out = self.refreshes_let_out = 0
         self.has_waiters = False
-        self.timer = -math.inf
+        self.releases_at = -math.inf
         self._reserve = terms.reserve
         self._queues: Sequence[FairQueue] = ()  # by kind, once a call has waited
         self._last = Kind.MANY  # the kind of the foreground call that was let out last
@@ -184,15 +184,15 @@ class AccountQueue(TokenQueue):
     Attributes:
         name: The account.
         key: The first key.
-        is_shared: Whether calls of several keys have asked for its tokens. A check may take all
-            tokens of an account that is not: its calls are of one key.
+        has_several_keys: Whether calls of several keys have asked for its tokens. If not, a check
+            may take all of them: its calls are of one key.
         refreshing: Background calls on the wire.
         cools_until: No call starts before this time, because a call was refused.
         idles_at: When it is checked again whether the account can be forgotten; None if no check is
             planned.
     """
 
-    __slots__ = ("cools_until", "idles_at", "is_shared", "key", "name", "refreshing")
+    __slots__ = ("cools_until", "has_several_keys", "idles_at", "key", "name", "refreshing")
 
     def __init__(
         self, name: Hashable, key: Hashable, bucket: Bucket, terms: SchedulerTerms
@@ -200,7 +200,7 @@ class AccountQueue(TokenQueue):
         super().__init__(bucket, terms)
         self.name = name
         self.key = key
-        self.is_shared = False
+        self.has_several_keys = False
         self.refreshing = 0
         self.cools_until = -math.inf
         self.idles_at: float | None = None
@@ -208,13 +208,13 @@ class AccountQueue(TokenQueue):
     @property
     def reserve(self) -> float:
         """As for `TokenQueue`; 0 where all calls are of one key."""
-        return self._reserve if self.is_shared else 0.0
+        return self._reserve if self.has_several_keys else 0.0
 
     def room(self, kind: Kind, now: float) -> int:
         """As for `TokenQueue`."""
         if now < self.cools_until:
             return 0
-        if kind is not Kind.BACKGROUND and not self._reserve:  # the usual case, at its price
+        if kind is not Kind.BACKGROUND and not self._reserve:  # the usual case, at little cost
             return self.bucket.room(now, 0)
         kept = reserve.kept_from(kind, self.bucket, self.reserve)
         return reserve.room(kind, self.bucket, kept, now)
@@ -301,6 +301,6 @@ class CommonQueue(TokenQueue):
         if not self._withholds or self.bucket.is_shared:
             return 0
         most = self.bucket.limit - reserve.kept_for_singles(self.bucket, self._reserve)
-        if most <= _SMALLEST_WITH_A_TENTH or self._scope.can_witness(now):
+        if most <= _LARGEST_WITHOUT_A_TENTH or self._scope.can_witness(now):
             return 0
         return math.ceil(most * _TENTH)

@@ -63,7 +63,7 @@ def test_a_refusal_begins_a_trial_of_one_probe() -> None:
     assert not cooldown.refused("a", None, 5.0, UNKNOWN, 3.0)
     trial = trial_of(cooldown)
     assert (trial.account, trial.until, trial.width, trial.refused) == ("a", 3.0, 1, 0)
-    assert not trial.is_held
+    assert not trial.is_cooldown
 
 
 def test_a_second_refused_account_makes_a_trial_one_of_several() -> None:
@@ -207,9 +207,9 @@ def test_a_cooldown_reduces_a_trial_to_one_probe() -> None:
     cooldown.served(trial, apart=False)
     assert trial.width == 2
     refusals_until_a_cooldown(cooldown, WITH_COUNTS, 0.0)
-    assert (trial.width, trial.is_held, trial.with_counts, trial.holds) == (1, True, True, 1)
+    assert (trial.width, trial.is_cooldown, trial.with_counts, trial.holds) == (1, True, True, 1)
     assert cooldown.refused("a", trial, None, UNKNOWN, 1.0)
-    assert (trial.is_held, trial.with_counts, trial.holds) == (True, False, 2)
+    assert (trial.is_cooldown, trial.with_counts, trial.holds) == (True, False, 2)
 
 
 # --- the length of a cooldown
@@ -262,7 +262,7 @@ def test_a_served_probe_in_a_cooldown_makes_its_next_extension_a_short_one() -> 
     for now in range(1, 12):
         cooldown.refused("a", trial, None, UNKNOWN, float(now))
     cooldown.served(trial, apart=False)
-    assert (trial.is_held, trial.width) == (True, 2)
+    assert (trial.is_cooldown, trial.width) == (True, 2)
     assert cooldown.refused("a", trial, None, UNKNOWN, 100.0)
     assert (trial.until, trial.width) == (100.25, 1)
 

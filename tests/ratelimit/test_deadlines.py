@@ -163,7 +163,7 @@ def test_a_call_is_not_sent_when_its_time_is_nearly_over_and_others_wait() -> No
         assert (granted is late) is others
         assert isinstance(granted, Attempt) is not others
         late.queue = None
-        late.was_asked = False
+        late.was_sent = False
 
 
 def scheduler_with(

@@ -42,16 +42,16 @@ class Watched(Call):
     __slots__ = ("__weakref__",)
 
 
-def call(name: str, flow: Flow, account: str = "", *, was_asked: bool = False) -> Call:
+def call(name: str, flow: Flow, account: str = "", *, was_sent: bool = False) -> Call:
     """A call; without an account its key is the account."""
     made = Call(name, account or name, flow)
-    made.was_asked = was_asked
+    made.was_sent = was_sent
     return made
 
 
-def pushed(queue: FairQueue, flow: Flow, names: str, *, was_asked: bool = False) -> list[Call]:
+def pushed(queue: FairQueue, flow: Flow, names: str, *, was_sent: bool = False) -> list[Call]:
     """Calls with these names, the first letter of each is its account."""
-    calls = [call(name, flow, name[0], was_asked=was_asked) for name in names.split()]
+    calls = [call(name, flow, name[0], was_sent=was_sent) for name in names.split()]
     for each in calls:
         queue.push(each)
     return calls
@@ -68,7 +68,7 @@ def test_a_new_call_has_sent_no_request_and_waits_nowhere() -> None:
     flow = Flow(Kind.SINGLE, parked.append)
     new = Call("k", "A", flow)
     assert (new.key, new.account, new.flow) == ("k", "A", flow)
-    assert (new.was_asked, new.spared, new.deadline) == (False, 0, math.inf)
+    assert (new.was_sent, new.spared, new.deadline) == (False, 0, math.inf)
     assert (new.let_out_of, new.queue) == (None, None)
     assert flow.on_parked is not None
     flow.on_parked(1)
@@ -193,7 +193,7 @@ def test_calls_that_left_are_released_once_they_are_64_more_than_the_others(
     def push(numbers: Iterable[int]) -> list[weakref.ref[Watched]]:
         made = [Watched(f"{number}", f"a{number % accounts}", flow) for number in numbers]
         for number, each in enumerate(made):
-            each.was_asked = number % 3 == 0
+            each.was_sent = number % 3 == 0
             queue.push(each)
         return [weakref.ref(each) for each in made]
 
@@ -251,26 +251,21 @@ def test_calls_are_counted_by_kind_and_flow() -> None:
         Flow(Kind.SINGLE),
         Flow(Kind.BACKGROUND),
     )
-    assert (len(queue), queue.foreground, queue.has_foreground, queue.lengths()) == (
-        0,
-        0,
-        False,
-        {},
-    )
+    assert (len(queue), queue.has_foreground, queue.lengths()) == (0, False, {})
     (a1,) = pushed(queue, check, "a1")
-    pushed(queue, singles, "b1 c1", was_asked=True)
+    pushed(queue, singles, "b1 c1", was_sent=True)
     _, x1 = pushed(queue, refreshes, "w1 x1")
-    assert (len(queue), queue.length, queue.foreground, queue.has_foreground) == (5, 5, 3, True)
+    assert (len(queue), queue.length, queue.has_foreground) == (5, 5, True)
     assert queue.lengths() == {check: 1, singles: 2, refreshes: 2}
     queue.remove(a1)
     queue.remove(x1)
-    assert (len(queue), queue.foreground) == (3, 2)
+    assert (len(queue), queue.has_foreground) == (3, True)
     assert queue.lengths() == {singles: 2, refreshes: 1}
     assert popped(queue, 2) == "b1 c1"
-    assert (len(queue), queue.foreground, queue.has_foreground) == (1, 0, False)
+    assert (len(queue), queue.has_foreground) == (1, False)
     assert queue.lengths() == {singles: 0, refreshes: 1}
     assert popped(queue, 1) == "w1"
-    assert (len(queue), queue.foreground, queue.has_foreground) == (0, 0, False)
+    assert (len(queue), queue.has_foreground) == (0, False)
     assert queue.lengths() == {refreshes: 0}
 
 
@@ -280,7 +275,7 @@ def test_waiting_calls_of_an_account_are_counted_over_the_flows() -> None:
     queue.push_pool(pool)
     first, _, last, _ = pushed(queue, Flow(), "a1 a2 b1 c1")
     pushed(queue, Flow(Kind.SINGLE), "a3")
-    pushed(queue, pool, "a4", was_asked=True)
+    pushed(queue, pool, "a4", was_sent=True)
     pushed(queue, Flow(Kind.BACKGROUND), "a5 a6 d1")
     assert [queue.of_account(name, background=False) for name in "abcde"] == [6, 2, 1, 0, 0]
     assert [queue.of_account(name, background=True) for name in "abcde"] == [2, 0, 0, 1, 0]
@@ -297,7 +292,7 @@ def test_waiting_calls_of_an_account_are_counted_over_the_flows() -> None:
 def test_a_draw_takes_a_call_without_a_request_from_any_place() -> None:
     """While there is one; calls for which a request was sent get their turns after them."""
     queue, flow = FairQueue(), Flow()
-    pushed(queue, flow, "x1 y1", was_asked=True)
+    pushed(queue, flow, "x1 y1", was_sent=True)
     pushed(queue, flow, "a1 a2 b1 c1")
     draws = Draws((2, 0, 1, 0))
     drawn = [str(queue.pop(draws).key) for _ in range(4)]
@@ -358,7 +353,7 @@ def test_while_single_calls_are_drawn_one_of_four_goes_by_turn(kind: Kind) -> No
 
     pushed(queue, flow, "f1 f2 f3 f4 f5")
     assert (names(5), draws.counts) == ("fffff", [5, 4, 3, 2, 1])
-    pushed(queue, flow, "a1 b1 c1", was_asked=True)
+    pushed(queue, flow, "a1 b1 c1", was_sent=True)
     pushed(queue, flow, " ".join(f"f{number}" for number in range(10)))
     assert names(9) == "fffafffbf"
     if kind is Kind.MANY:
@@ -408,11 +403,7 @@ def test_accounts_of_a_pool_take_turns(accounts: list[str | None], order: str) -
     """A number without a declared account is an account of its own."""
     queue, pool = FairQueue(), Pool(accounts)
     queue.push_pool(pool)
-    assert (len(queue), queue.foreground, queue.lengths()) == (
-        len(accounts),
-        len(accounts),
-        {pool: len(accounts)},
-    )
+    assert (len(queue), queue.lengths()) == (len(accounts), {pool: len(accounts)})
     assert popped(queue) == order
     assert (len(queue), pool.waiting, queue.lengths()) == (0, 0, {})
 
@@ -595,7 +586,7 @@ def test_numbers_are_drawn_beside_the_calls_of_their_flow() -> None:
     queue, pool = FairQueue(), Pool([None, "a", None, "a"])
     queue.push_pool(pool)
     pushed(queue, pool, "x1 y1")
-    pushed(queue, pool, "z1", was_asked=True)
+    pushed(queue, pool, "z1", was_sent=True)
     draws = Draws((2, 1, 3, 0, 0, 0))
     drawn: list[Hashable] = [queue.pop(draws).key for _ in range(6)]
     assert drawn == ["p0", "y1", "p2", "x1", "p3", "p1"]

@@ -297,7 +297,7 @@ def refusals_until_cooldown(endpoint: Endpoint, answer: AttemptResult, at: float
     for number in range(40):
         endpoint.ask(f"refused{number}", at + number / 4, answer, seconds=0.125)
         assert endpoint.trial is not None
-        if endpoint.trial.is_held:
+        if endpoint.trial.is_cooldown:
             return number + 1
     raise AssertionError("no cooldown")
 
@@ -466,7 +466,7 @@ def play(endpoint: Endpoint, pattern: str, at: float) -> float:
     answers = {"F": refused(), "G": refused(), "R": refused(), "L": LOST, "E": FAILED, "B": FAILED}
     for letter in pattern.replace(" ", ""):
         each = call(f"{at}", endpoint.flow)
-        each.was_asked = letter in "BG"
+        each.was_sent = letter in "BG"
         assert (endpoint.trial is None) is (letter in "RN"), (pattern, at)
         request = start_call(endpoint.scheduler, each, at)
         at += 0.125

@@ -590,7 +590,7 @@ class Machine(RuleBasedStateMachine):
         Ten requests can witness before the last tenth of the common bucket is given.
         """
         buckets: list[Bucket] = [self.common] if request.common is not None else []
-        if request.account.is_shared:
+        if request.account.has_several_keys:
             buckets.append(request.account.bucket)
         for bucket in buckets if request.kind is not Kind.SINGLE else ():
             kept = min(bucket.limit - 1, math.ceil(self.reserve * bucket.limit))

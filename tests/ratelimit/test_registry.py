@@ -73,7 +73,7 @@ def test_an_account_is_known_from_its_first_call_on() -> None:
 
 def test_an_account_keeps_to_the_settings_of_the_scheduler() -> None:
     _, (account,) = known("A", reserve=0.5)
-    account.is_shared = True
+    account.has_several_keys = True
     assert account.reserve == 0.5
 
 
@@ -245,11 +245,11 @@ def test_an_account_of_which_nothing_is_out_is_forgotten_at_once() -> None:
     """Its bucket is new, or all its tokens have returned."""
     accounts, (new, returned) = known("new", "returned")
     used(returned, returns=60.0)
-    accounts.let_go(new, 1.0)
+    accounts.forget_if_unused(new, 1.0)
     assert accounts.find("new") is None
-    accounts.let_go(returned, 60.0)
+    accounts.forget_if_unused(returned, 60.0)
     assert len(accounts) == 0
-    accounts.let_go(returned, 60.0)  # a call of it that left a moment later
+    accounts.forget_if_unused(returned, 60.0)  # a call of it that left a moment later
     assert len(accounts) == 0
 
 
@@ -271,7 +271,7 @@ def test_an_account_that_is_in_use_is_checked_later(why: str) -> None:
         account.cools_until = 5.0
     else:
         accounts.forget_later(account, 9.0)
-    accounts.let_go(account, 1.0)
+    accounts.forget_if_unused(account, 1.0)
     assert accounts.find("a") is account
     assert account.idles_at == {"cooldown": 5.0, "planned": 9.0}.get(why, 1.0)
 
@@ -280,5 +280,5 @@ def test_an_account_is_forgotten_when_its_cooldown_is_just_over() -> None:
     """Not a moment later."""
     accounts, (account,) = known("a")
     account.cools_until = 5.0
-    accounts.let_go(account, 5.0)
+    accounts.forget_if_unused(account, 5.0)
     assert len(accounts) == 0

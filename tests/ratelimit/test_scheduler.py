@@ -85,7 +85,7 @@ def test_a_draw_takes_calls_without_a_request_and_single_calls_keep_their_turns(
     """Each call is drawn once; calls that have left are passed over."""
     queue, flow, singles, draw = FairQueue(), Flow(), Flow(Kind.SINGLE), random.Random(1)
     calls = [call(str(number), flow, "one") for number in range(20)]
-    calls[0].was_asked = True
+    calls[0].was_sent = True
     for each in calls:
         queue.push(each)
     queue.remove(calls[5])
@@ -499,7 +499,7 @@ def test_calls_with_an_earlier_request_get_their_turn_while_new_ones_are_drawn()
     """Of four draws one goes by turn, where single calls are drawn too."""
     queue, singles, draw = FairQueue(), Flow(Kind.SINGLE), random.Random(1)
     asked = call("asked", singles)
-    asked.was_asked = True
+    asked.was_sent = True
     queue.push(asked)
     for number in range(8):
         queue.push(call(str(number), singles))
@@ -875,7 +875,7 @@ def test_an_attempt_tells_with_which_permit_it_was_sent() -> None:
     assert first.account.bucket.own(first.own) == 1
     assert first.common is not None
     scheduler.ended(first, FAILED, 2.0)
-    assert each.was_asked
+    assert each.was_sent
     assert not start_call(scheduler, each, 3.0).first
 
 
@@ -885,7 +885,7 @@ def probes(seed: int, kind: Kind, *, held: bool) -> list[object]:
     scheduler, flow = scheduler_of(terms(scope=scope), pace=None, seed=seed), Flow(kind)
     cooled_down(scheduler, 0.0, 0.0)
     assert scheduler.cooldown.trial is not None
-    assert scheduler.cooldown.trial.is_held is held
+    assert scheduler.cooldown.trial.is_cooldown is held
     for number in range(20):
         scheduler.put(call(str(number), flow))
     keys_: list[object] = []

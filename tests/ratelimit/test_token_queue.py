@@ -72,7 +72,7 @@ def account_of(
     on_wire: int = 0,
 ) -> AccountQueue:
     queue = AccountQueue("A", "k", with_returns(Bucket(limit), returns, on_wire), terms(reserve))
-    queue.is_shared = is_shared
+    queue.has_several_keys = is_shared
     return queue
 
 
@@ -125,7 +125,7 @@ def released(queue: TokenQueue, now: float) -> list[Hashable]:
 def test_nothing_waits_at_first() -> None:
     queue = account_of(3)
     assert (len(queue), list(queue.queues), queue.has_waiters) == (0, [], False)
-    assert (queue.let_out, queue.refreshes_let_out, queue.timer) == (0, 0, -math.inf)
+    assert (queue.let_out, queue.refreshes_let_out, queue.releases_at) == (0, 0, -math.inf)
     assert [queue.waiting(kind) for kind in Kind] == [0, 0, 0]
     assert not any(map(queue.waits_before, Kind))
     assert not list(queue.drain())
@@ -140,7 +140,7 @@ def test_nothing_waits_at_first() -> None:
 
 
 def test_an_account_has_calls_of_one_key_at_first() -> None:
-    assert AccountQueue("A", "k", Bucket(1), terms()).is_shared is False
+    assert AccountQueue("A", "k", Bucket(1), terms()).has_several_keys is False
 
 
 def test_calls_wait_by_kind() -> None:
