@@ -74,7 +74,6 @@ class Scheduler:
         make_bucket: MakeBucket = local_bucket,
         is_barred: Callable[[Call, float], bool] | None = None,
     ) -> None:
-        self._terms = terms
         self._random = random.Random(seed)
         self._is_barred = is_barred
         self.is_barring = is_barred is not None

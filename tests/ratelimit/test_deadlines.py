@@ -260,6 +260,18 @@ def test_starts_are_scarce_when_as_many_calls_are_ready_as_can_start(
     assert scheduler.is_late(each, 8.0) is late
 
 
+@pytest.mark.parametrize(("ready", "late"), [(3, False), (4, True)])
+def test_the_reserve_is_room_for_single_calls(ready: int, *, late: bool) -> None:
+    """Starts are scarce for them only when all tokens are spoken for."""
+    scheduler, _ = scheduler_with(requests=4, scope="client", reserve=0.5)
+    singles = Flow(Kind.SINGLE)
+    for number in range(ready):
+        scheduler.put(call(str(number), singles))
+    each = call("late", singles)
+    each.deadline = 8.125
+    assert scheduler.is_late(each, 8.0) is late
+
+
 def test_without_another_call_of_its_flow_starts_are_never_scarce() -> None:
     """Even if no slot is free: flows take turns, so the calls of others take no start from it."""
     scheduler, slots = scheduler_with(slots=1)

@@ -295,6 +295,32 @@ def test_flows_take_turns_in_the_likely_starts() -> None:
     assert small.estimates.likely_starts(flow, 0.0, 100, 0.0) == (2, 0.0)  # 2 + 2
 
 
+@pytest.mark.parametrize("kind", [Kind.SINGLE, Kind.MANY])
+def test_calls_that_wait_take_their_tokens_before_the_likely_starts(kind: Kind) -> None:
+    """All single calls, and all calls of its own; one more may start."""
+    scheduler, flow = scheduler_of(terms(requests=4, scope="client"), pace=None), Flow()
+    waiting = Flow(Kind.SINGLE) if kind is Kind.SINGLE else flow
+    for number in range(3):
+        scheduler.put(call(f"waits{number}", waiting))
+    assert scheduler.estimates.likely_starts(flow, 0.0, 100, 0.0) == (1, 0.0)
+
+
+def test_a_quota_leaves_the_reserve_of_the_scheduler() -> None:
+    """Of an account only if calls of several keys have asked for its tokens."""
+    scheduler, flow = (
+        scheduler_of(terms(requests=4, scope="account", reserve=0.5), pace=None),
+        Flow(),
+    )
+    one = start_call(scheduler, call("a1", flow, "A"), 0.0)
+    scheduler.ended(one, OK, 0.5)
+    assert scheduler.quota("A", 1.0).seconds_for(3) == 0.0
+    two = start_call(scheduler, call("a2", flow, "A"), 1.0)
+    scheduler.ended(two, OK, 1.5)
+    assert scheduler.quota("A", 2.0).seconds_for(1) == 59.0
+    together = scheduler_of(terms(requests=4, scope="client", reserve=0.5), pace=None)
+    assert [together.quota(None, 0.0).seconds_for(count) for count in (2, 3)] == [0.0, 60.5]
+
+
 def test_without_a_common_bucket_any_number_of_calls_may_start() -> None:
     """Each account has tokens of its own."""
     scheduler = scheduler_of(terms(requests=1, scope="account"), pace=None)
