@@ -63,7 +63,9 @@ def overload_error(key: ApiKey, wait: float) -> RateLimitWaitError:
 def timeout_error(key: ApiKey, seconds: float, attempts: int) -> APITimeoutError:
     """The error of a waiter whose deadline passes while a request is on the wire."""
     return APITimeoutError(
-        f"no whole answer within {seconds:.3g} s", key_name=key.label, attempts=attempts
+        f"no whole answer within {seconds:.3g} s of the call; raise timeout=",
+        key_name=key.label,
+        attempts=attempts,
     )
 
 

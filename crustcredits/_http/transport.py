@@ -189,10 +189,15 @@ class AiohttpTransport:
         )
         given_up = Fate.ANSWERED if answers else Fate.ABANDONED
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            message = f"no connection within {_CONNECTING * timeout:.3g} s"
+            message = (
+                f"no connection within {_CONNECTING * timeout:.3g} s; check the address and the "
+                "network, or raise request_timeout="
+            )
             return Failure(APITimeoutError(message, **details), Fate.UNSENT)
         if isinstance(error, TimeoutError):
-            message = f"no whole answer within {timeout:.3g} s"
+            message = (
+                f"no whole answer within {timeout:.3g} s; try again, or raise request_timeout="
+            )
             return Failure(APITimeoutError(message, **details), given_up)
         if isinstance(error, RuntimeError) and self._session is not None and self._session.closed:
             message = "the given aiohttp session is closed; give an open session"
@@ -203,7 +208,10 @@ class AiohttpTransport:
             return Failure(APIConnectionError(message, retryable=retryable, **details), Fate.UNSENT)
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # Not a network failure: it comes from the session, its connector or its trace hooks.
-            message = f"the request failed in the session ({type(error).__name__})"
+            message = (
+                f"the request failed in the session ({type(error).__name__}); check its connector, "
+                "its resolver and its trace hooks"
+            )
             return Failure(ConfigurationError(message, **details), given_up)
         if isinstance(error, aiohttp.ClientResponseError):
             message = (
@@ -220,7 +228,10 @@ class AiohttpTransport:
             remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
             return f"the proxy refused to connect (HTTP {error.status}){remedy}", True
         if isinstance(error, aiohttp.ServerFingerprintMismatch):
-            return "the server's certificate does not match the fingerprint of the session", False
+            return (
+                "the server's certificate does not match the fingerprint of the session; give the "
+                "new one if the certificate was renewed"
+            ), False
         if isinstance(error, aiohttp.ClientConnectorError):
             is_proxy = isinstance(error, aiohttp.ClientProxyConnectionError)
             peer = " to the proxy" if is_proxy else self._peer()
