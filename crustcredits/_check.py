@@ -132,8 +132,7 @@ class PoolCheck:
             if index % _SLICE == _SLICE - 1:
                 self._report()
                 await asyncio.sleep(0)
-                if self._has_ended():
-                    break
+                asks = asks or self._has_ended()  # then the others are only registered
             if isinstance(key, UnusableKey):
                 self._take(index, Unknown(key=key, error=key.error))
                 continue

@@ -184,6 +184,7 @@ class Dispatcher:
     def _start_all(self, now: float) -> float:
         """Start every attempt that may start now. Returns the time of the next possible start."""
         moment, looks = math.inf, _SLICE
+        last: Endpoint | None = None
         busy = [*self._turns]
         while busy and looks > 0:
             for endpoint in tuple(busy):  # in turns
@@ -191,14 +192,16 @@ class Dispatcher:
                 looks -= endpoint.scheduler.looks
                 if isinstance(granted, Attempt):
                     self._send(endpoint, granted, now)
-                    self._turns.remove(endpoint)
-                    self._turns.append(endpoint)
+                    last = endpoint
                 elif isinstance(granted, Call):
                     self._not_sent(endpoint, cast("ApiCall", granted), now)
                 else:
                     busy.remove(endpoint)
                     if granted is not None:
                         moment = min(moment, granted)
+        if last is not None and self._turns[-1] is not last:
+            self._turns.remove(last)
+            self._turns.append(last)
         return now if busy else moment
 
     def _not_sent(self, endpoint: Endpoint, call: ApiCall, now: float) -> None:

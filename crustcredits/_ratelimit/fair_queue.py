@@ -216,7 +216,18 @@ class PoolFlow(Flow, ABC):
 class _FlowQueue:
     """The calls of one flow in one queue: by account, in turns, and in two arrays to draw from."""
 
-    __slots__ = ("accounts", "drawn", "left", "pool", "sent", "tickets", "turns", "unsent")
+    __slots__ = (
+        "accounts",
+        "drawn",
+        "left",
+        "pool",
+        "returned",
+        "sent",
+        "tickets",
+        "turns",
+        "unsent",
+        "was_returned",
+    )
 
     def __init__(self) -> None:
         # Calls that have left out of turn, and may still be in their account's deque.
@@ -225,6 +236,9 @@ class _FlowQueue:
         self.accounts: dict[Hashable, Call | deque[Call]] = {}
         # Accounts, each with the ticket of its turn.
         self.turns: deque[tuple[int, Hashable]] = deque()
+        # Accounts whose call was pushed as the first: they take turns with all others.
+        self.returned: deque[Hashable] = deque()
+        self.was_returned = False  # whether the last turn was of one of these
         self.tickets = 0
         self.unsent: list[Call] = []
         self.sent: list[Call] = []
@@ -241,16 +255,13 @@ class _FlowQueue:
         return len(self.unsent) + (0 if self.pool is None else self.pool.waiting)
 
     def add_first(self, call: Call) -> None:
-        """Add a call before all others of its account, which has the next turn if it had none."""
-        if self._is_back(call):
+        """Add a call before all others of its account, which has an early turn if it had none."""
+        if self.drawn and self._is_back(call):
             return
         calls = self.accounts.get(call.account)
         if calls is None:
-            first = self.turns[0][0] if self.turns else self.tickets + 1
-            if self.pool is not None and self.pool.waiting:
-                first = min(first, self.pool.next_ticket())
             self.accounts[call.account] = call
-            self.turns.appendleft((first - 1, call.account))
+            self.returned.append(call.account)
         elif isinstance(calls, deque):
             calls.appendleft(call)
         else:
@@ -258,7 +269,7 @@ class _FlowQueue:
 
     def add(self, call: Call) -> None:
         """Add a call at the end of its account."""
-        if self._is_back(call):
+        if self.drawn and self._is_back(call):
             return
         calls = self.accounts.get(call.account)
         if calls is None:  # most accounts have one call, and a deque is large
@@ -281,42 +292,57 @@ class _FlowQueue:
             return
         self.left = 0
         self.drawn.clear()
-        for _, account in self.turns:
-            calls = [call for call in self._calls(account) if call.queue is queue]
+        for account in (*self.returned, *(account for _, account in self.turns)):
+            calls = [call for call in self._calls(account) if self._waits(call, queue)]
             if calls:
                 self.accounts[account] = deque(calls)
             else:
                 del self.accounts[account]
         self.turns = deque(turn for turn in self.turns if turn[1] in self.accounts)
+        self.returned = deque(account for account in self.returned if account in self.accounts)
 
     def next(self, queue: FairQueue) -> Call | int:
-        """The first call of the account whose turn it is.
+        """The first call of the account whose turn it is, or the number of the pool.
 
         Passes over calls that have left meanwhile.
         """
         while True:
-            if (
-                self.pool is not None
-                and self.pool.waiting
-                and (not self.turns or self.pool.next_ticket() < self.turns[0][0])
-            ):
+            pool = self.pool if self.pool is not None and self.pool.waiting else None
+            self.was_returned = bool(self.returned) and not (
+                self.was_returned and (self.turns or pool is not None)
+            )
+            if self.was_returned:
+                account = self.returned.popleft()
+            elif pool is not None and (not self.turns or pool.next_ticket() < self.turns[0][0]):
                 self.tickets += 1
-                return self.pool.next(self.tickets)
-            _, account = self.turns.popleft()
-            calls = self.accounts[account]
-            found: Call | None = None
-            if isinstance(calls, deque):
-                while calls and found is None:
-                    found = self._still_waits(calls.popleft(), queue)
+                return pool.next(self.tickets)
             else:
-                found = self._still_waits(calls, queue)
-            if isinstance(calls, deque) and calls:
-                self.tickets += 1
-                self.turns.append((self.tickets, account))
-            else:
-                del self.accounts[account]
+                _, account = self.turns.popleft()
+            found = self._first_of(account, queue)
             if found is not None:
                 return found
+
+    def _first_of(self, account: Hashable, queue: FairQueue) -> Call | None:
+        """Take out the first call of an account, which has a later turn if others wait."""
+        calls = self.accounts[account]
+        found: Call | None = None
+        if isinstance(calls, deque):
+            while calls and found is None:
+                call = calls.popleft()
+                if self._waits(call, queue):
+                    found = call
+                else:
+                    self.drawn.discard(call)
+        elif self._waits(calls, queue):
+            found = calls
+        else:
+            self.drawn.discard(calls)
+        if isinstance(calls, deque) and calls:
+            self.tickets += 1
+            self.turns.append((self.tickets, account))
+        else:
+            del self.accounts[account]
+        return found
 
     def _is_back(self, call: Call) -> bool:
         """Whether a call that was drawn comes again, at its old place among its account's calls."""
@@ -326,17 +352,14 @@ class _FlowQueue:
         self.left -= 1
         return True
 
-    def _still_waits(self, call: Call, queue: FairQueue) -> Call | None:
-        """The call, if it waits in the queue; None if it has left out of turn."""
-        if call.queue is queue:
-            return call
-        self.drawn.discard(call)
-        return None
+    def _waits(self, call: Call, queue: FairQueue) -> bool:
+        """Whether a call waits here, and has not left out of turn."""
+        return call.queue is queue and (call._list is self.unsent or call._list is self.sent)  # noqa: SLF001  # as below
 
     def of_account(self, queue: FairQueue, account: Hashable) -> int:
         """How many calls of an account wait."""
         numbers = 0 if self.pool is None else self.pool.of_account(account)
-        return numbers + sum(call.queue is queue for call in self._calls(account))
+        return numbers + sum(self._waits(call, queue) for call in self._calls(account))
 
     def _calls(self, account: Hashable) -> Iterable[Call]:
         calls = self.accounts.get(account, ())

@@ -87,7 +87,9 @@ class Quota:
         """An estimate: seconds until the last of the next `count` calls starts, of all callers."""
         if not count:
             return 0.0
-        times = [_nth(self._returns[self._kept :], count - 1, self._period), self.cooldown or 0.0]
+        # In degraded mode the share of this process may be smaller than the reserve.
+        kept = min(self._kept, len(self._returns) - 1)
+        times = [_nth(self._returns[kept:], count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
             times.append((count - min(_BURST, max(1.0, self._pace))) / self._pace)
         times.append((count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots)

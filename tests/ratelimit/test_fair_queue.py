@@ -605,10 +605,17 @@ def test_a_drawn_number_loses_its_turn_and_its_account_does_not() -> None:
 # --- calls that go first
 
 
-@pytest.mark.parametrize("pool", [0, 2])
-@pytest.mark.parametrize("waiting", ["", "b1 c1"])
-def test_a_call_may_be_pushed_as_the_first_of_its_flow(pool: int, waiting: str) -> None:
-    """Its account has the next turn, before all numbers of a pool. Then turns go on as before."""
+@pytest.mark.parametrize(
+    ("pool", "waiting", "order"),
+    [
+        (0, "", "x1 z1 y1"),
+        (0, "b1 c1", "x1 b1 y1 c1 z1"),
+        (2, "", "x1 p0 y1 p1 z1"),
+        (2, "b1 c1", "x1 p0 y1 p1 b1 c1 z1"),
+    ],
+)
+def test_calls_pushed_first_take_turns_with_all_others(pool: int, waiting: str, order: str) -> None:
+    """The first one comes at once; however many come, they do not keep the others waiting."""
     flow = Pool([None] * pool)
     queue = FairQueue()
     if pool:
@@ -618,10 +625,20 @@ def test_a_call_may_be_pushed_as_the_first_of_its_flow(pool: int, waiting: str) 
     for name in ("x1", "y1"):
         queue.push(call(name, flow, name[0]), first=True)
     assert queue.length == before + 2
-    assert popped(queue, 1) == "y1"
     pushed(queue, flow, "z1")
-    numbers = " ".join(f"p{number}" for number in range(pool))
-    assert popped(queue).split() == f"x1 {numbers} {waiting} z1".split()
+    assert popped(queue) == order
+
+
+def test_a_call_pushed_first_that_leaves_has_no_turn() -> None:
+    """Its account has a new turn when another call of it comes."""
+    queue, flow = FairQueue(), Flow()
+    pushed(queue, flow, "b1 c1")
+    gone = call("x1", flow, "x")
+    queue.push(gone, first=True)
+    queue.remove(gone)
+    pushed(queue, flow, "d1 x2")
+    assert popped(queue).split()[-1] in {"d1", "x2"}
+    assert len(queue) == 0
 
 
 @pytest.mark.parametrize("calls", ["a2", "a2 a3"])
@@ -631,6 +648,17 @@ def test_a_call_pushed_first_comes_before_the_others_of_its_account(calls: str) 
     pushed(queue, flow, f"b1 {calls}")
     queue.push(call("a1", flow, "a"), first=True)
     assert popped(queue).split() == ["b1", "a1", *calls.split()]
+
+
+def test_a_call_that_moves_to_another_flow_is_counted_once() -> None:
+    """It has the turn of its new flow alone."""
+    queue, check, singles = FairQueue(), Flow(), Flow(Kind.SINGLE)
+    first, *_ = pushed(queue, check, "a1 a2 b1")
+    queue.remove(first)
+    first.flow = singles
+    queue.push(first)
+    assert queue.of_account("a", background=False) == 2
+    assert sorted(popped(queue).split()) == ["a1", "a2", "b1"]
 
 
 @pytest.mark.parametrize("first", [False, True])
