@@ -26,7 +26,7 @@ from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
-from crustcredits._fan_out import Ask, FanOut, InTime, Key, Land, nothing
+from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
 from crustcredits._http.protocol import (
     ACCOUNT_CREDITS,
     USER_CREDITS,
@@ -228,6 +228,7 @@ class CreditsClient:
             max_error_age=max_error_age,
         )
         self._policy = NEW if policy == NEW else policy
+        self._period = rate_limit.period
         self._store = check_store(buckets)
         self._dispatcher = Dispatcher(
             transport,
@@ -486,10 +487,10 @@ class CreditsClient:
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
         flow: Flow,
-        in_time: InTime | None,
+        turns: Turns | None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
-        run = FanOut(ask, room=_STREAMED, in_time=in_time)
+        run = FanOut(ask, room=_STREAMED, turns=turns)
         flow.on_parked = run.on_parked
         self._fan_outs.add(run)
         try:
@@ -545,9 +546,9 @@ class CreditsClient:
             keys: The source of the keys. Its exception is raised here, after the outcomes of the
                 keys that it gave before.
             detail: As for `check`.
-            timeout: Seconds, or a timedelta, for each key, from the time at which it is taken from
-                `keys`. With a timeout no key is taken before it is likely to have its turn in time;
-                without one up to 1,024 keys are taken ahead.
+            timeout: Seconds, or a timedelta, for each key, from the time at which it is asked
+                about. With a timeout the next key of `keys` is asked about when it is likely to
+                have its turn in time; without one up to 1,024 keys are taken ahead.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 
@@ -565,7 +566,9 @@ class CreditsClient:
             source,
             partial(self._begin, path=path, policy=policy, flow=flow, seconds=seconds),
             flow,
-            None if most is None else partial(self._likely_starts, path, flow, most),
+            None
+            if most is None
+            else _StreamTurns(self._lookup, path, policy, flow, timeout=most, period=self._period),
         )
 
     @hides_arguments
@@ -630,12 +633,6 @@ class CreditsClient:
         waiter = FanOutWaiter(self._lookup, key, policy, now, land)
         self._lookup.begin(path, waiter, now + seconds, flow)
         return waiter.give_up
-
-    def _likely_starts(self, path: str, flow: Flow, timeout: float, most: int) -> tuple[int, float]:
-        """How many more keys of a stream are likely to have their turn in time."""
-        estimates = self._dispatcher.endpoints[path].scheduler.estimates
-        now = asyncio.get_running_loop().time()
-        return estimates.likely_starts(flow, _IN_TIME * timeout, most, now)
 
     async def _report(
         self,
@@ -705,6 +702,46 @@ class CreditsClient:
                 "this client was first used on another event loop; make one client for each "
                 "loop, inside asyncio.run()"
             )
+
+
+class _StreamTurns:
+    """The keys of a stream with a timeout that are likely to have their turn in time.
+
+    Args:
+        lookup: Knows the cached answers, and the calls under way.
+        path: The endpoint.
+        policy: How old an answer may be.
+        flow: The flow of the stream.
+        timeout: Seconds for each key.
+        period: Seconds after which a token returns.
+    """
+
+    def __init__(
+        self,
+        lookup: Lookup,
+        path: str,
+        policy: CachePolicy,
+        flow: Flow,
+        *,
+        timeout: float,
+        period: float,
+    ) -> None:
+        self._lookup = lookup
+        self._path = path
+        self._policy = policy
+        self._flow = flow
+        self._timeout = timeout
+        self.patience = timeout + period
+
+    def is_answered(self, key: Key) -> bool:
+        return isinstance(key, UnusableKey) or self._lookup.is_answered(
+            self._path, key, self._policy
+        )
+
+    def likely(self, most: int) -> tuple[int, float]:
+        estimates = self._lookup.calls.endpoints[self._path].scheduler.estimates
+        now = asyncio.get_running_loop().time()
+        return estimates.likely_starts(self._flow, _IN_TIME * self._timeout, most, now)
 
 
 def _timeout(timeout: Seconds | None) -> float | None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Outcome
@@ -28,14 +28,27 @@ Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 _SLICE = 1_000
 # Most keys under way, counted or not, as a multiple of `room`.
 _MOST = 8
-# Seconds for which an estimate of the keys that have their turn in time is used, and the least
-# seconds until the next one.
+# Seconds for which an estimate of the keys that have their turn in time is used, and the least and
+# the most seconds until the next one.
 _ESTIMATED = 0.1
+_LATER = 1.0
 
 
-# How many more keys, of so many, are likely to have their turn in time. If none is, the second
-# value is the seconds until one is.
-InTime: TypeAlias = Callable[[int], tuple[int, float]]
+class Turns(Protocol):
+    """Says which keys of a source are likely to have their turn in time."""
+
+    patience: float  # seconds after which a key is tried in any case, if none is under way
+
+    def is_answered(self, key: Key) -> bool:
+        """Whether a key needs no turn: it has a cached answer, or another caller asks about it."""
+        ...
+
+    def likely(self, most: int) -> tuple[int, float]:
+        """How many more keys are likely to have their turn in time, up to `most`.
+
+        With 0, the second value is the seconds until one is.
+        """
+        ...
 
 
 class FanOut:
@@ -43,8 +56,8 @@ class FanOut:
 
     A key counts from its start until its outcome has been taken. Keys that wait for their own
     account or for a retry do not count, so that they delay no others; but at most eight times
-    `room` keys are under way. With `in_time`, no key is taken from the source before it is likely
-    to have its turn in time: otherwise an endless source would be drained, and most would fail.
+    `room` keys are under way. With `turns`, no key is asked about before it is likely to have its
+    turn in time: otherwise an endless source would be drained, and most would fail.
 
     After the deadline, in seconds of the running loop's clock, no further key of an iterator is
     asked about, and no outcome comes of it. An exception that `ask` raises, or that lands, ends the
@@ -59,12 +72,14 @@ class FanOut:
         *,
         room: int,
         deadline: float | None = None,
-        in_time: InTime | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._ask = ask
-        self._in_time = in_time
+        self._turns = turns
+        self._next_key: Key | None = None  # taken from the source, and not likely in time so far
         self._estimate = 0  # keys that are likely to have their turn in time
         self._estimated_at = -math.inf
+        self._waits_since: float | None = None  # since when no key is under way and one waits
         self._timer: asyncio.Handle | None = None  # for the next estimate
         self._deadline = math.inf if deadline is None else deadline
         self._room = room
@@ -134,20 +149,30 @@ class FanOut:
             _wake(self._reader)
 
     def _has_room(self) -> bool:
-        free = self._room - self._open + self._parked
-        if free <= 0 or self._open >= _MOST * self._room:
-            return False
-        return self._in_time is None or self._is_in_time(self._in_time, free)
+        return self._open - self._parked < self._room and self._open < _MOST * self._room
 
-    def _is_in_time(self, in_time: InTime, free: int) -> bool:
-        """Whether one more key is likely to have its turn in time; if not, a timer asks again."""
+    def _is_in_time(self, key: Key) -> bool:
+        """Whether a key may be asked about now; if not, a timer asks again."""
+        turns = self._turns
+        if turns is None or turns.is_answered(key):
+            return True
         loop = asyncio.get_running_loop()
-        if not self._estimate or loop.time() - self._estimated_at > _ESTIMATED:
-            self._estimated_at = loop.time()
-            self._estimate, wait = in_time(free)
+        now = loop.time()
+        if not self._estimate or now - self._estimated_at > _ESTIMATED:
+            free = max(1, self._room - self._open + self._parked)
+            self._estimate, wait = turns.likely(free)
+            self._estimated_at = now
             if not self._estimate and self._timer is None:
-                self._timer = loop.call_later(max(wait, _ESTIMATED), self._on_timer)
-        return self._estimate > 0
+                self._timer = loop.call_later(min(max(wait, _ESTIMATED), _LATER), self._on_timer)
+        if self._estimate:
+            self._waits_since = None
+            return True
+        if self._open:
+            self._waits_since = None
+            return False
+        # No key of this fan-out is under way: one is tried, so that its failure is seen.
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        return now - self._waits_since >= turns.patience
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -159,10 +184,14 @@ class FanOut:
         loop = asyncio.get_running_loop()
         try:
             while self._has_room():
-                key = next(keys, None)
+                key = next(keys, None) if self._next_key is None else self._next_key
                 if key is None or loop.time() >= self._deadline:
                     self._is_fed = True
                     return
+                self._next_key = key
+                if not self._is_in_time(key):
+                    return
+                self._next_key = None
                 if self._start(key):
                     await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001  # raised to the reader of the outcomes
@@ -171,17 +200,24 @@ class FanOut:
     async def _feed(self, keys: AsyncGenerator[Key, None]) -> None:
         async with aclosing(keys):
             async for key in keys:
+                while not self._is_in_time(key):
+                    await self._feeding()
                 if self._start(key):
                     await asyncio.sleep(0)
                 while not self._has_room():
-                    self._feeder = asyncio.get_running_loop().create_future()
-                    await self._feeder
+                    await self._feeding()
+
+    async def _feeding(self) -> None:
+        """Wait until there may be room for a key of an asynchronous source."""
+        self._feeder = asyncio.get_running_loop().create_future()
+        await self._feeder
 
     def _start(self, key: Key) -> bool:
         """Ask about a key. Returns whether other tasks should run now."""
         number = next(self._numbers)
         self._open += 1
         self._estimate -= self._estimate > 0
+        self._waits_since = None
         self._under_way[number] = nothing
         try:
             give_up = self._ask(key, partial(self._land, number))

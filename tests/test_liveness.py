@@ -13,7 +13,7 @@ import pytest
 from crustcredits import ApiKey, APITimeoutError, RateLimit, RateLimitWaitError
 from crustcredits._check import PoolCheck
 from crustcredits._ratelimit.token_queue import AccountQueue
-from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
+from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now, refusal
 
 pytestmark = pytest.mark.virtual
 
@@ -232,3 +232,97 @@ async def test_many_calls_that_wait_are_ended_by_close() -> None:
     await client.close()
     errors = await asyncio.gather(*checks, return_exceptions=True)
     assert [type(error).__name__ for error in errors] == ["ClientClosedError"] * 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_keys_that_need_no_turn_do_not_wait_in_a_stream_with_a_timeout(
+    *, is_async: bool
+) -> None:
+    """Keys with a cached answer, keys that cannot be used, and keys that others ask about."""
+    limit = RateLimit(requests=5, scope="client")
+    server = FakeServer(lambda name, times: Reply(seconds=2.0 if name == "slow0" else 0.0))
+    async with fake_client(server, rate_limit=limit, max_age=600) as client:
+        cached, slow = keys(4), keys(1, "slow")
+        await client.check(cached)
+        other = asyncio.create_task(client.balance(slow[0]))
+        await asyncio.sleep(1)
+        began = now()
+
+        async def source() -> AsyncIterator[ApiKey | str]:
+            for key in cached:
+                yield key
+            yield ""
+            yield slow[0]
+
+        stream = client.stream(source() if is_async else [*cached, "", *slow], timeout=5.0)
+        labels = [(outcome.ok, outcome.key.name) async for outcome in stream]
+        assert labels == [
+            *((True, key.name) for key in cached),
+            (False, "keys[4]"),
+            (True, "slow0"),
+        ]
+        assert now() - began <= 1
+        await other
+
+
+async def test_a_stream_that_is_never_likely_to_be_in_time_tries_a_key_now_and_then() -> None:
+    """After its timeout and a period, so that the failure is seen."""
+    limit = RateLimit(requests=2, period=10.0, scope="client")
+    async with fake_client(WindowServer(limit=2, period=10.0), rate_limit=limit) as client:
+        checks = [asyncio.create_task(client.check(keys(500, f"c{n}-"))) for n in range(20)]
+        await asyncio.sleep(1)
+        began = now()
+        stream = client.stream(keys(50), timeout=20.0)
+        outcome = await anext(stream)
+        assert isinstance(outcome.error, RateLimitWaitError)
+        assert 30 <= now() - began <= 52
+        await stream.aclose()
+        await end(*checks)
+
+
+async def test_a_stream_with_a_timeout_takes_no_more_keys_than_probes_may_start() -> None:
+    """After a refusal one request at a time tests whether all are refused."""
+    server = FakeServer(lambda name, times: refusal(1) if len(server.arrivals) == 1 else Reply())
+    limit = RateLimit(scope="client")
+    taken = 0
+
+    async def source() -> AsyncIterator[ApiKey]:
+        nonlocal taken
+        for key in keys(200):
+            taken += 1
+            yield key
+
+    async with fake_client(server, rate_limit=limit) as client:
+        stream = client.stream(source(), timeout=60.0)
+        assert (await anext(stream)).ok
+        assert taken < 150
+        async for outcome in stream:
+            assert outcome.ok
+
+
+async def test_a_stream_beside_single_calls_that_never_end_has_its_turns() -> None:
+    """Single calls and others are let out in turn."""
+    limit = RateLimit(requests=10, period=10.0, scope="client")
+    async with fake_client(WindowServer(limit=10, period=10.0), rate_limit=limit) as client:
+        singles = [asyncio.create_task(client.balance(key)) for key in keys(300, "single")]
+        await asyncio.sleep(1)
+        began = now()
+        async for outcome in client.stream(keys(30), timeout=20.0):
+            assert outcome.ok
+        assert now() - began < 100
+        await end(*singles)
+
+
+async def test_a_check_whose_deadline_passes_while_it_reads_has_an_outcome_for_each_key() -> None:
+    """Also for keys that it had not looked up before."""
+    async with fake_client(FakeServer(), max_age=60) as client:
+        await client.check(keys(1_500))
+        pool = keys(5_000, "p")
+        loop = asyncio.get_running_loop()
+        check = asyncio.create_task(client.check([*keys(1_500), *pool], timeout=1e-6))
+        for _ in range(20):
+            await asyncio.sleep(0)
+            loop.call_later(1e-7, int)
+        report = await check
+    assert len(report) == 6_500
+    assert all(outcome is not None for outcome in report)

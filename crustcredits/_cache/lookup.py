@@ -129,6 +129,14 @@ class Lookup:
             self.calls.refresh(cache_key, key)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
+    def is_answered(self, path: str, key: ApiKey, policy: CachePolicy) -> bool:
+        """Whether a key needs no call of its own: it has a cached answer, or a call under way."""
+        cache_key = path, key.digest
+        if self.calls.is_asked(cache_key):
+            return True
+        entry = None if policy is NEW else self._cache.find(cache_key)
+        return entry is not None and entry.answer(policy, _now()) is not None
+
     def last(self, path: str, key: ApiKey, policy: CachePolicy) -> Outcome[Any] | None:
         """The last outcome for `key`, of any age, or None."""
         entry = self._cache.find((path, key.digest))

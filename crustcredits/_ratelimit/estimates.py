@@ -67,26 +67,37 @@ class Estimates:
 
         An estimate. With 0, the second value is the seconds until one is.
         """
-        if not self._permits.counts_common:
-            return most, 0.0
-        queued = self._queued()
+        trial = self._cooldown.trial
+        if trial is not None:
+            most = min(most, trial.width - trial.on_wire)
+            if most <= 0:
+                return 0, 0.0
+        # Calls that wait for their own account or for a retry take no start from the others.
+        queued: Counter[Flow] = Counter(self._ready.lengths())
+        for queue in self._permits.common.queues:
+            queued.update(queue.lengths())
         own = queued.pop(flow, 0)
-        others = [(each.kind, count) for each, count in queued.items()]
-        quota = self._common_quota(now)
+        others = [count for each, count in queued.items() if each.kind is not Kind.BACKGROUND]
 
-        def start_of(more: int) -> float:
-            each = own + more  # calls of this flow; flows take turns
-            ahead = sum(
-                count if kind is Kind.SINGLE else min(each, count)
-                for kind, count in others
-                if kind is not Kind.BACKGROUND
-            )
-            return quota.start_of(each + ahead)
+        def ahead(more: int) -> int:  # flows take turns
+            return own + more + sum(min(own + more, count) for count in others)
 
-        first = start_of(1)
+        bucket = self._permits.common.bucket
+        free = bucket.available(now) - kept_for_singles(bucket, self._terms.reserve)
+        is_bound = self._permits.counts_common and free < ahead(most)
+        quota = self._common_quota(now) if is_bound else self._without_tokens(now)
+        first = quota.start_of(ahead(1))
         if first > seconds:
             return 0, first - seconds
-        return bisect_right(range(1, most + 1), seconds, key=start_of), 0.0
+        starts = bisect_right(
+            range(1, most + 1), seconds, key=lambda more: quota.start_of(ahead(more))
+        )
+        return starts, 0.0
+
+    def _without_tokens(self, now: float) -> Quota:
+        """A quota that only the pace, the slots and a cooldown of the endpoint bound."""
+        quota = self._quota(TokenBucket(1), 0.0, now)
+        return attrs.evolve(quota, returns=(0.0,), period=0.0)
 
     def _common_quota(self, now: float) -> Quota:
         queued = self._queued()
