@@ -218,8 +218,8 @@ class PoolCheck:
             self._calls.leave_pool(self._waiting)
             self._waiting = None
         for number, waiter in enumerate([*self._begun.values()], start=1):
-            if waiter.call is not None:
-                self._calls.time_out(waiter.call, waiter)
+            assert waiter.call is not None, "a waiter without an outcome has a call"
+            self._calls.time_out(waiter.call, waiter)
             if number % _SLICE == 0:
                 self._report()
                 await asyncio.sleep(0)

@@ -480,8 +480,6 @@ def _answer(balance: Balance) -> Hashable:
 
 
 def _comparable(value: Any) -> Hashable:
-    if attrs.has(type(value)):
-        value = attrs.asdict(value, recurse=False)
     if isinstance(value, Mapping):
         return frozenset((name, _comparable(part)) for name, part in value.items())
     if isinstance(value, (list, tuple)):

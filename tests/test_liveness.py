@@ -6,11 +6,23 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from crustcredits import ApiKey, APITimeoutError, RateLimit, RateLimitWaitError
+from crustcredits import (
+    ApiKey,
+    APITimeoutError,
+    ClientClosedError,
+    InternalServerError,
+    RateLimit,
+    RateLimitError,
+    RateLimitWaitError,
+    Retry,
+)
+from crustcredits._cache.lookup import FanOutWaiter
 from crustcredits._check import PoolCheck
 from crustcredits._ratelimit.token_queue import AccountQueue
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now, refusal
@@ -272,18 +284,19 @@ async def test_a_stream_that_is_never_likely_to_be_in_time_tries_a_key_now_and_t
         checks = [asyncio.create_task(client.check(keys(500, f"c{n}-"))) for n in range(20)]
         await asyncio.sleep(1)
         began = now()
-        stream = client.stream(keys(50), timeout=20.0)
-        outcome = await anext(stream)
+        async with aclosing(client.stream(keys(50), timeout=20.0)) as stream:
+            outcome = await anext(stream)
         assert isinstance(outcome.error, RateLimitWaitError)
         assert 30 <= now() - began <= 52
-        await stream.aclose()
         await end(*checks)
 
 
 async def test_a_stream_with_a_timeout_takes_no_more_keys_than_probes_may_start() -> None:
     """After a refusal one request at a time tests whether all are refused."""
-    server = FakeServer(lambda name, times: refusal(1) if len(server.arrivals) == 1 else Reply())
-    limit = RateLimit(scope="client")
+    server = FakeServer(
+        lambda name, times: refusal(1) if len(server.arrivals) == 1 else Reply(seconds=0.1)
+    )
+    limit, once = RateLimit(scope="client"), Retry(attempts=1)
     taken = 0
 
     async def source() -> AsyncIterator[ApiKey]:
@@ -292,12 +305,15 @@ async def test_a_stream_with_a_timeout_takes_no_more_keys_than_probes_may_start(
             taken += 1
             yield key
 
-    async with fake_client(server, rate_limit=limit) as client:
-        stream = client.stream(source(), timeout=60.0)
-        assert (await anext(stream)).ok
-        assert taken < 150
-        async for outcome in stream:
-            assert outcome.ok
+    async with fake_client(server, rate_limit=limit, retry=once) as client:
+        with pytest.raises(RateLimitError):
+            await client.balance(keys(1, "refused")[0])
+        async with aclosing(client.stream(source(), timeout=60.0)) as stream:
+            assert (await anext(stream)).ok
+            assert taken < 5
+            async for outcome in stream:
+                assert outcome.ok
+        assert taken == 200
 
 
 async def test_a_stream_beside_single_calls_that_never_end_has_its_turns() -> None:
@@ -326,3 +342,107 @@ async def test_a_check_whose_deadline_passes_while_it_reads_has_an_outcome_for_e
         report = await check
     assert len(report) == 6_500
     assert all(outcome is not None for outcome in report)
+
+
+# --- endings in an unusual moment
+
+
+async def test_thousands_of_keys_survive_a_gateway_for_some_seconds() -> None:
+    """They wait for a probe, and are asked again a slice at a time."""
+    page = Reply(status=403, body="<html>")
+    server = FakeServer(lambda name, times: page if now() < 3 else Reply())
+    limit = RateLimit(requests=VAST, pace=None)
+    async with fake_client(server, rate_limit=limit) as client:
+        assert (await client.check(keys(3_000))).ok
+
+
+async def test_calls_that_end_while_the_client_closes_are_ended_once() -> None:
+    """Their answers come between two slices."""
+    server = FakeServer(lambda name, times: Reply(seconds=1.0))
+    limit = RateLimit(requests=VAST, pace=None)
+    client = fake_client(server, rate_limit=limit, concurrency=3_000)
+    check = asyncio.create_task(client.check(keys(2_500)))
+    await asyncio.sleep(1.0)
+    await client.close()
+    with pytest.raises(ClientClosedError):
+        await check
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_invalidated_call_that_is_cancelled_from_outside_ends_its_waiter() -> None:
+    """A later call for the key is not touched."""
+    server = FakeServer(lambda name, times: Reply(seconds=5.0))
+    async with fake_client(server) as client:
+        key = keys(1)[0]
+        first = asyncio.create_task(client.balance(key))
+        await asyncio.sleep(1)
+        (request,) = asyncio.all_tasks() - {asyncio.current_task(), first}
+        client.invalidate(key)
+        second = asyncio.create_task(client.balance(key))
+        await asyncio.sleep(1)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await second).credits == 9406
+
+
+async def test_an_invalidated_call_is_dropped_when_its_waiter_leaves_before_a_retry() -> None:
+    """Nothing of it is left."""
+    server = FakeServer(lambda name, times: Reply(seconds=1.0, status=503, body=""))
+    retry = Retry(attempts=3, backoff=100.0, wait_max=100.0)
+    async with fake_client(server, retry=retry) as client:
+        key = keys(1)[0]
+        caller = asyncio.create_task(client.balance(key))
+        await asyncio.sleep(0.5)
+        client.invalidate(key)
+        await asyncio.sleep(1)
+        await end(caller)
+        await asyncio.sleep(300)
+    assert len(server.arrivals) == 1
+
+
+async def test_a_waiter_that_fails_keeps_no_other_waiter_waiting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The log names the key and the kind of the error."""
+    server = FakeServer(lambda name, times: Reply(seconds=1.0))
+    async with fake_client(server) as client:
+        key = keys(1)[0]
+        with patch.object(FanOutWaiter, "set_result", side_effect=LookupError("a fault")):
+            stream = asyncio.create_task(anext(client.stream([key])))
+            await asyncio.sleep(0.5)
+            other = asyncio.create_task(client.balance(key))
+            assert (await other).credits == 9406
+        await end(stream)
+    assert "k0: an outcome could not be passed on (LookupError)" in caplog.text
+    assert "a fault" not in caplog.text
+
+
+async def test_thousands_of_joined_calls_expire_with_their_check() -> None:
+    """The other check goes on."""
+    server = FakeServer(lambda name, times: Reply(seconds=8.0))
+    async with fake_client(server, rate_limit=RateLimit(requests=1)) as client:
+        pool = keys(2_500)
+        first = asyncio.create_task(client.check(pool))
+        await asyncio.sleep(1)
+        began = now()
+        report = await client.check(pool, timeout=5.0)
+        assert now() - began == pytest.approx(5.0)
+        assert len(report.failed) >= 2_499
+        assert client.quota().waiting >= 2_498
+        await end(first)
+
+
+async def test_a_balance_beyond_stale_if_error_stands_in_for_nothing() -> None:
+    """The failure is returned."""
+    broken = Reply(status=503, body="")
+    server = FakeServer(lambda name, times: broken if times else Reply())
+    async with fake_client(server, stale_if_error=10, retry=Retry(attempts=1)) as client:
+        key = keys(1)[0]
+        await client.balance(key)
+        await asyncio.sleep(9)
+        waits = asyncio.create_task(client.balance(key))
+        assert (await waits).stale
+        await asyncio.sleep(100)
+        with pytest.raises(InternalServerError):
+            await client.balance(key)

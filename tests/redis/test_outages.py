@@ -308,6 +308,20 @@ async def test_a_long_outage_leaves_few_tokens_to_give_back(redis: FakeRedis, st
     assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) <= 32
 
 
+async def test_thousands_of_waiting_calls_end_a_slice_at_a_time(redis: FakeRedis) -> None:
+    """Each with the error of the outage."""
+    buckets = connected(redis, on_outage="raise")
+    limit = RateLimit(requests=5, scope="client")
+    async with fake_client(FakeServer(), rate_limit=limit, buckets=buckets) as client:
+        check = asyncio.create_task(client.check(keys(2_500)))
+        await asyncio.sleep(1)
+        redis.down = True
+        report = await check
+    errors = [type(outcome.error) for outcome in report.failed]
+    assert len(errors) >= 2_490
+    assert set(errors) == {BucketsUnavailableError}
+
+
 # --- waiting order
 
 
