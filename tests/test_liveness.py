@@ -356,6 +356,20 @@ async def test_thousands_of_keys_survive_a_gateway_for_some_seconds() -> None:
         assert (await client.check(keys(3_000))).ok
 
 
+async def test_keys_that_wait_for_a_gateway_may_be_given_up_as_it_goes_away() -> None:
+    """Some of them have been asked again, the others have not."""
+    page = Reply(status=403, body="<html>")
+    server = FakeServer(lambda name, times: page if now() < 0.5 else Reply(seconds=0.1))
+    limit = RateLimit(requests=VAST, pace=None)
+    async with fake_client(server, rate_limit=limit) as client:
+        check = asyncio.create_task(client.check(keys(5_000)))
+        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.001)
+        await end(check)
+        assert client.quota().waiting == 0
+        assert (await client.balance(keys(1, "single")[0])).credits == 9406
+
+
 async def test_calls_that_end_while_the_client_closes_are_ended_once() -> None:
     """Their answers come between two slices."""
     server = FakeServer(lambda name, times: Reply(seconds=1.0))

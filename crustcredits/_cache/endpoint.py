@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -85,7 +85,7 @@ class Endpoint:
         self._period = period
         self._breaker = CircuitBreaker(path)
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
-        self.to_requeue: deque[ApiCall] = deque()
+        self.to_requeue: OrderedDict[ApiCall, None] = OrderedDict()
         self.scheduler = Scheduler(
             terms,
             pace=pace,
@@ -110,21 +110,26 @@ class Endpoint:
 
     def resume(self, call: ApiCall, now: float) -> None:
         """Put a call into the queue again, for a retry or as a probe."""
-        self._barred.pop(call, None)
+        self._unbar(call)
         call.park(parks=False)
         self.enqueue(call, now)
 
     def leave(self, call: ApiCall, now: float) -> bool:
         """Give up a call that waits. Returns whether another call may start because of that."""
         makes_room = self.scheduler.remove(call, now)
-        self._barred.pop(call, None)
+        self._unbar(call)
         self._later.drop(call)
         call.park(parks=False)
         return makes_room
 
+    def _unbar(self, call: ApiCall) -> None:
+        """Let a call wait for no probe any more."""
+        self._barred.pop(call, None)
+        self.to_requeue.pop(call, None)
+
     def earliest(self, call: ApiCall, now: float) -> float:
         """The time before which certainly no request for this call starts."""
-        if call.task is not None or call in self._barred:
+        if call.task is not None or call in self._barred or call in self.to_requeue:
             return now  # an answer on its way may close the circuit breaker
         if call.resumes is not None:
             return max(now, call.resumes)
@@ -153,10 +158,8 @@ class Endpoint:
         The probe has ended, or the API has answered an older request.
         """
         for _ in range(min(most, len(self.to_requeue))):
-            call = self.to_requeue.popleft()
-            if call in self._barred:  # otherwise it was given up, or has resumed
-                del self._barred[call]
-                self.enqueue(call, now)
+            call, _ = self.to_requeue.popitem(last=False)
+            self.enqueue(call, now)
 
     def breaker_error(self, now: float) -> GatewayError | None:
         """The circuit breaker's error for requests now, or None."""
@@ -181,7 +184,8 @@ class Endpoint:
         if scheduler.is_barring or probe is not None:
             scheduler.is_barring = self._breaker.is_open
             if probe is not None or (self._barred and not scheduler.is_barring):
-                self.to_requeue.extend(self._barred)
+                self.to_requeue.update(self._barred)
+                self._barred.clear()
 
     def read(
         self, call: ApiCall, got: Response | Failure, now: float

@@ -37,7 +37,9 @@ from crustcredits import (
     RateLimitWaitError,
     Report,
     Retry,
+    Unknown,
 )
+from crustcredits._cache.policy import NEW
 from crustcredits._cache.store import BalanceCache, _grant_after
 from crustcredits._http.protocol import USER_CREDITS, Response
 from crustcredits._http.transport import Fate
@@ -823,6 +825,22 @@ async def test_an_answer_in_the_loop_iteration_of_the_deadline_is_fresh() -> Non
         found = await outcome(client, timeout=2, stale_if_error=60)
         assert found.credits == 7
         assert (found.stale, found.error) == (False, None)
+
+
+@pytest.mark.parametrize(("began", "source"), [(4.0, "cached"), (5.0, None)])
+def test_a_balance_that_arrives_beside_the_failure_is_the_answer(
+    began: float, source: str | None
+) -> None:
+    """It came after the call had begun, in the moment of its failure. An older one is no answer."""
+    cache = BalanceCache(10, Retry(), lambda path: None)
+    cache_key, policy = (USER_CREDITS, KEY.digest), NEW.given(max_age=0, stale_if_error=0)
+    balance = Balance(key=KEY, credits=Decimal(7), checked_at=datetime.now(UTC))
+    cache.succeeded(cache_key, balance, 5.0)
+    entry = cache.find(cache_key)
+    assert entry is not None
+    failure = Unknown(key=KEY, error=APITimeoutError("late", key_name="prod"))
+    found = entry.instead_of(failure, policy, began, 5.0)
+    assert (None if found is None else found.source) == source
 
 
 async def test_callers_do_not_wait_for_an_endpoint_that_is_known_to_be_down() -> None:

@@ -9,7 +9,7 @@ import asyncio
 
 import pytest
 
-from crustcredits import RateLimit, RateLimitWaitError
+from crustcredits import BucketsUnavailableError, RateLimit, RateLimitWaitError
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
