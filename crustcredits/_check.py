@@ -132,7 +132,7 @@ class PoolCheck:
             if index % _SLICE == _SLICE - 1:
                 self._report()
                 await asyncio.sleep(0)
-                asks = asks or self._has_ended()  # then the others are only registered
+                asks = asks or self._error is not None  # then no refresh may begin
             if isinstance(key, UnusableKey):
                 self._take(index, Unknown(key=key, error=key.error))
                 continue

@@ -733,10 +733,10 @@ class _StreamTurns:
         self._timeout = timeout
         self.patience = timeout + period
 
-    def is_answered(self, key: Key) -> bool:
-        return isinstance(key, UnusableKey) or self._lookup.is_answered(
-            self._path, key, self._policy
-        )
+    def needs_turn(self, key: Key) -> bool | None:
+        if isinstance(key, UnusableKey):
+            return False
+        return self._lookup.needs_turn(self._path, key, self._policy)
 
     def likely(self, most: int) -> tuple[int, float]:
         estimates = self._lookup.calls.endpoints[self._path].scheduler.estimates

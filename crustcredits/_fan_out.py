@@ -39,8 +39,8 @@ class Turns(Protocol):
 
     patience: float  # seconds after which a key is tried in any case, if none is under way
 
-    def is_answered(self, key: Key) -> bool:
-        """Whether a key needs no turn: it has a cached answer, or another caller asks about it."""
+    def needs_turn(self, key: Key) -> bool | None:
+        """Whether a key needs a turn of its own; None while another caller waits for its turn."""
         ...
 
     def likely(self, most: int) -> tuple[int, float]:
@@ -89,6 +89,7 @@ class FanOut:
         self._under_way: dict[int, Callable[[], None]] = {}  # gives up each key
         self._numbers = itertools.count()
         self._is_fed = False
+        self._is_stopped = False
         self._ending: BaseException | None = None
         # The reader of outcomes waits for the next one.
         self._reader: asyncio.Future[None] | None = None
@@ -154,19 +155,21 @@ class FanOut:
     def _is_in_time(self, key: Key) -> bool:
         """Whether a key may be asked about now; if not, a timer asks again."""
         turns = self._turns
-        if turns is None or turns.is_answered(key):
+        needs_turn = False if turns is None else turns.needs_turn(key)
+        if turns is None or needs_turn is False:
             return True
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        if not self._estimate or now - self._estimated_at > _ESTIMATED:
-            free = max(1, self._room - self._open + self._parked)
-            self._estimate, wait = turns.likely(free)
+        now, wait = loop.time(), 0.0
+        if needs_turn is None:
+            self._estimate = 0
+        elif not self._estimate or now - self._estimated_at > _ESTIMATED:
+            self._estimate, wait = turns.likely(max(1, self._room - self._open + self._parked))
             self._estimated_at = now
-            if not self._estimate and self._timer is None:
-                self._timer = loop.call_later(min(max(wait, _ESTIMATED), _LATER), self._on_timer)
         if self._estimate:
             self._waits_since = None
             return True
+        if self._timer is None:
+            self._timer = loop.call_later(min(max(wait, _ESTIMATED), _LATER), self._on_timer)
         if self._open:
             self._waits_since = None
             return False
@@ -200,8 +203,10 @@ class FanOut:
     async def _feed(self, keys: AsyncGenerator[Key, None]) -> None:
         async with aclosing(keys):
             async for key in keys:
-                while not self._is_in_time(key):
+                while not self._is_stopped and not self._is_in_time(key):
                     await self._feeding()
+                if self._is_stopped:  # the source has swallowed a cancellation
+                    return
                 if self._start(key):
                     await asyncio.sleep(0)
                 while not self._has_room():
@@ -242,6 +247,7 @@ class FanOut:
 
     async def _stop(self, feeding: asyncio.Task[None] | None) -> None:
         """Give up all keys under way, and wait until the source is closed."""
+        self._is_stopped = True
         if self._timer is not None:
             self._timer.cancel()
         if feeding is not None:

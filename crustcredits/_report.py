@@ -428,7 +428,7 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
     """
     factors = {"credits": _decimal("credits", credits), "margin": _decimal("margin", margin)}
     for what, factor in factors.items():
-        if not 0 <= factor <= _MOST_CREDITS:
+        if not (factor == 0 or 1 / _MOST_CREDITS <= factor <= _MOST_CREDITS):
             raise ConfigurationError(
                 f"{what} must be a finite number of at least 0 and at most {_MOST_CREDITS:g}, "
                 f"not {factor:g}"
@@ -485,7 +485,7 @@ def _comparable(value: Any) -> Hashable:
     if isinstance(value, (list, tuple)):
         return tuple(map(_comparable, value))
     # A part of a JSON document, or a time. Equal numbers may have different digits.
-    hashable: Hashable = str(value) if isinstance(value, Decimal) else value
+    hashable: Hashable = ("number", str(value)) if isinstance(value, Decimal) else value
     return hashable
 
 

@@ -427,7 +427,8 @@ async def test_a_waiter_that_fails_keeps_no_other_waiter_waiting(
             await asyncio.sleep(0.5)
             other = asyncio.create_task(client.balance(key))
             assert (await other).credits == 9406
-        await end(stream)
+            with pytest.raises(LookupError):
+                await stream
     assert "k0: an outcome could not be passed on (LookupError)" in caplog.text
     assert "a fault" not in caplog.text
 
@@ -460,3 +461,62 @@ async def test_a_balance_beyond_stale_if_error_stands_in_for_nothing() -> None:
         await asyncio.sleep(100)
         with pytest.raises(InternalServerError):
             await client.balance(key)
+
+
+@pytest.mark.parametrize("kind", ["refreshes", "singles", "check"])
+async def test_a_stream_with_a_timeout_waits_for_keys_that_others_wait_for(kind: str) -> None:
+    """They have their turn where they wait, not in the stream's time."""
+    limit, pool = RateLimit(requests=60, scope="client"), keys(300)
+    async with fake_client(WindowServer(limit=60), rate_limit=limit) as client:
+        others: list[asyncio.Task[Any]] = []
+        if kind == "check":
+            others.append(asyncio.create_task(client.check(pool)))
+        elif kind == "singles":
+            others.extend(asyncio.create_task(client.balance(key)) for key in pool)
+        else:
+            await client.check(pool)
+            await asyncio.sleep(70)
+            await client.check(pool, max_age=1, stale_while_revalidate=10_000)
+        await asyncio.sleep(1)
+        failed = 0
+        async for outcome in client.stream(pool[::-1], timeout=5.0):
+            failed += not outcome.ok
+        assert failed <= 8
+        await asyncio.gather(*others)
+
+
+async def test_cached_answers_are_given_although_the_deadline_has_passed() -> None:
+    """They cost no request, and less than their errors would."""
+    limit = RateLimit(requests=VAST, pace=None)
+    async with fake_client(FakeServer(), rate_limit=limit, max_age=600) as client:
+        pool = keys(3_500)
+        await client.check(pool)
+        check = asyncio.create_task(client.check(pool, timeout=1e-6))
+        loop = asyncio.get_running_loop()
+        for _ in range(10):
+            await asyncio.sleep(0)
+            loop.call_later(1e-7, int)
+        assert (await check).ok
+
+
+async def test_a_source_that_swallows_its_cancellation_starts_no_further_call() -> None:
+    """The stream is closed at once."""
+
+    async def source() -> AsyncIterator[ApiKey]:
+        yield keys(1)[0]
+        try:
+            await asyncio.sleep(1_000)
+        except asyncio.CancelledError:
+            yield keys(1, "late")[0]
+
+    for timeout in (None, 5.0):
+        server = FakeServer()
+        async with fake_client(server) as client:
+            stream = client.stream(source(), timeout=timeout)
+            assert (await anext(stream)).ok
+            await asyncio.sleep(1)
+            began = now()
+            await stream.aclose()
+            assert now() - began < 1
+            assert client.quota().waiting == 0
+        assert [name for _, name in server.arrivals] == ["k0"]

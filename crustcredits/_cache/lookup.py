@@ -56,8 +56,9 @@ class FanOutWaiter:
 
     def set_result(self, result: Outcome[Any], /) -> None:
         if result.error is None and self._land is not None:
+            own = outcome_for(self.key, result)
             land, self._land = self._land, None
-            land(result if result.key is self.key else outcome_for(self.key, result))
+            land(own)
         elif isinstance(result.error, ClientClosedError):
             self.hand_on(copy.copy(result.error))
         elif isinstance(result, Unknown) and self.policy.if_error and self._land is not None:
@@ -129,13 +130,17 @@ class Lookup:
             self.calls.refresh(cache_key, key)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
-    def is_answered(self, path: str, key: ApiKey, policy: CachePolicy) -> bool:
-        """Whether a key needs no call of its own: it has a cached answer, or a call under way."""
+    def needs_turn(self, path: str, key: ApiKey, policy: CachePolicy) -> bool | None:
+        """Whether a key needs a turn of its own.
+
+        False with a cached answer or a request on the wire, and None while another caller waits for
+        its turn: that caller's turn decides.
+        """
         cache_key = path, key.digest
-        if self.calls.is_asked(cache_key):
-            return True
         entry = None if policy is NEW else self._cache.find(cache_key)
-        return entry is not None and entry.answer(policy, _now()) is not None
+        if entry is not None and entry.answer(policy, _now()) is not None:
+            return False
+        return self.calls.needs_turn(cache_key)
 
     def last(self, path: str, key: ApiKey, policy: CachePolicy) -> Outcome[Any] | None:
         """The last outcome for `key`, of any age, or None."""

@@ -75,6 +75,15 @@ class SingleFlight:
         """Whether a call for this key is under way, or waits for its turn in a pool."""
         return cache_key in self._under_way or (bool(self._pools) and self._pools.holds(cache_key))
 
+    def needs_turn(self, cache_key: CacheKey) -> bool | None:
+        """Whether a call for this key needs a turn of its own; None while another caller waits."""
+        call = self._under_way.get(cache_key)
+        if call is None:
+            return None if self._pools and self._pools.holds(cache_key) else True
+        if call.task is not None:
+            return False
+        return None if call.is_foreground else True
+
     def asked_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
         """The digests among these for which `is_asked` holds."""
         asked = self._pools.holds_among(path, digests) if self._pools else set[bytes]()
@@ -337,6 +346,8 @@ class SingleFlight:
                     call.api_key.label,
                     type(error).__name__,
                 )
+                if not waiter.done():
+                    waiter.set_exception(error)
 
     def _drop_refresh_of(self, cache_key: CacheKey) -> None:
         """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
