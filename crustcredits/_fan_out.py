@@ -205,8 +205,8 @@ class FanOut:
             async for key in keys:
                 while not self._is_stopped and not self._is_in_time(key):
                     await self._feeding()
-                if self._is_stopped:  # the source has swallowed a cancellation
-                    return
+                if self._is_stopped:  # the source has swallowed the cancellation
+                    raise asyncio.CancelledError
                 if self._start(key):
                     await asyncio.sleep(0)
                 while not self._has_room():

@@ -24,6 +24,7 @@ from crustcredits import (
 )
 from crustcredits._cache.lookup import FanOutWaiter
 from crustcredits._check import PoolCheck
+from crustcredits._fan_out import FanOut
 from crustcredits._ratelimit.token_queue import AccountQueue
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now, refusal
 
@@ -431,6 +432,18 @@ async def test_a_waiter_that_fails_keeps_no_other_waiter_waiting(
                 await stream
     assert "k0: an outcome could not be passed on (LookupError)" in caplog.text
     assert "a fault" not in caplog.text
+
+
+async def test_an_outcome_that_cannot_land_keeps_no_other_waiter_waiting() -> None:
+    """Its own stream has a defect, and is ended by its reader."""
+    server = FakeServer(lambda name, times: Reply(seconds=1.0))
+    async with fake_client(server) as client:
+        key = keys(1)[0]
+        with patch.object(FanOut, "_land", side_effect=LookupError):
+            stream = asyncio.create_task(anext(client.stream([key])))
+            await asyncio.sleep(0.5)
+            assert (await client.balance(key)).credits == 9406
+        await end(stream)
 
 
 async def test_thousands_of_joined_calls_expire_with_their_check() -> None:
