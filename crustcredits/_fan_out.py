@@ -154,6 +154,8 @@ class FanOut:
 
     def _is_in_time(self, key: Key) -> bool:
         """Whether a key may be asked about now; if not, a timer asks again."""
+        if self._is_stopped:
+            return False
         turns = self._turns
         needs_turn = False if turns is None else turns.needs_turn(key)
         if turns is None or needs_turn is False:
@@ -203,10 +205,8 @@ class FanOut:
     async def _feed(self, keys: AsyncGenerator[Key, None]) -> None:
         async with aclosing(keys):
             async for key in keys:
-                while not self._is_stopped and not self._is_in_time(key):
+                while not self._is_in_time(key):
                     await self._feeding()
-                if self._is_stopped:  # the source has swallowed the cancellation
-                    raise asyncio.CancelledError
                 if self._start(key):
                     await asyncio.sleep(0)
                 while not self._has_room():
@@ -214,6 +214,8 @@ class FanOut:
 
     async def _feeding(self) -> None:
         """Wait until there may be room for a key of an asynchronous source."""
+        if self._is_stopped:  # the source has swallowed the cancellation
+            raise asyncio.CancelledError
         self._feeder = asyncio.get_running_loop().create_future()
         await self._feeder
 
