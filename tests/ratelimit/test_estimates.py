@@ -327,3 +327,30 @@ def test_without_a_common_bucket_any_number_of_calls_may_start() -> None:
     """Each account has tokens of its own."""
     scheduler = scheduler_of(terms(requests=1, scope="account"), pace=None)
     assert scheduler.estimates.likely_starts(Flow(), 0.0, 1_000, 0.0) == (1_000, 0.0)
+
+
+def test_during_a_trial_as_many_calls_are_likely_to_start_as_probes() -> None:
+    """None while all of them are on the wire."""
+    scheduler, flow = scheduler_of(terms(requests=100, scope="client"), pace=None), Flow()
+    likely = scheduler.estimates.likely_starts
+    scheduler.ended(start_call(scheduler, call("refused", flow), 0.0), refused(), 0.5)
+    assert likely(flow, 10.0, 50, 1.0) == (1, 0.0)
+    probe = start_call(scheduler, call("probe", flow), 1.0)
+    assert likely(flow, 10.0, 50, 1.0) == (0, 0.0)
+    scheduler.ended(probe, OK, 1.5)
+    assert likely(flow, 10.0, 50, 2.0) == (2, 0.0)
+
+
+@pytest.mark.parametrize("scope", ["account", "client"])
+def test_pace_and_slots_bound_the_likely_starts_where_tokens_do_not(scope: str) -> None:
+    """Each account has tokens of its own, or more common ones are free than are asked for."""
+    flow = Flow()
+    paced = scheduler_of(terms(requests=1_000, scope=scope), pace=8.0)
+    assert paced.estimates.likely_starts(flow, 2.0, 100, 0.0) == (21, 0.0)
+    slow = scheduler_of(terms(requests=1_000, scope=scope), pace=None, slots=2)
+    slow.ended(start_call(slow, call("first", flow), 0.0), OK, 0.25)
+    assert slow.estimates.likely_starts(flow, 0.5, 100, 1.0) == (6, 0.0)
+    for number in range(4):
+        slow.put(call(str(number), flow))
+    assert slow.estimates.likely_starts(flow, 0.5, 100, 1.0) == (2, 0.0)
+    assert slow.estimates.likely_starts(flow, 0.25, 100, 1.0) == (0, 0.125)
