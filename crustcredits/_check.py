@@ -1,7 +1,7 @@
 """`PoolCheck`: one call for each secret of a pool, and one outcome for each key in its order.
 
 Keys that wait for their turn are numbers in the admission queue, so a pool costs a few bytes for
-each key. The module must not know requests or limits.
+each key. The module must not know requests; of limits it only asks which keys are without hope.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`CreditsClient`: calls for one key or many, deadlines, and closing.
 
-`_cache.dispatcher` asks about one key, and `_fan_out` decides how many keys of a stream are asked
-about at a time. Nothing here knows of requests.
+`_cache.lookup` answers for one key, `_check` for a pool, and `_fan_out` decides how many keys of a
+stream are asked about at a time. Nothing here knows of requests.
 """
 
 from __future__ import annotations
@@ -733,7 +733,7 @@ class _StreamTurns:
         self._timeout = timeout
         self.patience = timeout + period
 
-    def needs_turn(self, key: Key) -> bool | None:
+    def needs_turn(self, key: Key) -> bool:
         if isinstance(key, UnusableKey):
             return False
         return self._lookup.needs_turn(self._path, key, self._policy)

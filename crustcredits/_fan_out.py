@@ -39,8 +39,8 @@ class Turns(Protocol):
 
     patience: float  # seconds after which a key is tried in any case, if none is under way
 
-    def needs_turn(self, key: Key) -> bool | None:
-        """Whether a key needs a turn of its own; None while another caller waits for its turn."""
+    def needs_turn(self, key: Key) -> bool:
+        """Whether a key needs a turn: it has no cached answer, and no request is on the wire."""
         ...
 
     def likely(self, most: int) -> tuple[int, float]:
@@ -157,14 +157,11 @@ class FanOut:
         if self._is_stopped:
             return False
         turns = self._turns
-        needs_turn = False if turns is None else turns.needs_turn(key)
-        if turns is None or needs_turn is False:
+        if turns is None or not turns.needs_turn(key):
             return True
         loop = asyncio.get_running_loop()
         now, wait = loop.time(), 0.0
-        if needs_turn is None:
-            self._estimate = 0
-        elif not self._estimate or now - self._estimated_at > _ESTIMATED:
+        if not self._estimate or now - self._estimated_at > _ESTIMATED:
             self._estimate, wait = turns.likely(max(1, self._room - self._open + self._parked))
             self._estimated_at = now
         if self._estimate:

@@ -416,7 +416,7 @@ def _is_below(balance: Balance, share: Decimal) -> bool:
     return balance.credits < _EXACT.multiply(balance.recurring_credits, share)
 
 
-_MOST_CREDITS = Decimal("1e300")
+_LEAST_CREDITS, _MOST_CREDITS = Decimal("1e-300"), Decimal("1e300")
 
 
 def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
@@ -428,11 +428,15 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
     """
     factors = {"credits": _decimal("credits", credits), "margin": _decimal("margin", margin)}
     for what, factor in factors.items():
-        if not (factor == 0 or 1 / _MOST_CREDITS <= factor <= _MOST_CREDITS):
+        if not 0 <= factor <= _MOST_CREDITS:
             raise ConfigurationError(
                 f"{what} must be a finite number of at least 0 and at most {_MOST_CREDITS:g}, "
                 f"not {factor:g}"
             )
+        if 0 < factor < _LEAST_CREDITS:
+            raise ConfigurationError(f"{what} has too many digits; round it up")
+    if 0 in factors.values():
+        return Decimal(0)
     try:
         return _EXACT.multiply(*factors.values())
     except decimal.Inexact:
@@ -485,7 +489,7 @@ def _comparable(value: Any) -> Hashable:
     if isinstance(value, (list, tuple)):
         return tuple(map(_comparable, value))
     # A part of a JSON document, or a time. Equal numbers may have different digits.
-    hashable: Hashable = ("number", str(value)) if isinstance(value, Decimal) else value
+    hashable: Hashable = (Decimal, str(value)) if isinstance(value, Decimal) else value
     return hashable
 
 

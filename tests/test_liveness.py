@@ -476,26 +476,44 @@ async def test_a_balance_beyond_stale_if_error_stands_in_for_nothing() -> None:
             await client.balance(key)
 
 
-@pytest.mark.parametrize("kind", ["refreshes", "singles", "check"])
-async def test_a_stream_with_a_timeout_waits_for_keys_that_others_wait_for(kind: str) -> None:
-    """They have their turn where they wait, not in the stream's time."""
+async def test_a_stream_with_a_timeout_gives_waiting_refreshes_a_turn_in_its_time() -> None:
+    """It joins them only when they are likely to start."""
     limit, pool = RateLimit(requests=60, scope="client"), keys(300)
     async with fake_client(WindowServer(limit=60), rate_limit=limit) as client:
-        others: list[asyncio.Task[Any]] = []
-        if kind == "check":
-            others.append(asyncio.create_task(client.check(pool)))
-        elif kind == "singles":
-            others.extend(asyncio.create_task(client.balance(key)) for key in pool)
-        else:
-            await client.check(pool)
-            await asyncio.sleep(70)
-            await client.check(pool, max_age=1, stale_while_revalidate=10_000)
+        await client.check(pool)
+        await asyncio.sleep(70)
+        await client.check(pool, max_age=1, stale_while_revalidate=10_000)
         await asyncio.sleep(1)
-        failed = 0
         async for outcome in client.stream(pool[::-1], timeout=5.0):
-            failed += not outcome.ok
-        assert failed <= 8
-        await asyncio.gather(*others)
+            assert outcome.ok
+
+
+async def test_a_key_in_its_own_cooldown_delays_no_other_key_of_a_stream() -> None:
+    """Also if another caller waits for it."""
+    server = FakeServer(lambda name, times: refusal(300) if name == "held0" else Reply())
+    retry = Retry(wait_max=1_000.0)
+    async with fake_client(server, rate_limit=RateLimit(scope="key"), retry=retry) as client:
+        held = keys(1, "held")
+        other = asyncio.create_task(client.balance(held[0]))
+        await asyncio.sleep(1)
+        began = now()
+        stream = client.stream([*held, *keys(50)], timeout=5.0)
+        async with aclosing(stream):
+            landed = [await anext(stream) for _ in range(51)]
+        assert sum(outcome.ok for outcome in landed) == 50
+        assert now() - began <= 6
+        await end(other)
+
+
+async def test_a_secret_given_twice_to_a_stream_with_a_timeout_is_asked_about_once() -> None:
+    """While the first call for it waits, the second key joins it."""
+    limit, server = RateLimit(requests=10, period=10.0, scope="client"), WindowServer()
+    async with fake_client(server, rate_limit=limit) as client:
+        await client.check(keys(10, "before"))
+        pool = [ApiKey(f"s{n % 8}", name=f"n{n}") for n in range(24)]
+        async for outcome in client.stream(pool, timeout=30.0):
+            assert outcome.ok
+    assert len(server.served) == 18
 
 
 async def test_cached_answers_are_given_although_the_deadline_has_passed() -> None:

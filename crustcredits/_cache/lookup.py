@@ -130,17 +130,13 @@ class Lookup:
             self.calls.refresh(cache_key, key)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
-    def needs_turn(self, path: str, key: ApiKey, policy: CachePolicy) -> bool | None:
-        """Whether a key needs a turn of its own.
-
-        False with a cached answer or a request on the wire, and None while another caller waits for
-        its turn: that caller's turn decides.
-        """
+    def needs_turn(self, path: str, key: ApiKey, policy: CachePolicy) -> bool:
+        """Whether a key needs a turn: it has no cached answer, and no request is on the wire."""
         cache_key = path, key.digest
         entry = None if policy is NEW else self._cache.find(cache_key)
         if entry is not None and entry.answer(policy, _now()) is not None:
             return False
-        return self.calls.needs_turn(cache_key)
+        return not self.calls.is_on_wire(cache_key)
 
     def last(self, path: str, key: ApiKey, policy: CachePolicy) -> Outcome[Any] | None:
         """The last outcome for `key`, of any age, or None."""

@@ -13,6 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, KeysView
+from contextlib import suppress
 from typing import Any
 
 from crustcredits._cache.deadlines import Deadlines
@@ -75,14 +76,10 @@ class SingleFlight:
         """Whether a call for this key is under way, or waits for its turn in a pool."""
         return cache_key in self._under_way or (bool(self._pools) and self._pools.holds(cache_key))
 
-    def needs_turn(self, cache_key: CacheKey) -> bool | None:
-        """Whether a call for this key needs a turn of its own; None while another caller waits."""
+    def is_on_wire(self, cache_key: CacheKey) -> bool:
+        """Whether a request for this key is on the wire, which later callers join."""
         call = self._under_way.get(cache_key)
-        if call is None:
-            return None if self._pools and self._pools.holds(cache_key) else True
-        if call.task is not None:
-            return False
-        return None if call.is_foreground else True
+        return call is not None and call.task is not None
 
     def asked_among(self, path: str, digests: KeysView[bytes]) -> set[bytes]:
         """The digests among these for which `is_asked` holds."""
@@ -347,7 +344,8 @@ class SingleFlight:
                     type(error).__name__,
                 )
                 if not waiter.done():
-                    waiter.set_exception(error)
+                    with suppress(Exception):
+                        waiter.set_exception(error.with_traceback(None))
 
     def _drop_refresh_of(self, cache_key: CacheKey) -> None:
         """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
