@@ -602,6 +602,7 @@ def test_equal_answers_are_recognised_in_any_order_of_fields() -> None:
             Decimal("-1E-400"),
             "of at least 0 and at most 1e+300, not -1e-400",
         ),
+        (Decimal("1E-301"), "credits has too many digits; round it up"),
         (Decimal("1E+301"), "at most 1e+300, not 1e+301"),
         (Decimal("1E+300"), "5 are known to be available"),
     ],
