@@ -68,7 +68,12 @@ class Dispatcher:
         self._retry = retry
         terms = SchedulerTerms.of(rate_limit, late=request_timeout)
         if store is not None:
-            store.open(period=terms.period, late=request_timeout, pace=rate_limit.pace)
+            store.open(
+                period=terms.period,
+                late=request_timeout,
+                pace=rate_limit.pace,
+                scope=terms.scope,
+            )
         self._later = Resumptions()
         pace = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period)
         slots = ConnectionSlots[Attempt](concurrency)

@@ -25,8 +25,14 @@ from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call
-from crustcredits._ratelimit.leased_tokens import LeasedTokens, TokenStore
+from crustcredits._ratelimit.leased_permits import LeasedPermits
+from crustcredits._ratelimit.leased_tokens import (
+    LeasedTokens,
+    PermitGate,
+    TokenStore,
+)
 from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_bucket
@@ -91,6 +97,7 @@ class Endpoint:
             pace=pace,
             slots=slots,
             make_bucket=local_bucket if store is None else partial(self._make_bucket, store),
+            make_permits=LeasedPermits if store is not None and shares_accounts else Permits,
             is_barred=self.is_barred,
         )
 
@@ -270,7 +277,8 @@ class Endpoint:
             self._on_tokens()
 
         tokens = store.tokens(self.path, cast("str | bytes | None", whose), limit)
-        return LeasedTokens(tokens, came, partial(self._on_outage, whose))
+        make = PermitGate if whose is None and self._shares_accounts else LeasedTokens
+        return make(tokens, came, partial(self._on_outage, whose))
 
     def _on_outage(self, whose: Hashable | None) -> None:
         """End the calls that wait for a token of this bucket: no token can be had.

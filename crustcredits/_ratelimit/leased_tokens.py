@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Literal, Protocol, TypeAlias, cast
 
 from crustcredits._errors import ConfigurationError
+
+Scope: TypeAlias = Literal["auto", "client", "account"]
 
 
 class SharedTokens(Protocol):
@@ -33,7 +35,11 @@ class SharedTokens(Protocol):
     def is_idle(self) -> bool: ...
     def collect(self, now: float) -> None: ...
     def next_home(self, missing: int) -> float | None: ...
-    def need(self, count: int, kept: int) -> None: ...
+    def need(self, count: int, kept: int, kept_within: int = 0) -> None: ...
+    def is_short(self, now: float) -> bool: ...
+    def room_to_ask(self, now: float, kept: int) -> int: ...
+    @property
+    def not_before(self) -> float: ...
     def start(self, now: float) -> int: ...
     def own(self, mark: int) -> int: ...
     def end(self, when: float) -> None: ...
@@ -47,11 +53,12 @@ class TokenStore(Protocol):
     A client asks the store for each bucket anew, and forgets idle buckets.
     """
 
-    def open(self, *, period: float, late: float, pace: float | None) -> None:
+    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
         """Register a client.
 
         Its tokens return `period` seconds after the end of their request. No request takes longer
-        than `late` seconds, and `pace` requests start per second.
+        than `late` seconds, and `pace` requests start per second. The scope says which tokens a
+        request takes: with `"auto"` one of its account and a common one.
 
         Raises:
             ConfigurationError: The store cannot serve this client.
@@ -62,6 +69,7 @@ class TokenStore(Protocol):
         """The `limit` tokens of one bucket.
 
         It counts all requests to `path`, those of one account, or those of one key by its digest.
+        The common tokens of a path are asked for first.
         """
         ...
 
@@ -93,9 +101,12 @@ class LeasedTokens:
         tokens: The tokens as this process knows them.
         wake: Called when tokens have come.
         fail: Called when no token can be leased, because Redis is out of reach.
+
+    Attributes:
+        kept_within: How many of the tokens that come with these the waiting calls leave.
     """
 
-    __slots__ = ("_ends", "_tokens", "next_refresh")
+    __slots__ = ("_ends", "_tokens", "kept_within", "next_refresh")
 
     is_shared = True
 
@@ -103,6 +114,7 @@ class LeasedTokens:
         self, tokens: SharedTokens, wake: Callable[[], None], fail: Callable[[], None]
     ) -> None:
         self._tokens = tokens
+        self.kept_within = 0
         self.next_refresh = 0.0
         # When the tokens of ended requests return, as far as this process knows; ascending.
         self._ends: list[float] = []
@@ -159,7 +171,11 @@ class LeasedTokens:
 
         With 0 no call waits any more.
         """
-        self._tokens.need(count, kept)
+        self._tokens.need(count, kept, self.kept_within)
+
+    def is_short(self, now: float) -> bool:
+        """Whether Redis has no token for the waiting calls now."""
+        return self._tokens.is_short(now)
 
     def take(self, now: float) -> int:
         """As for `TokenBucket`."""
@@ -192,3 +208,27 @@ class LeasedTokens:
         """An estimate, because the next takers in other processes are unknown."""
         self._tokens.collect(now)
         return self._tokens.returns(now, period)
+
+
+class PermitGate(LeasedTokens):
+    """The common tokens where each of them comes together with one of an account.
+
+    Its room is the number of calls that may ask for a permit now. A call asks when it begins to
+    wait for its account.
+    """
+
+    __slots__ = ()
+
+    def room(self, now: float, kept: int) -> int:
+        """How many calls that leave `kept` tokens may ask for a permit.
+
+        In degraded mode as for `LeasedTokens`.
+        """
+        room = super().room(now, kept)
+        return room if self._tokens.degraded else self._tokens.room_to_ask(now, kept)
+
+    def room_at(self, now: float, kept: int) -> float | None:
+        """When calls may ask again; None while answers to others are awaited."""
+        if self._tokens.degraded:
+            return super().room_at(now, kept)
+        return self._tokens.not_before if self._tokens.is_short(now) else None

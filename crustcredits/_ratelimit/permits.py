@@ -48,7 +48,7 @@ class Permits:
         def make(name: Hashable | None) -> Bucket:
             return make_bucket(name, terms.requests, self._wake)
 
-        self._period = terms.period
+        self._terms = terms
         self._ready = ready
         self.accounts = Accounts(terms, make)
         self.common = CommonQueue(make(None), terms, scope)
@@ -89,8 +89,8 @@ class Permits:
         if call.flow.kind is Kind.BACKGROUND:
             self.refreshing += 1
             account.refreshing += 1
-            for queue in (account, self.common):
-                queue.space_refreshes(now, self._period)
+            for queue in (account, self.common) if self.counts_common else (account,):
+                queue.space_refreshes(now, self._terms.period)
                 if len(queue):
                     self._arm(queue, now)
         return own, common
@@ -264,6 +264,8 @@ class Permits:
 def _sure(bucket: Bucket, now: float) -> float:
     """The earliest time at which a token can be had, with certainty.
 
-    A request on the wire may return one at any moment.
+    A request on the wire may return one at any moment, and so may another process.
     """
-    return now if bucket.on_wire or bucket.room(now, 0) > 0 else bucket.room_at(now, 0) or now
+    if bucket.on_wire or bucket.room(now, 0) > 0 or (bucket.is_shared and not bucket.is_degraded):
+        return now
+    return bucket.room_at(now, 0) or now

@@ -52,6 +52,7 @@ class Scheduler:
         seed: Seed of the draws among calls of a trial; random by default.
         make_bucket: Makes the tokens of an account, or of all together (None). It is given the
             limit, and a function to call with the account when new tokens have come.
+        make_permits: Makes the permits out of them.
         is_barred: Whether a call may not be sent at all now. `grant` then hands the call out and
             forgets it.
 
@@ -72,6 +73,7 @@ class Scheduler:
         slots: ConnectionSlots[Attempt],
         seed: int | None = None,
         make_bucket: MakeBucket = local_bucket,
+        make_permits: type[Permits] = Permits,
         is_barred: Callable[[Call, float], bool] | None = None,
     ) -> None:
         self._random = random.Random(seed)
@@ -82,7 +84,9 @@ class Scheduler:
         self._scope = ScopeDetection(terms.window, terms.late, proves=terms.scope == "auto")
         self.ready = FairQueue()
         self.cooldown = EndpointCooldown(terms.window)
-        self.permits = Permits(terms, scope=self._scope, ready=self.ready, make_bucket=make_bucket)
+        self.permits = make_permits(
+            terms, scope=self._scope, ready=self.ready, make_bucket=make_bucket
+        )
         self._feedback = Feedback(
             terms, permits=self.permits, scope=self._scope, cooldown=self.cooldown, pace=pace
         )

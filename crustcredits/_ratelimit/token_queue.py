@@ -100,9 +100,9 @@ class TokenQueue(ABC):
         """Whether a call waits here."""
         return call.queue in self._queues
 
-    def push(self, call: Call) -> None:
-        """Let a call wait."""
-        self._of_kind(call.flow.kind).push(call)
+    def push(self, call: Call, *, first: bool = False) -> None:
+        """Let a call wait, with `first` before the others of its flow."""
+        self._of_kind(call.flow.kind).push(call, first=first)
 
     def push_pool(self, pool: PoolFlow) -> None:
         """Let all numbers of a pool wait."""

@@ -1,8 +1,8 @@
 """Token buckets shared by several processes and counted in Redis. Needs the extra `redis`.
 
 This package owns the messages, the script and degraded mode. It must not know calls, keys or HTTP.
-Start reading in `shared_tokens.py`, which does no I/O; `coordinator.py` sends its messages,
-`exchange.lua` answers them.
+Start reading in `shared_tokens.py`, which does no I/O. `coordinator.py` sends its messages in the
+form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps requests few.
 """
 
 try:

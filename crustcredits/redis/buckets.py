@@ -11,6 +11,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from crustcredits._errors import ConfigurationError
+from crustcredits._ratelimit.leased_tokens import Scope
 from crustcredits._validation import check_kind, check_number, hides_arguments
 from crustcredits.redis.coordinator import Coordinator, hidden_name
 from crustcredits.redis.shared_tokens import SharedTokens, Terms
@@ -72,6 +73,7 @@ class RedisBuckets:
         self._prefix = f"{{{prefix}}}:"
         self._share = share
         self._opened = False
+        self._common: dict[str, SharedTokens] = {}  # the common tokens by path
         self._make_link = partial(
             Coordinator,
             client,
@@ -81,7 +83,7 @@ class RedisBuckets:
         )
         self._link = self._make_link()
 
-    def open(self, *, period: float, late: float, pace: float | None) -> None:
+    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
         """Bind these buckets to a client: see `TokenStore`.
 
         Raises:
@@ -93,13 +95,21 @@ class RedisBuckets:
                 "prefix for each client"
             )
         self._opened = True
+        self._common.clear()
         if self._link.closed:
             self._link = self._make_link()
-        self._link.terms = Terms(period=period, late=late, pace=pace, share=self._share)
+        self._link.open(Terms(period=period, late=late, pace=pace, share=self._share, scope=scope))
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         """The tokens of one bucket: see `TokenStore`."""
-        return self._link.tokens(f"{self._prefix}{path}{hidden_name(whose)}", limit)
+        name, scope = f"{self._prefix}{path}{hidden_name(whose)}", self._link.terms.scope
+        if whose is None:
+            common = self._link.tokens(name, limit, is_gate=scope != "client")
+            self._common[path] = common
+            return common
+        return self._link.tokens(
+            name, limit, within=self._common.get(path) if scope == "auto" else None
+        )
 
     async def close(self) -> None:
         """Report what is still queued, if Redis is reachable, and close connections opened here.

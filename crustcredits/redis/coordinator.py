@@ -1,8 +1,7 @@
 """`Coordinator`: exchanges messages with Redis, with heartbeat and degraded mode.
 
-`shared_tokens` decides the content of messages, `exchange.lua` their effect in Redis. Redis's clock
-is the only shared clock, so all times in messages are durations. Neither keys nor values hold a
-secret.
+`shared_tokens` decides the content of messages, `protocol` their form, and `exchange.lua` their
+effect in Redis.
 """
 
 from __future__ import annotations
@@ -12,19 +11,25 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Sequence
-from importlib.resources import files
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import WeakSet
 
+import attrs
 from redis.exceptions import NoScriptError, RedisError
 
-from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms, micro
+from crustcredits.redis.protocol import (
+    SCRIPT,
+    SHA,
+    BucketReport,
+    PermitRequest,
+    Request,
+    Response,
+)
+from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms
+from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")
-
-SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
-SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # Seconds that one Redis call may take.
 _PATIENCE = 1.0
@@ -43,6 +48,35 @@ _BUCKETS = 64
 _LIFE = 86_400.0
 
 
+@attrs.define
+class _Message:
+    """The buckets of a message, and the permits that it asks for."""
+
+    now: float
+    epoch: int
+    indexes: dict[SharedTokens, int] = attrs.field(factory=dict)
+    reports: list[BucketReport] = attrs.field(factory=list)
+    asks: list[tuple[SharedTokens, range, PermitRequest]] = attrs.field(factory=list)
+
+    def add(self, tokens: SharedTokens) -> int:
+        """Add the report of a bucket, once. Returns its index."""
+        if tokens not in self.indexes:
+            self.indexes[tokens] = len(self.reports)
+            self.reports.append(tokens.report(self.now, self.epoch))
+        return self.indexes[tokens]
+
+    def ask(self, tokens: SharedTokens, numbers: range) -> None:
+        """Ask for permits."""
+        counting = [tokens] if tokens.within is None else [tokens, tokens.within]
+        limits = [(self.add(each), each) for each in counting]
+        request = PermitRequest(
+            wanted=len(numbers),
+            first=numbers.start,
+            limits=[(index, each.ask(numbers, tokens)) for index, each in limits],
+        )
+        self.asks.append((tokens, numbers, request))
+
+
 class Coordinator:
     """Exchanges messages with Redis: one at a time, and none while there is nothing to report.
 
@@ -50,6 +84,7 @@ class Coordinator:
     """
 
     terms: Terms
+    window: Window
 
     def __init__(self, client: Any, *, owned: bool, marker: str, raises: bool) -> None:
         self.degraded: bool = False
@@ -71,7 +106,7 @@ class Coordinator:
         self._untold: WeakSet[SharedTokens] = WeakSet()
         # Last Redis time in microseconds, and the loop's time at which it was asked for.
         self._clock: tuple[int, float] | None = None
-        self._number = 0
+        self._number = self._message_number = 0
         self._failing: float | None = None  # loop time of the first failure in a row
         self._gone = False  # failing for longer than the grace time
         # No tokens may be granted for a while: Redis was out of reach for so long that other
@@ -83,9 +118,15 @@ class Coordinator:
         self._settling: asyncio.Handle | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def tokens(self, name: str, limit: int) -> SharedTokens:
-        """Return the tokens of the bucket of that name."""
-        tokens = SharedTokens(self, name, limit)
+    def open(self, terms: Terms) -> None:
+        """Serve a client on these terms."""
+        self.terms, self.window = terms, Window(terms.pace)
+
+    def tokens(
+        self, name: str, limit: int, *, within: SharedTokens | None = None, is_gate: bool = False
+    ) -> SharedTokens:
+        """The tokens of the bucket of that name: see `SharedTokens`."""
+        tokens = SharedTokens(self, name, limit, within=within, is_gate=is_gate)
         self._all.add(tokens)
         return tokens
 
@@ -169,18 +210,12 @@ class Coordinator:
             tokens.collect(now)
             if not tokens.has_in_hand:
                 self._in_hand.discard(tokens)
-        batch = sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
-        for tokens in batch:
-            del self._due[tokens]
-        self._soonest = min(self._due.values(), default=math.inf)
-        said = self._greeting(now, registers=bool(self._untold.difference(batch)))
-        for tokens in batch:
-            # While Redis fails, no further tokens are asked for: the numbers of the first failed
-            # message are enough to give back.
-            said += tokens.message(now, self._epoch, asks=self._failing is None and not self.closed)
+        message = self._message(now, self._take_due(now))
+        batch = list(message.indexes)
+        request = self._request(message)
         try:
             async with asyncio.timeout(_PATIENCE):
-                answers = _read(await self._call(self._keys(batch), said), len(batch))
+                response = Response.decode(await self._call(request), request)
         except Exception as error:  # noqa: BLE001  # any error: no call may hang because of it
             self._lost(
                 batch,
@@ -189,55 +224,100 @@ class Coordinator:
                 else type(error).__name__,
             )
         else:
-            self._heard(batch, answers)
+            self._heard(message, response)
 
-    def _greeting(self, now: float, *, registers: bool) -> list[str | int]:
-        """Return the part of a message that describes its process."""
-        told, asked = self._clock or (0, now)
-        terms = self.terms
-        said: list[str | int] = [
-            self._process,
-            self._epoch,
-            int(self._hold or registers),
-            secrets.randbits(52) + 1,
-        ]
-        said += [told, micro(now - asked), micro(2 * _PATIENCE), micro(PAUSE), micro(terms.lease)]
-        return [*said, micro(2 * terms.late + _PATIENCE), int(_LIFE * 1e3)]
+    def _take_due(self, now: float) -> list[SharedTokens]:
+        """The buckets of the next message: those that are due, or nearly."""
+        batch = sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
+        if not self.closed:
+            batch = [tokens for tokens in batch if self._due[tokens] <= now + _REPORT]
+        for tokens in batch:
+            del self._due[tokens]
+        self._soonest = min(self._due.values(), default=math.inf)
+        return batch
 
-    def _keys(self, batch: Sequence[SharedTokens]) -> list[str]:
-        return [
-            self._marker,
-            *(name for tokens in batch for name in (tokens.name, tokens.name + ":line")),
-        ]
+    def _message(self, now: float, batch: Iterable[SharedTokens]) -> _Message:
+        message = _Message(now, self._epoch)
+        for tokens in batch:
+            message.add(tokens)
+        # While Redis fails, no further permits are asked for: the numbers of the first failed
+        # message are enough to give back.
+        if self._failing is None and not self.closed:
+            for tokens in batch:
+                if count := tokens.asks():
+                    first = self.number(count)
+                    message.ask(tokens, range(first, first + count))
+        return message
 
-    async def _call(self, keys: Sequence[str], said: Sequence[str | int]) -> Any:
+    def _request(self, message: _Message) -> Request:
+        now, terms = message.now, self.terms
+        clock, asked = self._clock or (0, now)
+        self._message_number += 1
+        return Request(
+            marker=self._marker,
+            process=self._process,
+            number=self._message_number,
+            epoch=self._epoch,
+            fresh=secrets.randbits(52) + 1,
+            holds=self._hold or bool(self._untold.difference(message.indexes)),
+            clock=clock,
+            age=now - asked,
+            tolerance=2 * _PATIENCE,
+            pause=PAUSE,
+            lease=terms.lease,
+            kept=2 * terms.late + _PATIENCE,
+            life=_LIFE,
+            buckets=message.reports,
+            asks=[request for _, _, request in message.asks],
+        )
+
+    async def _call(self, request: Request) -> Any:
+        names, said = request.encode()
         try:
-            return await self._client.evalsha(SHA, len(keys), *keys, *said)
+            return await self._client.evalsha(SHA, len(names), *names, *said)
         except NoScriptError:  # unknown script, or SCRIPT FLUSH
-            return await self._client.eval(SCRIPT, len(keys), *keys, *said)
+            names, said = attrs.evolve(request, is_new=True).encode()
+            return await self._client.eval(SCRIPT, len(names), *names, *said)
 
-    def _heard(self, batch: Sequence[SharedTokens], answers: Sequence[Sequence[int]]) -> None:
-        (known, epoch, pause, clock), *of_buckets = answers
+    def _heard(self, message: _Message, response: Response) -> None:
         now = _now()
-        self._clock = clock, self._last
+        self._clock = response.clock, self._last
         self._hold = self._failing is not None and now - self._failing >= PAUSE
         self._come_back()
-        if not known:
+        if not response.is_known:
             _log.warning(
                 "the rate limit's count in Redis was lost, or Redis's clock was set; this "
                 "process registers its tokens again"
             )
-        if epoch != self._epoch:
-            self._epoch = epoch
+        if response.epoch != self._epoch:
+            self._epoch = response.epoch
             self._register(now)
-        if not known:
-            for tokens in batch:
+        if not response.is_known:
+            for tokens in message.indexes:
                 tokens.unanswered()
                 self.say(tokens, at_once=True)
             return
-        self._untold.difference_update(batch)
-        for tokens, answer in zip(batch, of_buckets, strict=True):
-            tokens.answered(answer, now, epoch=epoch, pause=pause / 1e6)
+        self._untold.difference_update(message.indexes)
+        self._take(message, response, now)
+
+    def _take(self, message: _Message, response: Response, now: float) -> None:
+        """Take the permits and the news of an answer."""
+        granted: dict[SharedTokens, int] = {}
+        for (tokens, numbers, _), count in zip(message.asks, response.granted, strict=True):
+            granted[tokens] = count
+            for each in (tokens, tokens.within):
+                if each is not None:
+                    each.granted(numbers[:count])
+        woken = [
+            tokens
+            for tokens, state in zip(message.indexes, response.buckets, strict=True)
+            if tokens.answered(state, now, epoch=response.epoch, pause=response.pause)
+        ]
+        for tokens, count in granted.items():
+            tokens.settle(count)
+        for tokens in woken:
+            tokens.wake()
+        for tokens in message.indexes:
             if tokens.wants:
                 self.say(tokens, at_once=True)
 
@@ -307,15 +387,6 @@ class Coordinator:
             if timer is not None:
                 timer.cancel()
         self._timer = self._due_at = self._settling = None
-
-
-def _read(answers: Any, buckets: int) -> list[list[int]]:
-    """Parse Redis's answer; raise `ValueError` or `TypeError` if the script did not make it."""
-    rows = [[int(number) for number in row] for row in answers]
-    known, _, _, _ = rows[0]
-    if len(rows) != 1 + (buckets if known else 0) or any(len(row) < 3 for row in rows):
-        raise ValueError("the answer is not from the script")
-    return rows
 
 
 def hidden_name(whose: str | bytes | None) -> str:

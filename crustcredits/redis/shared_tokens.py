@@ -1,32 +1,31 @@
 """`SharedTokens`: one process's view of the tokens of a bucket that several processes share.
 
-Messages to Redis are made and read here as values; the link decides how and when they travel.
+A process asks for permits: one token of each bucket that counts an attempt, or none of them. So no
+process holds a token while it waits for another one. The link decides how and when messages travel.
 Tokens are alike, so the token granted first is used first.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import attrs
 
+from crustcredits._ratelimit.leased_tokens import Scope
 from crustcredits.redis.local_tokens import FRESH, LocalTokens
+from crustcredits.redis.protocol import BucketReport, BucketState
+from crustcredits.redis.window import Window
 
-# Most tokens that one bucket asks for in a message.
-MOST = 32
-# Share of one second's starts, at the configured pace, that is asked for ahead.
-_AHEAD = 0.15
 # Seconds between two messages for missing tokens, so that one message fetches all that return in
 # between.
 GAP = 0.05
 # Most seconds between two messages while a call waits or tokens are out; a lost count is noticed
 # within this time.
 BEAT = 0.5
-# In the place of a request's age: count nothing for this bucket.
-_COUNTS_NOTHING = -1
 
 
 @attrs.frozen
@@ -38,12 +37,14 @@ class Terms:
         late: Longest duration of an attempt.
         pace: Starts a second; None without a limit.
         share: Share of the limit in degraded mode.
+        scope: The scope that the server counts by; with `"auto"` an attempt takes two tokens.
     """
 
     period: float
     late: float
     pace: float | None
     share: float
+    scope: Scope = "client"
 
     @property
     def lease(self) -> float:
@@ -55,17 +56,13 @@ class Terms:
         # may, and arrives as late as it may.
         return FRESH + self.late + self.late + self.period
 
-    @property
-    def ahead(self) -> int:
-        """Most tokens that may be granted and not used yet."""
-        return MOST if self.pace is None else max(1, min(MOST, int(self.pace * _AHEAD)))
-
 
 class Link(Protocol):
     """Carries the messages.
 
     Attributes:
         terms: The terms of all tokens.
+        window: How many permits may be asked for.
         degraded: Whether each process counts by itself, because the link is broken.
         settled: Whether degraded mode has lasted so long that no other process has more than its
             share out.
@@ -73,6 +70,7 @@ class Link(Protocol):
     """
 
     terms: Terms
+    window: Window
     degraded: bool
     settled: bool
     settles_at: float
@@ -108,15 +106,15 @@ class Granted(NamedTuple):
     degraded: bool = False
 
 
-@attrs.frozen
+@attrs.define
 class _Sent:
     """Contents of the message under way."""
 
     at: float
-    first: int
-    wanted: int
     homes: int
     returned: int
+    asks: list[range] = attrs.field(factory=list)  # the numbers of the permits asked for
+    kept: int | None = None  # least number of tokens that these permits leave
 
 
 class SharedTokens:
@@ -126,10 +124,27 @@ class SharedTokens:
     for its share. For one lease it uses at most as many as it had out when the link failed, because
     other processes may have used the rest. It has many methods because it serves its bucket and the
     link.
+
+    Args:
+        link: Carries the messages.
+        name: The bucket's name in Redis.
+        limit: How many tokens there are.
+        within: The tokens that each permit for this bucket takes too, or None.
+        is_gate: Whether permits are never asked for these tokens alone.
     """
 
-    def __init__(self, link: Link, name: str, limit: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        name: str,
+        limit: int,
+        *,
+        within: SharedTokens | None = None,
+        is_gate: bool = False,
+    ) -> None:
         self.name = name
+        self.within = within
+        self._is_gate = is_gate
         self.epoch: int = 0  # the last one in which all tokens were registered
         # When it makes sense to ask again for tokens that were not there.
         self.not_before: float = -math.inf
@@ -143,7 +158,10 @@ class SharedTokens:
         self._unreported: list[tuple[int, float]] = []  # of these, those to report
         self._returned: list[Granted] = []
         self._wanted = 0
-        self._kept = 0  # of the limit, the reserve that the waiting calls may not use
+        self._asked = 0  # of these, those that the window counts
+        # Tokens that the waiting calls leave, here and in `within`.
+        self._kept = self._kept_within = 0
+        self._short_kept = 0  # tokens that calls leave for which none was there
         self._sent: _Sent | None = None
         # Used tokens of other processes at the last answer, and when these have returned.
         self._others, self._others_until = 0, 0.0
@@ -205,7 +223,7 @@ class SharedTokens:
         while self._ended and self._ended[0][1] <= now:
             self._ended.popleft()
         while self._hand and now - self._hand[0].at > FRESH:
-            self._give_up(self._hand)
+            self._drop_unused()
 
     def start(self, now: float) -> int:
         """Use one free token for an attempt; return a mark for `own`."""
@@ -214,8 +232,8 @@ class SharedTokens:
             self._on_wire.append(Granted(self._link.number(1), now, degraded=True))
             return mark
         self._on_wire.append(self._hand.popleft())
-        if self.wants:
-            self._link.say(self, at_once=True)
+        if not self._is_gate:
+            self._link.window.used()
         return mark
 
     def end(self, when: float) -> None:
@@ -239,13 +257,38 @@ class SharedTokens:
         """
         return self._own.own(mark)
 
-    def need(self, count: int, kept: int) -> None:
-        """Ask for tokens for `count` waiting calls, which may not use `kept` of the limit.
+    def need(self, count: int, kept: int, kept_within: int = 0) -> None:
+        """Ask for permits for `count` waiting calls. With 0 no call waits any more.
 
-        With 0 no call waits any more.
+        The calls leave `kept` of these tokens, and `kept_within` of the others that a permit takes.
         """
-        self._wanted, self._kept = count, kept
-        if not self._link.degraded and self.wants:
+        self._wanted, self._kept, self._kept_within = count, kept, kept_within
+        window = self._link.window
+        window.waits(self, count)
+        if self._is_gate or self._link.degraded:
+            return
+        self._count_asked(0 if self.is_short(self._link.now()) else self._to_ask())
+        if self.wants:
+            self._link.say(self, at_once=True)
+
+    def is_short(self, now: float) -> bool:
+        """Whether Redis has no token for the waiting calls now, as far as known."""
+        return not self._link.degraded and now < self.not_before
+
+    def room_to_ask(self, now: float, kept: int) -> int:
+        """For how many more permits calls may ask that leave `kept` of these tokens."""
+        room = self._link.window.room
+        if self.is_short(now):
+            return 0 if kept >= self._short_kept else room
+        return min(room, max(1, bisect_right(self._coming, now + GAP))) if self._coming else room
+
+    def room_came(self) -> None:
+        """Note that more permits may be asked for."""
+        if self._is_gate:
+            if self._link.window.allows(self._wanted):
+                self._wake()
+        elif self.wants and not self._link.degraded:
+            self._count_asked(self._to_ask())
             self._link.say(self, at_once=True)
 
     def next_home(self, missing: int) -> float | None:
@@ -282,78 +325,105 @@ class SharedTokens:
 
     @property
     def wants(self) -> bool:
-        """Whether to ask for tokens: a call waits, and too few are granted already."""
-        return self._asked_for() > 0
+        """Whether to ask for permits: a call waits, and there is room in the window."""
+        return self._to_ask() > 0
 
     def holds(self, now: float) -> bool:
         """Whether this process has tokens that Redis must know about."""
         self.collect(now)
         return bool(self._hand or self._on_wire or self._ended or self._returned)
 
-    def message(self, now: float, epoch: int, *, asks: bool) -> list[int]:
-        """Return this bucket's part of a message, with `asks` also asking for tokens.
+    def report(self, now: float, epoch: int) -> BucketReport:
+        """The part of a message that is about this bucket.
 
         Registers every token that is out, if that has not been done in this epoch.
         """
         self.collect(now)
-        terms = self._link.terms
-        self._returned = [token for token in self._returned if now < token.at + terms.lease]
+        lease = self._link.terms.lease
+        self._returned = [token for token in self._returned if now < token.at + lease]
         homes = self._unreported if epoch == self.epoch else self._all_homes(now)
-        wanted = self._asked_for() if asks else 0
-        self._sent = _Sent(
-            now, self._link.number(wanted), wanted, len(self._unreported), len(self._returned)
+        self._sent = _Sent(now, len(self._unreported), len(self._returned))
+        return BucketReport(
+            name=self.name,
+            returns=[(number, home - now) for number, home in homes],
+            unused=[token.number for token in self._returned],
         )
-        said = [
-            wanted,
-            self.limit - self._kept,
-            self._sent.first,
-            _COUNTS_NOTHING,
-            len(homes),
-            len(self._returned),
-        ]
-        for number, home in homes:
-            said += (number, micro(home - now))
-        return said + [token.number for token in self._returned]
 
-    def answered(self, answer: Sequence[int], now: float, *, epoch: int, pause: float) -> None:
-        """Take the answer to the message under way.
+    def asks(self) -> int:
+        """How many permits the message under way asks for."""
+        count = self._to_ask()
+        self._count_asked(count)
+        return count
 
-        No tokens are granted for `pause` seconds.
+    def ask(self, numbers: range, asking: SharedTokens) -> int:
+        """Note the permits that the message asks for. Returns how many tokens may be out."""
+        assert self._sent is not None
+        kept = asking._kept if asking is self else asking._kept_within
+        self._sent.asks.append(numbers)
+        self._sent.kept = kept if self._sent.kept is None else min(kept, self._sent.kept)
+        return self.limit - kept
+
+    def granted(self, numbers: range) -> None:
+        """Take the tokens of permits that the message has brought."""
+        assert self._sent is not None
+        at = self._sent.at
+        self._hand.extend(Granted(number, at) for number in numbers)
+        if numbers:
+            self._link.keeps_an_eye_on(self)
+
+    def answered(self, state: BucketState, now: float, *, epoch: int, pause: float) -> bool:
+        """Take the answer to the message under way, after what was granted.
+
+        No tokens are granted for `pause` seconds. Returns whether calls may have to be woken.
         """
         sent, self._sent = self._sent, None
         assert sent is not None
         self.epoch = epoch
         del self._unreported[: sent.homes], self._returned[: sent.returned]
-        given, out, _, *coming = answer
-        self._others, self._others_until = (
-            max(0, out - given - self._own_out() - len(self._hand)),
-            now + self._link.terms.period,
-        )
-        self._coming = [now + micro / 1e6 for micro in coming]
-        if given < sent.wanted:
+        self._others = max(0, state.out - self._own_out() - len(self._hand))
+        self._others_until = now + self._link.terms.period
+        self._coming = [now + seconds for seconds in state.returns]
+        if not sent.asks:
+            return False
+        kept = sent.kept or 0
+        if pause:
+            self._short_kept, self.not_before = 0, now + pause
+        elif state.missing:
             comes = self._coming[0] if self._coming else now + BEAT
-            self.not_before = min(max(now + GAP, comes), now + BEAT) if not pause else now + pause
-        if sent.wanted:
-            self._arrived(Granted(sent.first + place, sent.at) for place in range(given))
+            # Calls that leave fewer tokens may have learnt before that there is none.
+            self._short_kept = min(kept, self._short_kept) if self.is_short(now) else kept
+            self.not_before = min(max(now + GAP, comes), now + BEAT)
+        if not self._is_gate:
+            self._wanted = 0  # calls that still wait ask again
+            self._link.window.waits(self, 0)
+        return True
+
+    def settle(self, given: int) -> None:
+        """Count the permits that the answer brought as unused, and no more as asked for."""
+        asked, self._asked = self._asked, 0
+        self._link.window.answered(asked, given)
+
+    def wake(self) -> None:
+        """Wake the waiting calls after an answer."""
+        self._wake()
 
     def unanswered(self) -> None:
         """Give back the tokens that the message may have brought: Redis may have received it."""
         sent, self._sent = self._sent, None
         assert sent is not None
-        self._returned += [
-            Granted(number, sent.at) for number in range(sent.first, sent.first + sent.wanted)
-        ]
+        self._returned += [Granted(number, sent.at) for asked in sent.asks for number in asked]
+        self._count_asked(0)
 
     def fail(self) -> None:
         """Fail every waiting call: Redis is out of reach."""
-        self._wanted = 0
+        self._want_nothing()
         self._fail()
 
     def let_go(self) -> None:
         """Give back every granted token, because the client is closed."""
-        self._wanted = 0
+        self._want_nothing()
         while self._hand:
-            self._give_up(self._hand)
+            self._drop_unused()
 
     def lose_touch(self) -> None:
         """Note how many tokens are out at the first failure of the link."""
@@ -364,6 +434,7 @@ class SharedTokens:
         """Enter degraded mode."""
         self.epoch = 0
         self._unreported.clear()
+        self._count_asked(0)
         self.change()
 
     def change(self) -> None:
@@ -374,11 +445,20 @@ class SharedTokens:
 
     # --- inside
 
-    def _asked_for(self) -> int:
-        """Number of tokens to ask for: all that are wanted, or at least half of the ahead limit."""
-        ahead = self._link.terms.ahead
-        room = ahead - len(self._hand)
-        return min(self._wanted, room) if room >= min(self._wanted, (ahead + 1) // 2) else 0
+    def _to_ask(self) -> int:
+        """How many permits to ask for now."""
+        return 0 if self._is_gate else self._link.window.share_of(self._wanted, self._asked)
+
+    def _count_asked(self, count: int) -> None:
+        """Let the window count that many permits as asked for."""
+        more, self._asked = count - self._asked, count
+        if more:
+            self._link.window.asked_for(more)
+
+    def _want_nothing(self) -> None:
+        self._wanted = 0
+        self._link.window.waits(self, 0)
+        self._count_asked(0)
 
     def _own_out(self) -> int:
         return self._own.in_flight + len(self._own.homes())
@@ -398,12 +478,11 @@ class SharedTokens:
     def _whole_share(self) -> int:
         return max(1, int(self.limit * self._link.terms.share))
 
-    def _arrived(self, granted: Iterable[Granted]) -> None:
-        self._hand.extend(granted)
-        if self._hand:
-            self._link.keeps_an_eye_on(self)
-        self._wanted = 0  # calls that still wait ask again
-        self._wake()
+    def _drop_unused(self) -> None:
+        """Give back the oldest granted token."""
+        self._give_up(self._hand)
+        if not self._is_gate:
+            self._link.window.used()
 
     def _all_homes(self, now: float) -> list[tuple[int, float]]:
         under_way = (*self._hand, *self._on_wire)
@@ -417,8 +496,3 @@ class SharedTokens:
             self._returned.append(token)
             self.not_before = -math.inf
             self._link.say(self, at_once=self.wants)  # a call that waits here can have it
-
-
-def micro(seconds: float) -> int:
-    """Convert seconds to whole microseconds."""
-    return math.ceil(seconds * 1e6)

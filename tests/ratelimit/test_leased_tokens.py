@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from crustcredits import ConfigurationError
-from crustcredits._ratelimit.leased_tokens import LeasedTokens, SharedTokens, check_store
-
-
-class Tokens:
-    """Tokens of one process without a store. Each request to the store is noted in `log`."""
-
-    def __init__(self, limit: int = 10, free: int = 0) -> None:
-        self.log: list[tuple[Any, ...]] = []
-        self.limit, self.free = limit, free
-        self.in_flight = self.share = self.available = 0
-        self.degraded = self.settling = self.idle = False
-        self.coming: list[float] = []
-
-    def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
-        self.wake, self.fail = wake, fail
-
-    def resize(self, limit: int) -> None:
-        self.limit = limit
-
-    def is_settling(self) -> bool:
-        return self.settling
-
-    def is_idle(self) -> bool:
-        return self.idle
-
-    def collect(self, now: float) -> None:
-        """Tokens that return by now are free and available."""
-        self.log.append(("collect", now))
-        back = sum(when <= now for when in self.coming)
-        del self.coming[:back]
-        self.free += back
-        self.available += back
-
-    def next_home(self, missing: int) -> float | None:
-        return self.coming[missing - 1] if missing <= len(self.coming) else None
-
-    def need(self, count: int, kept: int) -> None:
-        self.log.append(("need", count, kept))
-
-    def start(self, now: float) -> int:
-        self.log.append(("start", now))
-        self.free -= 1
-        self.in_flight += 1
-        return 40 + self.in_flight
-
-    def own(self, mark: int) -> int:
-        return mark - 40
-
-    def end(self, when: float) -> None:
-        self.log.append(("end", when))
-        self.in_flight -= 1
-        self.coming = sorted([*self.coming, when])
-
-    def unsend(self) -> None:
-        self.log.append(("unsend",))
-        self.in_flight -= 1
-
-    def returns(self, now: float, period: float) -> list[float]:
-        return [*self.coming, *[now + period] * self.in_flight]
+from crustcredits._ratelimit.leased_tokens import (
+    LeasedTokens,
+    PermitGate,
+    Scope,
+    SharedTokens,
+    check_store,
+)
+from tests.ratelimit.leases import Tokens
 
 
 def leased(tokens: SharedTokens) -> LeasedTokens:
@@ -183,9 +129,11 @@ def test_in_degraded_mode_the_reserve_delays_the_moment_of_room() -> None:
 def test_tokens_are_leased_for_the_calls_that_wait() -> None:
     tokens = Tokens()
     bucket = leased(tokens)
+    bucket.kept_within = 3
     bucket.want(7, 2)
+    bucket.kept_within = 0
     bucket.want(0, 0)
-    assert tokens.log == [("need", 7, 2), ("need", 0, 0)]
+    assert tokens.log == [("need", 7, 2, 3), ("need", 0, 0, 0)]
 
 
 def test_a_request_takes_a_token_and_reports_when_it_returns() -> None:
@@ -242,10 +190,42 @@ def test_estimates_count_the_tokens_that_are_back_by_now() -> None:
 # --- the store
 
 
+# --- the gate of whole permits
+
+
+def gate(tokens: Tokens) -> PermitGate:
+    return PermitGate(tokens, lambda: None, lambda: None)
+
+
+def test_the_room_of_a_gate_is_the_number_of_calls_that_may_ask() -> None:
+    """For any number of tokens in hand, which belong to calls that have asked."""
+    tokens = Tokens(free=4)
+    tokens.askable = 15
+    assert [gate(tokens).room(0.0, kept) for kept in (0, 5)] == [15, 10]
+
+
+def test_a_gate_knows_when_to_ask_again_only_while_there_is_no_token() -> None:
+    tokens = Tokens()
+    assert gate(tokens).room_at(0.0, 0) is None
+    tokens.not_before = 7.0
+    assert gate(tokens).is_short(6.9)
+    assert gate(tokens).room_at(6.9, 0) == 7.0
+    assert gate(tokens).room_at(7.0, 0) is None
+
+
+def test_in_degraded_mode_a_gate_counts_as_any_leased_tokens() -> None:
+    tokens = Tokens(limit=10, free=3)
+    tokens.askable, tokens.degraded, tokens.share, tokens.not_before = 15, True, 5, 7.0
+    tokens.coming = [4.0, 5.0]
+    assert gate(tokens).room(0.0, 4) == leased(tokens).room(0.0, 4) == 1
+    assert gate(tokens).room_at(0.0, 6) == leased(tokens).room_at(0.0, 6) == 4.0
+    assert not gate(tokens).is_short(0.0)
+
+
 class Store:
     """Has the methods of a token store."""
 
-    def open(self, *, period: float, late: float, pace: float | None) -> None: ...
+    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None: ...
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         return Tokens(limit)
 

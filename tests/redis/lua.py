@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from crustcredits.redis import RedisBuckets
-from crustcredits.redis.coordinator import SCRIPT, SHA
+from crustcredits.redis.protocol import SCRIPT, SHA
 
 # Seconds that Redis's clock is ahead of the loop's: it counts from 1970, with enough digits to
 # expose rounding.
@@ -93,12 +93,13 @@ class Asked:
     """One bucket's part of a message."""
 
     key: str
-    wanted: int
-    room: int
-    first: int
-    age: float | None
     homes: dict[int, float]
     returned: tuple[int, ...]
+    permits: list[tuple[int, int, int]] = attrs.field(factory=list)  # count, first number, room
+
+    @property
+    def wanted(self) -> int:
+        return sum(count for count, _, _ in self.permits)
 
 
 @attrs.frozen
@@ -107,6 +108,7 @@ class Message:
 
     at: float
     process: str
+    number: int
     epoch: int
     hold: bool
     pause: float
@@ -118,15 +120,20 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
     process, *rest = said
     numbers = iter([int(number) for number in rest])
-    epoch, hold, _, _, _, _, pause, lease, _, _ = (next(numbers) for _ in range(10))
+    number, epoch, _, hold, _, _, _, _, pause, lease, _, _ = (next(numbers) for _ in range(12))
     buckets = []
-    for key in keys[1::2]:
-        wanted, room, first, age, homes, returned = (next(numbers) for _ in range(6))
+    for key in keys[2::2]:
+        homes, returned = (next(numbers) for _ in range(2))
         told = {next(numbers): next(numbers) / 1e6 for _ in range(homes)}
-        back = tuple(next(numbers) for _ in range(returned))
-        buckets.append(Asked(key, wanted, room, first, None if age < 0 else age / 1e6, told, back))
-    assert next(numbers, None) is None, "the message says more than it announces"
-    return Message(at, str(process), epoch, bool(hold), pause / 1e6, lease / 1e6, tuple(buckets))
+        buckets.append(Asked(key, told, tuple(next(numbers) for _ in range(returned))))
+    for wanted in numbers:
+        first, *places = (next(numbers) for _ in range(5))
+        for place, room in zip(places[::2], places[1::2], strict=True):
+            if place:
+                buckets[place - 1].permits.append((wanted, first, room))
+    return Message(
+        at, str(process), number, epoch, bool(hold), pause / 1e6, lease / 1e6, tuple(buckets)
+    )
 
 
 def between(low: float, high: float, seed: int = 1) -> Callable[[str], float]:
@@ -151,6 +158,7 @@ class FakeRedis:
         evals: Number of messages that contained the script.
         seen: The parsed messages, if it is a list.
         run: Identity of this server, as opposed to its successor.
+        started: When it started, by its clock.
         closed: Number of calls of `aclose`.
         faults: Violations, for tests that do not see the exception.
     """
@@ -171,6 +179,7 @@ class FakeRedis:
         self.seen: list[Message] | None = None
         self.faults: list[str] = []
         self.run = 1
+        self.started = EPOCH - 86_400
         self._under_way: set[str] = set()
         self._stalled: list[tuple[asyncio.Future[Any], Callable[[], Any]]] | None = None
         self._values: dict[str, SortedSet | dict[str, str]] = {}
@@ -194,8 +203,14 @@ class FakeRedis:
             self._zremrangebyscore,
             self._zcount,
             self._zrangebyscore,
+            self._zscore,
+            self._get_text,
+            self._set_text,
         ]
-        by_name = {command.__name__.removeprefix("_").upper(): command for command in commands}
+        by_name = {
+            command.__name__.removeprefix("_").removesuffix("_text").upper(): command
+            for command in commands
+        }
         self._lua.execute(_SHELL, self._lua.table_from(by_name))
 
     # --- as a client
@@ -398,7 +413,23 @@ class FakeRedis:
         return len(value) - before
 
     def _info(self, section: str) -> str:
-        return f"# Server\r\nredis_version:7.0.15\r\nrun_id:{self.run:040x}\r\ntcp_port:6379\r\n"
+        if section == "server":
+            return f"# Server\r\nuptime_in_seconds:{int(self.clock() - self.started)}\r\n"
+        second = f"{self.run - 1:040x}"
+        return f"role:master\r\nmaster_replid:{self.run:040x}\r\nmaster_replid2:{second}\r\n"
+
+    def _get_text(self, key: str) -> Any:
+        value = self._get(key)
+        return False if value is None else value["text"]
+
+    def _set_text(self, key: str, text: str, *options: Any) -> None:
+        assert options[0] == "PX"
+        self._values[key] = {"text": _text(text)}
+        self._pexpire(key, options[1])
+
+    def _zscore(self, key: str, member: str) -> Any:
+        value: SortedSet | None = self._get(key)
+        return value is not None and member in value.scores and _text(value.scores[member])
 
     def _hgetall(self, key: str) -> Any:
         return self._lua.table_from(
@@ -480,12 +511,13 @@ def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
-    return [f"{{{prefix}}}:epoch"], ["opener", 0, 0, 1, 0, 0, 0, 0, 0, 0, 86_400_000]
+    marker = f"{{{prefix}}}:epoch"
+    return [marker, f"{marker}:opener"], ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000]
 
 
-def opened(**options: Any) -> FakeRedis:
+def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:
     """Return a server that has been in use for a while."""
     redis = FakeRedis(**options)
-    keys, said = opening()
+    keys, said = opening(prefix)
     redis.execute(keys, said, sha=SHA, script=SCRIPT)
     return redis

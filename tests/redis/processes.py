@@ -185,7 +185,7 @@ def worker(
 ) -> Worker:
     buckets = connected(redis, **options)
     buckets._link._process = name
-    buckets.open(period=period, late=late, pace=pace)
+    buckets.open(period=period, late=late, pace=pace, scope="client")
     return Worker(redis, buckets, Waiting(buckets.tokens(PATH, None, limit)), late, period)
 
 

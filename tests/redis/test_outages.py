@@ -207,6 +207,20 @@ async def test_a_token_that_expired_during_an_outage_is_given_back(
     assert one.is_idle()
 
 
+async def test_a_token_of_degraded_mode_that_redis_never_knew_is_not_reported(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Its attempt did not leave."""
+    one = start(limit=4, share=1)
+    redis.down = True
+    await one.send()
+    one.bucket.put_back()
+    redis.down, redis.seen = False, []
+    await asyncio.sleep(2)
+    assert redis.seen
+    assert not any(bucket.returned for message in redis.seen for bucket in message.buckets)
+
+
 async def test_a_bucket_with_a_queued_report_is_not_forgotten(
     redis: FakeRedis, start: Start
 ) -> None:

@@ -1,0 +1,92 @@
+"""`LeasedPermits`: the permits of one endpoint where several processes count together in Redis.
+
+A call asks for a whole permit and waits for its account meanwhile: Redis grants a token of each
+scope or none, so no process holds one token while it waits for the other. Calls that may not ask
+yet wait for the common tokens, in their order.
+"""
+
+from __future__ import annotations
+
+from crustcredits._ratelimit.fair_queue import Call, Kind
+from crustcredits._ratelimit.leased_tokens import LeasedTokens
+from crustcredits._ratelimit.permits import Permits
+from crustcredits._ratelimit.reserve import kept_from
+from crustcredits._ratelimit.token_queue import AccountQueue, TokenQueue
+
+
+class LeasedPermits(Permits):
+    """As `Permits`, for tokens of accounts that are leased from Redis.
+
+    In degraded mode, in which this process counts alone, it does what `Permits` does.
+    """
+
+    def admit(self, call: Call, now: float) -> AccountQueue | None:
+        """As for `Permits`."""
+        if self.common.bucket.is_degraded:
+            return super().admit(call, now)
+        account = self.accounts.of(call)
+        if account.key != call.key:
+            account.has_several_keys = True
+        if account.room(call.flow.kind, now) > 0:
+            return account
+        if self._must_not_ask(account, now) or self.common.admits(call, now):
+            self._wait_for_account(account, call, now)
+        else:
+            self._wait_for_common(account, call, now)
+        return None
+
+    def release(self, queue: TokenQueue, now: float) -> None:
+        """As for `Permits`; calls that waited for the common tokens ask for a permit."""
+        if self.common.bucket.is_degraded:
+            super().release(queue, now)
+        elif queue is self.common:
+            self._let_ask(now)
+        else:
+            self._release_account(queue, now)
+
+    def _must_not_ask(self, account: AccountQueue, now: float) -> bool:
+        """Whether a call has to wait for its own account, for whichever tokens are free."""
+        return now < account.cools_until or _is_short(account, now)
+
+    def _let_ask(self, now: float) -> None:
+        common = self.common
+        if not common.has_waiters:
+            return
+        is_again = False
+        for call in list(common.release(now)):
+            common.take_back(call)
+            account = self.accounts.of(call)
+            if account.room(call.flow.kind, now) > 0:
+                self._ready.push(call)
+                continue
+            is_again = is_again or self._must_not_ask(account, now)
+            self._wait_for_account(account, call, now)
+        if not len(common):
+            common.has_waiters = False
+            common.bucket.want(0, 0)
+        elif is_again:  # these calls took no room
+            self._release_at(common, now)
+        else:
+            self._arm(common, now)
+
+    def _release_account(self, account: TokenQueue, now: float) -> None:
+        super().release(account, now)
+        if not len(account) or not _is_short(self.common, now) or _is_short(account, now):
+            return
+        # There was no common token: other calls may have their turn before these.
+        for call in reversed(list(account.drain())):
+            self._park(call, -1)
+            self.common.push(call, first=True)
+        account.has_waiters = False
+        account.bucket.want(0, 0)
+        self._arm(self.common, now)
+
+    def _arm(self, queue: TokenQueue, now: float) -> None:
+        if isinstance(queue.bucket, LeasedTokens) and queue is not self.common:
+            kinds = [kind for kind in Kind if queue.waiting(kind)]
+            queue.bucket.kept_within = kept_from(kinds[0], self.common.bucket, self._terms.reserve)
+        super()._arm(queue, now)
+
+
+def _is_short(queue: TokenQueue, now: float) -> bool:
+    return isinstance(queue.bucket, LeasedTokens) and queue.bucket.is_short(now)

@@ -1,0 +1,198 @@
+"""Messages between a process and the script in Redis: the one place that knows their order.
+
+Redis's clock is the only shared clock, so all times in messages are durations. Neither names nor
+values hold a secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any, Final, Self
+
+import attrs
+
+SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
+SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+# In the place of a bucket.
+_NONE = 0
+_STATE = 2  # numbers of a bucket's answer before its durations
+
+
+@attrs.frozen(kw_only=True)
+class BucketReport:
+    """A process's report about its tokens in one bucket.
+
+    Attributes:
+        name: The bucket's name in Redis.
+        returns: Numbers of tokens that are out, each with the seconds until its return.
+        unused: Numbers of tokens that are not out any more.
+    """
+
+    name: str
+    returns: Sequence[tuple[int, float]] = ()
+    unused: Sequence[int] = ()
+
+
+@attrs.frozen(kw_only=True)
+class PermitRequest:
+    """A request for permits, which take one token each of one or two buckets.
+
+    Attributes:
+        wanted: How many permits.
+        first: The number of the first one; the others follow.
+        limits: For each bucket its index among the reports, and how many of its tokens may be out.
+    """
+
+    wanted: int
+    first: int
+    limits: Sequence[tuple[int, int]]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """One message of a process. Durations are in seconds.
+
+    Attributes:
+        marker: The name of the marker in Redis, with which the names of all buckets begin.
+        process: The name of the process.
+        number: The number of the message; it ascends.
+        epoch: The epoch that the process knows; 0 for none.
+        fresh: A new epoch, in case the count was lost.
+        holds: Whether no permits may be granted for a while.
+        is_new: Whether Redis did not know the script.
+        clock: Redis's clock in microseconds as far as the process knows; 0 for unknown.
+        age: How long ago that was.
+        tolerance: The tolerance of that age.
+        pause: How long no permits are granted after a loss of the count.
+        lease: The lease of a new token.
+        kept: How long Redis keeps tokens after their return.
+        life: How long Redis keeps the marker of an idle prefix.
+        buckets: The reports.
+        asks: The requests for permits.
+    """
+
+    marker: str
+    process: str
+    number: int
+    epoch: int
+    fresh: int
+    holds: bool
+    is_new: bool = False
+    clock: int
+    age: float
+    tolerance: float
+    pause: float
+    lease: float
+    kept: float
+    life: float
+    buckets: Sequence[BucketReport]
+    asks: Sequence[PermitRequest]
+
+    def encode(self) -> tuple[list[str], list[str | int]]:
+        """The names and the arguments of the script."""
+        names = [self.marker, f"{self.marker}:{self.process}"]
+        said: list[str | int] = [
+            self.process,
+            self.number,
+            self.epoch,
+            self.fresh,
+            int(self.holds),
+            int(self.is_new),
+            self.clock,
+            _micro(self.age),
+            _micro(self.tolerance),
+            _micro(self.pause),
+            _micro(self.lease),
+            _micro(self.kept),
+            math.ceil(self.life * 1e3),
+        ]
+        for bucket in self.buckets:
+            names += (bucket.name, bucket.name + ":line")
+            said += (len(bucket.returns), len(bucket.unused))
+            for number, seconds in bucket.returns:
+                said += (number, _micro(seconds))
+            said += bucket.unused
+        for ask in self.asks:
+            said += (ask.wanted, ask.first)
+            for index, most in ask.limits:
+                said += (index + 1, most)
+            if len(ask.limits) == 1:
+                said += (_NONE, 0)
+        return names, said
+
+
+@attrs.frozen(kw_only=True)
+class BucketState:
+    """Redis's answer about one bucket.
+
+    Attributes:
+        out: Tokens that are out.
+        missing: Permits that were wanted, and that this bucket did not allow.
+        returns: Seconds until that many of its tokens return, ascending; fewer if fewer are out.
+    """
+
+    out: int
+    missing: int
+    returns: Sequence[float]
+
+
+@attrs.frozen(kw_only=True)
+class Response:
+    """Redis's answer.
+
+    Attributes:
+        is_known: Whether the process's epoch is that of Redis. If not, nothing else was done: the
+            process has to register its tokens.
+        epoch: The epoch of the count.
+        pause: Seconds until permits are granted.
+        clock: Redis's clock in microseconds.
+        buckets: The state of each bucket of the request.
+        granted: How many permits were granted for each request.
+    """
+
+    is_known: bool
+    epoch: int
+    pause: float
+    clock: int
+    buckets: Sequence[BucketState] = ()
+    granted: Sequence[int] = ()
+
+    @classmethod
+    def decode(cls, answer: Any, request: Request) -> Self:
+        """The answer to a request.
+
+        Raises:
+            ValueError: It is not an answer of the script.
+            TypeError: Likewise.
+        """
+        head, *rows = ([int(number) for number in row] for row in answer)
+        known, epoch, pause, clock = head
+        if not known:
+            return cls(is_known=False, epoch=epoch, pause=pause / 1e6, clock=clock)
+        *states, granted = rows
+        if len(states) != len(request.buckets) or len(granted) != len(request.asks):
+            raise ValueError("the answer is not from the script")
+        return cls(
+            is_known=True,
+            epoch=epoch,
+            pause=pause / 1e6,
+            clock=clock,
+            buckets=tuple(map(_state, states)),
+            granted=tuple(granted),
+        )
+
+
+def _state(row: Sequence[int]) -> BucketState:
+    out, missing = row[:_STATE]
+    return BucketState(
+        out=out, missing=missing, returns=[duration / 1e6 for duration in row[_STATE:]]
+    )
+
+
+def _micro(seconds: float) -> int:
+    """Convert seconds to whole microseconds, rounded up."""
+    return math.ceil(seconds * 1e6)

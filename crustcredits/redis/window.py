@@ -1,0 +1,90 @@
+"""`Window`: how many permits a client asks for ahead of their use."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+# Most permits in the window.
+MOST = 32
+# Seconds of starts, at the configured pace, that are asked for ahead.
+_AHEAD = 0.15
+
+
+class Waiter(Protocol):
+    """Tokens with waiting calls."""
+
+    def room_came(self) -> None:
+        """Note that more permits may be asked for."""
+        ...
+
+
+class Window:
+    """Permits that one client has asked for, or has and does not use yet, over all buckets.
+
+    They are no more than the pace can use in a moment: other processes could use the rest. Requests
+    come in groups of at least half the window, so that messages are few.
+
+    Args:
+        pace: Starts a second; None without a limit.
+
+    Attributes:
+        size: The most permits.
+    """
+
+    def __init__(self, pace: float | None) -> None:
+        self.size = MOST if pace is None else max(1, min(MOST, int(pace * _AHEAD)))
+        self._asked = 0
+        self._unused = 0
+        self._waiters: dict[Waiter, None] = {}
+        self._is_telling = False
+
+    @property
+    def room(self) -> int:
+        """How many more permits may be asked for."""
+        return max(0, self.size - self._asked - self._unused)
+
+    def allows(self, wanted: int) -> bool:
+        """Whether there is room for that many permits, or for a group."""
+        return 0 < min(wanted, (self.size + 1) // 2) <= self.room
+
+    def share_of(self, wanted: int, asked: int) -> int:
+        """How many of the wanted permits to ask for, with those already `asked` for."""
+        room = self.room + asked
+        return min(wanted, room) if room >= min(wanted, (self.size + 1) // 2) else 0
+
+    def waits(self, waiter: Waiter, count: int) -> None:
+        """Note that `count` calls wait, which may ask when there is room."""
+        if count:
+            self._waiters[waiter] = None
+        else:
+            self._waiters.pop(waiter, None)
+
+    def asked_for(self, more: int) -> None:
+        """Note that more permits are asked for, or with a negative number fewer."""
+        self._asked += more
+        if more < 0:
+            self._tell_soon()
+
+    def answered(self, asked: int, granted: int) -> None:
+        """Note that `asked` permits were asked for, and `granted` of them came."""
+        self._asked -= asked
+        self._unused += granted
+        if granted < asked:
+            self._tell_soon()
+
+    def used(self) -> None:
+        """Note that a permit was used, or given back."""
+        self._unused -= 1
+        self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        """Tell all waiters in the next turn of the loop, because a call may start in this one."""
+        if self._waiters and not self._is_telling:
+            self._is_telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._is_telling = False
+        for waiter in tuple(self._waiters):
+            waiter.room_came()

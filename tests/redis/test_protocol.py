@@ -1,0 +1,105 @@
+"""The script's requests and answers as records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+
+from crustcredits.redis.protocol import (
+    BucketReport,
+    BucketState,
+    PermitRequest,
+    Request,
+    Response,
+)
+
+REQUEST = Request(
+    marker="{p}:epoch",
+    process="one",
+    number=7,
+    epoch=11,
+    fresh=12,
+    holds=True,
+    clock=1_700_000_000_000_000,
+    age=0.25,
+    tolerance=2.0,
+    pause=1.25,
+    lease=81.0,
+    kept=21.0,
+    life=86_400.0,
+    buckets=[
+        BucketReport(name="{p}:a", returns=[(3, 60.0000001), (4, -0.5)], unused=[5]),
+        BucketReport(name="{p}:all"),
+    ],
+    asks=[
+        PermitRequest(wanted=2, first=100, limits=[(0, 290), (1, 300)]),
+        PermitRequest(wanted=1, first=102, limits=[(1, 270)]),
+    ],
+)
+
+
+def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
+    """Durations are whole microseconds, rounded up; the marker's life is in milliseconds."""
+    names, said = REQUEST.encode()
+    assert names == [
+        "{p}:epoch",
+        "{p}:epoch:one",
+        "{p}:a",
+        "{p}:a:line",
+        "{p}:all",
+        "{p}:all:line",
+    ]
+    process = ["one", 7, 11, 12, 1, 0, 1_700_000_000_000_000, 250_000, 2_000_000]
+    durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
+    buckets = [2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0]
+    asks = [2, 100, 1, 290, 2, 300, 1, 102, 2, 270, 0, 0]
+    assert said == [*process, *durations, *buckets, *asks]
+
+
+def test_the_first_message_to_a_server_says_so() -> None:
+    _, said = attrs.evolve(REQUEST, is_new=True, holds=False).encode()
+    assert said[4:6] == [0, 1]
+
+
+def test_an_answer_has_the_state_of_each_bucket_and_what_was_granted() -> None:
+    answer = [[1, 11, 500_000, 99], [8, 0], [300, 2, 1_000_000, 2_500_000], [2, 0]]
+    assert Response.decode(answer, REQUEST) == Response(
+        is_known=True,
+        epoch=11,
+        pause=0.5,
+        clock=99,
+        buckets=(
+            BucketState(out=8, missing=0, returns=[]),
+            BucketState(out=300, missing=2, returns=[1.0, 2.5]),
+        ),
+        granted=(2, 0),
+    )
+
+
+def test_numbers_may_come_as_text() -> None:
+    """From a client that decodes answers itself."""
+    answer = [["0", b"12", "0", "99"]]
+    assert Response.decode(answer, REQUEST) == Response(
+        is_known=False, epoch=12, pause=0.0, clock=99
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        b"OK",
+        [],
+        [[1, 2]],
+        [[1, 11, 0, 99]],
+        [[1, 11, 0, 99], [8, 0], [1, 1]],
+        [[1, 11, 0, 99], [8, 0], [1, 1], [2]],
+        [[1, 11, 0, 99], [8], [1, 1], [2, 0]],
+        [[1, 11, 0, 99], [8, "x"], [1, 1], [2, 0]],
+    ],
+)
+def test_an_answer_of_another_script_is_refused(answer: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Response.decode(answer, REQUEST)
