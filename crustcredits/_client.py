@@ -27,7 +27,7 @@ from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
-from crustcredits._http.protocol import (
+from crustcredits._http.addresses import (
     ACCOUNT_CREDITS,
     USER_CREDITS,
     parse_base_url,

@@ -19,7 +19,7 @@ from crustcredits._cache.alarm import Alarm
 from crustcredits._cache.api_call import ApiCall, AttemptTask, Resumptions
 from crustcredits._cache.endpoint import Endpoint
 from crustcredits._errors import ConfigurationError, CrustCreditsError
-from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
+from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry, retry_delay
 from crustcredits._http.transport import Transport
 from crustcredits._keys.api_key import ApiKey

@@ -29,7 +29,7 @@ from crustcredits._errors import (
     RateLimitWaitError,
     renamed,
 )
-from crustcredits._http.protocol import ACCOUNT_CREDITS, USER_CREDITS
+from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry, refresh_delay
 from crustcredits._models import Account, Balance, Known, Outcome, Unknown
 

@@ -27,14 +27,10 @@ from crustcredits._errors import (
     ConfigurationError,
     CrustCreditsError,
 )
-from crustcredits._http.protocol import (
-    ACCOUNT_CREDITS,
-    MAX_BODY,
-    USER_CREDITS,
-    Response,
-    read_details,
-    request_headers,
-)
+from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
+from crustcredits._http.documents import MAX_BODY
+from crustcredits._http.headers import read_details
+from crustcredits._http.protocol import Response, request_headers
 
 if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import attrs
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._http.protocol import ACCOUNT_CREDITS, API_VERSION, USER_CREDITS
+from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
+from crustcredits._http.protocol import API_VERSION
 from crustcredits._keys.api_key import ApiKey, digest_of
 from crustcredits._models import credits_text
 from crustcredits._validation import (

@@ -16,7 +16,8 @@ from aiolimiter import AsyncLimiter
 from pyrate_limiter import InMemoryBucket, Limiter, Rate
 
 from crustcredits import CreditsClient, RateLimit
-from crustcredits._http.protocol import API_VERSION, USER_CREDITS
+from crustcredits._http.addresses import USER_CREDITS
+from crustcredits._http.protocol import API_VERSION
 from tests.benchmarks._measure import CONNECTIONS
 
 OURS = "crustcredits"

@@ -17,7 +17,8 @@ import aiohttp
 import uvloop
 
 from crustcredits import CreditsClient, RateLimit
-from crustcredits._http.protocol import API_VERSION, USER_CREDITS
+from crustcredits._http.addresses import USER_CREDITS
+from crustcredits._http.protocol import API_VERSION
 from tests.benchmarks._measure import (
     CONNECTIONS,
     Benchmark,

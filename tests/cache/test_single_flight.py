@@ -41,7 +41,8 @@ from crustcredits import (
 )
 from crustcredits._cache.policy import NEW
 from crustcredits._cache.store import BalanceCache, _grant_after
-from crustcredits._http.protocol import USER_CREDITS, Response
+from crustcredits._http.addresses import USER_CREDITS
+from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Fate
 from tests.virtual import FakeServer, Reply, VirtualLoop, fake_client, keys, lost, now, refusal
 

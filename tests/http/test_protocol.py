@@ -32,15 +32,13 @@ from crustcredits import (
     UnexpectedResponseError,
     __version__,
 )
-from crustcredits._http.protocol import (
+from crustcredits._http.addresses import (
     ACCOUNT_CREDITS,
     USER_CREDITS,
-    Response,
     parse_base_url,
     proxy_problem,
-    read_response,
-    request_headers,
 )
+from crustcredits._http.protocol import Response, read_response, request_headers
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KEY = ApiKey("sk-0123456789", name="prod")

@@ -1,0 +1,118 @@
+"""The addresses of the API: its origin, its endpoints, and a proxy on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Final
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
+
+from crustcredits._errors import ConfigurationError
+
+DEFAULT_BASE_URL: Final = "https://api.crustdata.com"
+BASE_URL_VARIABLE: Final = "CRUSTDATA_API_URL"
+
+USER_CREDITS: Final = "/user/credits"
+ACCOUNT_CREDITS: Final = "/account/credits"
+
+
+def parse_base_url(
+    base_url: str | None, environ: Mapping[str, str] | None = None
+) -> str | ConfigurationError:
+    """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
+
+    Returns an error when the URL is not `https://host[:port]`; plain `http` is accepted for
+    loopback only. The error is not raised, because the URL may hold credentials.
+    """
+    source = "base_url"
+    if base_url is None:
+        base_url = (os.environ if environ is None else environ).get(
+            BASE_URL_VARIABLE, ""
+        ).strip() or DEFAULT_BASE_URL
+        source = BASE_URL_VARIABLE
+    origin, problem = _origin_or_problem(base_url)
+    return (
+        origin
+        if problem is None
+        else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
+    )
+
+
+def proxy_from_env(origin: str) -> str | None:
+    """The proxy for `origin` from the environment: `HTTPS_PROXY` and the like, else None.
+
+    None also when `NO_PROXY` excludes the origin, and for plain http, which stays on this machine:
+    a proxy elsewhere would see the key.
+    """
+    parts = urlsplit(origin)
+    if parts.scheme != "https" or proxy_bypass(f"{parts.hostname}:{parts.port or 443}"):
+        return None
+    proxies = getproxies_environment()
+    proxy = proxies.get("https") or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+
+
+def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | None:
+    """The problem of a proxy's URL, or None; the URL may hold credentials and is not repeated."""
+    if proxy is None:
+        return None
+    try:
+        parts = urlsplit(proxy) if isinstance(proxy, str) else None
+        usable = (
+            parts is not None
+            and parts.scheme in {"http", "https"}
+            and bool(parts.hostname)
+            and parts.port != 0
+        )
+    except ValueError:  # also from an invalid port
+        usable = False
+    remedy = "" if source == "proxy" else ", or exclude the API with NO_PROXY=api.crustdata.com"
+    return (
+        None
+        if usable
+        else ConfigurationError(
+            f"{source} is not an http(s) URL; give it as http://host:port{remedy}"
+        )
+    )
+
+
+def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
+    if not isinstance(base_url, str):
+        return "", f"must be a str, not {type(base_url).__name__}"
+    try:
+        parts = urlsplit(base_url.strip())
+        port = "" if parts.port is None else f":{parts.port}"
+        (parts.hostname or "").encode("idna")
+    except ValueError:
+        return "", "is not a URL"
+    problem = _url_problem(parts)
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{port}", problem
+
+
+def _url_problem(parts: SplitResult) -> str | None:
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        return "has no http(s) scheme and host"
+    if re.search(r"[\s\x00-\x20\x7f]", parts.netloc):
+        return "has white space in its host"
+    if "@" in parts.netloc:
+        return "holds credentials; keys are given to each call, never in the URL"
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        return "has a path, query or fragment; the client adds the paths of the API itself"
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        return (
+            "is plain http, which would show every key to the network; use https (http is for "
+            "loopback only)"
+        )
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
