@@ -27,13 +27,8 @@ from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
-from crustcredits._http.addresses import (
-    ACCOUNT_CREDITS,
-    USER_CREDITS,
-    parse_base_url,
-    proxy_from_env,
-    proxy_problem,
-)
+from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS, proxy_problem
+from crustcredits._http.environment import api_origin, proxy_from_env
 from crustcredits._http.retry import Retry
 from crustcredits._http.transport import (
     AiohttpTransport,
@@ -93,10 +88,7 @@ def _transport_for(
     The error is not raised, because the arguments may hold credentials.
     """
     origin = (
-        proxy_problem(proxy)
-        or session_problem(session)
-        or tls_problem(tls)
-        or parse_base_url(base_url)
+        proxy_problem(proxy) or session_problem(session) or tls_problem(tls) or api_origin(base_url)
     )
     if isinstance(origin, ConfigurationError):
         return origin

@@ -1,58 +1,35 @@
-"""The addresses of the API: its origin, its endpoints, and a proxy on the way."""
+"""The addresses of the API: its origin, its endpoints, and a proxy on the way.
+
+This module must not know the environment, which `environment.py` reads.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 from crustcredits._errors import ConfigurationError
 
 DEFAULT_BASE_URL: Final = "https://api.crustdata.com"
-BASE_URL_VARIABLE: Final = "CRUSTDATA_API_URL"
 
 USER_CREDITS: Final = "/user/credits"
 ACCOUNT_CREDITS: Final = "/account/credits"
 
 
-def parse_base_url(
-    base_url: str | None, environ: Mapping[str, str] | None = None
-) -> str | ConfigurationError:
-    """The origin to send to: the argument, else `CRUSTDATA_API_URL`, else the API's own.
+def parse_base_url(base_url: object, source: str = "base_url") -> str | ConfigurationError:
+    """The origin to send to; or an error that names `source`, the place the URL comes from.
 
-    Returns an error when the URL is not `https://host[:port]`; plain `http` is accepted for
-    loopback only. The error is not raised, because the URL may hold credentials.
+    A usable URL is `https://host[:port]`; plain `http` is accepted for loopback only. The error is
+    not raised, because the URL may hold credentials.
     """
-    source = "base_url"
-    if base_url is None:
-        base_url = (os.environ if environ is None else environ).get(
-            BASE_URL_VARIABLE, ""
-        ).strip() or DEFAULT_BASE_URL
-        source = BASE_URL_VARIABLE
     origin, problem = _origin_or_problem(base_url)
     return (
         origin
         if problem is None
         else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
     )
-
-
-def proxy_from_env(origin: str) -> str | None:
-    """The proxy for `origin` from the environment: `HTTPS_PROXY` and the like, else None.
-
-    None also when `NO_PROXY` excludes the origin, and for plain http, which stays on this machine:
-    a proxy elsewhere would see the key.
-    """
-    parts = urlsplit(origin)
-    if parts.scheme != "https" or proxy_bypass(f"{parts.hostname}:{parts.port or 443}"):
-        return None
-    proxies = getproxies_environment()
-    proxy = proxies.get("https") or proxies.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | None:

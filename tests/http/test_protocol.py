@@ -38,6 +38,7 @@ from crustcredits._http.addresses import (
     parse_base_url,
     proxy_problem,
 )
+from crustcredits._http.environment import api_origin
 from crustcredits._http.protocol import Response, read_response, request_headers
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -136,13 +137,14 @@ def test_a_proxy_that_is_not_a_url_is_refused(given: object) -> None:
 def test_the_base_url_defaults_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """An argument wins, and errors name the variable."""
     monkeypatch.delenv("CRUSTDATA_API_URL", raising=False)
-    assert parse_base_url(None) == "https://api.crustdata.com"
-    monkeypatch.setenv("CRUSTDATA_API_URL", "http://localhost:1")
-    assert parse_base_url(None) == "http://localhost:1"
-    assert parse_base_url("https://other.example") == "https://other.example"
-    assert "CRUSTDATA_API_URL is plain http" in str(
-        parse_base_url(None, {"CRUSTDATA_API_URL": "http://api.crustdata.com"})
-    )
+    assert api_origin(None) == "https://api.crustdata.com"
+    monkeypatch.setenv("CRUSTDATA_API_URL", " ")
+    assert api_origin(None) == "https://api.crustdata.com"
+    monkeypatch.setenv("CRUSTDATA_API_URL", " http://localhost:1 ")
+    assert api_origin(None) == "http://localhost:1"
+    assert api_origin("https://other.example") == "https://other.example"
+    monkeypatch.setenv("CRUSTDATA_API_URL", "http://api.crustdata.com")
+    assert "CRUSTDATA_API_URL is plain http" in str(api_origin(None))
 
 
 # --- balances
