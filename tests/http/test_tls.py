@@ -346,22 +346,6 @@ def test_options_that_cannot_secure_a_connection_are_refused(
         CreditsClient(**options)
 
 
-def test_a_proxy_of_the_environment_that_is_not_a_url_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The error names the variable and does not repeat the value."""
-    monkeypatch.setenv("HTTPS_PROXY", "socks5://bob:hunter2@localhost:1080")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(
-        ConfigurationError,
-        match=r"the proxy of the environment \(HTTPS_PROXY or ALL_PROXY\) is not an http",
-    ) as caught:
-        CreditsClient(trust_env=True)
-    assert "hunter2" not in str(caught.value)
-    CreditsClient()
-
-
 async def test_a_body_cut_short_without_a_length_is_retried() -> None:
     """It counts as a lost connection."""
     bodies = [b'{"credits": 94', b"", b'{"credits": 9406}']
