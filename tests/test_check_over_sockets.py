@@ -36,7 +36,6 @@ from crustcredits import (
     UnexpectedResponseError,
 )
 from crustcredits.testing import Fault, SandboxServer
-from crustcredits.testing._sockets import bomb
 
 EXPECTED: dict[Fault, type[CrustCreditsError] | None] = {
     Fault.REFUSED: RateLimitError,
@@ -254,13 +253,13 @@ async def test_a_pool_with_endless_bodies_is_checked_in_bounded_memory(
     sandbox: SandboxServer,
 ) -> None:
     """An endless body, and a body that expands to 16 MiB, are cut at 64 KiB."""
-    bomb()  # the sandbox builds it once
     keys = []
     for number in range(40):
         key = sandbox.add_key()
         sandbox.fail(key, Fault.ENDLESS if number % 2 else Fault.BOMB)
         keys.append(key)
     async with CreditsClient(base_url=sandbox.url) as client:
+        await client.check(keys[:1])  # the sandbox builds the second kind of body once
         tracemalloc.start()
         report = await client.check(keys)
         _, peak = tracemalloc.get_traced_memory()

@@ -42,7 +42,6 @@ from crustcredits import (
     Unknown,
     keys_from_records,
 )
-from crustcredits._models import outcome_for
 from crustcredits._report import needed_credits
 from crustcredits.fastapi.problem_details import problem_of
 from tests import searches
@@ -105,7 +104,8 @@ def test_the_newest_answer_is_the_last_to_arrive() -> None:
     """A wall clock set back and a renamed outcome do not matter."""
     first, second = good("a", "10", account="acme", later=3600), good("b", "11", account="acme")
     assert Report([first, second]).total_credits == Report([second, first]).total_credits == 11
-    renamed = outcome_for(ApiKey("secret-of-a", name="c", account="acme"), first)
+    key = ApiKey("secret-of-a", name="c", account="acme")
+    renamed = attrs.evolve(first, balance=attrs.evolve(first.result(), key=key))
     assert Report([second, renamed]).total_credits == 11
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -20,6 +21,7 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
+from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import CacheEntry
 from crustcredits._http.protocol import Response
@@ -192,15 +194,16 @@ def test_calls_are_shared_and_answers_are_no_older_than_asked_for(
     check(wishes, replies, closes)
 
 
-def _no_age(self: CacheEntry, policy: object, now: float) -> object:
-    return None if self._balance is None else self._make_fresh(self._balance)
+def _no_age(self: CacheEntry, policy: CachePolicy, now: float) -> object:
+    return _ANSWER(self, policy._replace(max_age=math.inf), now)
 
 
-def _no_join(self: SingleFlight, cache_key: Any, *rest: Any) -> Any:
-    self._under_way.pop(cache_key, None)
-    return _JOIN(self, cache_key, *rest)
+def _no_join(self: SingleFlight, cache_key: Any, key: ApiKey, *rest: Any) -> Any:
+    self.detach(key)
+    return _JOIN(self, cache_key, key, *rest)
 
 
+_ANSWER = CacheEntry.answer
 _JOIN = SingleFlight.join
 
 

@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -638,12 +638,13 @@ async def test_the_time_left_follows_the_rate_limit(sandbox: SandboxServer) -> N
     async with CreditsClient(
         base_url=sandbox.url, rate_limit=RateLimit(requests=1, period=30, margin=0)
     ) as client:
-        bar = checked._bar = Bar(client, checked, tables.console_of(Terminal()))
+        bar = Bar(client, checked, tables.console_of(Terminal()))
         assert bar.tasks[0].fields["end"] - bar.get_time() == pytest.approx(60, abs=1)
         landed = asyncio.Event()
 
         def land(outcome: Outcome[Any]) -> None:
-            checked._land(outcome)
+            checked.landed[outcome.key] = outcome
+            bar.move()
             landed.set()
 
         first = asyncio.create_task(client.check(pool, on_outcome=land))
@@ -663,13 +664,18 @@ def interrupted(api: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> SandboxS
     good, silent = api.add_key("good", account=None), api.add_key("silent")
     api.fail(silent, Fault.SILENCE)
     monkeypatch.setenv("CRUSTDATA_API_KEYS", entries(good, silent))
-    land = Run._land
+    check: Any = CreditsClient.check
 
-    def land_and_interrupt(self: Run, outcome: Outcome[Any]) -> None:
-        land(self, outcome)
-        signal.raise_signal(signal.SIGINT)
+    async def check_until_ctrl_c(
+        client: CreditsClient, keys: Any, *, on_outcome: Callable[[Any], object], **options: Any
+    ) -> Any:
+        def land_and_interrupt(outcome: Outcome[Any]) -> None:
+            on_outcome(outcome)
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Run, "_land", land_and_interrupt)
+        return await check(client, keys, on_outcome=land_and_interrupt, **options)
+
+    monkeypatch.setattr(CreditsClient, "check", check_until_ctrl_c)
     return api
 
 

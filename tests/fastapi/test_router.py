@@ -69,6 +69,7 @@ from crustcredits.fastapi import (
 from crustcredits.fastapi.problem_details import problem_of
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
+from tests.virtual import FakeServer, fake_client
 
 pytestmark = pytest.mark.own_loops
 
@@ -132,11 +133,11 @@ def test_an_inner_lifespan_runs_inside_and_its_state_stays() -> None:
 
     @asynccontextmanager
     async def own(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        log.append(credits_client_of(app)._closed)
+        log.append((await credits_client_of(app).balance(KEY)).credits)
         yield {"database": 7}
-        log.append(credits_client_of(app)._closed)
+        log.append((await credits_client_of(app).balance(KEY)).credits)
 
-    app = FastAPI(lifespan=credits_lifespan(lifespan=own))
+    app = FastAPI(lifespan=credits_lifespan(partial(fake_client, FakeServer()), lifespan=own))
 
     @app.get("/")
     async def state(client: CreditsDep, request: Request) -> int:
@@ -145,19 +146,21 @@ def test_an_inner_lifespan_runs_inside_and_its_state_stays() -> None:
 
     with TestClient(app) as caller:
         assert caller.get("/").json() == 7
-    assert log == [False, False]
+    assert log == [9406, 9406]
 
 
 def test_credits_lifespan_can_be_entered_in_another_lifespan() -> None:
     """Also around a bare generator function."""
+    log: list[Any] = []
 
     async def bare(app: FastAPI) -> AsyncGenerator[None, None]:
-        assert not credits_client_of(app)._closed
+        log.append((await credits_client_of(app).balance(KEY)).credits)
         yield
 
     @asynccontextmanager
     async def own(app: FastAPI) -> AsyncIterator[None]:
-        async with credits_lifespan(lifespan=bare)(app):  # type: ignore[arg-type]  # FastAPI once accepted a generator function
+        make = partial(fake_client, FakeServer())
+        async with credits_lifespan(make, lifespan=bare)(app):  # type: ignore[arg-type]  # FastAPI once accepted a generator function
             yield
 
     app = FastAPI(lifespan=own)
@@ -168,6 +171,7 @@ def test_credits_lifespan_can_be_entered_in_another_lifespan() -> None:
 
     with TestClient(app) as caller:
         assert caller.get("/").json() == "CreditsClient"
+    assert log == [9406]
 
 
 def test_a_mounted_app_and_a_web_socket_find_the_client_too() -> None:

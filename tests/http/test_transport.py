@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import pytest
@@ -24,7 +25,7 @@ from crustcredits import (
     Retry,
     UnexpectedResponseError,
 )
-from crustcredits._http.transport import AiohttpTransport, Failure, _client_timeout
+from crustcredits._http.transport import AiohttpTransport, Failure
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
 
@@ -202,13 +203,10 @@ async def test_a_session_with_basic_credentials_sends_the_key_instead(
 ) -> None:
     """The session's `Authorization` header and its default auth are replaced."""
     key = sandbox.add_key()
-    async with aiohttp.ClientSession(headers={"Authorization": "Basic default"}) as session:
-        async with client_of(sandbox, session=session) as client:
-            await client.balance(key)
-        session.headers.popall("Authorization")
-        with pytest.warns(DeprecationWarning, match="BasicAuth"):
-            session._default_auth = aiohttp.BasicAuth("someone", "else")
-        async with client_of(sandbox, session=session) as client:
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        default_auth = aiohttp.ClientSession(auth=aiohttp.BasicAuth("someone", "else"))
+    for each in (aiohttp.ClientSession(headers={"Authorization": "Basic default"}), default_auth):
+        async with each as session, client_of(sandbox, session=session) as client:
             await client.balance(key)
     assert [arrival.headers["Authorization"] for arrival in sandbox.arrivals] == [
         f"Bearer {key.get_secret_value()}"
@@ -255,8 +253,11 @@ async def test_a_long_timeout_is_not_rounded_up(sandbox: SandboxServer) -> None:
     assert isinstance(failure, Failure)
     assert isinstance(failure.error, APITimeoutError)
     assert asyncio.get_running_loop().time() - began < 1
+    with patch.object(aiohttp.ClientSession, "get", autospec=True, side_effect=OSError) as get:
+        await transport.attempt("/user/credits", key, 5.25)
     await transport.close()
-    assert _client_timeout(5.25).ceil_threshold > 1e9
+    timeout = get.call_args.kwargs["timeout"]
+    assert (timeout.total, timeout.ceil_threshold > 1e9) == (5.25, True)
 
 
 async def test_a_proxy_that_cannot_be_reached_is_a_connection_error(sandbox: SandboxServer) -> None:
