@@ -42,7 +42,6 @@ from crustcredits.__main__ import main
 from crustcredits.cli import tables
 from crustcredits.cli.run import Bar, Run, TimeLeft
 from crustcredits.testing import Fault, SandboxServer
-from crustcredits.testing._demo import demo_pool
 from tests.servers import forget
 
 pytestmark = pytest.mark.own_loops
@@ -185,20 +184,6 @@ def test_the_demo_shows_every_kind_of_key() -> None:
     assert "contoso/prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
     assert result.lines[-1].startswith("Requests: 45 in ")
     assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; 429s: 0")
-
-
-def test_the_demo_pool_is_the_same_every_time() -> None:
-    """Names, accounts and their order do not change from run to run."""
-    first, again = (demo_pool(SandboxServer(), 250) for _ in range(2))
-    assert [(key.name, key.account) for key in first] == [(key.name, key.account) for key in again]
-    assert len({key.label for key in first}) == 250
-    assert len({key.account for key in first}) == 40
-    assert [key.label for key in first][:4] == [
-        "acme/prod",
-        "acme/dev",
-        "acme/batch",
-        "acme/prod-2",
-    ]
 
 
 def test_the_demo_takes_another_window() -> None:
