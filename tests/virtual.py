@@ -23,33 +23,36 @@ from crustcredits._http.transport import Failure, Fate
 
 T = TypeVar("T")
 
-# A float residue can make a timer due "now" for ever, so time moves by this each time no callback
-# is ready.
+# A float residue can make a timer due "now" for ever, so each wait for a timer takes at least this.
 _LEAST = 1e-6
 
 
 class _Selector(selectors.DefaultSelector):
+    """Waits by moving the clock; the loop waits once before each of its turns."""
+
     now = 0.0
+    turns = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise RuntimeError("deadlock: no callback is scheduled, and all tasks wait")
-        self.now += timeout
+        self.turns += 1
+        if timeout > 0:
+            self.now += max(timeout, _LEAST)
         return super().select(0)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop in which waiting takes no time.
-
-    Attributes:
-        turns: How often it has had callbacks run.
-    """
-
-    turns = 0
+    """An event loop in which waiting takes no time."""
 
     def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)
+
+    @property
+    def turns(self) -> int:
+        """How often it has had callbacks run."""
+        return self._virtual.turns
 
     def time(self) -> float:
         return self._virtual.now
@@ -57,12 +60,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def move(self, seconds: float) -> None:
         """Let time pass while a coroutine works."""
         self._virtual.now += seconds
-
-    def _run_once(self) -> None:
-        self.turns += 1
-        if not self._ready:  # type: ignore[attr-defined]  # the base class keeps its callbacks there
-            self._virtual.now += _LEAST
-        super()._run_once()  # type: ignore[misc]  # typeshed leaves it out
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
