@@ -23,7 +23,8 @@ from crustcredits._errors import (
     UnexpectedResponseError,
 )
 from crustcredits._http.retry import Retry
-from crustcredits._keys.api_key import ApiKey, KeyLike, KeysLike, UnusableKey
+from crustcredits._keys.api_key import ApiKey, KeyLike, UnusableKey
+from crustcredits._keys.key_pool import KeysLike
 from crustcredits._keys.sources import (
     keys_from_env,
     keys_from_file,

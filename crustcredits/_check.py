@@ -20,7 +20,8 @@ from crustcredits._cache.lookup import FanOutWaiter, Lookup
 from crustcredits._cache.policy import NEW, CachePolicy
 from crustcredits._cache.shared_call import Pool, SharedCall, WaitTerms
 from crustcredits._errors import ConfigurationError
-from crustcredits._keys.api_key import ApiKey, Uniqueness, UnusableKey
+from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._keys.key_pool import Uniqueness
 from crustcredits._models import Outcome, Unknown, outcome_for
 from crustcredits._ratelimit.fair_queue import Flow
 

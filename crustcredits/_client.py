@@ -37,17 +37,9 @@ from crustcredits._http.transport import (
     session_problem,
     tls_problem,
 )
-from crustcredits._keys.api_key import (
-    ApiKey,
-    KeyLike,
-    KeysLike,
-    UnusableKey,
-    as_key,
-    as_keys_async,
-    methods_of,
-    pool_of,
-)
+from crustcredits._keys.api_key import ApiKey, KeyLike, UnusableKey, as_key
 from crustcredits._keys.checks import is_likely_key
+from crustcredits._keys.key_pool import KeysLike, as_keys_async, methods_of, pool_of
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.fair_queue import Flow

@@ -13,7 +13,7 @@ import pytest
 
 from crustcredits import ApiKey, Balance, Known, Outcome
 from crustcredits._fan_out import Ask, FanOut, Key, Land
-from crustcredits._keys.api_key import as_keys_async, methods_of
+from crustcredits._keys.key_pool import as_keys_async, methods_of
 from tests.virtual import keys, now
 
 pytestmark = pytest.mark.virtual

@@ -23,10 +23,8 @@ from crustcredits._keys.api_key import (
     KEY_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
-    Uniqueness,
     UnusableKey,
     clear_text,
-    contradiction,
     make_key,
     split_label,
     unusable,
@@ -38,6 +36,7 @@ from crustcredits._keys.checks import (
     secret_problem,
     setting_problem,
 )
+from crustcredits._keys.key_pool import Uniqueness, contradiction
 from crustcredits._validation import hides_arguments
 
 _Pool: TypeAlias = list[ApiKey] | ConfigurationError

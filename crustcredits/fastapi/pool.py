@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from crustcredits._cache.policy import CachePolicy
 from crustcredits._client import CreditsClient
-from crustcredits._keys.api_key import ApiKey, UnusableKey, contradiction
+from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._keys.key_pool import contradiction
 from crustcredits._models import Known, Outcome, State, Unknown, time_text
 from crustcredits._report import Report
 from crustcredits.fastapi.problem_details import problem_of

@@ -11,7 +11,7 @@ from fastapi.params import Depends as DependsParam
 
 from crustcredits._cache.policy import NEW
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
-from crustcredits._keys.api_key import KeysLike, pool_of
+from crustcredits._keys.key_pool import KeysLike, pool_of
 from crustcredits._models import State
 from crustcredits._validation import Seconds, check_kind, hides_arguments, seconds
 from crustcredits.fastapi.exception_handlers import _problem_response

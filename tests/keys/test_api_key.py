@@ -1,11 +1,10 @@
-"""API keys: accepted and refused secrets and labels, pools, and the usual sources."""
+"""API keys: accepted and refused secrets and labels, and the usual sources."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import io
-import os
 import pickle
 import pprint
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from crustcredits import (
     keys_from_file,
     keys_from_text,
 )
-from crustcredits._keys.api_key import as_key, as_keys, contradiction
+from crustcredits._keys.api_key import as_key
+from crustcredits._keys.key_pool import as_keys
 
 SECRET = "sk-0123456789abcdef"
 
@@ -69,20 +69,6 @@ def test_the_label_is_account_and_name() -> None:
     refused = as_key(ApiKey(SECRET, account="globex"), label="acme/prod")
     assert isinstance(refused, UnusableKey)
     assert "declare different accounts" in str(refused.error)
-
-
-def test_an_environment_is_refused_as_a_pool() -> None:
-    """Its other values would be sent as keys."""
-    for environ in (
-        os.environ,
-        {"CRUSTDATA_API_KEY": SECRET, "DATABASE_URL": "x"},
-        {"CRUSTDATA_API_KEYS_FILE": "x"},
-        {"PATH": "x"},
-    ):
-        assert "read it with keys_from_env()" in str(as_keys(environ))
-    assert "read it with keys_from_records([row])" in str(
-        as_keys({"secret": SECRET, "name": "production-key"})
-    )
 
 
 def test_a_secret_object_that_raises_fails_only_its_own_key() -> None:
@@ -264,22 +250,6 @@ def test_a_name_that_looks_more_like_a_secret_is_not_repeated(
         assert ApiKey("s-1", name=innocent).name == innocent
 
 
-def test_a_mapping_of_secret_to_name_does_not_show_the_secret() -> None:
-    """Each key fails on its own, named by its position."""
-    for name in (
-        "prod",
-        "jane.doe@example-company.com",
-        "Acme Corp, Inc. (prod)",
-        "https://api.crustdata.com/x",
-        "${CRUSTDATA_API_KEY}",
-    ):
-        pool = as_keys({SECRET: name})
-        assert isinstance(pool, Iterator)
-        (key,) = pool
-        assert isinstance(key, UnusableKey)
-        assert SECRET not in f"{key!r} {key.error} {key.label}"
-
-
 @pytest.mark.parametrize(
     ("name", "account", "said"),
     [
@@ -321,85 +291,6 @@ def test_keys_are_values() -> None:
     assert copy.copy(key) is copy.deepcopy(key) is key
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(key)
-
-
-# --- pools
-
-
-def test_a_pool_is_an_iterable_or_a_mapping() -> None:
-    """It holds secrets and keys, in their order."""
-    prod = ApiKey("s-prod", name="prod", account="acme")
-    listed = as_keys(iter([prod, "s-2"]))
-    assert isinstance(listed, Iterator)
-    assert next(listed) is prod
-    second = next(listed)
-    assert isinstance(second, ApiKey)
-    assert second.get_secret_value() == "s-2"
-    mapped = as_keys({"one": "s-1", "acme/two": prod, "globex/three": "s-3"})
-    assert isinstance(mapped, Iterator)
-    assert [(key.label, key.get_secret_value()) for key in mapped if isinstance(key, ApiKey)] == [
-        ("one", "s-1"),
-        ("acme/two", "s-prod"),
-        ("globex/three", "s-3"),
-    ]
-
-
-@pytest.mark.parametrize("lone", ["sk-1", b"sk-1", bytearray(b"sk-1"), ApiKey("sk-1")])
-def test_a_single_key_is_refused_as_a_pool(lone: object) -> None:
-    """A str would be read letter by letter."""
-    refusal = as_keys(lone)
-    assert isinstance(refusal, ConfigurationError)
-    assert "put it in a list" in str(refusal)
-    assert "sk-1" not in str(refusal)
-
-
-def test_a_value_that_is_no_pool_is_refused() -> None:
-    """The error names the remedy."""
-    assert "not int" in str(as_keys(7))
-
-    async def source() -> None: ...
-
-    class Source:
-        def __aiter__(self) -> None: ...
-
-    assert "goes to stream()" in str(as_keys(Source()))
-
-
-def test_an_unusable_key_does_not_fail_its_pool() -> None:
-    """It is named by its name in a mapping, else by its position."""
-    refused = list(as_keys(["s-1", "", b"s-3"]))  # type: ignore[arg-type]  # an Iterator here
-    assert [key.name for key in refused[1:]] == ["keys[1]", "keys[2]"]
-    assert all(isinstance(key, UnusableKey) for key in refused[1:])
-    named = list(as_keys({"empty": "", "sk-0123456789": "sk-0123456789", 3: "s-3"}))  # type: ignore[arg-type]  # as above
-    assert [key.name for key in named] == ["empty", "keys[1]", "keys[2]"]
-
-
-@pytest.mark.parametrize(
-    ("pool", "said"),
-    [
-        (
-            [ApiKey("s-1", name="prod"), ApiKey("s-2", name="prod")],
-            "prod: two different keys have this name",
-        ),
-        (
-            [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b", account="emca")],
-            "b: its secret is declared under two accounts, 'acme' and 'emca'",
-        ),
-    ],
-)
-def test_a_contradictory_pool_is_refused(pool: list[ApiKey], said: str) -> None:
-    """No report of it could be right."""
-    assert said in str(contradiction(pool))
-
-
-def test_one_secret_may_have_two_names() -> None:
-    """It may occur with its account and without; unusable keys never contradict others."""
-    twice = [
-        ApiKey("s-1", name="a", account="acme"),
-        ApiKey("s-1", name="b"),
-        ApiKey("s-1", name="a", account="acme"),
-    ]
-    assert contradiction([*twice, as_key(""), as_key("")]) is None
 
 
 # --- text, files, the environment
@@ -467,19 +358,6 @@ def test_an_unreadable_file_is_reported_with_the_reason(tmp_path: Path) -> None:
     for path in ("a\0b", None, 5):
         with pytest.raises(ConfigurationError, match="this is not a path"):
             keys_from_file(path)  # type: ignore[arg-type]  # the mistake under test
-
-
-def test_a_pool_that_changes_during_iteration_is_read_as_it_was() -> None:
-    """Mappings and sets are copied first."""
-    mapping, secrets = {"a": "s-1", "b": "s-2"}, {"s-3", "s-4"}
-    named, bare = as_keys(mapping), as_keys(secrets)
-    assert isinstance(named, Iterator)
-    assert isinstance(bare, Iterator)
-    next(named), next(bare)
-    mapping["c"] = "s-5"
-    secrets.add("s-6")
-    assert [key.name for key in named] == ["b"]
-    assert len(list(bare)) == 1
 
 
 def test_the_environment_holds_one_key_or_many() -> None:
