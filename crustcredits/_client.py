@@ -18,6 +18,7 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
+from crustcredits._amounts import needed_credits
 from crustcredits._cache.dispatcher import Dispatcher
 from crustcredits._cache.lookup import FanOutWaiter, Lookup
 from crustcredits._cache.outcomes import closed_error
@@ -45,7 +46,7 @@ from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.fair_queue import Flow
 from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
 from crustcredits._ratelimit.quota import Quota
-from crustcredits._report import Report, needed_credits
+from crustcredits._report import Report
 from crustcredits._validation import (
     Seconds,
     attempt,

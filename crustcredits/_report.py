@@ -1,8 +1,10 @@
-"""The result of a whole pool, with exact sums. A key without a balance is unknown, never zero."""
+"""The result of a whole pool, and the errors of `require`. An unknown balance is never zero.
+
+`_ledger` knows the accounts of the pool, and `_amounts` the arithmetic.
+"""
 
 from __future__ import annotations
 
-import decimal
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -10,8 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Generic, Self, Unpack, overload
 
-import attrs
-
+from crustcredits._amounts import as_decimal, exact_product, exact_sum, needed_credits
 from crustcredits._errors import (
     AuthenticationError,
     ConfigurationError,
@@ -22,6 +23,7 @@ from crustcredits._errors import (
     rebuild,
 )
 from crustcredits._keys.api_key import ApiKey
+from crustcredits._ledger import Ledger, answer_of
 from crustcredits._models import (
     Account,
     Balance,
@@ -30,18 +32,8 @@ from crustcredits._models import (
     Outcome,
     Unknown,
     credits_text,
-    is_newer,
 )
-from crustcredits._validation import check_number, hides_arguments
-
-# A balance has at most 64 digits between 10^64 and 10^-128, so the sum of any number of balances
-# fits this precision; an inexact sum raises.
-_EXACT = decimal.Context(
-    prec=400,
-    Emax=decimal.MAX_EMAX,
-    Emin=decimal.MIN_EMIN,
-    traps=[decimal.Inexact, decimal.InvalidOperation],
-)
+from crustcredits._validation import hides_arguments
 
 # Most labels that a message lists.
 _NAMED = 10
@@ -53,7 +45,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     Keys that declare the same account share one balance, which counts once: that of the newest
     response. A key without a declared account counts as an account of its own.
 
-    The class is long because all of its sums and views share the same cached index of accounts.
+    The class is long because each sum and view is public and has a full docstring.
     """
 
     def __init__(self, outcomes: Iterable[Outcome[BalanceT]]) -> None:
@@ -137,7 +129,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """
         if self and not self.succeeded:
             return None
-        return _sum(credits for credits in self._credits.values() if credits is not None)
+        return exact_sum(balance.credits for balance in self._ledger.known.values())
 
     @property
     def accounts(self) -> Mapping[str, Decimal | None]:
@@ -147,7 +139,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """
         return {
             account: credits
-            for account, credits in self._credits.items()
+            for account, credits in self._ledger.credits.items()
             if isinstance(account, str)
         }
 
@@ -161,13 +153,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         Raises:
             ConfigurationError: `min_credits` is not a finite number.
         """
-        floor = _decimal("min_credits", min_credits)
-        spent = {
-            account
-            for account, balance in self._newest.items()
-            if balance is not None and self._is_spent(account, balance)
-        }
-        able = (outcome for outcome in self.succeeded if self._account(outcome) not in spent)
+        floor, ledger = as_decimal("min_credits", min_credits), self._ledger
+        spent = ledger.spent
+        able = (outcome for outcome in self.succeeded if ledger.account_of(outcome) not in spent)
         rich = (outcome for outcome in able if self.credits_of(outcome) >= floor)
         return tuple(
             sorted(
@@ -194,7 +182,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
                 `grant_share` is given for balances without detail.
         """
         low = self._low(credits, grant_share)
-        return tuple(outcome for outcome in self.succeeded if self._account(outcome) in low)
+        return tuple(
+            outcome for outcome in self.succeeded if self._ledger.account_of(outcome) in low
+        )
 
     @hides_arguments
     def low_accounts(
@@ -213,8 +203,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     ) -> Mapping[Hashable, Balance]:
         if credits is None and grant_share is None:
             raise ConfigurationError("no threshold is given: pass credits=, grant_share= or both")
-        ceiling = None if credits is None else _decimal("credits", credits)
-        share = None if grant_share is None else _decimal("grant_share", grant_share)
+        ceiling = None if credits is None else as_decimal("credits", credits)
+        share = None if grant_share is None else as_decimal("grant_share", grant_share)
         if share is not None and not all(
             isinstance(outcome.balance, Account) for outcome in self.succeeded
         ):
@@ -222,12 +212,9 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
                 "grant_share needs the recurring grants, and this report lacks some or all of "
                 "them; check the pool with detail=True"
             )
-        known = {
-            account: balance for account, balance in self._newest.items() if balance is not None
-        }
         return {
             account: balance
-            for account, balance in known.items()
+            for account, balance in self._ledger.known.items()
             if (ceiling is not None and balance.credits < ceiling)
             or (share is not None and _is_below(balance, share))
         }
@@ -242,8 +229,8 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
         for outcome in self.succeeded:
             digest = outcome.key.digest
-            if digest not in self._declared:
-                groups[_answer(outcome.balance)].setdefault(digest, outcome)
+            if not self._ledger.is_declared(digest):
+                groups[answer_of(outcome.balance)].setdefault(digest, outcome)
         return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
 
     @property
@@ -254,19 +241,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         draw from the same account. An account adds nothing when another of its keys got a later 402
         (out of credits), or when it is overdrawn: no other account can pay its debt.
         """
-        known = {
-            account: balance for account, balance in self._newest.items() if balance is not None
-        }
-        spent = {account for account, balance in known.items() if self._is_spent(account, balance)}
-        # A declared account, identified by a str, always counts, even with an identical answer.
-        declared = {account for account in known if isinstance(account, str)}
-        counted = [known[account] for account in known if account in declared - spent]
-        answers = {_answer(known[account]) for account in declared | spent}
-        for account, balance in known.items():
-            if account not in declared and _answer(balance) not in answers:
-                answers.add(_answer(balance))
-                counted.append(balance)
-        return _sum(max(balance.credits, Decimal(0)) for balance in counted)
+        return self._ledger.available_credits()
 
     @hides_arguments
     def require(self, credits: Decimal | float) -> None:
@@ -282,7 +257,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         needed, available = needed_credits(credits), self.available_credits
         if available >= needed:
             return
-        deciding = self._deciding()
+        deciding = [each for each in self.failed if self._ledger.may_hold_more(each)]
         counts = (
             f"{credits_text(needed)} credits are needed and {credits_text(available)} are "
             "known to be available"
@@ -302,31 +277,6 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
         )
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
-
-    def _deciding(self) -> list[Unknown]:
-        """The failed keys that may hold the missing credits.
-
-        No other answer tells the balance of their account, and no 402 says that it is spent.
-        """
-        return [
-            each
-            for each in self.failed
-            if self._newest[self._account(each)] is None and self._account(each) not in self._spent
-        ]
-
-    def _is_spent(self, account: Hashable, balance: Balance) -> bool:
-        """Whether a key of the account got a 402 (out of credits) after this balance."""
-        return account in self._spent and is_newer(self._spent[account], balance)
-
-    @cached_property
-    def _spent(self) -> Mapping[Hashable, Unknown]:
-        """The last 402 (out of credits) of each account that has one."""
-        spent: dict[Hashable, Unknown] = {}
-        for each in self.failed:
-            known = spent.get(self._account(each), each)
-            if isinstance(each.error, PaymentRequiredError):
-                spent[self._account(each)] = each if is_newer(each, known) else known
-        return spent
 
     def raise_on_error(self) -> None:
         """Do nothing when every key has a balance.
@@ -368,94 +318,24 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
             raise ConfigurationError(
                 "credits_of takes an outcome of this report; use by_label to find one by label"
             )
-        account = self._account(outcome)
-        if account not in self._credits:
+        account = self._ledger.account_of(outcome)
+        if account not in self._ledger.credits:
             raise ConfigurationError(
                 "this report has no such key; take outcomes from the report itself",
                 key_name=outcome.key.label,
             )
-        return self._credits[account]
+        return self._ledger.credits[account]
 
     @cached_property
-    def _declared(self) -> Mapping[bytes, str]:
-        # The same secret may be in the pool twice, with its account and without.
-        return {
-            outcome.key.digest: outcome.key.account
-            for outcome in self._outcomes
-            if outcome.key.account is not None
-        }
-
-    def _account(self, outcome: Outcome[Any]) -> Hashable:
-        digest = outcome.key.digest
-        return self._declared.get(digest, digest)
-
-    @cached_property
-    def _newest(self) -> Mapping[Hashable, Balance | None]:
-        """The balance of each account, declared or not, that arrived last; None without one."""
-        newest: dict[Hashable, Balance | None] = {}
-        for outcome in self._outcomes:
-            account, balance = self._account(outcome), outcome.balance
-            known = newest.setdefault(account, balance)
-            if balance is not None and (known is None or is_newer(balance, known)):
-                newest[account] = balance
-        return newest
-
-    @cached_property
-    def _credits(self) -> Mapping[Hashable, Decimal | None]:
-        """The credits of each account's newest balance."""
-        return {
-            account: None if balance is None else balance.credits
-            for account, balance in self._newest.items()
-        }
+    def _ledger(self) -> Ledger:
+        return Ledger(self._outcomes)
 
 
 def _is_below(balance: Balance, share: Decimal) -> bool:
     """Whether less than `share` of the recurring grant is left; False without a grant."""
     if not isinstance(balance, Account) or not balance.recurring_credits:
         return False
-    return balance.credits < _EXACT.multiply(balance.recurring_credits, share)
-
-
-_LEAST_CREDITS, _MOST_CREDITS = Decimal("1e-300"), Decimal("1e300")
-
-
-def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Decimal:
-    """The credits that a batch needs: `credits` times `margin`.
-
-    Raises:
-        ConfigurationError: One argument is not a finite number of at least 0, or the product has
-            too many digits.
-    """
-    factors = {"credits": _decimal("credits", credits), "margin": _decimal("margin", margin)}
-    for what, factor in factors.items():
-        if not 0 <= factor <= _MOST_CREDITS:
-            raise ConfigurationError(
-                f"{what} must be a finite number of at least 0 and at most {_MOST_CREDITS:g}, "
-                f"not {factor:g}"
-            )
-        if 0 < factor < _LEAST_CREDITS:
-            raise ConfigurationError(f"{what} has too many digits; round it up")
-    if 0 in factors.values():
-        return Decimal(0)
-    try:
-        return _EXACT.multiply(*factors.values())
-    except decimal.Inexact:
-        pass  # the error is raised below, where no `except` block links it
-    raise ConfigurationError("credits and margin have too many digits; round them up")
-
-
-def _sum(numbers: Iterable[Decimal]) -> Decimal:
-    with decimal.localcontext(_EXACT):
-        return sum(numbers, Decimal(0))
-
-
-def _decimal(what: str, number: Decimal | float) -> Decimal:
-    if not isinstance(number, Decimal):
-        check_number(what, number)
-        return Decimal(str(number))
-    if not number.is_finite():
-        raise ConfigurationError(f"{what} must be a finite number, not {number}")
-    return number
+    return balance.credits < exact_product(balance.recurring_credits, share)
 
 
 def _listed(what: str, outcomes: Sequence[Outcome[Any]]) -> str:
@@ -467,30 +347,6 @@ def _listed(what: str, outcomes: Sequence[Outcome[Any]]) -> str:
 
 def _text(credits: Decimal | None) -> str | None:
     return None if credits is None else credits_text(credits)
-
-
-# Fields that may differ between two answers about the same account.
-_OF_ONE_ANSWER = {"key", "checked_at", "request_id", "rate_limit", "stale", "_order"}
-
-
-def _answer(balance: Balance) -> Hashable:
-    """The account's data in an answer, to compare: numbers to the last digit, in any order."""
-    if not isinstance(balance, Account):
-        return str(balance.credits)
-    fields = attrs.asdict(balance, recurse=False)
-    return _comparable(
-        {name: value for name, value in fields.items() if name not in _OF_ONE_ANSWER}
-    )
-
-
-def _comparable(value: Any) -> Hashable:
-    if isinstance(value, Mapping):
-        return frozenset((name, _comparable(part)) for name, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_comparable, value))
-    # A part of a JSON document, or a time. Equal numbers may have different digits.
-    hashable: Hashable = (Decimal, str(value)) if isinstance(value, Decimal) else value
-    return hashable
 
 
 # Errors of the key itself: the API refused it, or it cannot be sent.

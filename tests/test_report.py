@@ -42,7 +42,6 @@ from crustcredits import (
     Unknown,
     keys_from_records,
 )
-from crustcredits._report import needed_credits
 from crustcredits.fastapi.problem_details import problem_of
 from tests import searches
 
@@ -487,25 +486,6 @@ def test_require_passes_or_names_the_unknown_and_stale_keys() -> None:
         f"checked may hold the rest: {listed} and 3 more; "
         "see their errors, and correct or remove these keys; stale: b"
     )
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [-1, float("nan"), Decimal("Infinity"), Decimal("-0.1"), "5", None, True, Decimal("1E+400")],
-)
-def test_required_credits_and_margin_are_numbers_of_at_least_0(mistake: Any) -> None:
-    """Any other value is refused."""
-    with pytest.raises(ConfigurationError, match="credits must be a finite number"):
-        Report([]).require(mistake)
-    with pytest.raises(ConfigurationError, match="margin must be a finite number"):
-        needed_credits(5, mistake)
-
-
-def test_credits_with_too_many_digits_are_refused() -> None:
-    """They are not rounded."""
-    with pytest.raises(ConfigurationError, match="too many digits") as caught:
-        needed_credits(Decimal("1." + "3" * 300), Decimal("1." + "3" * 300))
-    assert caught.value.__context__ is None
 
 
 def test_raise_on_error_raises_all_errors_together() -> None:
