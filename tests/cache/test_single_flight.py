@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import time
@@ -332,6 +333,54 @@ async def test_an_eager_task_factory_changes_nothing() -> None:
         assert len(server.arrivals) > 18
         server.attempt = at_once  # type: ignore[method-assign]  # an immediate answer
         assert (await client.balance(KEY)).credits == 7
+
+
+async def test_a_late_call_ends_with_a_waiter_cancelled_in_the_same_iteration() -> None:
+    """It is not sent, and a later caller begins a new call."""
+    server, key = FakeServer(), keys(1)[0]
+    answer = server.attempt
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    async with fake_client(server, concurrency=1, rate_limit=RateLimit(pace=None)) as client:
+
+        async def cancel_and_answer(path: str, key: ApiKey, timeout: float) -> Any:
+            answered = await answer(path, key, timeout)
+            late.cancel()
+            loop.move(1.0)  # beyond the deadline of the other call, whose turn comes now
+            return answered
+
+        server.attempt = cancel_and_answer  # type: ignore[method-assign]  # the moment under test
+        first = asyncio.create_task(client.balance(KEY))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(client.balance(key, timeout=0.5))
+        assert (await first).credits == 9406
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        assert client.quota().waiting == 0
+        assert server.asked == {"prod": 1}
+        server.attempt = answer  # type: ignore[method-assign]  # as before
+        assert (await client.balance(key)).credits == 9406
+
+
+async def test_an_answer_that_comes_although_its_call_was_ended_is_dropped() -> None:
+    """The transport has swallowed the cancellation by `close()`."""
+    server = FakeServer()
+
+    async def answer_in_spite_of_it(path: str, key: ApiKey, timeout: float) -> Response:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(99)
+        return Response(200, {}, b'{"credits": 7}')
+
+    server.attempt = answer_in_spite_of_it  # type: ignore[method-assign]  # the defect under test
+    client = fake_client(server, max_age=60)
+    caller = asyncio.create_task(client.balance(KEY))
+    await asyncio.sleep(1)
+    await client.close()
+    with pytest.raises(ClientClosedError):
+        await caller
+    assert client.peek(KEY) is None
+    assert client.quota().in_flight == 0
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_a_call_with_a_short_deadline_starts_once_the_pace_has_room() -> None:

@@ -81,7 +81,8 @@ def test_an_undelimited_body_that_is_cut_short_is_a_connection_error() -> None:
         )
         assert isinstance(found, APIConnectionError)
         assert "the body is cut short" in str(found)
-    whole: list[tuple[bytes, bool]] = [
+    whole: list[tuple[bytes | None, bool]] = [
+        (None, False),
         (b"<html>", False),
         (b'{"credits": 94', True),
         (b"{}", False),
@@ -92,9 +93,9 @@ def test_an_undelimited_body_that_is_cut_short_is_a_connection_error() -> None:
         (b"{'credits': 1}", False),
         (b"[" * 60_000, False),
     ]
-    for body, framed in whole:
+    for other, framed in whole:
         found = read_response(
-            USER_CREDITS, KEY, Response(200, {}, body, framed=framed), now=NOW, period=60.0
+            USER_CREDITS, KEY, Response(200, {}, other, framed=framed), now=NOW, period=60.0
         )
         assert isinstance(found, UnexpectedResponseError)
 
