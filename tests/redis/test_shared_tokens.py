@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 import pickle
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -192,12 +192,13 @@ async def test_a_token_unused_for_a_second_is_given_back(
     task.cancel()
 
 
+@pytest.mark.parametrize("scope", ["client", "auto"])
 async def test_tokens_that_wait_for_a_connection_slot_are_given_back(
-    redis: FakeRedis,
+    redis: FakeRedis, scope: Literal["client", "auto"]
 ) -> None:
     """Other processes could use them within a second; the waiting call gets another one later."""
     server = FakeServer(lambda name, times: Reply(seconds=9.0))
-    limit = RateLimit(requests=100, scope="client", pace=None)
+    limit = RateLimit(requests=100, scope=scope, pace=None)
     async with fake_client(
         server, rate_limit=limit, buckets=connected(redis), concurrency=1
     ) as client:
