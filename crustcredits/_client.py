@@ -44,7 +44,7 @@ from crustcredits._keys.key_pool import KeysLike, as_keys_async, methods_of, poo
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.fair_queue import Flow
-from crustcredits._ratelimit.leased_tokens import TokenStore, check_store
+from crustcredits._ratelimit.leased_tokens import Backend, check_backend
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report
 from crustcredits._validation import (
@@ -111,7 +111,7 @@ class CreditsClient:
         base_url: `https://host[:port]` of the API; by default the variable `CRUSTDATA_API_URL`,
             else the API's own.
         rate_limit: The limit to keep.
-        buckets: Where tokens are counted: `crustcredits.redis.RedisBuckets` for processes that
+        backend: Where tokens are counted: `crustcredits.redis.RedisBackend` for processes that
             share one quota; by default in each client.
         concurrency: Requests on the wire at once. A request without an answer for 0.4 s, or for
             four times the usual time, stops counting, so that hanging keys delay no others; at most
@@ -171,7 +171,7 @@ class CreditsClient:
         *,
         base_url: str | None = None,
         rate_limit: RateLimit = _RATE_LIMIT,
-        buckets: TokenStore | None = None,
+        backend: Backend | None = None,
         concurrency: int = 32,
         request_timeout: float = 10.0,
         retry: Retry = _RETRY,
@@ -214,11 +214,11 @@ class CreditsClient:
         )
         self._policy = NEW if policy == NEW else policy
         self._period = rate_limit.period
-        self._store = check_store(buckets)
+        self._backend = check_backend(backend)
         self._dispatcher = Dispatcher(
             transport,
             rate_limit=rate_limit,
-            store=self._store,
+            backend=self._backend,
             concurrency=concurrency,
             request_timeout=request_timeout,
             retry=retry,
@@ -589,8 +589,8 @@ class CreditsClient:
             await self._lookup.calls.close()
         finally:
             await self._dispatcher.transport.close()
-            if self._store is not None:
-                await self._store.close()
+            if self._backend is not None:
+                await self._backend.close()
 
     async def __aenter__(self) -> Self:
         self._check_loop()

@@ -18,7 +18,7 @@ CrustCreditsError
 ├── GatewayError                401, 402 and 403 that are not the API's
 ├── UnexpectedResponseError
 ├── RateLimitWaitError
-├── BucketsUnavailableError
+├── BackendUnavailableError
 ├── CreditsRequirementError     this branch is defined in `_report`: its errors hold a report
 │   ├── InsufficientCreditsError
 │   └── CreditsUnknownError
@@ -261,7 +261,7 @@ class RateLimitWaitError(CrustCreditsError):
         self.wait = wait
 
 
-class BucketsUnavailableError(CrustCreditsError):
+class BackendUnavailableError(CrustCreditsError):
     """The count that several processes share is out of reach, so no request was sent.
 
     Raised with `on_outage="raise"` only.

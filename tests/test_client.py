@@ -1085,7 +1085,7 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"rate_limit": 5}, "rate_limit must be a RateLimit, not int"),
         (
             {"buckets": "redis://:hunter2@localhost"},
-            r"buckets is a str, not a token store: pass RedisBuckets\(url\)$",
+            "backend is a str, which cannot count tokens: pass a RedisBackend$",
         ),
         ({"buckets": Retry}, "buckets is the class Retry"),
         ({"retry": None}, "retry must be a Retry, not NoneType"),

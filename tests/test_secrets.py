@@ -47,7 +47,7 @@ from crustcredits.fastapi import (
     credits_router,
     install_exception_handlers,
 )
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from crustcredits.testing import Fault, SandboxServer
 
 CANARY = "sk-canary9f8e7d6c5b4a3928171605f4e3d2c1b0"
@@ -264,7 +264,7 @@ async def test_no_unreachable_server_shows_a_secret(
     """The API, a proxy or Redis is unreachable; their own credentials are not shown either."""
     caplog.set_level(logging.DEBUG)
     if "buckets" in options:
-        options = options | {"buckets": RedisBuckets(options["buckets"], on_outage="raise")}
+        options = options | {"buckets": RedisBackend(options["buckets"], on_outage="raise")}
     client = CreditsClient(**options, retry=Retry(attempts=1), rate_limit=RateLimit(pace=None))
     with pytest.raises(CrustCreditsError) as caught:
         await client.balance(CANARY, timeout=4)
@@ -370,12 +370,12 @@ PLACES: dict[str, Callable[[], object]] = {
     **each_argument(RateLimit),
     **each_argument(credits_router, ["x"], but="prefix tags", public=True),
     **each_argument(credits_lifespan),
-    **each_argument(RedisBuckets, "redis://x", but="prefix"),
+    **each_argument(RedisBackend, "redis://x", but="prefix"),
     **each_argument(SandboxServer, but="record"),
     **each_argument(SANDBOX.add_key, but="name declared secret"),
     "the client's only argument": partial(CreditsClient, CANARY),  # type: ignore[call-arg]  # as above
     "a router's pool": partial(credits_router, CANARY, public=True),
-    "Redis": partial(RedisBuckets, CANARY),
+    "Redis": partial(RedisBackend, CANARY),
     "a sandbox account's credits": partial(SANDBOX.add_account, "x", credits=CANARY),
     "a sandbox key": partial(SANDBOX.fail, CANARY, Fault.RESET),  # type: ignore[arg-type]  # as above
     "a sandbox key with credits": partial(SANDBOX.set_credits, CANARY, 5),  # type: ignore[arg-type]  # as above
@@ -388,13 +388,13 @@ PLACES: dict[str, Callable[[], object]] = {
     "a client with a good proxy": partial(
         CreditsClient,
         proxy=f"http://bob:{CANARY}@127.0.0.1:1",
-        buckets=Fails(CANARY),  # type: ignore[arg-type]  # as above
+        backend=Fails(CANARY),  # type: ignore[arg-type]  # as above
     ),
     "Redis with an option": partial(
-        RedisBuckets, f"rediss://:{CANARY}@127.0.0.1:1/0?ssl_cert_reqs=CERT_NONE"
+        RedisBackend, f"rediss://:{CANARY}@127.0.0.1:1/0?ssl_cert_reqs=CERT_NONE"
     ),
     "Redis with another protocol": partial(
-        RedisBuckets, f"redis://:{CANARY}@127.0.0.1:1/0?protocol=5"
+        RedisBackend, f"redis://:{CANARY}@127.0.0.1:1/0?protocol=5"
     ),
     "an app": partial(install_exception_handlers, CANARY),  # type: ignore[arg-type]  # as above
     "an app of a client": partial(credits_client_of, CANARY),

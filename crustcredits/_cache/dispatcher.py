@@ -27,7 +27,7 @@ from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
-from crustcredits._ratelimit.leased_tokens import TokenStore
+from crustcredits._ratelimit.leased_tokens import Backend
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.terms import SchedulerTerms
 
@@ -56,7 +56,7 @@ class Dispatcher:
         transport: Transport,
         *,
         rate_limit: RateLimit,
-        store: TokenStore | None,
+        backend: Backend | None,
         concurrency: int,
         request_timeout: float,
         retry: Retry,
@@ -67,8 +67,8 @@ class Dispatcher:
         self._request_timeout = request_timeout
         self._retry = retry
         terms = SchedulerTerms.of(rate_limit, late=request_timeout)
-        if store is not None:
-            store.open(
+        if backend is not None:
+            backend.open(
                 period=terms.period,
                 late=request_timeout,
                 pace=rate_limit.pace,
@@ -84,7 +84,7 @@ class Dispatcher:
                 pace=pace,
                 slots=slots,
                 later=self._later,
-                store=store,
+                backend=backend,
                 shares_accounts=rate_limit.scope != "client",
                 on_tokens=self._start_due,
                 counts_accounts=rate_limit.scope != "key",

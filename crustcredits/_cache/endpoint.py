@@ -12,7 +12,7 @@ from typing import cast
 from crustcredits._cache.api_call import ApiCall, Resumptions
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
 from crustcredits._errors import (
-    BucketsUnavailableError,
+    BackendUnavailableError,
     CrustCreditsError,
     GatewayError,
     renamed,
@@ -27,9 +27,9 @@ from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call
 from crustcredits._ratelimit.leased_permits import LeasedPermits
 from crustcredits._ratelimit.leased_tokens import (
+    Backend,
     LeasedTokens,
     PermitGate,
-    TokenStore,
 )
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
@@ -53,9 +53,9 @@ class Endpoint:
         pace: How many requests start per second, on all endpoints.
         slots: How many requests are on the wire, on all endpoints.
         later: The calls that resume later.
-        store: The store in which several processes count their tokens together, or None.
-        shares_accounts: Whether the tokens of accounts are in the store too.
-        on_tokens: Called when the store has brought tokens.
+        backend: Where several processes count their tokens together, or None.
+        shares_accounts: Whether the tokens of accounts are counted there too.
+        on_tokens: Called when the backend has brought tokens.
         counts_accounts: Whether the keys of a declared account share its tokens.
         probes: Failed probes in a row, of any call, after which a call waits 1 s at the most.
         period: Seconds of the rate limit, for the headers of the answers.
@@ -75,7 +75,7 @@ class Endpoint:
         pace: Pace,
         slots: ConnectionSlots[Attempt],
         later: Resumptions,
-        store: TokenStore | None,
+        backend: Backend | None,
         shares_accounts: bool,
         on_tokens: Callable[[], None],
         counts_accounts: bool,
@@ -96,8 +96,8 @@ class Endpoint:
             terms,
             pace=pace,
             slots=slots,
-            make_bucket=local_bucket if store is None else partial(self._make_bucket, store),
-            make_permits=LeasedPermits if store is not None and shares_accounts else Permits,
+            make_bucket=local_bucket if backend is None else partial(self._make_bucket, backend),
+            make_permits=LeasedPermits if backend is not None and shares_accounts else Permits,
             is_barred=self.is_barred,
         )
 
@@ -264,7 +264,7 @@ class Endpoint:
 
     def _make_bucket(
         self,
-        store: TokenStore,
+        backend: Backend,
         whose: Hashable | None,
         limit: int,
         wake: Callable[[Hashable | None], None],
@@ -276,7 +276,7 @@ class Endpoint:
             wake(whose)
             self._on_tokens()
 
-        tokens = store.tokens(self.path, cast("str | bytes | None", whose), limit)
+        tokens = backend.tokens(self.path, cast("str | bytes | None", whose), limit)
         make = PermitGate if whose is None and self._shares_accounts else LeasedTokens
         return make(tokens, came, partial(self._on_outage, whose))
 
@@ -292,6 +292,6 @@ class Endpoint:
         calls = self.scheduler.give_up(whose, loop.time(), _SLICE)
         for call in calls:
             call = cast("ApiCall", call)
-            call.on_end(BucketsUnavailableError(message, key_name=call.api_key.label))
+            call.on_end(BackendUnavailableError(message, key_name=call.api_key.label))
         if len(calls) == _SLICE:
             loop.call_soon(self._on_outage, whose)

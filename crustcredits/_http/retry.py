@@ -10,7 +10,7 @@ import attrs
 
 from crustcredits._errors import (
     APIConnectionError,
-    BucketsUnavailableError,
+    BackendUnavailableError,
     CrustCreditsError,
     GatewayError,
     InternalServerError,
@@ -20,7 +20,7 @@ from crustcredits._errors import (
 from crustcredits._validation import Number, Whole, init_hides_arguments
 
 # Nothing was sent for these errors. They may recover, but another attempt does not help.
-_UNSENT = (BucketsUnavailableError, RateLimitWaitError)
+_UNSENT = (BackendUnavailableError, RateLimitWaitError)
 
 # After lost connections and gateway answers, the fourth attempt starts at least `_OUTAGE` seconds
 # after the first failure. Full jitter alone could spend all attempts within the first second of an

@@ -47,10 +47,10 @@ class SharedTokens(Protocol):
     def returns(self, now: float, period: float) -> list[float]: ...
 
 
-class TokenStore(Protocol):
-    """The store in which several processes count their tokens together.
+class Backend(Protocol):
+    """Where several processes count their tokens together.
 
-    A client asks the store for each bucket anew, and forgets idle buckets.
+    A client asks for each bucket anew, and forgets idle buckets.
     """
 
     def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
@@ -61,7 +61,7 @@ class TokenStore(Protocol):
         request takes: with `"auto"` one of its account and a common one.
 
         Raises:
-            ConfigurationError: The store cannot serve this client.
+            ConfigurationError: The backend cannot serve this client.
         """
         ...
 
@@ -78,17 +78,19 @@ class TokenStore(Protocol):
         ...
 
 
-def check_store(store: object) -> TokenStore | None:
-    """Return the token store, or None; raise `ConfigurationError` for any other object."""
-    methods = (getattr(store, name, None) for name in ("open", "tokens", "close"))
-    if store is not None and (isinstance(store, type) or not all(map(callable, methods))):
+def check_backend(backend: object) -> Backend | None:
+    """Return the backend, or None; raise `ConfigurationError` for any other object."""
+    methods = (getattr(backend, name, None) for name in ("open", "tokens", "close"))
+    if backend is not None and (isinstance(backend, type) or not all(map(callable, methods))):
         kind = (
-            f"the class {store.__name__}"
-            if isinstance(store, type)
-            else f"a {type(store).__name__}"
+            f"the class {backend.__name__}"
+            if isinstance(backend, type)
+            else f"a {type(backend).__name__}"
         )
-        raise ConfigurationError(f"buckets is {kind}, not a token store: pass RedisBuckets(url)")
-    return cast("TokenStore | None", store)
+        raise ConfigurationError(
+            f"backend is {kind}, which cannot count tokens: pass a RedisBackend"
+        )
+    return cast("Backend | None", backend)
 
 
 class LeasedTokens:

@@ -14,8 +14,8 @@ import attrs
 from crustcredits._errors import (
     APIConnectionError,
     APITimeoutError,
+    BackendUnavailableError,
     BadRequestError,
-    BucketsUnavailableError,
     ClientClosedError,
     ConfigurationError,
     CrustCreditsError,
@@ -77,7 +77,7 @@ _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
     (RateLimitError, 503, "The credits API refuses more requests for now"),
     (RateLimitWaitError, 503, "The rate limit of the credits API would delay the request too long"),
     (
-        BucketsUnavailableError,
+        BackendUnavailableError,
         503,
         "The shared count of the rate limit is out of reach",
     ),

@@ -6,7 +6,7 @@ form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps reques
 """
 
 try:
-    from crustcredits.redis.buckets import RedisBuckets
+    from crustcredits.redis.backend import RedisBackend
 except ModuleNotFoundError as _missing:
     if (_missing.name or "").partition(".")[0] != "redis":
         raise
@@ -14,4 +14,4 @@ except ModuleNotFoundError as _missing:
         "crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'"
     ) from _missing
 
-__all__ = ["RedisBuckets"]
+__all__ = ["RedisBackend"]

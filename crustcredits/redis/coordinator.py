@@ -42,6 +42,10 @@ _REPORT = 0.1
 # Seconds after a lost count, or without an answer, in which no tokens are granted, so that every
 # process can register its tokens: each sends a heartbeat every half second.
 PAUSE = 2.5 * BEAT
+# Most seconds between two messages of a strict process, and seconds without one after which the
+# other processes leave its share to it.
+_QUIET = 2.0
+_SILENCE = 2.5 * _QUIET
 # Most buckets in one message.
 _BUCKETS = 64
 # Seconds after which Redis forgets the marker of an idle prefix.
@@ -192,7 +196,9 @@ class Coordinator:
         if self._soonest <= beat:
             return self._soonest
         now = _now()
-        return beat if self._due or any(tokens.holds(now) for tokens in self._all) else None
+        if self._due or any(tokens.holds(now) for tokens in self._all):
+            return beat
+        return self._last + _QUIET if self.terms.is_strict and self._epoch else None
 
     def _begin(self) -> None:
         self._timer = self._due_at = None
@@ -215,6 +221,10 @@ class Coordinator:
         request = self._request(message)
         try:
             async with asyncio.timeout(_PATIENCE):
+                if self._gone:
+                    # A message of this process stops all others for a moment. So none is sent
+                    # before an answer can arrive.
+                    await self._client.ping()
                 response = Response.decode(await self._call(request), request)
         except Exception as error:  # noqa: BLE001  # any error: no call may hang because of it
             self._lost(
@@ -252,6 +262,7 @@ class Coordinator:
     def _request(self, message: _Message) -> Request:
         now, terms = message.now, self.terms
         clock, asked = self._clock or (0, now)
+        holds = self._hold or bool(self._untold.difference(message.indexes))
         self._message_number += 1
         return Request(
             marker=self._marker,
@@ -259,7 +270,7 @@ class Coordinator:
             number=self._message_number,
             epoch=self._epoch,
             fresh=secrets.randbits(52) + 1,
-            holds=self._hold or bool(self._untold.difference(message.indexes)),
+            holds=holds,
             clock=clock,
             age=now - asked,
             tolerance=2 * _PATIENCE,
@@ -267,6 +278,9 @@ class Coordinator:
             lease=terms.lease,
             kept=2 * terms.late + _PATIENCE,
             life=_LIFE,
+            is_strict=terms.is_strict,
+            share=0.0 if holds or self._gone else terms.share,
+            silence=_SILENCE,
             buckets=message.reports,
             asks=[request for _, _, request in message.asks],
         )
@@ -341,8 +355,9 @@ class Coordinator:
             return
         if not self._gone:
             self._gone = True
+            alone = "without a request" if self.terms.is_strict else "with its own returning tokens"
             later = (
-                f"for {self.terms.lease:.0f} s with its own returning tokens, then with "
+                f"for {self._wait_alone:.0f} s {alone}, then with "
                 f"{self.terms.share:.3g} of the limit"
             )
             effect = "calls fail" if self._raises else f"degraded mode, {later},"
@@ -351,18 +366,23 @@ class Coordinator:
             for tokens in list(self._all):
                 tokens.fail()
         elif not self.degraded:
-            self._go_alone(self._failing)
+            self._go_alone(self._last if self.terms.is_strict else self._failing)
 
     def _go_alone(self, since: float) -> None:
         self.degraded = True
         # An attempt with a token of another process from before the outage may still arrive, and
         # then counts for a period.
-        self.settles_at = since + self.terms.lease
+        self.settles_at = since + self._wait_alone
         self._due.clear()
         for tokens in list(self._all):
             tokens.go_alone()
         if not self.closed:
             self._settling = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
+
+    @property
+    def _wait_alone(self) -> float:
+        """Seconds until all tokens that other processes may have for this one's share are back."""
+        return self.terms.lease + (_SILENCE if self.terms.is_strict else 0.0)
 
     def _settle(self) -> None:
         self.settled = True

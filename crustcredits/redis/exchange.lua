@@ -7,7 +7,8 @@
 -- A permit takes one token of each bucket of its request, or none.
 --
 -- KEYS[1] is the marker, a hash; without it the count is taken for lost. KEYS[2] holds the number of
--- the process's last message. The two keys of each bucket follow.
+-- the process's last message. KEYS[3] is a hash of the strict processes: for each its share, and its
+-- last message. The two keys of each bucket follow.
 --
 -- ARGV, for the process:
 --   process; the number of this message;
@@ -18,7 +19,9 @@
 --   this server's last time as far as it knows (0: none), its age by the process's own clock, and
 --   the tolerance of that age;
 --   the duration without grants after a loss; the lease of a new token;
---   how long members stay after their return; milliseconds that the marker lives.
+--   how long members stay after their return; milliseconds that the marker lives;
+--   1 if the process is strict, else 0; its share of the limit, in billionths, which is 0 while it may
+--   use this share by itself; after how long without a message its share is not used here.
 -- Then for each bucket:
 --   the number of return times and of unused tokens that follow;
 --   the return times, each as a number and the duration until then; the unused numbers.
@@ -44,6 +47,7 @@ local process, message, known, fresh = ARGV[1], read(), read(), read()
 local hold, is_new = read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, kept, life = read(), read(), read(), read()
+local strict, share, silence = read(), read(), read()
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -101,11 +105,31 @@ local function live(key, milliseconds)
     end
 end
 
+-- The part of each limit that may be out. Strict processes use no more here than their shares, because
+-- each one that is cut off uses its own by itself.
+local part = 1
+if strict == 1 then
+    if not repeated then
+        redis.call('HSET', KEYS[3], process, whole(share) .. ' ' .. whole(now))
+        redis.call('PEXPIRE', KEYS[3], life)
+    end
+    local entries, total = redis.call('HGETALL', KEYS[3]), 0
+    for entry = 1, #entries, 2 do
+        local own, heard = string.match(entries[entry + 1], '(%d+) (%d+)')
+        if tonumber(heard) < now - silence or tonumber(heard) > now then
+            redis.call('HDEL', KEYS[3], entries[entry])
+        else
+            total = total + tonumber(own)
+        end
+    end
+    part = math.min(1, total / 1e9)
+end
+
 -- The buckets of this message.
 local keys, lines, out, missing, room, order = {}, {}, {}, {}, {}, {}
-local count = (#KEYS - 2) / 2
+local count = (#KEYS - 3) / 2
 for bucket = 1, count do
-    local key = KEYS[1 + 2 * bucket]
+    local key = KEYS[2 + 2 * bucket]
     local returns, unused = read(), read()
     for _ = 1, returns do
         local number, back = read(), read()
@@ -124,7 +148,7 @@ for bucket = 1, count do
         -- Members from a clock that was ahead.
         redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf')
     end
-    keys[bucket], lines[bucket], missing[bucket], room[bucket] = key, KEYS[2 + 2 * bucket], 0, 0
+    keys[bucket], lines[bucket], missing[bucket], room[bucket] = key, KEYS[3 + 2 * bucket], 0, 0
     out[bucket] = redis.call('ZCOUNT', key, '(' .. whole(now), '+inf')
 end
 
@@ -165,6 +189,9 @@ while place < #ARGV do
     local wanted, first = read(), read()
     local places, rooms = {read()}, {read()}
     places[2], rooms[2] = read(), read()
+    for side = 1, 2 do
+        rooms[side] = math.floor(rooms[side] * part + 0.001) -- the shares were rounded
+    end
     local given = 0
     if repeated then
         while given < wanted and redis.call('ZSCORE', keys[places[1]], name(first + given)) do

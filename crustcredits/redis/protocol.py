@@ -71,6 +71,9 @@ class Request:
         lease: The lease of a new token.
         kept: How long Redis keeps tokens after their return.
         life: How long Redis keeps the marker of an idle prefix.
+        is_strict: Whether the processes use no more than their shares.
+        share: The share of this process; 0 while it may use it by itself.
+        silence: After how long without a message the share of a process is not used by others.
         buckets: The reports.
         asks: The requests for permits.
     """
@@ -89,12 +92,15 @@ class Request:
     lease: float
     kept: float
     life: float
+    is_strict: bool = False
+    share: float = 0.0
+    silence: float = 0.0
     buckets: Sequence[BucketReport]
     asks: Sequence[PermitRequest]
 
     def encode(self) -> tuple[list[str], list[str | int]]:
         """The names and the arguments of the script."""
-        names = [self.marker, f"{self.marker}:{self.process}"]
+        names = [self.marker, f"{self.marker}:{self.process}", f"{self.marker}:shares"]
         said: list[str | int] = [
             self.process,
             self.number,
@@ -109,6 +115,9 @@ class Request:
             _micro(self.lease),
             _micro(self.kept),
             math.ceil(self.life * 1e3),
+            int(self.is_strict),
+            round(self.share * 1e9),
+            _micro(self.silence),
         ]
         for bucket in self.buckets:
             names += (bucket.name, bucket.name + ":line")

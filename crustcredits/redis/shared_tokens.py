@@ -37,6 +37,7 @@ class Terms:
         late: Longest duration of an attempt.
         pace: Starts a second; None without a limit.
         share: Share of the limit in degraded mode.
+        is_strict: Whether all processes together use no more than their shares.
         scope: The scope that the server counts by; with `"auto"` an attempt takes two tokens.
     """
 
@@ -44,6 +45,7 @@ class Terms:
     late: float
     pace: float | None
     share: float
+    is_strict: bool = False
     scope: Scope = "client"
 
     @property
@@ -473,10 +475,13 @@ class SharedTokens:
 
     def _share(self) -> int:
         """Number of tokens that may be out in degraded mode."""
-        return self._whole_share() if self._link.settled else min(self._whole_share(), self._had)
+        if self._link.settled:
+            return self._whole_share()
+        return 0 if self._link.terms.is_strict else min(self._whole_share(), self._had)
 
     def _whole_share(self) -> int:
-        return max(1, int(self.limit * self._link.terms.share))
+        terms = self._link.terms
+        return max(0 if terms.is_strict else 1, int(self.limit * terms.share))
 
     def _drop_unused(self) -> None:
         """Give back the oldest granted token."""

@@ -33,7 +33,7 @@ class Window:
     """
 
     def __init__(self, pace: float | None) -> None:
-        self.size = MOST if pace is None else max(1, min(MOST, int(pace * _AHEAD)))
+        self.size: int = MOST if pace is None else max(1, min(MOST, int(pace * _AHEAD)))
         self._asked = 0
         self._unused = 0
         self._waiters: dict[Waiter, None] = {}

@@ -23,7 +23,7 @@ from functools import partial
 import attrs
 
 from crustcredits import ApiKey, CreditsClient, RateLimit
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from tests.benchmarks._fleet import Barrier, Fleet, fleet
 from tests.benchmarks._measure import (
     Benchmark,
@@ -88,8 +88,8 @@ class Run:
 
 async def _check(task: Task, barrier: Barrier) -> int:
     limit = RateLimit(period=task.period, scope="account")
-    buckets = RedisBuckets(task.redis, prefix=task.prefix)
-    async with CreditsClient(base_url=task.url, rate_limit=limit, buckets=buckets) as client:
+    backend = RedisBackend(task.redis, prefix=task.prefix, fallback_share=1 / 4)
+    async with CreditsClient(base_url=task.url, rate_limit=limit, backend=backend) as client:
         keys = [ApiKey(secret, account=task.account) for secret in task.secrets]
         if task.greets:
             await client.account(keys[0])  # the other endpoint, which has a limit of its own

@@ -44,7 +44,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from redis.asyncio import Redis
 
 from crustcredits import CreditsClient, RateLimit
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from tests.benchmarks._contenders import AIOLIMITER, OURS, aiolimiter, gather
 from tests.benchmarks._fleet import Barrier, Ended, Fleet, Kill, fleet
 from tests.benchmarks._measure import (
@@ -77,7 +77,7 @@ _KILLED = (1 / 18.75, 12 / 18.75)
 _REFUSED_AT = {0.02: 0.04, 0.1: 0.1}
 
 _HEADERS = f"{OURS}, headers only"
-_REDIS = f"{OURS}, `RedisBuckets`"
+_REDIS = f"{OURS}, `RedisBackend`"
 _AIOLIMITER = f"{AIOLIMITER} in each"
 _LIMITS = "limits `MovingWindowRateLimiter`, Redis"
 
@@ -148,7 +148,7 @@ async def _redis_buckets(task: Task, barrier: Barrier, *, request_timeout: float
     async with CreditsClient(
         base_url=task.url,
         rate_limit=RateLimit(period=task.period),
-        buckets=RedisBuckets(task.redis, prefix=task.prefix),
+        backend=RedisBackend(task.redis, prefix=task.prefix, fallback_share=1 / 4),
         request_timeout=request_timeout,
     ) as client:
         await client.account(task.secrets[0])  # the other endpoint, which has a limit of its own

@@ -1,7 +1,7 @@
 """A fleet too large for one machine, in virtual time: a million keys over 32 processes.
 
 They share one limit in Redis. Only the consequences of the rules are measured: each process is a
-`CreditsClient` with `RedisBuckets`, all on one virtual loop; the script is the real one, run by a
+`CreditsClient` with `RedisBackend`, all on one virtual loop; the script is the real one, run by a
 Lua interpreter over a model of Redis's commands; the server is a strict sliding window. Round trips
 to the server and to Redis are drawn at random. Memory is that of all the processes and both servers
 together.
@@ -84,7 +84,7 @@ async def _simulate(processes: int, keys: int) -> Simulated:
     limit = RateLimit(requests=LIMIT, scope="client")
     clients = [
         fake_client(
-            server, rate_limit=limit, buckets=connected(redis, prefix="simulated"), max_entries=1
+            server, rate_limit=limit, backend=connected(redis, prefix="simulated"), max_entries=1
         )
         for _ in range(processes)
     ]

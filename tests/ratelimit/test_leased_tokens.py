@@ -1,4 +1,4 @@
-"""`LeasedTokens` over a hand-written count, and which objects are a token store."""
+"""`LeasedTokens` over a hand-written count, and which objects are a backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crustcredits._ratelimit.leased_tokens import (
     PermitGate,
     Scope,
     SharedTokens,
-    check_store,
+    check_backend,
 )
 from tests.ratelimit.leases import Tokens
 
@@ -223,7 +223,7 @@ def test_in_degraded_mode_a_gate_counts_as_any_leased_tokens() -> None:
 
 
 class Store:
-    """Has the methods of a token store."""
+    """Has the methods of a backend."""
 
     def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None: ...
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
@@ -241,8 +241,8 @@ class Session:
 
 def test_a_token_store_or_none_is_taken_as_it_is() -> None:
     store = Store()
-    assert check_store(store) is store
-    assert check_store(None) is None
+    assert check_backend(store) is store
+    assert check_backend(None) is None
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_a_token_store_or_none_is_taken_as_it_is() -> None:
 )
 def test_any_other_object_is_refused_with_its_kind_and_the_remedy(store: object, kind: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        check_store(store)
-    assert str(caught.value) == f"buckets is {kind}, not a token store: pass RedisBuckets(url)"
+        check_backend(store)
+    assert str(caught.value) == f"backend is {kind}, which cannot count tokens: pass a RedisBackend"
 
 
 @pytest.mark.parametrize("name", ["open", "tokens", "close"])
@@ -266,4 +266,4 @@ def test_a_store_needs_each_of_its_methods(name: str) -> None:
     store = Store()
     setattr(store, name, 1)
     with pytest.raises(ConfigurationError):
-        check_store(store)
+        check_backend(store)

@@ -1,6 +1,6 @@
 """Redis without network or clock: the real script over a small model of its commands.
 
-`FakeRedis` replaces the client of `redis.asyncio` in `RedisBuckets`. One instance may serve several
+`FakeRedis` replaces the client of `redis.asyncio` in `RedisBackend`. One instance may serve several
 processes, which it tells apart by the process names in their messages. It can be slow, lose
 everything or return to an earlier state, be out of reach for all or some processes, stall, and lose
 an answer after the script has run.
@@ -22,7 +22,7 @@ from lupa.lua51 import LuaError, LuaRuntime  # type: ignore[import-untyped]  # R
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from crustcredits.redis.protocol import SCRIPT, SHA
 
 # Seconds that Redis's clock is ahead of the loop's: it counts from 1970, with enough digits to
@@ -120,9 +120,11 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
     process, *rest = said
     numbers = iter([int(number) for number in rest])
-    number, epoch, _, hold, _, _, _, _, pause, lease, _, _ = (next(numbers) for _ in range(12))
+    number, epoch, _, hold, _, _, _, _, pause, lease, _, _, _, _, _ = (
+        next(numbers) for _ in range(15)
+    )
     buckets = []
-    for key in keys[2::2]:
+    for key in keys[3::2]:
         homes, returned = (next(numbers) for _ in range(2))
         told = {next(numbers): next(numbers) / 1e6 for _ in range(homes)}
         buckets.append(Asked(key, told, tuple(next(numbers) for _ in range(returned))))
@@ -151,6 +153,7 @@ class FakeRedis:
         clock: Redis's clock, in seconds; by default the running loop's.
         down: Whether no process can connect.
         cut: Processes that cannot connect.
+        deaf: Processes whose messages arrive, but not the answers.
         lose_answers: Number of next messages whose answer is lost after the script has run.
         repeat: Number of next messages that the client sends again because their answer was lost.
         messages: Number of messages, including failed ones.
@@ -173,6 +176,7 @@ class FakeRedis:
         self.clock = clock or (lambda: EPOCH + asyncio.get_running_loop().time())
         self.down = False
         self.cut: set[str] = set()
+        self.deaf: set[str] = set()
         self.lose_answers = self.repeat = 0
         self.messages = self.evals = self.closed = 0
         self.messages_of: Counter[str] = Counter()
@@ -222,6 +226,10 @@ class FakeRedis:
         sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
         return await self._travel(sha, script, said[:count], said[count:])
 
+    async def ping(self, process: str) -> bool:
+        self.messages += 1
+        return bool(await self._answered(process, lambda: True))
+
     async def aclose(self) -> None:
         self.closed += 1
 
@@ -236,15 +244,18 @@ class FakeRedis:
             self._fail("two messages of one process are under way")
         self._under_way.add(process)
         try:
-            await asyncio.sleep(self.latency(process))
-            answer = await self._arrive(
+            return await self._answered(
                 process, lambda: self.execute(keys, said, sha=sha, script=script)
             )
-            await asyncio.sleep(self.latency(process))
         finally:
             self._under_way.discard(process)
-        if self.lose_answers:
-            self.lose_answers -= 1
+
+    async def _answered(self, process: str, run: Callable[[], Any]) -> Any:
+        await asyncio.sleep(self.latency(process))
+        answer = await self._arrive(process, run)
+        await asyncio.sleep(self.latency(process))
+        if self.lose_answers or process in self.deaf:
+            self.lose_answers = max(0, self.lose_answers - 1)
             raise RedisConnectionError("Connection lost")
         return answer
 
@@ -502,17 +513,40 @@ def _text(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.17g}"
 
 
-def connected(redis: FakeRedis, **options: Any) -> RedisBuckets:
-    """Return the buckets of one process, on this server."""
-    buckets = RedisBuckets("redis://localhost:1", **options)
-    buckets._link._client = redis
-    return buckets
+class _Connection:
+    """The client of one process, which is known by its name in its messages."""
+
+    def __init__(self, redis: FakeRedis) -> None:
+        self._redis = redis
+        self._process = ""
+
+    async def evalsha(self, sha: str, count: int, *said: str | int) -> Any:
+        self._process = str(said[count])
+        return await self._redis.evalsha(sha, count, *said)
+
+    async def eval(self, script: str, count: int, *said: str | int) -> Any:
+        return await self._redis.eval(script, count, *said)
+
+    async def ping(self) -> bool:
+        return await self._redis.ping(self._process)
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+
+
+def connected(redis: FakeRedis, **options: Any) -> RedisBackend:
+    """Return the backend of one process, on this server."""
+    options.setdefault("fallback_share", 1 / 4)
+    backend = RedisBackend("redis://localhost:1", **options)
+    backend._link._client = _Connection(redis)
+    return backend
 
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
     marker = f"{{{prefix}}}:epoch"
-    return [marker, f"{marker}:opener"], ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000]
+    names = [marker, f"{marker}:opener", f"{marker}:shares"]
+    return names, ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000, 0, 0, 0]
 
 
 def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:

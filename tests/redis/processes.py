@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import attrs
 import pytest
 
-from crustcredits import BucketsUnavailableError
+from crustcredits import BackendUnavailableError
 from crustcredits._ratelimit.leased_tokens import LeasedTokens
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
 from tests.redis.lua import FakeRedis, between, connected, opened
@@ -109,22 +109,22 @@ class Waiting:
         waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(BucketsUnavailableError("out of reach"))
+                waiter.set_exception(BackendUnavailableError("out of reach"))
 
 
 @attrs.define(eq=False)
 class Worker:
-    """One process: its buckets, and the bucket of all its attempts."""
+    """One process: its backend, and the bucket of all its attempts."""
 
     redis: FakeRedis
-    buckets: RedisBuckets
+    backend: RedisBackend
     waiting: Waiting
     late: float = LATE
     period: float = PERIOD
 
     @property
     def name(self) -> str:
-        return self.buckets._link._process
+        return self.backend._link._process
 
     @property
     def bucket(self) -> LeasedTokens:
@@ -159,18 +159,18 @@ class Worker:
 
     def vanish(self) -> None:
         """End the process without another message."""
-        vanish(self.buckets)
+        vanish(self.backend)
 
     async def close(self) -> None:
-        await self.buckets.close()
+        await self.backend.close()
 
 
-def vanish(buckets: RedisBuckets) -> None:
-    """End the process with these buckets without another message."""
-    buckets._link.closed = True
-    buckets._link._stop_timers()
-    if buckets._link._task is not None:
-        buckets._link._task.cancel()
+def vanish(backend: RedisBackend) -> None:
+    """End the process with this backend without another message."""
+    backend._link.closed = True
+    backend._link._stop_timers()
+    if backend._link._task is not None:
+        backend._link._task.cancel()
 
 
 def worker(
@@ -183,10 +183,10 @@ def worker(
     pace: float | None = None,
     **options: Any,
 ) -> Worker:
-    buckets = connected(redis, **options)
-    buckets._link._process = name
-    buckets.open(period=period, late=late, pace=pace, scope="client")
-    return Worker(redis, buckets, Waiting(buckets.tokens(PATH, None, limit)), late, period)
+    backend = connected(redis, **options)
+    backend._link._process = name
+    backend.open(period=period, late=late, pace=pace, scope="client")
+    return Worker(redis, backend, Waiting(backend.tokens(PATH, None, limit)), late, period)
 
 
 Start: TypeAlias = Callable[..., Worker]

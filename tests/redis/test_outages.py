@@ -9,7 +9,7 @@ import asyncio
 
 import pytest
 
-from crustcredits import BucketsUnavailableError, RateLimit, RateLimitWaitError
+from crustcredits import BackendUnavailableError, RateLimit, RateLimitWaitError
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
@@ -98,7 +98,7 @@ async def test_a_message_read_long_after_it_was_sent_grants_no_token(
     start: Start, redis: FakeRedis
 ) -> None:
     """All were in degraded mode, so none gets a token before the others have registered."""
-    one, two = start(limit=10, share=1 / 2), start(limit=10, share=1 / 2)
+    one, two = start(limit=10, fallback_share=1 / 2), start(limit=10, fallback_share=1 / 2)
     await spend(one, 5)
     await spend(two, 5)
     await passes(30)
@@ -119,7 +119,7 @@ async def test_tokens_put_back_during_their_registration_are_given_back(
 ) -> None:
     """The attempts turn out not to count before the answer to the registration arrives."""
     redis.latency = lambda process: 0.2
-    one = start(limit=4, share=1)
+    one = start(limit=4, fallback_share=1)
     redis.down = True
     for _ in range(3):
         await one.send()
@@ -138,7 +138,7 @@ async def test_token_numbers_continue_in_a_new_bucket(start: Start) -> None:
     await spend(one, 3)
     await passes(70)
     assert one.is_idle()
-    fresh = Waiting(one.buckets.tokens(PATH, None, 5))
+    fresh = Waiting(one.backend.tokens(PATH, None, 5))
     await fresh.acquire()
     assert isinstance(fresh.tokens._tokens, SharedTokens)
     (token,) = fresh.tokens._tokens._hand
@@ -150,7 +150,7 @@ async def test_reports_queued_during_a_failed_exchange_are_sent_with_the_next(
 ) -> None:
     """Also of another bucket, and in addition to the tokens of the failed message."""
     one = start(limit=5)
-    other = Waiting(one.buckets.tokens("/account/credits", None, 5))
+    other = Waiting(one.backend.tokens("/account/credits", None, 5))
     await one.send()
     await other.acquire()
     await one.acquire()
@@ -199,7 +199,7 @@ async def test_a_token_that_expired_during_an_outage_is_given_back(
     await one.acquire()
     redis.down = True
     await asyncio.sleep(4)
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     assert not one.is_idle()
     redis.down = False
     await asyncio.sleep(2)
@@ -211,7 +211,7 @@ async def test_a_token_of_degraded_mode_that_redis_never_knew_is_not_reported(
     redis: FakeRedis, start: Start
 ) -> None:
     """Its attempt did not leave."""
-    one = start(limit=4, share=1)
+    one = start(limit=4, fallback_share=1)
     redis.down = True
     await one.send()
     one.bucket.put_back()
@@ -291,7 +291,7 @@ async def test_no_token_is_granted_while_a_process_still_registers() -> None:
     accounts = [f"account {number}" for number in range(3000)]
 
     def bucket(process: Worker, account: str) -> Waiting:
-        return Waiting(process.buckets.tokens(PATH, account, 1))
+        return Waiting(process.backend.tokens(PATH, account, 1))
 
     spent = [bucket(one, account) for account in accounts]
     for first in range(0, len(spent), 200):
@@ -306,7 +306,7 @@ async def test_no_token_is_granted_while_a_process_still_registers() -> None:
     for task in tasks:
         task.cancel()
     for process in (one, two):
-        vanish(process.buckets)
+        vanish(process.backend)
 
 
 async def test_a_long_outage_leaves_few_tokens_to_give_back(redis: FakeRedis, start: Start) -> None:
@@ -324,16 +324,16 @@ async def test_a_long_outage_leaves_few_tokens_to_give_back(redis: FakeRedis, st
 
 async def test_thousands_of_waiting_calls_end_a_slice_at_a_time(redis: FakeRedis) -> None:
     """Each with the error of the outage."""
-    buckets = connected(redis, on_outage="raise")
+    backend = connected(redis, on_outage="raise")
     limit = RateLimit(requests=5, scope="client")
-    async with fake_client(FakeServer(), rate_limit=limit, buckets=buckets) as client:
+    async with fake_client(FakeServer(), rate_limit=limit, backend=backend) as client:
         check = asyncio.create_task(client.check(keys(2_500)))
         await asyncio.sleep(1)
         redis.down = True
         report = await check
     errors = [type(outcome.error) for outcome in report.failed]
     assert len(errors) >= 2_490
-    assert set(errors) == {BucketsUnavailableError}
+    assert set(errors) == {BackendUnavailableError}
 
 
 # --- waiting order
@@ -362,7 +362,7 @@ async def test_a_late_attempt_of_degraded_mode_is_registered_with_a_whole_lease(
     redis: FakeRedis, start: Start, before: bool
 ) -> None:
     """Its lease starts with the attempt, with or without earlier tokens of Redis."""
-    one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
+    one, two = start(limit=4, fallback_share=1 / 2), start(limit=4, fallback_share=1 / 2)
     redis.down = not before
     await one.holds(2)
     redis.down = True
@@ -386,7 +386,10 @@ async def test_an_outage_never_exceeds_the_limit(seed: int) -> None:
     limit = RateLimit(requests=40, period=20.0, scope="client", pace=None)
     clients = [
         fake_client(
-            server, request_timeout=2.0, rate_limit=limit, buckets=connected(redis, share=1 / 4)
+            server,
+            request_timeout=2.0,
+            rate_limit=limit,
+            backend=connected(redis, fallback_share=1 / 4),
         )
         for _ in range(4)
     ]
@@ -416,15 +419,15 @@ async def test_closing_at_the_start_of_degraded_mode_leaves_no_timer(
     await asyncio.sleep(1.5)
     task.cancel()
     await one.close()
-    assert one.buckets._link.degraded
-    assert one.buckets._link._settling is None
+    assert one.backend._link.degraded
+    assert one.backend._link._settling is None
 
 
 async def test_a_slow_pace_resumes_without_a_gap_after_an_outage(redis: FakeRedis) -> None:
     """Its own tokens have expired by then, which costs only a moment."""
     server = WindowServer(limit=300)
     limit = RateLimit(scope="client", pace=1.0)
-    async with fake_client(server, rate_limit=limit, buckets=connected(redis)) as client:
+    async with fake_client(server, rate_limit=limit, backend=connected(redis)) as client:
         redis.down = True
         tasks = [asyncio.create_task(client.balance(key)) for key in keys(75)]
         await asyncio.sleep(90)
@@ -471,7 +474,7 @@ async def test_degraded_mode_uses_no_more_than_the_share_of_earlier_tokens(
     await one.holds(4)
     redis.down = True
     await asyncio.sleep(4)
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     assert not one.start()
     await passes(PERIOD + 1)
     assert [one.start() for _ in range(4)] == [True, True, False, False]
@@ -514,8 +517,8 @@ async def test_calls_without_a_token_in_time_fail_at_their_deadline(
     server = WindowServer(limit=5)
     limit = RateLimit(requests=5, scope="client", pace=None)
     async with (
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as one,
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as two,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as one,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as two,
     ):
         await one.check(keys(5))
         began = now()
@@ -535,8 +538,8 @@ async def test_a_quota_shows_the_tokens_out_and_their_return(redis: FakeRedis) -
     server = WindowServer(limit=30)
     limit = RateLimit(requests=30, scope="client", pace=None)
     async with (
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as one,
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as two,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as one,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as two,
     ):
         await one.check(keys(20))
         await asyncio.sleep(1)
@@ -558,7 +561,7 @@ async def test_an_account_without_waiters_is_forgotten(redis: FakeRedis) -> None
     """After its tokens were given back."""
     limit = RateLimit(scope="key", pace=None)
     redis.latency = lambda process: 0.005
-    async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis)) as client:
+    async with fake_client(FakeServer(), rate_limit=limit, backend=connected(redis)) as client:
         for number in range(30):
             task = asyncio.create_task(client.balance(keys(1, f"given-up-{number}")[0]))
             await asyncio.sleep(0.007)
@@ -575,9 +578,9 @@ async def test_degraded_mode_starts_despite_a_forgotten_account(
 ) -> None:
     """The process continues with its share."""
     limit = RateLimit(scope="account", pace=None)
-    buckets = connected(redis)
+    backend = connected(redis)
     async with fake_client(
-        FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit, buckets=buckets
+        FakeServer(lambda name, times: Reply(seconds=1.0)), rate_limit=limit, backend=backend
     ) as client:
         given_up, other, later = keys(3)
         task = asyncio.create_task(client.balance(other))
@@ -589,8 +592,8 @@ async def test_degraded_mode_starts_despite_a_forgotten_account(
         await task
         waiting = asyncio.create_task(client.balance(later))
         await asyncio.sleep(5)
-        assert buckets._link.degraded
-        assert buckets._link._settling is not None
+        assert backend._link.degraded
+        assert backend._link._settling is not None
         redis.down = False
         await waiting
     assert not redis.faults

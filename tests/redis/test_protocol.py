@@ -29,6 +29,9 @@ REQUEST = Request(
     lease=81.0,
     kept=21.0,
     life=86_400.0,
+    is_strict=True,
+    share=1 / 3,
+    silence=5.0,
     buckets=[
         BucketReport(name="{p}:a", returns=[(3, 60.0000001), (4, -0.5)], unused=[5]),
         BucketReport(name="{p}:all"),
@@ -46,6 +49,7 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
     assert names == [
         "{p}:epoch",
         "{p}:epoch:one",
+        "{p}:epoch:shares",
         "{p}:a",
         "{p}:a:line",
         "{p}:all",
@@ -53,9 +57,10 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
     ]
     process = ["one", 7, 11, 12, 1, 0, 1_700_000_000_000_000, 250_000, 2_000_000]
     durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
+    strict = [1, 333_333_333, 5_000_000]
     buckets = [2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0]
     asks = [2, 100, 1, 290, 2, 300, 1, 102, 2, 270, 0, 0]
-    assert said == [*process, *durations, *buckets, *asks]
+    assert said == [*process, *durations, *strict, *buckets, *asks]
 
 
 def test_the_first_message_to_a_server_says_so() -> None:

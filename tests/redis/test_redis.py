@@ -1,4 +1,4 @@
-"""`RedisBuckets` with a real server: connections, commands and their effects."""
+"""`RedisBackend` with a real server: connections, commands and their effects."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from redis import Redis as SynchronousRedis
 from redis.asyncio import Redis, RedisCluster
 
 from crustcredits import (
-    BucketsUnavailableError,
+    BackendUnavailableError,
     ConfigurationError,
     CreditsClient,
     RateLimit,
     RateLimitWaitError,
 )
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
 from tests.servers import RedisServer, forget, free_port, redis_server
@@ -55,11 +55,11 @@ async def own_server() -> AsyncIterator[RedisServer]:
 
 
 async def client(
-    sandbox: SandboxServer, buckets: RedisBuckets, stack: AsyncExitStack, **limit: Any
+    sandbox: SandboxServer, backend: RedisBackend, stack: AsyncExitStack, **limit: Any
 ) -> CreditsClient:
     return await stack.enter_async_context(
         CreditsClient(
-            base_url=sandbox.url, rate_limit=RateLimit(pace=None, **limit), buckets=buckets
+            base_url=sandbox.url, rate_limit=RateLimit(pace=None, **limit), backend=backend
         )
     )
 
@@ -79,7 +79,7 @@ async def test_clients_with_one_prefix_share_one_quota(
         clients = [
             await client(
                 sandbox,
-                RedisBuckets(redis_server.url, prefix=prefix),
+                RedisBackend(redis_server.url, prefix=prefix, fallback_share=1 / 4),
                 stack,
                 requests=20,
                 period=0.3,
@@ -101,7 +101,7 @@ async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix
         for name in (prefix, other):
             one = await client(
                 sandbox,
-                RedisBuckets(redis_server.url, prefix=name),
+                RedisBackend(redis_server.url, prefix=name, fallback_share=1 / 4),
                 stack,
                 requests=1,
                 scope="client",
@@ -114,7 +114,9 @@ async def test_the_script_is_sent_again_after_script_flush(
 ) -> None:
     """After SCRIPT FLUSH the next call sends the whole script."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        one = await client(
+            sandbox, RedisBackend(redis_server.url, prefix=prefix, fallback_share=1 / 4), stack
+        )
         for _ in range(2):
             await asyncio.to_thread(redis_server.ask, "SCRIPT", "FLUSH")
             await one.balance(sandbox.add_key(), timeout=5)
@@ -124,7 +126,12 @@ async def test_tokens_are_registered_again_after_a_restart(own_server: RedisServ
     """The restarted server has lost the count."""
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
+        one = await client(
+            sandbox,
+            RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4),
+            stack,
+            scope="client",
+        )
         for _ in range(3):
             await one.balance(sandbox.add_key(), timeout=5)
         await asyncio.to_thread(own_server.restart)
@@ -144,7 +151,12 @@ async def test_tokens_are_registered_again_after_a_flush(own_server: RedisServer
     """After FLUSHALL, by the heartbeat of an otherwise idle process."""
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(own_server.url, prefix="p"), stack, scope="client")
+        one = await client(
+            sandbox,
+            RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4),
+            stack,
+            scope="client",
+        )
         for _ in range(3):
             await one.balance(sandbox.add_key(), timeout=5)
         await asyncio.to_thread(own_server.ask, "FLUSHALL")
@@ -158,15 +170,15 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
     monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        buckets = RedisBuckets(own_server.url, prefix="p")
-        one = await client(sandbox, buckets, stack, requests=1, scope="client")
+        backend = RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4)
+        one = await client(sandbox, backend, stack, requests=1, scope="client")
         await one.balance(sandbox.add_key(), timeout=5)
         await asyncio.to_thread(own_server.stop)
         with pytest.raises(RateLimitWaitError):
             await one.balance(sandbox.add_key(), timeout=0.05)
-        await eventually(lambda: buckets._link.degraded)
+        await eventually(lambda: backend._link.degraded)
         await asyncio.to_thread(own_server.start)
-        await eventually(lambda: not buckets._link.degraded)
+        await eventually(lambda: not backend._link.degraded)
         await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
     assert [record.message[:16] for record in caplog.records][:2] == [
         "Redis is out of ",
@@ -185,9 +197,9 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
     monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        buckets = RedisBuckets(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
-        one = await client(sandbox, buckets, stack)
-        with pytest.raises((BucketsUnavailableError, RateLimitWaitError)) as caught:
+        backend = RedisBackend(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
+        one = await client(sandbox, backend, stack)
+        with pytest.raises((BackendUnavailableError, RateLimitWaitError)) as caught:
             await one.balance(sandbox.add_key(), timeout=0.3)
     shown = "".join(
         traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
@@ -212,7 +224,7 @@ async def test_a_user_without_the_info_command_works(
             given = await stack.enter_async_context(
                 Redis(unix_socket_path=str(own_server.socket), **login)
             )
-            one = await client(sandbox, RedisBuckets(given, prefix="p", on_outage="raise"), stack)
+            one = await client(sandbox, RedisBackend(given, prefix="p", on_outage="raise"), stack)
             await one.balance(sandbox.add_key(), timeout=5)
     assert not caplog.records
 
@@ -227,7 +239,7 @@ async def test_a_client_of_either_protocol_works(
     given = Redis(unix_socket_path=str(redis_server.socket), **options)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(
-            sandbox, RedisBuckets(given, prefix=prefix, on_outage="raise"), stack, requests=5
+            sandbox, RedisBackend(given, prefix=prefix, on_outage="raise"), stack, requests=5
         )
         assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=5)).ok
     await given.aclose()
@@ -238,16 +250,16 @@ def test_another_client_may_use_the_buckets_when_the_first_is_closed(
     redis_server: RedisServer, prefix: str
 ) -> None:
     """Also on another loop: an app with a client of its own may start again."""
-    buckets = RedisBuckets(redis_server.url, prefix=prefix, on_outage="raise")
+    backend = RedisBackend(redis_server.url, prefix=prefix, on_outage="raise")
 
     async def uses() -> None:
         async with (
             SandboxServer() as sandbox,
-            CreditsClient(base_url=sandbox.url, buckets=buckets) as client,
+            CreditsClient(base_url=sandbox.url, backend=backend) as client,
         ):
             await client.balance(sandbox.add_key(), timeout=5)
             with pytest.raises(ConfigurationError, match="in use by another client"):
-                CreditsClient(buckets=buckets)
+                CreditsClient(backend=backend)
 
     open_prefix(redis_server, prefix)
     for _ in range(3):
@@ -260,9 +272,9 @@ async def test_a_given_client_is_used_and_not_closed(
     """Also one that decodes its answers."""
     given = Redis(unix_socket_path=str(redis_server.socket), decode_responses=True)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        await (await client(sandbox, RedisBuckets(given, prefix=prefix), stack)).balance(
-            sandbox.add_key(), timeout=5
-        )
+        await (
+            await client(sandbox, RedisBackend(given, prefix=prefix, fallback_share=1 / 4), stack)
+        ).balance(sandbox.add_key(), timeout=5)
     assert await given.ping()
     await given.aclose()
 
@@ -271,9 +283,11 @@ async def test_an_own_client_is_closed(redis_server: RedisServer, prefix: str) -
     """Together with the credits client."""
     before = int(str(redis_server.ask("INFO", "clients")["connected_clients"]))  # type: ignore[index]  # what redis-py makes of it
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        await (await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)).balance(
-            sandbox.add_key(), timeout=5
-        )
+        await (
+            await client(
+                sandbox, RedisBackend(redis_server.url, prefix=prefix, fallback_share=1 / 4), stack
+            )
+        ).balance(sandbox.add_key(), timeout=5)
 
     def closed() -> bool:
         clients = redis_server.ask("INFO", "clients")
@@ -292,7 +306,9 @@ async def test_names_and_values_hold_no_secret_and_expire(
             sandbox.add_key(secret="the-secret-itself"),
             sandbox.add_key(account="acme-secret-account"),
         ]
-        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        one = await client(
+            sandbox, RedisBackend(redis_server.url, prefix=prefix, fallback_share=1 / 4), stack
+        )
         await one.check(keys, timeout=5)
         names = [name.decode() for name in redis_server.ask("KEYS", f"{{{prefix}}}:*")]  # type: ignore[attr-defined]  # bytes
         told = repr(
@@ -330,7 +346,7 @@ async def test_buckets_work_on_a_cluster(cluster: RedisServer) -> None:
     open_prefix(cluster, "p")
     given = RedisCluster(host="127.0.0.1", port=cluster.port)
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        one = await client(sandbox, RedisBuckets(given, prefix="p", on_outage="raise"), stack)
+        one = await client(sandbox, RedisBackend(given, prefix="p", on_outage="raise"), stack)
         assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=10)).ok
     await given.aclose()
 
@@ -339,9 +355,9 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise() -> None:
     """The error names the key."""
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(
-            sandbox, RedisBuckets(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack
+            sandbox, RedisBackend(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack
         )
-        with pytest.raises(BucketsUnavailableError, match="prod: not sent: the count"):
+        with pytest.raises(BackendUnavailableError, match="prod: not sent: the count"):
             await one.balance(sandbox.add_key("prod"), timeout=5)
         assert sandbox.requests == 0
 
@@ -362,10 +378,12 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise() -> None:
         ({"prefix": "a{b}"}, "without braces"),
         ({"prefix": "a\nb"}, "printable"),
         ({"prefix": b"acme"}, "prefix must be a str, not bytes"),
-        ({"on_outage": "ignore"}, "'local' or 'raise'"),
-        ({"on_outage": ["raise"]}, "'local' or 'raise'"),
-        ({"share": 0}, "share must be a finite number above 0"),
-        ({"share": 1.5}, "at most 1"),
+        ({"on_outage": "ignore"}, "'local', 'strict' or 'raise'"),
+        ({"on_outage": ["raise"]}, "'local', 'strict' or 'raise'"),
+        ({"fallback_share": None}, "on_outage='local' needs fallback_share"),
+        ({"on_outage": "strict", "fallback_share": None}, "divide 1 by the number of your"),
+        ({"fallback_share": 0}, "fallback_share must be a finite number above 0"),
+        ({"fallback_share": 1.5}, "at most 1"),
     ],
 )
 def test_bad_arguments_are_refused_and_a_password_is_not_repeated(
@@ -373,7 +391,9 @@ def test_bad_arguments_are_refused_and_a_password_is_not_repeated(
 ) -> None:
     """Neither in the message nor in a traceback with local variables."""
     with pytest.raises(ConfigurationError, match=message) as caught:
-        RedisBuckets(**{"url_or_client": "redis://:hunter2@localhost", **arguments})
+        RedisBackend(
+            **{"url_or_client": "redis://:hunter2@localhost", "fallback_share": 0.25, **arguments}
+        )
     shown = "".join(
         traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
     )
@@ -397,9 +417,9 @@ def test_another_missing_module_is_not_taken_for_redis_py(monkeypatch: pytest.Mo
 
 
 def test_a_password_does_not_print() -> None:
-    """Making the buckets opens no connection and prints nothing."""
-    buckets = RedisBuckets("redis://:hunter2@localhost")
-    assert "hunter2" not in repr(buckets) + str(buckets)
+    """Making the backend opens no connection and prints nothing."""
+    backend = RedisBackend("redis://:hunter2@localhost", fallback_share=1 / 4)
+    assert "hunter2" not in repr(backend) + str(backend)
 
 
 async def test_no_answer_is_lost_with_tokens_from_redis(
@@ -411,6 +431,8 @@ async def test_no_answer_is_lost_with_tokens_from_redis(
     """
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         keys = [sandbox.add_key() for _ in range(100)]
-        one = await client(sandbox, RedisBuckets(redis_server.url, prefix=prefix), stack)
+        one = await client(
+            sandbox, RedisBackend(redis_server.url, prefix=prefix, fallback_share=1 / 4), stack
+        )
         balances = await asyncio.gather(*(one.balance(key, timeout=10) for key in keys))
     assert [balance.key for balance in balances] == keys

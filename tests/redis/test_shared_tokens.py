@@ -15,7 +15,7 @@ import pytest
 
 from crustcredits import (
     ApiKey,
-    BucketsUnavailableError,
+    BackendUnavailableError,
     ClientClosedError,
     ConfigurationError,
     CreditsClient,
@@ -78,7 +78,7 @@ async def test_the_server_never_sees_more_than_the_limit(processes: int, seed: i
     server = WindowServer(limit=40, period=10.0, seconds=(0.0, 2.0), seed=seed)
     limit = RateLimit(requests=40, period=10.0, scope="client")
     clients = [
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) for _ in range(processes)
+        fake_client(server, rate_limit=limit, backend=connected(redis)) for _ in range(processes)
     ]
     reports = await asyncio.gather(
         *(client.check(keys(240 // processes, str(place))) for place, client in enumerate(clients))
@@ -200,7 +200,7 @@ async def test_tokens_that_wait_for_a_connection_slot_are_given_back(
     server = FakeServer(lambda name, times: Reply(seconds=9.0))
     limit = RateLimit(requests=100, scope=scope, pace=None)
     async with fake_client(
-        server, rate_limit=limit, buckets=connected(redis), concurrency=1
+        server, rate_limit=limit, backend=connected(redis), concurrency=1
     ) as client:
         check = asyncio.create_task(client.check(keys(60)))
         for _ in range(40):
@@ -216,8 +216,8 @@ async def test_a_call_holds_no_token_of_its_account_while_it_waits_for_a_common_
     server = WindowServer(limit=3, seconds=(0.0, 0.0))
     limit = RateLimit(requests=3)
     async with (
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as one,
-        fake_client(server, rate_limit=limit, buckets=connected(redis)) as two,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as one,
+        fake_client(server, rate_limit=limit, backend=connected(redis)) as two,
     ):
         await one.check(keys(3))
         key = keys(1, "later")[0]
@@ -238,7 +238,7 @@ async def test_processes_do_not_deadlock_on_two_buckets(
     server = FakeServer()
     rate_limit = RateLimit(requests=limit, period=20.0)
     clients = [
-        fake_client(server, rate_limit=rate_limit, buckets=connected(redis))
+        fake_client(server, rate_limit=rate_limit, backend=connected(redis))
         for _ in range(processes)
     ]
     reports = await asyncio.gather(*(client.check(keys(6)) for client in clients))
@@ -276,7 +276,7 @@ async def test_every_call_ends_for_any_moments_at_which_processes_begin(
         await asyncio.sleep(begin)
         return (await client.check(pool)).ok
 
-    clients = [fake_client(server, rate_limit=rate_limit, buckets=connected(redis)) for _ in begins]
+    clients = [fake_client(server, rate_limit=rate_limit, backend=connected(redis)) for _ in begins]
     done = await asyncio.gather(*map(checks, clients, begins))
     assert all(done)
     assert now() < 60
@@ -397,7 +397,7 @@ async def test_ended_attempts_are_reported_together(redis: FakeRedis, start: Sta
 async def test_a_message_has_at_most_64_buckets(redis: FakeRedis, start: Start) -> None:
     """The rest follows in the next one."""
     one = start()
-    buckets = [Waiting(one.buckets.tokens(PATH, f"account {number}", 1)) for number in range(150)]
+    buckets = [Waiting(one.backend.tokens(PATH, f"account {number}", 1)) for number in range(150)]
     for bucket in buckets:
         await bucket.send()
     await asyncio.sleep(1)
@@ -566,7 +566,7 @@ async def test_tokens_of_lost_messages_are_not_granted_again(
 
 async def test_tokens_of_a_lost_answer_are_given_back(redis: FakeRedis, start: Start) -> None:
     """Redis may have granted them; they are free again with the next exchange."""
-    one = start(limit=5, share=1)
+    one = start(limit=5, fallback_share=1)
     await one.send()
     redis.lose_answers = 1
     task = one.waits()
@@ -601,7 +601,7 @@ async def test_a_message_read_late_does_not_take_tokens_for_long(
     redis.stall()
     tasks = [one.waits(), two.waits()]
     await asyncio.sleep(5)
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     redis.resume()
     await asyncio.gather(*tasks)
     assert now() < 10
@@ -645,7 +645,7 @@ async def test_names_and_values_contain_no_secret(redis: FakeRedis) -> None:
     key = ApiKey("secret-of-acme-0123", name="acme's key", account="acme's account")
     for scope in ("auto", "account", "key"):
         limit = RateLimit(scope=scope)
-        async with fake_client(FakeServer(), rate_limit=limit, buckets=connected(redis)) as client:
+        async with fake_client(FakeServer(), rate_limit=limit, backend=connected(redis)) as client:
             await client.balance(key)
             await client.balance("secret-of-nobody")
     text = redis.text()
@@ -661,7 +661,7 @@ async def test_degraded_mode_starts_with_the_process_own_returning_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
     """Others may have used the rest; the whole share follows after a lease."""
-    one, two = start(limit=12, share=1 / 3), start(limit=12)
+    one, two = start(limit=12, fallback_share=1 / 3), start(limit=12)
     for _ in range(2):
         await one.send()
         one.end()
@@ -672,11 +672,11 @@ async def test_degraded_mode_starts_with_the_process_own_returning_tokens(
     redis.down = True
     tasks = [one.waits() for _ in range(6)]
     await passes(59)
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     assert not any(task.done() for task in tasks)
     await passes(61)
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 4
-    settles = one.buckets._link.settles_at
+    settles = one.backend._link.settles_at
     assert settles >= 30 + PERIOD + LATE
     await passes(settles - 0.1)
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 4
@@ -691,7 +691,7 @@ async def test_the_share_follows_a_lower_limit_of_the_server(
     redis: FakeRedis, start: Start
 ) -> None:
     """The share is computed from the limit in force, and is at least one token."""
-    one = start(limit=100, share=1 / 4)
+    one = start(limit=100, fallback_share=1 / 4)
     await one.send()
     redis.down = True
     await passes(100)
@@ -717,7 +717,7 @@ async def test_a_process_that_never_reached_redis_starts_after_a_lease(
     assert not any(task.done() for task in tasks)
     await asyncio.sleep(0.2)
     assert [task.done() for task in tasks] == [True, True, False]
-    assert Waiting(one.buckets.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 2
+    assert Waiting(one.backend.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 2
     redis.down = False
     await tasks[2]
 
@@ -730,7 +730,7 @@ async def test_a_bucket_made_during_an_outage_is_empty_at_first(
     redis.down = True
     task = one.waits()
     await asyncio.sleep(3)
-    assert Waiting(one.buckets.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 0
+    assert Waiting(one.backend.tokens("/account/credits", None, 8)).tokens.room(now(), 0) == 0
     task.cancel()
     redis.down = False
 
@@ -741,7 +741,7 @@ async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(
     """Redis might answer sooner. A call with a longer deadline waits."""
     redis.down = True
     async with fake_client(
-        WindowServer(), rate_limit=RateLimit(scope="client"), buckets=connected(redis)
+        WindowServer(), rate_limit=RateLimit(scope="client"), backend=connected(redis)
     ) as client:
         first = asyncio.create_task(client.balance(keys(1, "first")[0], timeout=90))
         await asyncio.sleep(3)
@@ -759,7 +759,7 @@ async def test_a_short_outage_is_waited_for(
     redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While one process is cut off, its own spending would be in addition to the others'."""
-    one, two = start(limit=4, share=1), start(limit=4, share=1)
+    one, two = start(limit=4, fallback_share=1), start(limit=4, fallback_share=1)
     for _ in range(4):
         await one.send()
         one.end()
@@ -784,7 +784,7 @@ async def test_after_an_outage_no_process_gets_tokens_before_all_have_registered
 
     With `late`, messages of the outage are read now.
     """
-    one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
+    one, two = start(limit=4, fallback_share=1 / 2), start(limit=4, fallback_share=1 / 2)
     for _ in range(4):
         await one.send()
         one.end()
@@ -794,7 +794,7 @@ async def test_after_an_outage_no_process_gets_tokens_before_all_have_registered
     await asyncio.sleep(0.3)
     twos = [two.waits() for _ in range(4)]
     await asyncio.wait(ones)
-    assert not two.buckets._link.degraded
+    assert not two.backend._link.degraded
     redis.resume(late=late)
     await asyncio.sleep(3)
     assert redis.out() == 4
@@ -808,7 +808,7 @@ async def test_an_outage_and_its_end_are_logged_once_each(
 ) -> None:
     """For any number of failed exchanges."""
     caplog.set_level(logging.INFO)
-    one = start(limit=8, share=0.123456)
+    one = start(limit=8, fallback_share=0.123456)
     await one.send()
     for _ in range(2):
         redis.down = True
@@ -827,7 +827,7 @@ async def test_an_outage_and_its_end_are_logged_once_each(
 
 async def test_redis_is_tried_twice_a_second(redis: FakeRedis, start: Start) -> None:
     """For any number of queued reports."""
-    one = start(limit=100, share=1)
+    one = start(limit=100, fallback_share=1)
     for _ in range(50):
         await one.send()
     redis.down = True
@@ -844,7 +844,7 @@ async def test_after_an_outage_every_process_registers_its_tokens(
     redis: FakeRedis, start: Start
 ) -> None:
     """Also those of degraded mode, but not those already returned."""
-    one, two = start(limit=12, share=1 / 2), start(limit=12)
+    one, two = start(limit=12, fallback_share=1 / 2), start(limit=12)
     await two.send()
     redis.cut.add(one.name)
     tasks = [one.waits() for _ in range(4)]
@@ -862,7 +862,7 @@ async def test_after_an_outage_no_token_of_an_unregistered_process_is_granted(
     redis: FakeRedis, start: Start
 ) -> None:
     """Each reaches Redis at its own time; until all have registered, no token is granted."""
-    workers = [start(limit=8, share=1 / 4) for _ in range(4)]
+    workers = [start(limit=8, fallback_share=1 / 4) for _ in range(4)]
     redis.down = True
     tasks = []
     for one in workers:
@@ -895,7 +895,7 @@ async def test_the_whole_share_waits_for_slow_attempts_of_before_the_outage(
     redis: FakeRedis, start: Start
 ) -> None:
     """One process noticed the outage at once; the other was sending its last tokens, slowly."""
-    one, two = start(limit=4, share=1 / 2), start(limit=4, share=1 / 2)
+    one, two = start(limit=4, fallback_share=1 / 2), start(limit=4, fallback_share=1 / 2)
     await two.holds(4)
     redis.down = True
     tasks = [one.waits() for _ in range(2)]
@@ -906,7 +906,7 @@ async def test_the_whole_share_waits_for_slow_attempts_of_before_the_outage(
     await asyncio.sleep(LATE)
     for _ in range(4):
         two.abandon()
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     await asyncio.gather(*tasks)
     assert now() >= arrives + PERIOD
     redis.down = False
@@ -916,7 +916,7 @@ async def test_a_redis_that_hangs_is_an_outage_after_two_seconds(
     redis: FakeRedis, start: Start
 ) -> None:
     """A call then waits for it no longer."""
-    one = start(limit=8, share=1)
+    one = start(limit=8, fallback_share=1)
     for _ in range(4):
         await one.send()
         one.end()
@@ -924,7 +924,7 @@ async def test_a_redis_that_hangs_is_an_outage_after_two_seconds(
     redis.stall()
     task = one.waits()
     await asyncio.sleep(2.5)
-    assert one.buckets._link.degraded
+    assert one.backend._link.degraded
     await task
     assert now() == pytest.approx(60, abs=0.1)
     redis.resume()
@@ -945,7 +945,7 @@ async def test_no_call_hangs_on_an_unexpected_exception(
     monkeypatch.setattr(redis, "evalsha", raises)
     one = start(limit=4)
     await asyncio.wait_for(one.send(), LEASE + 5)
-    with pytest.raises(BucketsUnavailableError):
+    with pytest.raises(BackendUnavailableError):
         await asyncio.wait_for(start(limit=4, on_outage="raise").send(), 5)
 
 
@@ -961,7 +961,7 @@ async def test_no_call_hangs_on_an_unexpected_answer(
         return answer
 
     monkeypatch.setattr(redis, "evalsha", answers)
-    with pytest.raises(BucketsUnavailableError):
+    with pytest.raises(BackendUnavailableError):
         await asyncio.wait_for(start(limit=4, on_outage="raise").send(), 5)
 
 
@@ -971,10 +971,10 @@ async def test_no_call_hangs_on_an_unexpected_answer(
 async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -> None:
     """The error names its key, and no request was sent."""
     server = FakeServer()
-    async with fake_client(server, buckets=connected(redis, on_outage="raise")) as client:
+    async with fake_client(server, backend=connected(redis, on_outage="raise")) as client:
         await client.balance(keys(1)[0])
         redis.down = True
-        with pytest.raises(BucketsUnavailableError) as caught:
+        with pytest.raises(BackendUnavailableError) as caught:
             await client.balance(keys(2)[1])
         assert (caught.value.key_name, caught.value.attempts) == ("k1", 0)
         assert str(caught.value) == (
@@ -982,9 +982,9 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
             "see the log for the cause"
         )
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  # our own
-        assert (str(again), type(again)) == (str(caught.value), BucketsUnavailableError)
+        assert (str(again), type(again)) == (str(caught.value), BackendUnavailableError)
         report = await client.check(keys(3))
-        assert [type(outcome.error) for outcome in report] == [BucketsUnavailableError] * 3
+        assert [type(outcome.error) for outcome in report] == [BackendUnavailableError] * 3
         assert [outcome.error.key_name for outcome in report if outcome.error] == ["k0", "k1", "k2"]
         redis.down = False
         assert (await client.check(keys(3))).ok
@@ -996,7 +996,7 @@ async def test_every_waiter_fails_when_redis_is_out_of_reach(
 ) -> None:
     """In every bucket, within two seconds if Redis hangs."""
     one = start(limit=1, on_outage="raise")
-    other = Waiting(one.buckets.tokens("/account/credits", None, 1))
+    other = Waiting(one.backend.tokens("/account/credits", None, 1))
     await one.send()
     await other.send()
     tasks = [
@@ -1006,7 +1006,7 @@ async def test_every_waiter_fails_when_redis_is_out_of_reach(
     redis.stall()
     done, _ = await asyncio.wait(tasks, timeout=2.5)
     assert len(done) == 4
-    assert {type(task.exception()) for task in done} == {BucketsUnavailableError}
+    assert {type(task.exception()) for task in done} == {BackendUnavailableError}
     redis.seen = []
     redis.resume(late=False)
     await asyncio.sleep(3)
@@ -1019,7 +1019,7 @@ async def test_a_waiter_cancelled_at_the_moment_of_the_outage_is_skipped(
     """Its future is done already."""
     limit = RateLimit(requests=1, scope="client")
     async with fake_client(
-        FakeServer(), rate_limit=limit, buckets=connected(redis, on_outage="raise")
+        FakeServer(), rate_limit=limit, backend=connected(redis, on_outage="raise")
     ) as client:
         await client.balance(keys(1)[0])
         left, stays = (asyncio.create_task(client.balance(key)) for key in keys(2, "late"))
@@ -1028,7 +1028,7 @@ async def test_a_waiter_cancelled_at_the_moment_of_the_outage_is_skipped(
         shared(client).fail()
         await asyncio.wait([left, stays])
         assert left.cancelled()
-        assert isinstance(stays.exception(), BucketsUnavailableError)
+        assert isinstance(stays.exception(), BackendUnavailableError)
         assert client.quota().waiting == 0
 
 
@@ -1039,7 +1039,7 @@ async def test_failing_calls_are_logged_once(
     one = start(limit=8, on_outage="raise")
     redis.down = True
     for _ in range(5):
-        with pytest.raises(BucketsUnavailableError):
+        with pytest.raises(BackendUnavailableError):
             await one.send()
         await asyncio.sleep(1.5)
     redis.down = False
@@ -1073,13 +1073,122 @@ async def test_the_first_message_after_an_outage_is_short(redis: FakeRedis, star
     await one.send()
     redis.down = True
     for _ in range(3000):
-        with pytest.raises(BucketsUnavailableError):
+        with pytest.raises(BackendUnavailableError):
             await one.send()
         await asyncio.sleep(0.1)
     redis.down = False
     redis.seen = []
     await one.send()
     assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) < 1000
+
+
+# --- without Redis, and "strict"
+
+
+def strict(start: Start, count: int, **options: Any) -> list[Worker]:
+    """Processes that divide the limit evenly."""
+    options = {"on_outage": "strict", "fallback_share": 1 / count, **options}
+    return [start(**options) for _ in range(count)]
+
+
+async def test_a_strict_process_without_redis_sends_nothing_for_a_lease_and_then_its_share(
+    redis: FakeRedis, start: Start
+) -> None:
+    """The others leave its share to it from the moment at which it may use it."""
+    one, two, three = strict(start, 3, limit=12)
+    for each in (one, two, three):
+        await each.send()
+        each.end()
+    await passes(10)
+    redis.cut.add(one.name)
+    ones = [one.waits() for _ in range(6)]
+    others = [each.waits() for each in (two, three) for _ in range(9)]
+    await passes(12)
+    for each in (two, three):
+        while each.bucket.on_wire:
+            each.end()
+    await passes(10 + LEASE)
+    assert not any(task.done() for task in ones)
+    assert redis.out() == 8
+    await passes(20 + LEASE)
+    assert sum(task.done() for task in ones) == 4
+    await passes(140)
+    assert sum(task.done() for task in ones) == 4
+    assert redis.out() == 8
+    for task in (*ones, *others):
+        task.cancel()
+    redis.cut.clear()
+
+
+async def test_strict_processes_use_together_as_much_as_their_shares_add_up_to(
+    redis: FakeRedis, start: Start
+) -> None:
+    """A process that Redis has never heard may use its share by itself at any time."""
+    one, two, three = strict(start, 3, limit=12)
+    tasks = [each.waits() for each in (one, two) for _ in range(6)]
+    await asyncio.sleep(5)
+    assert sum(task.done() for task in tasks) == 8
+    await three.send()
+    await asyncio.sleep(5)
+    assert sum(task.done() for task in tasks) == 11
+    for task in tasks:
+        task.cancel()
+
+
+async def test_an_idle_strict_process_still_leaves_its_share_to_the_others(start: Start) -> None:
+    """It sends a message every two seconds."""
+    one, two = strict(start, 2, limit=10)
+    await one.send()
+    one.end()
+    await passes(200)
+    await asyncio.gather(*(two.send() for _ in range(10)))
+    assert now() < 201
+
+
+async def test_a_strict_share_of_less_than_one_request_is_none(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Four processes with one each would exceed a limit of two."""
+    one, *_ = strict(start, 4, limit=2)
+    redis.down = True
+    task = one.waits()
+    await passes(3 * LEASE)
+    assert not task.done()
+    task.cancel()
+    redis.down = False
+
+
+async def test_the_log_says_that_a_strict_process_sends_nothing(
+    redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = strict(start, 2, limit=10)
+    redis.down = True
+    task = one.waits()
+    await asyncio.sleep(3)
+    assert "degraded mode, for 86 s without a request, then with 0.5 of the limit" in caplog.text
+    task.cancel()
+    redis.down = False
+
+
+@pytest.mark.parametrize("on_outage", ["local", "strict", "raise"])
+async def test_a_process_that_hears_no_answer_does_not_stop_the_others(
+    redis: FakeRedis, start: Start, on_outage: str
+) -> None:
+    """Its messages arrive: after an outage, they would let all wait for its tokens."""
+    one, two = (start(limit=200, on_outage=on_outage, fallback_share=1 / 2) for _ in range(2))
+    await one.send()
+    await two.send()
+    redis.deaf.add(one.name)
+    task = one.waits()
+    await asyncio.sleep(10)
+    for _ in range(40):
+        began = now()
+        await two.send()
+        assert now() - began < 0.1
+        await asyncio.sleep(0.25)
+    task.cancel()
+    await asyncio.wait([task])
+    redis.deaf.clear()
 
 
 # --- closing
@@ -1091,7 +1200,7 @@ async def test_closing_sends_every_queued_report(redis: FakeRedis) -> None:
     client = fake_client(
         server,
         rate_limit=RateLimit(requests=8, scope="client"),
-        buckets=connected(redis),
+        backend=connected(redis),
         concurrency=2,
     )
     task = asyncio.create_task(client.check(keys(8)))
@@ -1111,8 +1220,8 @@ async def test_closing_without_redis_takes_no_longer_than_one_answer(
     redis: FakeRedis, how: str, on_outage: str, alone: bool
 ) -> None:
     """Both before and after the outage was noticed."""
-    buckets = connected(redis, on_outage=on_outage)
-    client = fake_client(FakeServer(), buckets=buckets)
+    backend = connected(redis, on_outage=on_outage)
+    client = fake_client(FakeServer(), backend=backend)
     await client.check(keys(20))
     if how == "down":
         redis.down = True
@@ -1141,7 +1250,7 @@ async def test_closing_does_not_wait_for_waiters(redis: FakeRedis, start: Start)
 
 async def test_a_second_close_does_nothing(redis: FakeRedis) -> None:
     """As with the client."""
-    client = fake_client(FakeServer(), buckets=connected(redis))
+    client = fake_client(FakeServer(), backend=connected(redis))
     await client.balance(keys(1)[0])
     await client.close()
     await client.close()
@@ -1157,9 +1266,9 @@ async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) 
     for each in (one, two):
         await each.close()
         assert (
-            each.buckets._link._timer,
-            each.buckets._link._settling,
-            each.buckets._link._task,
+            each.backend._link._timer,
+            each.backend._link._settling,
+            each.backend._link._task,
         ) == (None, None, None)
     waiting.cancel()
 
@@ -1167,14 +1276,14 @@ async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) 
 # --- ownership
 
 
-async def test_buckets_serve_one_client(redis: FakeRedis) -> None:
+async def test_a_backend_serves_one_client(redis: FakeRedis) -> None:
     """Their counts are those of one client."""
-    buckets = connected(redis)
-    async with fake_client(FakeServer(), buckets=buckets):
+    backend = connected(redis)
+    async with fake_client(FakeServer(), backend=backend):
         with pytest.raises(
-            ConfigurationError, match="make new RedisBuckets with the same prefix for each client"
+            ConfigurationError, match="make a new RedisBackend with the same prefix for each client"
         ):
-            CreditsClient(buckets=buckets)
+            CreditsClient(backend=backend)
 
 
 async def test_a_process_gets_its_name_at_its_first_message(redis: FakeRedis) -> None:
@@ -1182,8 +1291,8 @@ async def test_a_process_gets_its_name_at_its_first_message(redis: FakeRedis) ->
     one, two = connected(redis), connected(redis)
     assert one._link._process == two._link._process == ""
     async with (
-        fake_client(FakeServer(), buckets=one) as client,
-        fake_client(FakeServer(), buckets=two) as other,
+        fake_client(FakeServer(), backend=one) as client,
+        fake_client(FakeServer(), backend=two) as other,
     ):
         assert one._link._process == ""
         await client.balance(keys(1)[0])
@@ -1194,13 +1303,13 @@ async def test_a_process_gets_its_name_at_its_first_message(redis: FakeRedis) ->
 
 async def test_idle_buckets_are_forgotten(redis: FakeRedis) -> None:
     """Their number stays bounded while accounts come and go."""
-    buckets = connected(redis)
+    backend = connected(redis)
     async with fake_client(
-        FakeServer(), rate_limit=RateLimit(scope="key"), buckets=buckets
+        FakeServer(), rate_limit=RateLimit(scope="key"), backend=backend
     ) as client:
         await client.check(keys(50))
         for number in range(40):
             await client.balance(keys(1, f"later-{number}")[0])
             await asyncio.sleep(10)
         gc.collect()
-        assert len(buckets._link._all) < 20
+        assert len(backend._link._all) < 20

@@ -18,8 +18,8 @@ from redis.asyncio import Redis
 from crustcredits import (
     Account,
     ApiKey,
+    BackendUnavailableError,
     Balance,
-    BucketsUnavailableError,
     CacheOptions,
     CreditsClient,
     CrustCreditsError,
@@ -54,7 +54,7 @@ from crustcredits.fastapi import (
     get_credits_client,
     install_exception_handlers,
 )
-from crustcredits.redis import RedisBuckets
+from crustcredits.redis import RedisBackend
 from crustcredits.testing import Arrival, Fault, SandboxServer
 
 
@@ -121,10 +121,10 @@ async def made(session: aiohttp.ClientSession) -> None:
     await CreditsClient(base_url="http://localhost:8080").close()
     await CreditsClient(
         rate_limit=RateLimit(adopt_server_limit="any"),
-        buckets=RedisBuckets("redis://localhost", share=1 / 4),
+        backend=RedisBackend("redis://localhost", fallback_share=1 / 4),
     ).close()
-    store = RedisBuckets(Redis(), prefix="acme", on_outage="raise")
-    async with CreditsClient(buckets=store) as client:
+    store = RedisBackend(Redis(), prefix="acme", on_outage="raise")
+    async with CreditsClient(backend=store) as client:
         quota = client.quota()
         assert_type((quota.limit, quota.cooldown, quota.probing), tuple[int, float | None, bool])
     keys_from_text("a=b")
@@ -174,7 +174,7 @@ def failures(error: CrustCreditsError) -> None:
         assert_type(error.retry_after, float | None)
     if isinstance(error, RateLimitWaitError):
         assert_type(error.wait, float)
-    if isinstance(error, BucketsUnavailableError):
+    if isinstance(error, BackendUnavailableError):
         assert_type(error.attempts, int)
     if isinstance(error, InsufficientCreditsError):
         assert_type(error.unknown, tuple[str, ...])

@@ -1,4 +1,4 @@
-"""`RedisBuckets`: one quota for many processes, counted in Redis 6.2 or later, or Valkey."""
+"""`RedisBackend`: one quota for many processes, counted in Redis 6.2 or later, or Valkey."""
 
 from __future__ import annotations
 
@@ -19,27 +19,35 @@ from crustcredits.redis.shared_tokens import SharedTokens, Terms
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"
 
+_MODES = ("local", "strict", "raise")
 
-class RedisBuckets:
-    """Token buckets shared by all processes with the same prefix on the same Redis.
 
-    Give it to one client at a time: `CreditsClient(buckets=RedisBuckets("redis://…"))`. No window
-    of one period holds more requests than the limit, over all processes together, while all of them
-    reach Redis or none does. The tokens of a process that dies return after its lease: a period,
-    two request timeouts and one second.
+class RedisBackend:
+    """One count for all processes with the same prefix on the same Redis.
+
+    Give it to one client at a time: `CreditsClient(backend=RedisBackend("redis://…",
+    fallback_share=1 / 4))`. No window of one period holds more requests than the limit, over all
+    processes together, while all of them reach Redis or none does. The tokens of a process that
+    dies return after its lease: a period, two request timeouts and one second.
 
     Args:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`,
             `RedisCluster` included, which is never closed here.
         prefix: Start of every Redis key name. Use one for each quota, so another for another base
             URL. All names of a prefix lie in one slot of a cluster.
-        on_outage: Behaviour after Redis has not answered for two seconds. `"local"` is degraded
-            mode: this process counts by itself. Until every lease of other processes has expired
-            (a period, two request timeouts and one second), it uses only its own returning tokens,
-            then its whole share. The start and the end are logged once each, and recovery is
-            automatic. With `"raise"`, calls that need a token fail with `BucketsUnavailableError`.
-        share: This process's share of the limit in degraded mode, above 0 and at most 1; at least
-            one request. The shares of all processes should add up to no more than 1.
+        on_outage: What a process does after Redis has not answered for two seconds. The start and
+            the end of an outage are logged once each, and recovery is automatic.
+            `"local"`: it counts by itself (degraded mode). Until every lease of other processes has
+            expired, it uses only its own returning tokens, then its whole share. On top of the
+            limit come at most the requests that this process had sent within the last period, and
+            after a lease its share.
+            `"strict"`: it sends nothing until every lease has expired, then its share. The limit is
+            never exceeded: all processes together use only as much of it as the shares of those
+            that reach Redis add up to, and leave the rest to the others.
+            `"raise"`: calls that need a token fail with `BackendUnavailableError`.
+        fallback_share: This process's share of the limit without Redis, above 0 and at most 1; at
+            least one request. The shares of all processes must add up to no more than 1. Required
+            for `"local"` and `"strict"`: divide 1 by the number of your processes.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -51,8 +59,8 @@ class RedisBuckets:
         url_or_client: str | Client,
         *,
         prefix: str = "crustcredits",
-        on_outage: Literal["local", "raise"] = "local",
-        share: float = 1 / 4,
+        on_outage: Literal["local", "strict", "raise"] = "local",
+        fallback_share: float | None = None,
     ) -> None:
         owned = isinstance(url_or_client, str)
         client: object = (
@@ -67,11 +75,18 @@ class RedisBuckets:
         check_kind("prefix", prefix, str)
         if not prefix or not prefix.isprintable() or set(prefix) & set("{}"):
             raise ConfigurationError("prefix must be non-empty printable text without braces")
-        if on_outage not in ("local", "raise"):
-            raise ConfigurationError("on_outage must be 'local' or 'raise'")
-        check_number("share", share, above=0, maximum=1)
+        if on_outage not in _MODES:
+            raise ConfigurationError("on_outage must be 'local', 'strict' or 'raise'")
+        if fallback_share is not None:
+            check_number("fallback_share", fallback_share, above=0, maximum=1)
+        elif on_outage != "raise":
+            raise ConfigurationError(
+                f"on_outage={on_outage!r} needs fallback_share, this process's share of the limit "
+                "without Redis: divide 1 by the number of your processes"
+            )
         self._prefix = f"{{{prefix}}}:"
-        self._share = share
+        self._share = fallback_share or 0.0
+        self._is_strict = on_outage == "strict"
         self._opened = False
         self._common: dict[str, SharedTokens] = {}  # the common tokens by path
         self._make_link = partial(
@@ -84,24 +99,33 @@ class RedisBuckets:
         self._link = self._make_link()
 
     def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
-        """Bind these buckets to a client: see `TokenStore`.
+        """Bind this backend to a client: see `Backend`.
 
         Raises:
-            ConfigurationError: Another client uses them and is not closed.
+            ConfigurationError: Another client uses it and is not closed.
         """
         if self._opened:
             raise ConfigurationError(
-                "these buckets are in use by another client; make new RedisBuckets with the same "
+                "this backend is in use by another client; make a new RedisBackend with the same "
                 "prefix for each client"
             )
         self._opened = True
         self._common.clear()
         if self._link.closed:
             self._link = self._make_link()
-        self._link.open(Terms(period=period, late=late, pace=pace, share=self._share, scope=scope))
+        self._link.open(
+            Terms(
+                period=period,
+                late=late,
+                pace=pace,
+                share=self._share,
+                scope=scope,
+                is_strict=self._is_strict,
+            )
+        )
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
-        """The tokens of one bucket: see `TokenStore`."""
+        """The tokens of one bucket: see `Backend`."""
         name, scope = f"{self._prefix}{path}{hidden_name(whose)}", self._link.terms.scope
         if whose is None:
             common = self._link.tokens(name, limit, is_gate=scope != "client")
@@ -114,7 +138,7 @@ class RedisBuckets:
     async def close(self) -> None:
         """Report what is still queued, if Redis is reachable, and close connections opened here.
 
-        Afterwards another client may use these buckets.
+        Afterwards another client may use this backend.
         """
         await self._link.close()
         self._opened = False
