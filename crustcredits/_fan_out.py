@@ -59,11 +59,9 @@ class FanOut:
     `room` keys are under way. With `turns`, no key is asked about before it is likely to have its
     turn in time: otherwise an endless source would be drained, and most would fail.
 
-    After the deadline, in seconds of the running loop's clock, no further key of an iterator is
-    asked about, and no outcome comes of it. An exception that `ask` raises, or that lands, ends the
-    fan-out. An exception of the source is raised once the keys already asked about have landed.
-    However the fan-out ends, nothing stays under way and the source is closed. A task reads an
-    asynchronous source.
+    An exception that `ask` raises, or that lands, ends the fan-out. An exception of the source is
+    raised once the keys already asked about have landed. However the fan-out ends, nothing stays
+    under way and the source is closed. A task reads an asynchronous source.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class FanOut:
         ask: Ask,
         *,
         room: int,
-        deadline: float | None = None,
         turns: Turns | None = None,
     ) -> None:
         self._ask = ask
@@ -81,7 +78,6 @@ class FanOut:
         self._estimated_at = -math.inf
         self._waits_since: float | None = None  # since when no key is under way and one waits
         self._timer: asyncio.Handle | None = None  # for the next estimate
-        self._deadline = math.inf if deadline is None else deadline
         self._room = room
         self._open = 0  # keys until their outcome is taken
         self._parked = 0  # of these, the keys that do not count against `room`
@@ -183,11 +179,10 @@ class FanOut:
 
     async def _take(self, keys: Iterator[Key]) -> None:
         """Ask about as many keys as there is room for."""
-        loop = asyncio.get_running_loop()
         try:
             while self._has_room():
                 key = next(keys, None) if self._next_key is None else self._next_key
-                if key is None or loop.time() >= self._deadline:
+                if key is None:
                     self._is_fed = True
                     return
                 self._next_key = key
