@@ -94,7 +94,7 @@ class PoolCheck:
         self._joins = Flow()  # of joined calls that had no waiter before
         self._waiting: _Waiting | None = None  # keys that wait for their turn
         self._waiter: asyncio.Future[None] | None = None
-        self._is_over = False  # whether the deadline has passed
+        self._is_past_deadline = False
         self._error: BaseException | None = None
 
     async def outcomes(self) -> list[Outcome[Any]]:
@@ -178,8 +178,8 @@ class PoolCheck:
             self._join(index)
 
     def _has_ended(self) -> bool:
-        """Whether no more keys are asked about."""
-        return self._error is not None or self._is_over
+        """Whether the check asks about no further key."""
+        return self._error is not None or self._is_past_deadline
 
     def _join(self, index: int) -> None:
         """Share the call under way for a key, or a balance that arrived since this check began."""
@@ -205,7 +205,7 @@ class PoolCheck:
         """Wait for all outcomes; after the deadline, only for stale answers that may stand in."""
         while self._error is None:
             self._report()
-            if self._is_over:
+            if self._is_past_deadline:
                 await self._time_out()
             if not self._begun and (self._waiting is None or not self._waiting.waiting):
                 return
@@ -226,7 +226,7 @@ class PoolCheck:
                 await asyncio.sleep(0)
 
     def _on_deadline(self) -> None:
-        self._is_over = True
+        self._is_past_deadline = True
         self._wake()
 
     def _give_up(self) -> None:

@@ -37,16 +37,20 @@ _LATER = 1.0
 class Turns(Protocol):
     """Says which keys of a source are likely to have their turn in time."""
 
-    patience: float  # seconds after which a key is tried in any case, if none is under way
+    # If no key is under way for so many seconds, the next one is tried in any case.
+    patience: float
 
     def needs_turn(self, key: Key) -> bool:
-        """Whether a key needs a turn: it has no cached answer, and no request is on the wire."""
+        """Whether a key needs a turn.
+
+        A key needs a turn if it has no cached answer and no request for it is on the wire.
+        """
         ...
 
     def likely(self, most: int) -> tuple[int, float]:
         """How many more keys are likely to have their turn in time, up to `most`.
 
-        With 0, the second value is the seconds until one is.
+        Returns the number, and the seconds until the first such key if the number is 0.
         """
         ...
 
@@ -146,10 +150,14 @@ class FanOut:
             _wake(self._reader)
 
     def _has_room(self) -> bool:
+        """Whether one more key may be under way."""
         return self._open - self._parked < self._room and self._open < _MOST * self._room
 
-    def _is_in_time(self, key: Key) -> bool:
-        """Whether a key may be asked about now; if not, a timer asks again."""
+    def _may_start(self, key: Key) -> bool:
+        """Whether a key may be asked about now.
+
+        If not, a timer wakes the reader of the source, which asks again.
+        """
         if self._is_stopped:
             return False
         turns = self._turns
@@ -186,7 +194,7 @@ class FanOut:
                     self._is_fed = True
                     return
                 self._next_key = key
-                if not self._is_in_time(key):
+                if not self._may_start(key):
                     return
                 self._next_key = None
                 if self._start(key):
@@ -197,16 +205,20 @@ class FanOut:
     async def _feed(self, keys: AsyncGenerator[Key, None]) -> None:
         async with aclosing(keys):
             async for key in keys:
-                while not self._is_in_time(key):
-                    await self._feeding()
+                while not self._may_start(key):
+                    await self._wait_for_room()
                 if self._start(key):
                     await asyncio.sleep(0)
                 while not self._has_room():
-                    await self._feeding()
+                    await self._wait_for_room()
 
-    async def _feeding(self) -> None:
-        """Wait until there may be room for a key of an asynchronous source."""
-        if self._is_stopped:  # the source has swallowed the cancellation
+    async def _wait_for_room(self) -> None:
+        """Wait until there may be room for a key of an asynchronous source.
+
+        Raises:
+            CancelledError: The fan-out has ended, and the source has swallowed its cancellation.
+        """
+        if self._is_stopped:
             raise asyncio.CancelledError
         self._feeder = asyncio.get_running_loop().create_future()
         await self._feeder
@@ -233,8 +245,7 @@ class FanOut:
         _wake(self._reader)
 
     def _on_fed(self, feeding: asyncio.Task[None]) -> None:
-        # A source may end in a cancellation of its own: the reader of the outcomes gets a
-        # cancellation.
+        # A source may end in a cancellation of its own: then the reader is cancelled too.
         self._ending = asyncio.CancelledError() if feeding.cancelled() else feeding.exception()
         self._is_fed = True
         _wake(self._reader)
