@@ -26,7 +26,7 @@ from crustcredits._cache.policy import NEW, CacheOptions, CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import BalanceCache
 from crustcredits._check import PoolCheck, read_pool
-from crustcredits._errors import ConfigurationError
+from crustcredits._errors import ConfigurationError, RateLimitWaitError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS, proxy_problem
 from crustcredits._http.environment import api_origin, proxy_from_env
@@ -533,7 +533,10 @@ class CreditsClient:
             detail: As for `check`.
             timeout: Seconds, or a timedelta, for each key, from the time at which it is asked
                 about. With a timeout the next key of `keys` is asked about when it is likely to
-                have its turn in time; without one up to 1,024 keys are taken ahead.
+                have its turn in time; without one up to 1,024 keys are taken ahead. Keys after one
+                that waits wait too. A key without a turn in time has `RateLimitWaitError`. After
+                such a key, as one of an account whose tokens are used up, the next one waits 0.1 s,
+                then twice as long, up to 1 s each, until requests are sent again.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 
@@ -727,6 +730,9 @@ class _StreamTurns:
         estimates = self._lookup.calls.endpoints[self._path].scheduler.estimates
         now = asyncio.get_running_loop().time()
         return estimates.likely_starts(self._flow, _IN_TIME * self._timeout, most, now)
+
+    def had_no_turn(self, outcome: Outcome[Any]) -> bool:
+        return isinstance(outcome.error, RateLimitWaitError) and not outcome.attempts
 
 
 def _timeout(timeout: Seconds | None) -> float | None:

@@ -7,7 +7,6 @@ outcome lands through a callback. Memory grows with `room`, never with the numbe
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -32,6 +31,9 @@ _MOST = 8
 # the most seconds until the next one.
 _ESTIMATED = 0.1
 _LATER = 1.0
+# After a key without a turn, the least and the most seconds until the next key that needs one.
+_LEAST_BACKOFF = 0.1
+_MOST_BACKOFF = 1.0
 
 
 class Turns(Protocol):
@@ -54,6 +56,10 @@ class Turns(Protocol):
         """
         ...
 
+    def had_no_turn(self, outcome: Outcome[Any]) -> bool:
+        """Whether no request was sent for a key, because its turn did not come in time."""
+        ...
+
 
 class FanOut:
     """One fan-out of `ask`, over up to `room` keys at a time.
@@ -61,7 +67,10 @@ class FanOut:
     A key counts from its start until its outcome has been taken. Keys that wait for their own
     account or for a retry do not count, so that they delay no others; but at most eight times
     `room` keys are under way. With `turns`, no key is asked about before it is likely to have its
-    turn in time: otherwise an endless source would be drained, and most would fail.
+    turn in time: otherwise an endless source would be drained, and most would fail. The estimate
+    knows neither the account of a key nor calls of other callers for it. So after a key without a
+    turn, the next key that needs one waits 0.1 s, and the others twice as long each time, up to
+    1 s. Each outcome of a request then lets two keys start without such a wait.
 
     An exception that `ask` raises, or that lands, ends the fan-out. An exception of the source is
     raised once the keys already asked about have landed. However the fan-out ends, nothing stays
@@ -81,13 +90,18 @@ class FanOut:
         self._estimate = 0  # keys that are likely to have their turn in time
         self._estimated_at = -math.inf
         self._waits_since: float | None = None  # since when no key is under way and one waits
-        self._timer: asyncio.Handle | None = None  # for the next estimate
+        self._timer: asyncio.Handle | None = None  # for the next estimate, or the backoff's end
+        # Keys that may take a turn without a wait: infinite until a key has had no turn.
+        self._credit = math.inf
+        self._backoff = 0.0  # seconds between two keys beyond these; 0 after a turn
+        self._backs_off_until = -math.inf
+        self._backed_off_at = 0  # number of keys when the backoff was set or doubled last
         self._room = room
         self._open = 0  # keys until their outcome is taken
         self._parked = 0  # of these, the keys that do not count against `room`
         self._landed: deque[Outcome[Any] | BaseException] = deque()
         self._under_way: dict[int, Callable[[], None]] = {}  # gives up each key
-        self._numbers = itertools.count()
+        self._started = 0  # keys asked about so far
         self._is_fed = False
         self._is_stopped = False
         self._ending: BaseException | None = None
@@ -163,22 +177,43 @@ class FanOut:
         turns = self._turns
         if turns is None or not turns.needs_turn(key):
             return True
-        loop = asyncio.get_running_loop()
-        now, wait = loop.time(), 0.0
+        now = asyncio.get_running_loop().time()
+        if not self._credit and now < self._backs_off_until:
+            self._set_timer(self._backs_off_until - now)
+            return False
+        if not self._is_likely(turns, now) and not self._is_tried(turns, now):
+            return False
+        self._waits_since = None
+        if self._credit:
+            self._credit -= 1
+        else:
+            self._backs_off_until = now + max(_LEAST_BACKOFF, self._backoff)
+        return True
+
+    def _is_likely(self, turns: Turns, now: float) -> bool:
+        """Whether one more key is likely to have its turn in time."""
+        wait = 0.0
         if not self._estimate or now - self._estimated_at > _ESTIMATED:
             self._estimate, wait = turns.likely(max(1, self._room - self._open + self._parked))
             self._estimated_at = now
-        if self._estimate:
-            self._waits_since = None
-            return True
-        if self._timer is None:
-            self._timer = loop.call_later(min(max(wait, _ESTIMATED), _LATER), self._on_timer)
+        if not self._estimate:
+            self._set_timer(min(max(wait, _ESTIMATED), _LATER))
+        return self._estimate > 0
+
+    def _is_tried(self, turns: Turns, now: float) -> bool:
+        """Whether a key is tried although it is not likely to have its turn in time.
+
+        It is if no key of this fan-out was under way for long, so that its failure is seen.
+        """
         if self._open:
             self._waits_since = None
             return False
-        # No key of this fan-out is under way: one is tried, so that its failure is seen.
         self._waits_since = now if self._waits_since is None else self._waits_since
         return now - self._waits_since >= turns.patience
+
+    def _set_timer(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -225,7 +260,8 @@ class FanOut:
 
     def _start(self, key: Key) -> bool:
         """Ask about a key. Returns whether other tasks should run now."""
-        number = next(self._numbers)
+        number = self._started
+        self._started += 1
         self._open += 1
         self._estimate -= self._estimate > 0
         self._waits_since = None
@@ -240,9 +276,25 @@ class FanOut:
         return number % _SLICE == _SLICE - 1
 
     def _land(self, number: int, landed: Outcome[Any] | BaseException) -> None:
-        self._under_way.pop(number, None)
+        is_at_once = self._under_way.pop(number, None) is nothing
+        if self._turns is not None and not isinstance(landed, BaseException):
+            # Requests of an outcome that lands at once were sent for other callers before.
+            if self._turns.had_no_turn(landed) or (is_at_once and landed.attempts):
+                self._back_off(number)
+            elif landed.attempts and self._credit < math.inf:
+                self._backoff = 0.0
+                self._credit = self._credit + 2 if self._credit < self._room else math.inf
+                _wake(self._feeder)
         self._landed.append(landed)
         _wake(self._reader)
+
+    def _back_off(self, number: int) -> None:
+        """Let the next key that needs a turn wait, unless the failed one began before that."""
+        if number < self._backed_off_at:
+            return
+        self._credit, self._backed_off_at = 0, self._started
+        self._backoff = min(max(_LEAST_BACKOFF, 2 * self._backoff), _MOST_BACKOFF)
+        self._backs_off_until = asyncio.get_running_loop().time() + self._backoff
 
     def _on_fed(self, feeding: asyncio.Task[None]) -> None:
         # A source may end in a cancellation of its own: then the reader is cancelled too.

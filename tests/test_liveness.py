@@ -179,6 +179,51 @@ async def test_a_stream_with_a_timeout_takes_keys_only_as_they_can_be_answered(
     assert now() < 61 * (count / 300)
 
 
+@pytest.mark.parametrize("scope", ["auto", "key", "client"])
+async def test_a_stream_with_a_timeout_drains_no_source_of_keys_whose_account_is_held(
+    scope: Any,
+) -> None:
+    """About one key a second is tried; all others have shared the first request."""
+    key, landed = keys(1)[0], 0
+
+    async def source() -> AsyncIterator[ApiKey]:
+        while True:
+            yield key
+
+    server = FakeServer(lambda name, times: refusal(300))
+    async with fake_client(server, rate_limit=RateLimit(scope=scope)) as client:
+        await asyncio.gather(client.balance(key, timeout=10.0), return_exceptions=True)
+        async with aclosing(client.stream(source(), timeout=10.0)) as stream:
+            async for outcome in stream:
+                assert not outcome.ok
+                landed += 1
+                if now() > 30:
+                    break
+    assert landed <= 40
+
+
+async def test_a_stream_with_a_timeout_takes_few_keys_of_an_account_without_tokens() -> None:
+    """About as many as its requests, and one a second."""
+    taken = 0
+
+    async def source() -> AsyncIterator[ApiKey]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ApiKey(f"s-{taken}", name=f"n{taken}", account="A")
+
+    limit = RateLimit(scope="account", requests=20)
+    async with fake_client(WindowServer(limit=20), rate_limit=limit) as client:
+        stream = client.stream(source(), timeout=10.0)
+        assert all(outcome.ok for outcome in [await anext(stream) for _ in range(20)])
+        await asyncio.sleep(15)
+        before = taken
+        while now() < 200:
+            await anext(stream)
+        assert taken - before < 20 * 3 * 2 + 200
+        await stream.aclose()
+
+
 async def test_a_stream_with_a_timeout_leaves_no_timer_behind() -> None:
     """It waits for the next token when it is left."""
     async with fake_client(WindowServer(limit=2), rate_limit=RateLimit(requests=2)) as client:
