@@ -27,7 +27,7 @@ Ask: TypeAlias = Callable[[Key, Land], Callable[[], None]]
 _SLICE = 1_000
 # Most keys under way, counted or not, as a multiple of `room`.
 _MOST = 8
-# Seconds for which an estimate of the keys that have their turn in time is used, and the least and
+# Seconds for which an estimate of the keys that have their turn in time is used, also one of 0, and
 # the most seconds until the next one.
 _ESTIMATED = 0.1
 _LATER = 1.0
@@ -87,7 +87,8 @@ class FanOut:
         self._ask = ask
         self._turns = turns
         self._next_key: Key | None = None  # taken from the source, and not likely in time so far
-        self._estimate = 0  # keys that are likely to have their turn in time
+        # Keys that are likely to have their turn in time; None without an estimate.
+        self._estimate: int | None = None
         self._estimated_at = -math.inf
         self._waits_since: float | None = None  # since when no key is under way and one waits
         self._timer: asyncio.Handle | None = None  # for the next estimate, or the backoff's end
@@ -184,6 +185,8 @@ class FanOut:
         if not self._is_likely(turns, now) and not self._is_tried(turns, now):
             return False
         self._waits_since = None
+        if self._estimate:
+            self._estimate = self._estimate - 1 or None
         if self._credit:
             self._credit -= 1
         else:
@@ -192,12 +195,11 @@ class FanOut:
 
     def _is_likely(self, turns: Turns, now: float) -> bool:
         """Whether one more key is likely to have its turn in time."""
-        wait = 0.0
-        if not self._estimate or now - self._estimated_at > _ESTIMATED:
-            self._estimate, wait = turns.likely(max(1, self._room - self._open + self._parked))
+        if self._estimate is None or now - self._estimated_at > _ESTIMATED:
+            self._estimate, wait = turns.likely(self._room)
             self._estimated_at = now
-        if not self._estimate:
-            self._set_timer(min(max(wait, _ESTIMATED), _LATER))
+            if not self._estimate:
+                self._set_timer(min(max(wait, _ESTIMATED), _LATER))
         return self._estimate > 0
 
     def _is_tried(self, turns: Turns, now: float) -> bool:
@@ -217,6 +219,7 @@ class FanOut:
 
     def _on_timer(self) -> None:
         self._timer = None
+        self._estimate = self._estimate or None
         _wake(self._feeder)
         _wake(self._reader)
 
@@ -263,7 +266,6 @@ class FanOut:
         number = self._started
         self._started += 1
         self._open += 1
-        self._estimate -= self._estimate > 0
         self._waits_since = None
         self._under_way[number] = nothing
         try:

@@ -358,3 +358,15 @@ async def test_an_outcome_at_once_after_requests_of_others_is_no_turn() -> None:
 
     await names(FanOut(ask, room=4, turns=FakeTurns()).outcomes(iter(keys(4))))
     assert starts == pytest.approx([0, 0.1, 0.3, 0.7], abs=0.01)
+
+
+async def test_an_estimate_is_used_for_a_tenth_of_a_second_or_until_so_many_keys_have_started() -> (
+    None
+):
+    """Also an estimate of 0, however many outcomes land meanwhile."""
+    starts: list[float] = []
+    turns = FakeTurns((4, 0.0), (0, 0.0), (0, 0.3), (3, 0.0))
+    ask = landing(starts, lambda key: False, seconds=0.01)
+    await names(FanOut(ask, room=4, turns=turns).outcomes(iter(keys(7))))
+    assert turns.asked == pytest.approx([0, 0.01, 0.11, 0.41], abs=0.005)
+    assert starts == pytest.approx([0] * 4 + [0.41] * 3, abs=0.005)
