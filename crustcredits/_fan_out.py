@@ -108,25 +108,24 @@ class FanOut:
         self._ending: BaseException | None = None
         # The reader of outcomes waits for the next one.
         self._reader: asyncio.Future[None] | None = None
-        # The task that reads an asynchronous source waits for room.
+        # The task that reads an asynchronous source, and the room for which it waits.
+        self._feeding: asyncio.Task[None] | None = None
         self._feeder: asyncio.Future[None] | None = None
 
     async def outcomes(
         self, keys: Iterator[Key] | AsyncGenerator[Key, None]
     ) -> AsyncGenerator[Outcome[Any], None]:
         """Ask about every key and yield each outcome as it lands."""
-        feeding = (
-            asyncio.create_task(self._feed(keys)) if isinstance(keys, AsyncGenerator) else None
-        )
-        if feeding is not None:
-            feeding.add_done_callback(self._on_fed)
+        if isinstance(keys, AsyncGenerator):
+            self._feeding = asyncio.create_task(self._feed(keys))
+            self._feeding.add_done_callback(self._on_fed)
         try:
             while (
                 landed := await self._next(None if isinstance(keys, AsyncGenerator) else keys)
             ) is not None:
                 yield landed
         finally:
-            await self._stop(feeding)
+            await self._stop()
 
     async def _next(self, keys: Iterator[Key] | None) -> Outcome[Any] | None:
         """The next outcome, or None at the end.
@@ -153,8 +152,12 @@ class FanOut:
                 await self._reader
 
     def end(self, error: Exception) -> None:
-        """End the fan-out: `error` is raised after the outcomes that have landed."""
+        """End the fan-out: `error` is raised after the outcomes that have landed.
+
+        The source is read no further, also if nobody reads the outcomes.
+        """
         self._landed.append(error)
+        self._stop_reading()
         _wake(self._reader)
 
     def on_parked(self, step: int) -> None:
@@ -166,7 +169,11 @@ class FanOut:
 
     def _has_room(self) -> bool:
         """Whether one more key may be under way."""
-        return self._open - self._parked < self._room and self._open < _MOST * self._room
+        return (
+            not self._is_stopped
+            and self._open - self._parked < self._room
+            and self._open < _MOST * self._room
+        )
 
     def _may_start(self, key: Key) -> bool:
         """Whether a key may be asked about now.
@@ -304,17 +311,23 @@ class FanOut:
         self._is_fed = True
         _wake(self._reader)
 
-    async def _stop(self, feeding: asyncio.Task[None] | None) -> None:
-        """Give up all keys under way, and wait until the source is closed."""
+    def _stop_reading(self) -> None:
+        """Read no further key from the source."""
+        if self._is_stopped:
+            return
         self._is_stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        if feeding is not None:
-            feeding.cancel()
+        if self._feeding is not None:
+            self._feeding.cancel()
+
+    async def _stop(self) -> None:
+        """Give up all keys under way, and wait until the source is closed."""
+        self._stop_reading()
         while self._under_way:  # giving up one can let others land
             self._under_way.popitem()[1]()
-        if feeding is not None:
-            await asyncio.gather(feeding, return_exceptions=True)
+        if self._feeding is not None:
+            await asyncio.gather(self._feeding, return_exceptions=True)
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -254,6 +254,42 @@ async def test_end_interrupts_the_wait_for_an_asynchronous_source() -> None:
     assert await tasks() == 1
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_end_stops_the_reading_of_the_source_while_no_outcome_is_read(
+    *, is_async: bool
+) -> None:
+    """The outcomes that have landed are still yielded."""
+    ask, taken = Asker(), 0
+    closed: list[float] = []
+
+    def source() -> Iterator[Key]:
+        nonlocal taken
+        for key in keys(50):
+            taken += 1
+            yield key
+
+    async def as_generator() -> AsyncGenerator[Key, None]:
+        try:
+            for key in source():
+                yield key
+        finally:
+            await asyncio.sleep(1)
+            closed.append(now())
+
+    run = FanOut(begins(ask), room=4)
+    stream = run.outcomes(as_generator() if is_async else source())
+    assert (await anext(stream)).ok
+    await asyncio.sleep(5)
+    assert taken == 5
+    run.end(LookupError("closed"))
+    await asyncio.sleep(5)
+    with pytest.raises(LookupError, match="closed"):
+        assert len([outcome async for outcome in stream]) == 4
+    assert taken == 5
+    assert closed == ([pytest.approx(7, abs=0.01)] if is_async else [])
+    assert await tasks() == 1
+
+
 # --- keys that need a turn
 
 
