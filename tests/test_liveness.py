@@ -17,6 +17,7 @@ from crustcredits import (
     ApiKey,
     APITimeoutError,
     ClientClosedError,
+    CreditsClient,
     InternalServerError,
     RateLimit,
     RateLimitError,
@@ -40,6 +41,11 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def collect(client: CreditsClient, pool: list[ApiKey], timeout: float | None) -> bool:
+    """Whether each key of a stream has its answer."""
+    return all([outcome.ok async for outcome in client.stream(pool, timeout=timeout)])
 
 
 # --- starvation
@@ -605,3 +611,82 @@ async def test_a_source_that_swallows_its_cancellation_starts_no_further_call() 
             assert now() - began < 1
             assert client.quota().waiting == 0
         assert [name for _, name in server.arrivals] == ["k0"]
+
+
+# --- keys that a stream shares with other callers
+
+
+@pytest.mark.parametrize("timeout", [10.0, 60.0])
+async def test_keys_that_wait_far_back_in_a_check_have_their_turn_in_the_time_of_a_stream(
+    timeout: float,
+) -> None:
+    """They move to the flow of the stream, and the check shares their answers."""
+    limit, pool, server = RateLimit(requests=60, scope="client"), keys(300), WindowServer(limit=60)
+    async with fake_client(server, rate_limit=limit) as client:
+        check = asyncio.create_task(client.check(pool))
+        await asyncio.sleep(5)
+        async for outcome in client.stream(pool[:150:-1], timeout=timeout):
+            assert outcome.ok
+        assert (await check).ok
+    assert len(server.served) < 400
+
+
+async def test_keys_that_wait_in_a_stream_have_their_turn_in_the_time_of_another() -> None:
+    """A stream without a timeout takes up to 1,024 keys ahead."""
+    limit, pool = RateLimit(requests=60, scope="client"), keys(300)
+    async with fake_client(WindowServer(limit=60), rate_limit=limit) as client:
+        others = asyncio.create_task(collect(client, pool, None))
+        await asyncio.sleep(5)
+        assert await collect(client, pool[::-1], 20.0)
+        assert await others
+
+
+async def test_a_check_keeps_its_keys_that_have_an_earlier_turn_than_in_a_stream() -> None:
+    """Many calls of the stream wait before them in its flow."""
+    limit, pool = RateLimit(requests=20, scope="client"), keys(5)
+    async with fake_client(WindowServer(limit=20), rate_limit=limit) as client:
+        await client.check(keys(20, "before"))
+        check = asyncio.create_task(client.check(pool))
+        stream = client.stream([*keys(100, "more"), *pool], timeout=1_000.0)
+        waits = asyncio.create_task(anext(stream))
+        await check
+        assert now() < 62
+        await waits
+        await stream.aclose()
+
+
+async def test_a_key_stays_in_the_flow_of_the_stream_with_the_earlier_deadline() -> None:
+    """Both streams get its answer."""
+    limit, pool = RateLimit(requests=20, scope="client"), keys(20)
+    server = WindowServer(limit=20)
+    async with fake_client(server, rate_limit=limit) as client:
+        await client.check(keys(20, "before"))
+        first = asyncio.create_task(collect(client, pool, 130.0))
+        await asyncio.sleep(1)
+        assert await collect(client, pool, 200.0)
+        assert await first
+    assert len(server.served) == 40
+
+
+async def test_a_key_with_many_waiters_stays_where_it_waits() -> None:
+    """The look at all their deadlines would cost too much."""
+    limit, pool = RateLimit(requests=20, scope="client"), keys(15)
+    server = WindowServer(limit=20)
+    async with fake_client(server, rate_limit=limit) as client:
+        await client.check(keys(20, "before"))
+        several = asyncio.create_task(collect(client, [*pool, *pool[-1:] * 20], None))
+        await asyncio.sleep(1)
+        assert await collect(client, pool[-1:], 130.0)
+        assert await several
+    assert len(server.served) == 35
+
+
+async def test_a_key_that_waits_for_a_retry_stays_where_it_waits() -> None:
+    """A place in another flow would not help it."""
+    server = FakeServer(lambda name, times: Reply() if times else refusal(5))
+    async with fake_client(server, rate_limit=RateLimit(scope="key")) as client:
+        first = asyncio.create_task(collect(client, keys(1), None))
+        await asyncio.sleep(1)
+        assert await collect(client, keys(1), 20.0)
+        assert await first
+    assert len(server.arrivals) == 2

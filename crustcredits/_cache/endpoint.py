@@ -24,7 +24,7 @@ from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call
+from crustcredits._ratelimit.fair_queue import Call, Flow
 from crustcredits._ratelimit.leased_permits import LeasedPermits
 from crustcredits._ratelimit.leased_tokens import (
     Backend,
@@ -141,6 +141,15 @@ class Endpoint:
         if call.resumes is not None:
             return max(now, call.resumes)
         return self.scheduler.earliest(call.account, now)
+
+    def waiting_in(self, flow: Flow) -> int:
+        """How many calls of a flow wait for a start or for a common token."""
+        common = self.scheduler.permits.common
+        return self.scheduler.ready.of_flow(flow) + common.of_flow(flow)
+
+    def waits_in_turn(self, call: Call) -> bool:
+        """Whether a call waits for a start or for a common token, and not for its account."""
+        return call.queue is self.scheduler.ready or self.scheduler.permits.common.holds(call)
 
     # --- keys without a call
 

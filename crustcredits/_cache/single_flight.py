@@ -113,17 +113,41 @@ class SingleFlight:
         else:
             call.deadline = max(call.deadline, terms.deadline) if call.waiters else terms.deadline
             self._add(call, waiter, terms)
-            if call.early is not None and flow.kind < call.flow.kind:
+            moves = flow.kind < call.flow.kind or self._is_sooner_in(flow, call, terms)
+            if call.early is not None and moves:
                 self._pools.leave_early(call)
                 call.flow = flow
                 self._dispatcher.enter(call)
-            elif flow.kind < call.flow.kind or not call.is_foreground:
+            elif moves or not call.is_foreground:
                 self._dispatcher.move(call, flow)
         if terms.deadline < math.inf and not (
             terms.began < terms.deadline >= self.endpoints[call.path].earliest(call, terms.began)
         ):
             self.time_out(call, waiter)
         return call
+
+    def _is_sooner_in(self, flow: Flow, call: SharedCall, terms: WaitTerms) -> bool:
+        """Whether a call starts sooner at the end of a stream's flow than where it waits.
+
+        A stream takes a key that is likely to have its turn in this flow, in time for its deadline.
+        Flows of a kind take turns, so fewer calls before a call mean an earlier turn. In a pool
+        the calls before it are known. In another stream's flow they are at most all others, so the
+        call moves only if no other waiter has an earlier deadline.
+        """
+        is_of_stream = terms.deadline < math.inf and not terms.own_timer
+        if flow is call.flow or flow.kind is not call.flow.kind or not is_of_stream:
+            return False
+        endpoint = self.endpoints[call.path]
+        if call.early is not None:
+            pool, number = call.early
+            before = pool.most_before(number)
+        elif endpoint.waits_in_turn(call) and len(call.waiters) <= _FEW:
+            if any(each.deadline < terms.deadline for each in call.waiters.values()):
+                return False
+            before = endpoint.waiting_in(call.flow) - 1
+        else:
+            return False
+        return endpoint.waiting_in(flow) < before
 
     def open(
         self,

@@ -141,6 +141,16 @@ class PoolFlow(Flow, ABC):
         """Whether the turn of this number is still to come."""
         return self._where[number] != _GONE
 
+    def most_before(self, number: int) -> int:
+        """At most so many calls of the pool start before a number without a declared account.
+
+        0 for a number of a declared account, whose turn the number does not tell.
+        """
+        if self._accounts[number] is not None:
+            return 0
+        self._skip()
+        return min(number - self._head, self.waiting - 1)
+
     def take_out(self, number: int) -> None:
         """Take a number out of those that wait."""
         last = self._numbers.pop()

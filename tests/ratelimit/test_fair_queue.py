@@ -434,6 +434,18 @@ def test_numbers_that_were_taken_out_are_passed_over(
     assert popped(queue) == order
 
 
+def test_at_most_the_waiting_numbers_before_a_number_have_their_turn_before_it() -> None:
+    """The number of a declared account does not tell its turn."""
+    pool, queue = Pool([None, None, None, "a", None, None]), FairQueue()
+    queue.push_pool(pool)
+    assert [pool.most_before(number) for number in range(6)] == [0, 1, 2, 0, 4, 5]
+    pool.take_out(0)
+    assert [pool.most_before(number) for number in (1, 2, 5)] == [0, 1, 4]
+    pool.take_out(2)
+    pool.take_out(3)
+    assert [pool.most_before(number) for number in (1, 4, 5)] == [0, 2, 2]
+
+
 def test_a_pool_whose_numbers_were_all_taken_out_is_passed_over() -> None:
     queue, pool = FairQueue(), Pool(["a", None])
     queue.push_pool(pool)
