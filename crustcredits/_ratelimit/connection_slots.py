@@ -29,14 +29,15 @@ class ConnectionSlots(Generic[_RequestT]):
         count: Slots in all.
         free: Slots that can be taken now.
         usual: Seconds that an answer takes, as a moving average; None before the first.
+        patience: Seconds after which a request without an answer hangs.
     """
 
-    __slots__ = ("_hanging", "_late", "_patience", "_prompt", "count", "free", "usual")
+    __slots__ = ("_hanging", "_late", "_prompt", "count", "free", "patience", "usual")
 
     def __init__(self, count: int) -> None:
         self.count = self.free = count
         self.usual: float | None = None
-        self._patience = _PATIENCE  # seconds after which a request without an answer hangs
+        self.patience = _PATIENCE
         self._prompt: dict[_RequestT, float] = {}  # start times; the oldest first
         # Start times of requests that hang and still hold a slot, because too many others hang.
         self._late: dict[_RequestT, float] = {}
@@ -67,7 +68,7 @@ class ConnectionSlots(Generic[_RequestT]):
                 if self.usual is None
                 else (1 - _NEWEST_SHARE) * self.usual + _NEWEST_SHARE * took
             )
-            self._patience = max(_PATIENCE, _PATIENCE_TIMES * self.usual)
+            self.patience = max(_PATIENCE, _PATIENCE_TIMES * self.usual)
         if self._late:
             self._let_hang()
 
@@ -75,7 +76,7 @@ class ConnectionSlots(Generic[_RequestT]):
         """Requests that have begun to hang since the last call."""
         found: list[_RequestT] = []
         for request, began in self._prompt.items():
-            if began + self._patience > now:
+            if began + self.patience > now:
                 break
             found.append(request)
         for request in found:
@@ -89,7 +90,7 @@ class ConnectionSlots(Generic[_RequestT]):
 
         None without such a request.
         """
-        return next(iter(self._prompt.values())) + self._patience if self._prompt else None
+        return next(iter(self._prompt.values())) + self.patience if self._prompt else None
 
     def _let_hang(self) -> None:
         while self._late and len(self._hanging) < HANGING_SHARE * self.count:

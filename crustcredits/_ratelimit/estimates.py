@@ -147,6 +147,7 @@ class Estimates:
             pace=self._pace.current(now),
             slots=self._slots.count,
             answer_seconds=self._slots.usual or 0.0,
+            patience=self._slots.patience,
             kept=kept_for_singles(bucket, share),
         )
 

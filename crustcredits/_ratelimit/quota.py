@@ -11,7 +11,8 @@ from crustcredits._validation import check_whole, hides_arguments
 
 # Most starts at one moment.
 _BURST = 5
-# Seconds after which a request without an answer no longer holds a connection slot.
+# Seconds after which a request without an answer no longer holds a connection slot, in a quota made
+# by hand.
 _HANGS_AFTER = 0.4
 
 
@@ -55,6 +56,9 @@ class Quota:
     _pace: float | None = attrs.field(alias="pace", default=None, repr=False)
     _slots: int = attrs.field(alias="slots", default=32, repr=False)
     _answer_seconds: float = attrs.field(alias="answer_seconds", default=0.0, repr=False)
+    # Seconds after which a request without an answer no longer holds its slot; equal quotas have
+    # equal answer times, on which it depends.
+    _patience: float = attrs.field(alias="patience", default=_HANGS_AFTER, eq=False, repr=False)
     # Requests of other clients in the last count.
     _others: int = attrs.field(alias="others", default=0, repr=False)
     _singles: int = attrs.field(alias="singles", default=0, repr=False)  # single calls that wait
@@ -92,7 +96,9 @@ class Quota:
         times = [_nth(self._returns[kept:], count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
             times.append((count - min(_BURST, max(1.0, self._pace))) / self._pace)
-        times.append((count - self._slots) * min(self._answer_seconds, _HANGS_AFTER) / self._slots)
+        times.append(
+            (count - self._slots) * min(self._answer_seconds, self._patience) / self._slots
+        )
         if self._others:
             missing = count - max(0, self.free - self._kept)
             times.append(missing * self._period / max(1, self.limit - self._others))

@@ -354,3 +354,11 @@ def test_pace_and_slots_bound_the_likely_starts_where_tokens_do_not(scope: str) 
         slow.put(call(str(number), flow))
     assert slow.estimates.likely_starts(flow, 0.5, 100, 1.0) == (2, 0.0)
     assert slow.estimates.likely_starts(flow, 0.25, 100, 1.0) == (0, 0.125)
+
+
+def test_where_answers_are_slow_their_time_bounds_the_likely_starts() -> None:
+    """A request holds its slot for as long as its answer takes, and does not hang."""
+    scheduler, flow = scheduler_of(terms(requests=1_000), pace=None, slots=2), Flow()
+    scheduler.ended(start_call(scheduler, call("first", flow), 0.0), OK, 2.0)
+    assert scheduler.estimates.likely_starts(flow, 4.0, 100, 2.0) == (6, 0.0)
+    assert scheduler.quota(None, 2.0).seconds_for(6) == 4.0
