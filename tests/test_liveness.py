@@ -43,7 +43,9 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def collect(client: CreditsClient, pool: list[ApiKey], timeout: float | None) -> bool:
+async def collect(
+    client: CreditsClient, pool: list[ApiKey] | AsyncIterator[ApiKey], timeout: float | None
+) -> bool:
     """Whether each key of a stream has its answer."""
     return all([outcome.ok async for outcome in client.stream(pool, timeout=timeout)])
 
@@ -228,6 +230,53 @@ async def test_a_stream_with_a_timeout_takes_few_keys_of_an_account_without_toke
             await anext(stream)
         assert taken - before < 20 * 3 * 2 + 200
         await stream.aclose()
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_a_stream_of_a_new_client_takes_no_more_keys_than_its_slots_can_answer(
+    concurrency: int,
+) -> None:
+    """Before the first answer nothing is known of the time that answers take."""
+    server = WindowServer(limit=VAST, seconds=(0.25, 0.35))
+    limit = RateLimit(requests=VAST)
+    async with fake_client(server, rate_limit=limit, concurrency=concurrency) as client:
+        assert await collect(client, keys(100), 5.0)
+
+
+@pytest.mark.parametrize("timeout", [5.0, 90.0])
+async def test_a_stream_with_a_timeout_takes_few_keys_while_all_are_refused(timeout: float) -> None:
+    """One for each probe, after the keys that were taken before the first refusal."""
+    taken = 0
+
+    async def source() -> AsyncIterator[ApiKey]:
+        nonlocal taken
+        for key in keys(5_000):
+            taken += 1
+            yield key
+
+    server = FakeServer(lambda name, times: refusal(30))
+    async with fake_client(server, rate_limit=RateLimit(scope="client")) as client:
+        reader = asyncio.create_task(collect(client, source(), timeout))
+        await asyncio.sleep(100)
+        await end(reader)
+    assert taken < 50
+
+
+async def test_failed_requests_leave_no_tokens_for_a_stream_with_a_timeout() -> None:
+    """A tenth is kept until ten requests can witness: no key is taken for it in vain."""
+    landed: Counter[str] = Counter()
+    server = FakeServer(lambda name, times: Reply(status=503, body=""))
+    async with fake_client(server, retry=Retry(attempts=1)) as client:
+
+        async def read() -> None:
+            async for outcome in client.stream(keys(1_000), timeout=0.5):
+                landed[type(outcome.error).__name__] += 1
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(50)
+        await end(reader)
+    assert landed["InternalServerError"] == 270
+    assert landed["RateLimitWaitError"] < 5
 
 
 async def test_a_stream_with_a_timeout_leaves_no_timer_behind() -> None:

@@ -65,13 +65,9 @@ class Estimates:
     def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
         """How many more calls of a flow are likely to start within these seconds, up to `most`.
 
-        An estimate. With 0, the second value is the seconds until one is.
+        An estimate. Returns the number, and the seconds until the first such call if the number is
+        0; 0 seconds if that is not known.
         """
-        trial = self._cooldown.trial
-        if trial is not None:
-            most = min(most, trial.width - trial.on_wire)
-            if most <= 0:
-                return 0, 0.0
         # Calls that wait for their own account or for a retry take no start from the others.
         queued: Counter[Flow] = Counter(self._ready.lengths())
         for queue in self._permits.common.queues:
@@ -82,10 +78,17 @@ class Estimates:
         def ahead(more: int) -> int:  # flows take turns
             return own + more + sum(min(own + more, count) for count in others)
 
+        most = bisect_right(range(1, most + 1), self._most_ahead(), key=ahead)
+        if not most:
+            return 0, 0.0
         bucket = self._permits.common.bucket
-        free = bucket.available(now) - kept_for_singles(bucket, self._terms.reserve)
-        is_bound = self._permits.counts_common and free < ahead(most)
-        quota = self._common_quota(now) if is_bound else self._without_tokens(now)
+        kept = self._kept_from_streams(now)
+        is_bound = self._permits.counts_common and bucket.available(now) - kept < ahead(most)
+        quota = (
+            attrs.evolve(self._common_quota(now), kept=kept)
+            if is_bound
+            else self._without_tokens(now)
+        )
         first = quota.start_of(ahead(1))
         if first > seconds:
             return 0, first - seconds
@@ -93,6 +96,28 @@ class Estimates:
             range(1, most + 1), seconds, key=lambda more: quota.start_of(ahead(more))
         )
         return starts, 0.0
+
+    def _most_ahead(self) -> float:
+        """Most calls that may wait for a start, for one more to have it soon.
+
+        In a trial as many as probes may start; before the first answer as many as there are slots,
+        because nothing is known of the time that answers take.
+        """
+        trial = self._cooldown.trial
+        if trial is not None:
+            return trial.width - trial.on_wire
+        return math.inf if self._slots.usual is not None else self._slots.count
+
+    def _kept_from_streams(self, now: float) -> int:
+        """Free common tokens that no call of a stream may take now.
+
+        The reserve for single calls, and the tokens kept until ten requests can witness.
+        """
+        bucket = self._permits.common.bucket
+        free = bucket.available(now)
+        kept = kept_for_singles(bucket, self._terms.reserve)
+        room = self._permits.common.room(Kind.MANY, now)
+        return max(kept, free - max(0, room))
 
     def _without_tokens(self, now: float) -> Quota:
         """A quota that only the pace, the slots and a cooldown of the endpoint bound."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
+from crustcredits._ratelimit.attempt import AttemptResult
 from crustcredits._ratelimit.fair_queue import Flow, Kind
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.token_bucket import TokenBucket
@@ -326,6 +327,7 @@ def test_a_quota_leaves_the_reserve_of_the_scheduler() -> None:
 def test_without_a_common_bucket_any_number_of_calls_may_start() -> None:
     """Each account has tokens of its own."""
     scheduler = scheduler_of(terms(requests=1, scope="account"), pace=None)
+    scheduler.ended(start_call(scheduler, call("first", Flow()), 0.0), OK, 0.0)
     assert scheduler.estimates.likely_starts(Flow(), 0.0, 1_000, 0.0) == (1_000, 0.0)
 
 
@@ -362,3 +364,47 @@ def test_where_answers_are_slow_their_time_bounds_the_likely_starts() -> None:
     scheduler.ended(start_call(scheduler, call("first", flow), 0.0), OK, 2.0)
     assert scheduler.estimates.likely_starts(flow, 4.0, 100, 2.0) == (6, 0.0)
     assert scheduler.quota(None, 2.0).seconds_for(6) == 4.0
+
+
+def test_calls_that_wait_take_the_probes_of_a_trial_before_the_likely_starts() -> None:
+    """Calls of its own, and those of another check in turn; refreshes come last."""
+    scheduler, flow = scheduler_of(terms(requests=100, scope="client"), pace=None), Flow()
+    likely = scheduler.estimates.likely_starts
+    scheduler.ended(start_call(scheduler, call("refused", flow), 0.0), refused(), 0.5)
+    scheduler.put(call("refresh", Flow(Kind.BACKGROUND)))
+    assert likely(flow, 10.0, 50, 1.0) == (1, 0.0)
+    scheduler.put(call("own", flow))
+    assert likely(flow, 10.0, 50, 1.0) == (0, 0.0)
+    assert likely(Flow(), 10.0, 50, 1.0) == (0, 0.0)
+    (probe,) = started(scheduler, 1.0)
+    assert probe.call.key == "own"
+    scheduler.ended(probe, OK, 1.5)
+    scheduler.put(call("own2", flow))
+    assert likely(flow, 10.0, 50, 2.0) == (1, 0.0)
+    assert likely(Flow(), 10.0, 50, 2.0) == (1, 0.0)  # in turn with the other flow
+
+
+def test_before_the_first_answer_as_many_calls_are_likely_to_start_as_there_are_slots() -> None:
+    """Nothing is known of the time that answers take, and all that wait count."""
+    scheduler, flow = scheduler_of(terms(requests=100, scope="client"), pace=None, slots=8), Flow()
+    likely = scheduler.estimates.likely_starts
+    assert likely(flow, 10.0, 50, 0.0) == (8, 0.0)
+    first = start_call(scheduler, call("first", flow), 0.0)
+    for number in range(5):
+        scheduler.put(call(str(number), flow))
+    assert likely(flow, 10.0, 50, 0.0) == (3, 0.0)
+    scheduler.ended(first, OK, 0.25)
+    assert likely(flow, 10.0, 50, 0.25) == (50, 0.0)
+
+
+def test_tokens_kept_for_a_proof_are_no_likely_starts_before_ten_requests_can_witness() -> None:
+    """A tenth of the tokens, with scope `"auto"`."""
+    scheduler, flow = scheduler_of(terms(requests=40), pace=None, slots=100), Flow()
+    likely = scheduler.estimates.likely_starts
+    assert likely(flow, 0.0, 50, 0.0) == (36, 0.0)
+    requests = [start_call(scheduler, call(f"{number}", flow), 0.0) for number in range(36)]
+    for number, request in enumerate(requests[1:]):
+        scheduler.ended(request, OK if number < 9 else AttemptResult(status=503), 0.5)
+    assert likely(flow, 30.0, 50, 10.0) == (0, 21.0)
+    scheduler.ended(requests[0], OK, 10.0)
+    assert likely(flow, 30.0, 50, 20.0) == (4, 0.0)
