@@ -25,8 +25,9 @@ from crustcredits._cache.outcomes import closed_error
 from crustcredits._cache.policy import NEW, CacheOptions, CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import BalanceCache
+from crustcredits._cache.stream_turns import StreamTurns
 from crustcredits._check import PoolCheck, read_pool
-from crustcredits._errors import ConfigurationError, RateLimitWaitError
+from crustcredits._errors import ConfigurationError
 from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS, proxy_problem
 from crustcredits._http.environment import api_origin, proxy_from_env
@@ -60,8 +61,6 @@ from crustcredits._validation import (
 
 # Most keys of a stream under way at a time. A pool enters the queue as a whole.
 _STREAMED = 1_024
-# The share of a stream's timeout in which a key is to have its turn; the rest is for its answer.
-_IN_TIME = 0.5
 
 _RATE_LIMIT = RateLimit()
 _RETRY = Retry()
@@ -556,7 +555,7 @@ class CreditsClient:
             flow,
             None
             if most is None
-            else _StreamTurns(self._lookup, path, policy, flow, timeout=most, period=self._period),
+            else StreamTurns(self._lookup, path, policy, flow, timeout=most, period=self._period),
         )
 
     @hides_arguments
@@ -690,49 +689,6 @@ class CreditsClient:
                 "this client was first used on another event loop; make one client for each "
                 "loop, inside asyncio.run()"
             )
-
-
-class _StreamTurns:
-    """The keys of a stream with a timeout that are likely to have their turn in time.
-
-    Args:
-        lookup: Knows the cached answers, and the calls under way.
-        path: The endpoint.
-        policy: How old an answer may be.
-        flow: The flow of the stream.
-        timeout: Seconds for each key.
-        period: Seconds after which a token returns.
-    """
-
-    def __init__(
-        self,
-        lookup: Lookup,
-        path: str,
-        policy: CachePolicy,
-        flow: Flow,
-        *,
-        timeout: float,
-        period: float,
-    ) -> None:
-        self._lookup = lookup
-        self._path = path
-        self._policy = policy
-        self._flow = flow
-        self._timeout = timeout
-        self.patience = timeout + period
-
-    def needs_turn(self, key: Key) -> bool:
-        if isinstance(key, UnusableKey):
-            return False
-        return self._lookup.needs_turn(self._path, key, self._policy)
-
-    def likely(self, most: int) -> tuple[int, float]:
-        estimates = self._lookup.calls.endpoints[self._path].scheduler.estimates
-        now = asyncio.get_running_loop().time()
-        return estimates.likely_starts(self._flow, _IN_TIME * self._timeout, most, now)
-
-    def had_no_turn(self, outcome: Outcome[Any]) -> bool:
-        return isinstance(outcome.error, RateLimitWaitError) and not outcome.attempts
 
 
 def _timeout(timeout: Seconds | None) -> float | None:

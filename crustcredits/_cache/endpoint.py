@@ -147,6 +147,13 @@ class Endpoint:
         common = self.scheduler.permits.common
         return self.scheduler.ready.of_flow(flow) + common.of_flow(flow)
 
+    def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
+        """How many more calls of a flow are likely to start within these seconds, up to `most`.
+
+        Returns the number, and the seconds until the first such call if the number is 0.
+        """
+        return self.scheduler.estimates.likely_starts(flow, seconds, most, now)
+
     def waits_in_turn(self, call: Call) -> bool:
         """Whether a call waits for a start or for a common token, and not for its account."""
         return call.queue is self.scheduler.ready or self.scheduler.permits.common.holds(call)

@@ -131,7 +131,10 @@ class Lookup:
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def needs_turn(self, path: str, key: ApiKey, policy: CachePolicy) -> bool:
-        """Whether a key needs a turn: it has no cached answer, and no request is on the wire."""
+        """Whether a key needs a turn.
+
+        A key needs a turn if it has no cached answer and no request for it is on the wire.
+        """
         cache_key = path, key.digest
         entry = None if policy is NEW else self._cache.find(cache_key)
         if entry is not None and entry.answer(policy, _now()) is not None:
