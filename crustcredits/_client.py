@@ -28,7 +28,7 @@ from crustcredits._cache.store import BalanceCache
 from crustcredits._cache.stream_turns import StreamTurns
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
-from crustcredits._fan_out import Ask, FanOut, Key, Land, Turns, nothing
+from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS, proxy_problem
 from crustcredits._http.environment import api_origin, proxy_from_env
 from crustcredits._http.retry import Retry
@@ -471,7 +471,7 @@ class CreditsClient:
         source: Iterator[ApiKey | UnusableKey] | AsyncGenerator[ApiKey | UnusableKey, None],
         ask: Ask,
         flow: Flow,
-        turns: Turns | None,
+        turns: StreamTurns | None,
     ) -> AsyncGenerator[Outcome[Any], None]:
         self._check_usable()
         run = FanOut(ask, room=_STREAMED, turns=turns)
@@ -483,6 +483,8 @@ class CreditsClient:
                     yield outcome
         finally:
             self._fan_outs.discard(run)
+            if turns is not None:
+                turns.end()
 
     @overload
     def stream(

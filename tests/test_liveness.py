@@ -690,6 +690,23 @@ async def test_keys_that_wait_in_a_stream_have_their_turn_in_the_time_of_another
         assert await others
 
 
+@pytest.mark.parametrize("timeouts", [(60.0, 60.0), (100.0, 10.0)])
+@pytest.mark.parametrize("is_same", [False, True])
+async def test_two_streams_with_a_timeout_leave_each_other_turns(
+    timeouts: tuple[float, float], *, is_same: bool
+) -> None:
+    """Each takes keys for half of the tokens, although the other has not taken its own yet."""
+    pool = keys(400)
+    async with fake_client(WindowServer()) as client:
+        reads = [
+            collect(client, pool, timeouts[0]),
+            collect(client, pool[::-1] if is_same else keys(400, "other"), timeouts[1]),
+        ]
+        assert await asyncio.gather(*reads) == [True, True]
+        (endpoint, _) = client._dispatcher.endpoints.values()
+        assert not endpoint._streams
+
+
 async def test_a_check_keeps_its_keys_that_have_an_earlier_turn_than_in_a_stream() -> None:
     """Many calls of the stream wait before them in its flow."""
     limit, pool = RateLimit(requests=20, scope="client"), keys(5)

@@ -40,6 +40,8 @@ from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_buck
 # Seconds for which a call waits while a gateway has answered for long, so that an endless source is
 # not drained at full speed.
 _REFUSED_AFTER = 1.0
+# A stream whose next key waits asks again for its likely starts within so many seconds.
+_ASKS_AGAIN = 2.0
 # Calls that one iteration of the loop ends in an outage.
 _SLICE = 1_000
 
@@ -90,6 +92,8 @@ class Endpoint:
         self._probes = probes
         self._period = period
         self._breaker = CircuitBreaker(path)
+        # When each stream has asked last for its likely starts.
+        self._streams: dict[Flow, float] = {}
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
         self.to_requeue: OrderedDict[ApiCall, None] = OrderedDict()
         self.scheduler = Scheduler(
@@ -150,9 +154,20 @@ class Endpoint:
     def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
         """How many more calls of a flow are likely to start within these seconds, up to `most`.
 
-        Returns the number, and the seconds until the first such call if the number is 0.
+        Other streams that ask too are expected to start as many. Returns the number, and the
+        seconds until the first such call if the number is 0.
         """
-        return self.scheduler.estimates.likely_starts(flow, seconds, most, now)
+        rivals = [
+            each
+            for each, at in self._streams.items()
+            if each is not flow and at > now - _ASKS_AGAIN
+        ]
+        self._streams[flow] = now
+        return self.scheduler.estimates.likely_starts(flow, seconds, most, now, rivals=rivals)
+
+    def end_stream(self, flow: Flow) -> None:
+        """Expect no further call of a stream."""
+        self._streams.pop(flow, None)
 
     def waits_in_turn(self, call: Call) -> bool:
         """Whether a call waits for a start or for a common token, and not for its account."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Iterable
 
 import attrs
 
@@ -62,40 +62,48 @@ class Estimates:
         """The quota of an account's bucket, or with None of the common bucket."""
         return self._common_quota(now) if account is None else self._account_quota(account, now)
 
-    def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
+    def likely_starts(
+        self,
+        flow: Flow,
+        seconds: float,
+        most: int,
+        now: float,
+        *,
+        rivals: Collection[Flow] = (),
+    ) -> tuple[int, float]:
         """How many more calls of a flow are likely to start within these seconds, up to `most`.
 
-        An estimate. Returns the number, and the seconds until the first such call if the number is
-        0; 0 seconds if that is not known.
+        An estimate. `rivals` are other flows that are filled likewise, so as many calls of each are
+        expected. Returns the number, and the seconds until the first such call if the number is 0;
+        0 seconds if that is not known.
         """
         # Calls that wait for their own account or for a retry take no start from the others.
         queued: Counter[Flow] = Counter(self._ready.lengths())
         for queue in self._permits.common.queues:
             queued.update(queue.lengths())
         own = queued.pop(flow, 0)
-        others = [count for each, count in queued.items() if each.kind is not Kind.BACKGROUND]
-
-        def ahead(more: int) -> int:  # flows take turns
-            return own + more + sum(min(own + more, count) for count in others)
-
-        most = bisect_right(range(1, most + 1), self._most_ahead(), key=ahead)
+        waiting: dict[Flow, float] = {
+            each: count for each, count in queued.items() if each.kind is not Kind.BACKGROUND
+        }
+        others = list(waiting.values())
+        expected = list((waiting | dict.fromkeys(rivals, math.inf)).values())
+        most = bisect_right(
+            range(1, most + 1), self._most_ahead(), key=lambda more: _in_turn(own + more, others)
+        )
         if not most:
             return 0, 0.0
-        bucket = self._permits.common.bucket
-        kept = self._kept_from_streams(now)
-        is_bound = self._permits.counts_common and bucket.available(now) - kept < ahead(most)
-        quota = (
-            attrs.evolve(self._common_quota(now), kept=kept)
-            if is_bound
-            else self._without_tokens(now)
-        )
-        first = quota.start_of(ahead(1))
+        quota = self._stream_quota(_in_turn(own + most, expected), now)
+        first = quota.start_of(_in_turn(own + 1, others))
         if first > seconds:
             return 0, first - seconds
         starts = bisect_right(
-            range(1, most + 1), seconds, key=lambda more: quota.start_of(ahead(more))
+            range(1, most + 1),
+            seconds,
+            key=lambda more: quota.start_of(_in_turn(own + more, expected)),
         )
-        return starts, 0.0
+        if own and not starts:
+            return 0, quota.start_of(_in_turn(own + 1, expected)) - seconds
+        return max(1, starts), 0.0
 
     def _most_ahead(self) -> float:
         """Most calls that may wait for a start, for one more to have it soon.
@@ -107,6 +115,14 @@ class Estimates:
         if trial is not None:
             return trial.width - trial.on_wire
         return math.inf if self._slots.usual is not None else self._slots.count
+
+    def _stream_quota(self, calls: int, now: float) -> Quota:
+        """The quota for so many calls of a stream, and of others in turn."""
+        if self._permits.counts_common:
+            kept = self._kept_from_streams(now)
+            if self._permits.common.bucket.available(now) - kept < calls:
+                return attrs.evolve(self._common_quota(now), kept=kept)
+        return self._without_tokens(now)
 
     def _kept_from_streams(self, now: float) -> int:
         """Free common tokens that no call of a stream may take now.
@@ -181,3 +197,8 @@ class Estimates:
         queued = self._permits.lengths()
         queued.update(self._ready.lengths())
         return queued
+
+
+def _in_turn(calls: int, others: Iterable[float]) -> int:
+    """So many calls of one flow, and the calls of other flows that start in turn with them."""
+    return calls + sum(int(min(calls, count)) for count in others)

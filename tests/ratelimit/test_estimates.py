@@ -408,3 +408,22 @@ def test_tokens_kept_for_a_proof_are_no_likely_starts_before_ten_requests_can_wi
     assert likely(flow, 30.0, 50, 10.0) == (0, 21.0)
     scheduler.ended(requests[0], OK, 10.0)
     assert likely(flow, 30.0, 50, 20.0) == (4, 0.0)
+
+
+def test_of_a_rival_as_many_calls_are_expected_as_of_the_flow_itself() -> None:
+    """However few wait now. The first call of a flow starts all the same."""
+    scheduler, flow = scheduler_of(terms(requests=12, scope="client"), pace=None), Flow()
+    rival, ended = Flow(), Flow()
+    likely = scheduler.estimates.likely_starts
+    scheduler.put(call("rival", rival))
+    assert likely(flow, 0.0, 50, 0.0) == (11, 0.0)
+    assert likely(flow, 0.0, 50, 0.0, rivals=[rival]) == (6, 0.0)
+    assert likely(flow, 0.0, 50, 0.0, rivals=[rival, ended]) == (4, 0.0)
+    scheduler.put(call("own", flow))
+    assert likely(flow, 0.0, 50, 0.0, rivals=[rival]) == (5, 0.0)
+    small = scheduler_of(terms(requests=1, scope="client"), pace=None)
+    likely = small.estimates.likely_starts
+    assert likely(flow, 0.0, 50, 0.0, rivals=[rival]) == (1, 0.0)
+    small.put(call("own", flow))
+    assert likely(flow, 0.0, 50, 0.0, rivals=[rival]) == (0, 60.5)
+    assert likely(flow, 60.5, 50, 0.0, rivals=[rival]) == (0, 121.0)
