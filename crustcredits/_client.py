@@ -533,11 +533,14 @@ class CreditsClient:
                 keys that it gave before.
             detail: As for `check`.
             timeout: Seconds, or a timedelta, for each key, from the time at which it is asked
-                about. With a timeout the next key of `keys` is asked about when it is likely to
-                have its turn in time; without one up to 1,024 keys are taken ahead. Keys after one
-                that waits wait too. A key without a turn in time has `RateLimitWaitError`. After
-                such a key, as one of an account whose tokens are used up, the next one waits 0.1 s,
-                then twice as long, up to 1 s each, until requests are sent again.
+                about. Without a timeout up to 1,024 keys are taken ahead. With one the next key of
+                `keys` is asked about when it is likely to have its turn in time. Keys after one
+                that waits wait too. A key without a turn in time has `RateLimitWaitError`. The
+                estimate does not know that the account of a key has no tokens, or that a key waits
+                behind many single calls. After a key without a turn the next one waits 0.1 s, then
+                twice as long, up to 1 s, until requests are sent again. So a source that ends is
+                read to its end, and each such key costs at most a second. If no key is under way
+                and none is likely, one is tried after the timeout and a period of the rate limit.
             freshness: `max_age`, `stale_while_revalidate`, `stale_if_error` and `max_error_age`, as
                 for `balance`.
 

@@ -67,10 +67,10 @@ class FanOut:
     A key counts from its start until its outcome has been taken. Keys that wait for their own
     account or for a retry do not count, so that they delay no others; but at most eight times
     `room` keys are under way. With `turns`, no key is asked about before it is likely to have its
-    turn in time: otherwise an endless source would be drained, and most would fail. The estimate
-    knows neither the account of a key nor calls of other callers for it. So after a key without a
-    turn, the next key that needs one waits 0.1 s, and the others twice as long each time, up to
-    1 s. Each outcome of a request then lets two keys start without such a wait.
+    turn in time: otherwise an endless source would be drained, and most would fail. That is an
+    estimate, which does not know the account of a key. So after a key without a turn, the next key
+    that needs one waits 0.1 s, and the others twice as long each time, up to 1 s. Each outcome of a
+    request then lets two keys start without such a wait.
 
     An exception that `ask` raises, or that lands, ends the fan-out. An exception of the source is
     raised once the keys already asked about have landed. However the fan-out ends, nothing stays
@@ -226,7 +226,8 @@ class FanOut:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._estimate = self._estimate or None
+        if not self._estimate:
+            self._estimate = None
         _wake(self._feeder)
         _wake(self._reader)
 
