@@ -129,25 +129,30 @@ class SingleFlight:
     def _is_sooner_in(self, flow: Flow, call: SharedCall, terms: WaitTerms) -> bool:
         """Whether a call starts sooner at the end of a stream's flow than where it waits.
 
-        A stream takes a key that is likely to have its turn in this flow, in time for its deadline.
-        Flows of a kind take turns, so fewer calls before a call mean an earlier turn. In a pool
-        the calls before it are known. In another stream's flow they are at most all others, so the
-        call moves only if no other waiter has an earlier deadline.
+        A stream with a timeout takes a key that is likely to have its turn in this flow, in time
+        for its deadline. Flows of a kind take turns, so fewer calls before a call mean an earlier
+        turn.
         """
         is_of_stream = terms.deadline < math.inf and not terms.own_timer
         if flow is call.flow or flow.kind is not call.flow.kind or not is_of_stream:
             return False
-        endpoint = self.endpoints[call.path]
+        return self.endpoints[call.path].waiting_in(flow) < self._most_before(call, terms)
+
+    def _most_before(self, call: SharedCall, terms: WaitTerms) -> int:
+        """At most so many calls start before a call where it waits.
+
+        0 if it must not move: it does not wait for its turn, or another stream or check that has an
+        earlier deadline expects its turn there.
+        """
         if call.early is not None:
             pool, number = call.early
-            before = pool.most_before(number)
-        elif endpoint.waits_in_turn(call) and len(call.waiters) <= _FEW:
-            if any(each.deadline < terms.deadline for each in call.waiters.values()):
-                return False
-            before = endpoint.waiting_in(call.flow) - 1
-        else:
-            return False
-        return endpoint.waiting_in(flow) < before
+            return pool.most_before(number)
+        endpoint = self.endpoints[call.path]
+        if not endpoint.waits_in_turn(call) or len(call.waiters) > _FEW:
+            return 0
+        if any(each.deadline < terms.deadline for each in call.waiters.values()):
+            return 0
+        return endpoint.waiting_in(call.flow) - 1
 
     def open(
         self,
