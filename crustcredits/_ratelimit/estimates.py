@@ -118,11 +118,12 @@ class Estimates:
 
     def _stream_quota(self, calls: int, now: float) -> Quota:
         """The quota for so many calls of a stream, and of others in turn."""
+        quota = self._without_tokens(now)
         if self._permits.counts_common:
             kept = self._kept_from_streams(now)
             if self._permits.common.bucket.available(now) - kept < calls:
-                return attrs.evolve(self._common_quota(now), kept=kept)
-        return self._without_tokens(now)
+                quota = attrs.evolve(self._common_quota(now), kept=kept)
+        return attrs.evolve(quota, taken=self._slots.count - self._slots.free)
 
     def _kept_from_streams(self, now: float) -> int:
         """Free common tokens that no call of a stream may take now.

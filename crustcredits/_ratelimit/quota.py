@@ -55,6 +55,8 @@ class Quota:
     )
     _pace: float | None = attrs.field(alias="pace", default=None, repr=False)
     _slots: int = attrs.field(alias="slots", default=32, repr=False)
+    # Slots that are taken now, where the estimate does not assume that these requests end now.
+    _taken: int = attrs.field(alias="taken", default=0, repr=False)
     _answer_seconds: float = attrs.field(alias="answer_seconds", default=0.0, repr=False)
     # Seconds after which a request without an answer no longer holds its slot; equal quotas have
     # equal answer times, on which it depends.
@@ -96,9 +98,8 @@ class Quota:
         times = [_nth(self._returns[kept:], count - 1, self._period), self.cooldown or 0.0]
         if self._pace is not None:
             times.append((count - min(_BURST, max(1.0, self._pace))) / self._pace)
-        times.append(
-            (count - self._slots) * min(self._answer_seconds, self._patience) / self._slots
-        )
+        answer = min(self._answer_seconds, self._patience)
+        times.append((count + self._taken - self._slots) * answer / self._slots)
         if self._others:
             missing = count - max(0, self.free - self._kept)
             times.append(missing * self._period / max(1, self.limit - self._others))

@@ -366,6 +366,18 @@ def test_where_answers_are_slow_their_time_bounds_the_likely_starts() -> None:
     assert scheduler.quota(None, 2.0).seconds_for(6) == 4.0
 
 
+@pytest.mark.parametrize("scope", ["account", "client"])
+def test_requests_on_the_wire_hold_their_slots_before_the_likely_starts(scope: str) -> None:
+    """For the time of an answer; an estimate for users assumes that they end now."""
+    scheduler, flow = scheduler_of(terms(requests=7, scope=scope), pace=None, slots=2), Flow()
+    scheduler.ended(start_call(scheduler, call("first", flow), 0.0), OK, 2.0)
+    for name in "ab":
+        start_call(scheduler, call(name, flow), 2.0)
+    assert scheduler.estimates.likely_starts(flow, 3.0, 100, 2.0) == (3, 0.0)
+    assert scheduler.estimates.likely_starts(flow, 0.5, 100, 2.0) == (0, 0.5)
+    assert scheduler.quota("c", 2.0).seconds_for(2) == 0.0
+
+
 def test_calls_that_wait_take_the_probes_of_a_trial_before_the_likely_starts() -> None:
     """Calls of its own, and those of another check in turn; refreshes come last."""
     scheduler, flow = scheduler_of(terms(requests=100, scope="client"), pace=None), Flow()
