@@ -255,7 +255,7 @@ async def test_no_failing_call_shows_a_secret(
         {"base_url": "http://127.0.0.1:1"},
         {"base_url": "https://127.0.0.1:1", "trust_env": True},
         {"proxy": f"http://bob:{CANARY}@127.0.0.1:1"},
-        {"base_url": "http://127.0.0.1:1", "buckets": f"redis://:{CANARY}@127.0.0.1:1"},
+        {"base_url": "http://127.0.0.1:1", "backend": f"redis://:{CANARY}@127.0.0.1:1"},
     ],
 )
 async def test_no_unreachable_server_shows_a_secret(
@@ -263,8 +263,8 @@ async def test_no_unreachable_server_shows_a_secret(
 ) -> None:
     """The API, a proxy or Redis is unreachable; their own credentials are not shown either."""
     caplog.set_level(logging.DEBUG)
-    if "buckets" in options:
-        options = options | {"buckets": RedisBackend(options["buckets"], on_outage="raise")}
+    if "backend" in options:
+        options = options | {"backend": RedisBackend(options["backend"], on_outage="raise")}
     client = CreditsClient(**options, retry=Retry(attempts=1), rate_limit=RateLimit(pace=None))
     with pytest.raises(CrustCreditsError) as caught:
         await client.balance(CANARY, timeout=4)

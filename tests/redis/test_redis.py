@@ -197,7 +197,9 @@ async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
     monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        backend = RedisBackend(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
+        backend = RedisBackend(
+            f"unix://:hunter2@{own_server.socket}", on_outage=on_outage, fallback_share=1 / 4
+        )
         one = await client(sandbox, backend, stack)
         with pytest.raises((BackendUnavailableError, RateLimitWaitError)) as caught:
             await one.balance(sandbox.add_key(), timeout=0.3)
