@@ -131,8 +131,10 @@ class Estimates:
         The reserve for single calls, and the tokens kept until ten requests can witness.
         """
         bucket = self._permits.common.bucket
-        free = bucket.available(now)
         kept = kept_for_singles(bucket, self._terms.reserve)
+        if bucket.is_shared:  # it keeps none for witnesses
+            return kept
+        free = bucket.available(now)
         room = self._permits.common.room(Kind.MANY, now)
         return max(kept, free - max(0, room))
 

@@ -11,6 +11,7 @@ from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests.ratelimit.calls import (
     OK,
+    OutsideTokens,
     Pool,
     call,
     refused,
@@ -420,6 +421,30 @@ def test_tokens_kept_for_a_proof_are_no_likely_starts_before_ten_requests_can_wi
     assert likely(flow, 30.0, 50, 10.0) == (0, 21.0)
     scheduler.ended(requests[0], OK, 10.0)
     assert likely(flow, 30.0, 50, 20.0) == (4, 0.0)
+
+
+class Asking(OutsideTokens):
+    """Shared tokens of which a few are asked for at a time."""
+
+    def room(self, now: float, kept: int) -> int:
+        return min(2, super().room(now, kept))
+
+    def available(self, now: float) -> int:
+        return max(0, super().room(now, 0))
+
+    def returns(self, now: float, period: float) -> list[float]:
+        return [*[now] * self.available(now), now + period]
+
+
+def test_shared_tokens_that_are_not_asked_for_yet_are_likely_starts() -> None:
+    scheduler = scheduler_of(
+        terms(requests=20),
+        pace=None,
+        make_bucket=lambda whose, limit, wake: Asking(limit, lambda: wake(whose), 0),
+    )
+    answered = start_call(scheduler, call("a", Flow()), 0.0)
+    scheduler.ended(answered, OK, 0.5)
+    assert scheduler.estimates.likely_starts(Flow(), 1.0, 100, 1.0) == (19, 0.0)
 
 
 def test_of_a_rival_as_many_calls_are_expected_as_of_the_flow_itself() -> None:

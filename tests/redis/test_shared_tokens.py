@@ -248,6 +248,17 @@ async def test_processes_do_not_deadlock_on_two_buckets(
         await client.close()
 
 
+async def test_a_stream_with_a_timeout_is_as_fast_over_redis(redis: FakeRedis) -> None:
+    """All tokens are free, so each key has its turn in time, at the pace."""
+    server = WindowServer()
+    async with fake_client(server, backend=connected(redis)) as client:
+        await client.balance(keys(1, "before")[0])
+        began = now()
+        outcomes = [outcome async for outcome in client.stream(iter(keys(250)), timeout=1.0)]
+    assert all(outcome.ok for outcome in outcomes)
+    assert now() - began < 3.0
+
+
 @pytest.mark.parametrize("latency", [0.0, 0.003])
 @pytest.mark.parametrize(
     ("limit", "begins"),
