@@ -1084,10 +1084,10 @@ def test_making_a_client_needs_no_loop() -> None:
         ({"proxy": 5}, "proxy is not an http"),
         ({"rate_limit": 5}, "rate_limit must be a RateLimit, not int"),
         (
-            {"buckets": "redis://:hunter2@localhost"},
+            {"backend": "redis://:hunter2@localhost"},
             "backend is a str, which cannot count tokens: pass a RedisBackend$",
         ),
-        ({"buckets": Retry}, "buckets is the class Retry"),
+        ({"backend": Retry}, "backend is the class Retry"),
         ({"retry": None}, "retry must be a Retry, not NoneType"),
         ({"session": "x"}, "session must be an aiohttp.ClientSession, not str"),
         ({"request_timeout": 10**400}, "request_timeout must be a finite number"),

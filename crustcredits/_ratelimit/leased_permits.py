@@ -29,7 +29,7 @@ class LeasedPermits(Permits):
             account.has_several_keys = True
         if account.room(call.flow.kind, now) > 0:
             return account
-        if self._must_not_ask(account, now) or self.common.admits(call, now):
+        if self._must_not_ask(account, call.flow.kind, now) or self.common.admits(call, now):
             self._wait_for_account(account, call, now)
         else:
             self._wait_for_common(account, call, now)
@@ -44,9 +44,9 @@ class LeasedPermits(Permits):
         else:
             self._release_account(queue, now)
 
-    def _must_not_ask(self, account: AccountQueue, now: float) -> bool:
-        """Whether a call has to wait for its own account, for whichever tokens are free."""
-        return now < account.cools_until or _is_short(account, now)
+    def _must_not_ask(self, account: AccountQueue, kind: Kind, now: float) -> bool:
+        """Whether a call has to wait for its own account, whatever tokens are free."""
+        return now < account.cools_until or _is_short(account, kind, now)
 
     def _let_ask(self, now: float) -> None:
         common = self.common
@@ -59,7 +59,7 @@ class LeasedPermits(Permits):
             if account.room(call.flow.kind, now) > 0:
                 self._ready.push(call)
                 continue
-            is_again = is_again or self._must_not_ask(account, now)
+            is_again = is_again or self._must_not_ask(account, call.flow.kind, now)
             self._wait_for_account(account, call, now)
         if not len(common):
             common.has_waiters = False
@@ -71,22 +71,31 @@ class LeasedPermits(Permits):
 
     def _release_account(self, account: TokenQueue, now: float) -> None:
         super().release(account, now)
-        if not len(account) or not _is_short(self.common, now) or _is_short(account, now):
+        kind, bucket = _best_kind(account), account.bucket
+        if kind is None or not isinstance(bucket, LeasedTokens):
+            return
+        if _is_short(account, kind, now) or not _is_short(self.common, kind, now):
             return
         # There was no common token: other calls may have their turn before these.
         for call in reversed(list(account.drain())):
             self._park(call, -1)
             self.common.push(call, first=True)
         account.has_waiters = False
-        account.bucket.want(0, 0)
+        bucket.ask_later()
         self._arm(self.common, now)
 
     def _arm(self, queue: TokenQueue, now: float) -> None:
-        if isinstance(queue.bucket, LeasedTokens) and queue is not self.common:
-            kinds = [kind for kind in Kind if queue.waiting(kind)]
-            queue.bucket.kept_within = kept_from(kinds[0], self.common.bucket, self._terms.reserve)
+        kind, bucket = _best_kind(queue), queue.bucket
+        if isinstance(bucket, LeasedTokens) and kind is not None and queue is not self.common:
+            bucket.kept_within = kept_from(kind, self.common.bucket, self._terms.reserve)
         super()._arm(queue, now)
 
 
-def _is_short(queue: TokenQueue, now: float) -> bool:
-    return isinstance(queue.bucket, LeasedTokens) and queue.bucket.is_short(now)
+def _best_kind(queue: TokenQueue) -> Kind | None:
+    return next((kind for kind in Kind if queue.waiting(kind)), None)
+
+
+def _is_short(queue: TokenQueue, kind: Kind, now: float) -> bool:
+    bucket = queue.bucket
+    kept = kept_from(kind, bucket, queue.reserve)
+    return isinstance(bucket, LeasedTokens) and bucket.is_short(now, kept)

@@ -19,8 +19,7 @@ class SharedTokens(Protocol):
 
     @property
     def limit(self) -> int: ...
-    @property
-    def free(self) -> int: ...
+    def free(self, kept: int) -> int: ...
     @property
     def in_flight(self) -> int: ...
     @property
@@ -36,11 +35,10 @@ class SharedTokens(Protocol):
     def collect(self, now: float) -> None: ...
     def next_home(self, missing: int) -> float | None: ...
     def need(self, count: int, kept: int, kept_within: int = 0) -> None: ...
-    def is_short(self, now: float) -> bool: ...
+    def ask_later(self) -> None: ...
     def room_to_ask(self, now: float, kept: int) -> int: ...
-    @property
-    def not_before(self) -> float: ...
-    def start(self, now: float) -> int: ...
+    def short_until(self, kept: int) -> float: ...
+    def start(self, now: float, kept: int) -> int: ...
     def own(self, mark: int) -> int: ...
     def end(self, when: float) -> None: ...
     def unsend(self) -> None: ...
@@ -152,7 +150,7 @@ class LeasedTokens:
         return self._tokens.is_idle()
 
     def room(self, now: float, kept: int) -> int:
-        """Leased tokens that can be taken now; Redis keeps `kept` of the rest.
+        """Leased tokens that calls may take now that leave `kept` tokens.
 
         In degraded mode, the tokens of this process's share without its part of `kept`.
         """
@@ -160,9 +158,9 @@ class LeasedTokens:
         if self._ends and self._ends[0] <= now:
             del self._ends[: bisect_right(self._ends, now)]
         if not self._tokens.degraded:
-            return self._tokens.free
+            return self._tokens.free(kept)
         share = self._tokens.share
-        return self._tokens.free - min(kept * share // self.limit, max(0, share - 1))
+        return self._tokens.free(0) - min(kept * share // self.limit, max(0, share - 1))
 
     def room_at(self, now: float, kept: int) -> float | None:
         """When there is room; None while a lease is requested."""
@@ -175,13 +173,17 @@ class LeasedTokens:
         """
         self._tokens.need(count, kept, self.kept_within)
 
-    def is_short(self, now: float) -> bool:
-        """Whether Redis has no token for the waiting calls now."""
-        return self._tokens.is_short(now)
+    def ask_later(self) -> None:
+        """Lease nothing for now: the calls wait for the common tokens, and will ask again."""
+        self._tokens.ask_later()
 
-    def take(self, now: float) -> int:
+    def is_short(self, now: float, kept: int) -> bool:
+        """Whether Redis has no token now for calls that leave `kept` tokens."""
+        return not self._tokens.degraded and now < self._tokens.short_until(kept)
+
+    def take(self, now: float, kept: int = 0) -> int:
         """As for `TokenBucket`."""
-        return self._tokens.start(now)
+        return self._tokens.start(now, kept)
 
     def own(self, mark: int) -> int:
         """As for `TokenBucket`."""
@@ -233,4 +235,5 @@ class PermitGate(LeasedTokens):
         """When calls may ask again; None while answers to others are awaited."""
         if self._tokens.degraded:
             return super().room_at(now, kept)
-        return self._tokens.not_before if self._tokens.is_short(now) else None
+        until = self._tokens.short_until(kept)
+        return until if until > now else None

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
+from crustcredits._ratelimit import reserve
 from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.registry import Accounts
 from crustcredits._ratelimit.scope_detection import ScopeDetection
@@ -82,8 +83,11 @@ class Permits:
 
         Returns the mark of its place in the count of its account, and in the common count.
         """
-        own = account.bucket.take(now)
-        common = self.common.bucket.take(now) if self.counts_common else None
+        kept = self._kept(account, call.flow.kind)
+        own = account.bucket.take(now, kept)
+        common = None
+        if self.counts_common:
+            common = self.common.bucket.take(now, self._kept(self.common, call.flow.kind))
         if call.let_out_of is not None:
             self._take_back(call)
         if call.flow.kind is Kind.BACKGROUND:
@@ -193,6 +197,12 @@ class Permits:
         ]
 
     # --- inside
+
+    def _kept(self, queue: TokenQueue, kind: Kind) -> int:
+        """Tokens that a call of this kind leaves, where that decides which one it takes."""
+        if kind is Kind.SINGLE or not queue.bucket.is_shared:
+            return 0
+        return reserve.kept_from(kind, queue.bucket, queue.reserve)
 
     def _wait_for_account(self, account: AccountQueue, call: Call, now: float) -> None:
         let_out_of = self._take_back(call)

@@ -145,6 +145,11 @@ class TokenQueue(ABC):
         kept = reserve.kept_from(Kind.BACKGROUND, self.bucket, self.reserve)
         self.bucket.next_refresh = now + refresh_gap(self.bucket, now, period, kept)
 
+    def _waiting_like(self, kept: int, share: float) -> int:
+        """How many calls wait that leave no more than `kept` tokens."""
+        kinds = [kind for kind in Kind if reserve.kept_from(kind, self.bucket, share) <= kept]
+        return sum(map(self.waiting, kinds))
+
     def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
         """The kind of the next call to let out: single ones and others in turn, refreshes last.
 
@@ -230,7 +235,7 @@ class AccountQueue(TokenQueue):
                 break
             kept = reserve.kept_from(kind, self.bucket, self.reserve)
             if not moments:
-                self.bucket.want(len(self), kept)
+                self.bucket.want(self._waiting_like(kept, self.reserve), kept)
             moments.append(reserve.room_at(kind, self.bucket, kept, now))
         return min((each for each in moments if each is not None), default=None)
 
@@ -289,7 +294,8 @@ class CommonQueue(TokenQueue):
             if tenth and self.bucket.room(now, kept) > 0:
                 kept += tenth
             moments.append(reserve.room_at(kind, self.bucket, kept, now))
-        self.bucket.want(len(self), kept_by_best or 0)
+        best = (kept_by_best or 0) - tenth
+        self.bucket.want(self._waiting_like(best, self._reserve), best + tenth)
         return min((each for each in moments if each is not None), default=None)
 
     def _tenth(self, now: float) -> int:

@@ -39,9 +39,13 @@ _GRACE = 2.0
 # Seconds for which the report of an ended attempt may wait for other reports; its lease covers it
 # until then.
 _REPORT = 0.1
-# Seconds after a lost count, or without an answer, in which no tokens are granted, so that every
-# process can register its tokens: each sends a heartbeat every half second.
-PAUSE = 2.5 * BEAT
+# Seconds after a lost count in which no tokens are granted, so that every process can register its
+# tokens: each sends a heartbeat every half second, which may take long, and registers with the next
+# message.
+PAUSE = BEAT + 2 * _PATIENCE
+# Seconds without an answer after which another process, whose messages failed a little earlier, may
+# be in degraded mode.
+_OTHERS_ALONE = _GRACE - 1.5 * BEAT
 # Most seconds between two messages of a strict process, and seconds without one after which the
 # other processes leave its share to it.
 _QUIET = 2.0
@@ -59,14 +63,13 @@ class _Message:
     now: float
     epoch: int
     indexes: dict[SharedTokens, int] = attrs.field(factory=dict)
-    reports: list[BucketReport] = attrs.field(factory=list)
     asks: list[tuple[SharedTokens, range, PermitRequest]] = attrs.field(factory=list)
 
     def add(self, tokens: SharedTokens) -> int:
-        """Add the report of a bucket, once. Returns its index."""
+        """Add a bucket, once. Returns its index."""
         if tokens not in self.indexes:
-            self.indexes[tokens] = len(self.reports)
-            self.reports.append(tokens.report(self.now, self.epoch))
+            self.indexes[tokens] = len(self.indexes)
+            tokens.begin(self.now)
         return self.indexes[tokens]
 
     def ask(self, tokens: SharedTokens, numbers: range) -> None:
@@ -80,6 +83,10 @@ class _Message:
         )
         self.asks.append((tokens, numbers, request))
 
+    def reports(self) -> list[BucketReport]:
+        """The reports of all buckets."""
+        return [tokens.report(self.now, self.epoch) for tokens in self.indexes]
+
 
 class Coordinator:
     """Exchanges messages with Redis: one at a time, and none while there is nothing to report.
@@ -88,7 +95,7 @@ class Coordinator:
     """
 
     terms: Terms
-    window: Window
+    window: Window[SharedTokens]
 
     def __init__(self, client: Any, *, owned: bool, marker: str, raises: bool) -> None:
         self.degraded: bool = False
@@ -124,7 +131,7 @@ class Coordinator:
 
     def open(self, terms: Terms) -> None:
         """Serve a client on these terms."""
-        self.terms, self.window = terms, Window(terms.pace)
+        self.terms, self.window = terms, Window[SharedTokens](terms.pace)
 
     def tokens(
         self, name: str, limit: int, *, within: SharedTokens | None = None, is_gate: bool = False
@@ -144,6 +151,8 @@ class Coordinator:
             tokens.let_go()
         while self._due and self._failing is None:
             await self._exchange()
+        if self.terms.is_strict and self._epoch and self._failing is None:
+            await self._exchange()  # the others need not leave its share to it
         if self._owned:
             await self._client.aclose()
 
@@ -158,7 +167,9 @@ class Coordinator:
         if self.closed and at_once:  # no call is served after closing
             return
         now = _now()
-        due = max(now, tokens.not_before) if at_once else now + _REPORT
+        self._say_by(tokens, max(now, tokens.asks_from) if at_once else now + _REPORT)
+
+    def _say_by(self, tokens: SharedTokens, due: float) -> None:
         if due < self._due.get(tokens, due + 1):
             self._due[tokens] = due
             self._soonest = min(self._soonest, due)
@@ -196,7 +207,7 @@ class Coordinator:
         if self._soonest <= beat:
             return self._soonest
         now = _now()
-        if self._due or any(tokens.holds(now) for tokens in self._all):
+        if self._due or self.window.waiters or any(tokens.holds(now) for tokens in self._all):
             return beat
         return self._last + _QUIET if self.terms.is_strict and self._epoch else None
 
@@ -210,13 +221,17 @@ class Coordinator:
         self._arrange()
 
     async def _exchange(self) -> None:
-        now = self._last = _now()
+        now = _now()
+        is_beat = now >= self._last + BEAT
         self._process = self._process or secrets.token_hex(8)
         for tokens in list(self._in_hand):
             tokens.collect(now)
             if not tokens.has_in_hand:
                 self._in_hand.discard(tokens)
-        message = self._message(now, self._take_due(now))
+        message = self._message(now, self._take_due(now, is_beat=is_beat))
+        if not (message.indexes or is_beat or self.closed) and self._failing is None:
+            return
+        self._last = now
         batch = list(message.indexes)
         request = self._request(message)
         try:
@@ -236,14 +251,22 @@ class Coordinator:
         else:
             self._heard(message, response)
 
-    def _take_due(self, now: float) -> list[SharedTokens]:
-        """The buckets of the next message: those that are due, or nearly."""
-        batch = sorted(self._due, key=self._due.__getitem__)[:_BUCKETS]
-        if not self.closed:
-            batch = [tokens for tokens in batch if self._due[tokens] <= now + _REPORT]
-        for tokens in batch:
+    def _take_due(self, now: float, *, is_beat: bool) -> list[SharedTokens]:
+        """The buckets of the next message: those that are due, or nearly.
+
+        A heartbeat also asks when tokens return for those with waiting calls.
+        """
+        batch: list[SharedTokens] = []
+        for tokens in sorted(self._due, key=self._due.__getitem__):
+            if len(batch) == _BUCKETS or (self._due[tokens] > now + _REPORT and not self.closed):
+                break
             del self._due[tokens]
+            if tokens.has_news(now, self._epoch):
+                batch.append(tokens)
         self._soonest = min(self._due.values(), default=math.inf)
+        if is_beat and not self.closed and self._failing is None:
+            waiting = [tokens for tokens in self.window.waiters if tokens not in batch]
+            batch += waiting[: _BUCKETS - len(batch)]
         return batch
 
     def _message(self, now: float, batch: Iterable[SharedTokens]) -> _Message:
@@ -254,7 +277,7 @@ class Coordinator:
         # message are enough to give back.
         if self._failing is None and not self.closed:
             for tokens in batch:
-                if count := tokens.asks():
+                if count := tokens.asks(now):
                     first = self.number(count)
                     message.ask(tokens, range(first, first + count))
         return message
@@ -279,9 +302,11 @@ class Coordinator:
             kept=2 * terms.late + _PATIENCE,
             life=_LIFE,
             is_strict=terms.is_strict,
-            share=0.0 if holds or self._gone else terms.share,
+            is_last=self.closed and not self._due,
+            share=terms.share,
+            shares=not (holds or self._gone),
             silence=_SILENCE,
-            buckets=message.reports,
+            buckets=message.reports(),
             asks=[request for _, _, request in message.asks],
         )
 
@@ -296,7 +321,7 @@ class Coordinator:
     def _heard(self, message: _Message, response: Response) -> None:
         now = _now()
         self._clock = response.clock, self._last
-        self._hold = self._failing is not None and now - self._failing >= PAUSE
+        self._hold = self._failing is not None and now - self._failing >= _OTHERS_ALONE
         self._come_back()
         if not response.is_known:
             _log.warning(
@@ -309,7 +334,7 @@ class Coordinator:
         if not response.is_known:
             for tokens in message.indexes:
                 tokens.unanswered()
-                self.say(tokens, at_once=True)
+                self._say_by(tokens, now)
             return
         self._untold.difference_update(message.indexes)
         self._take(message, response, now)
@@ -339,7 +364,7 @@ class Coordinator:
         for tokens in list(self._all):
             if tokens.holds(now):
                 self._untold.add(tokens)
-                self.say(tokens, at_once=True)
+                self._say_by(tokens, now)
 
     # --- without Redis
 
@@ -382,7 +407,8 @@ class Coordinator:
     @property
     def _wait_alone(self) -> float:
         """Seconds until all tokens that other processes may have for this one's share are back."""
-        return self.terms.lease + (_SILENCE if self.terms.is_strict else 0.0)
+        # A message of this process may be read so late that its age is still believed.
+        return self.terms.lease + (_SILENCE + 2 * _PATIENCE if self.terms.is_strict else 0.0)
 
     def _settle(self) -> None:
         self.settled = True

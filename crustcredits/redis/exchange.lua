@@ -3,12 +3,13 @@
 --
 -- A bucket is a sorted set with one member for each token that is out. Its score is the time, by
 -- this server's clock, at which the token returns. A hash holds the processes that wait for the
--- bucket: for each, the start of its wait, its last message, and how many tokens may be out for it.
+-- bucket: for each, the start of its wait, its last message, how many tokens may be out for it, and
+-- when it asks again.
 -- A permit takes one token of each bucket of its request, or none.
 --
 -- KEYS[1] is the marker, a hash; without it the count is taken for lost. KEYS[2] holds the number of
--- the process's last message. KEYS[3] is a hash of the strict processes: for each its share, and its
--- last message. The two keys of each bucket follow.
+-- the process's last message. KEYS[3] is a hash of the strict processes: for each its share of the
+-- limit, its last message, and from when on the share is used here. The two keys of each bucket follow.
 --
 -- ARGV, for the process:
 --   process; the number of this message;
@@ -20,18 +21,20 @@
 --   the tolerance of that age;
 --   the duration without grants after a loss; the lease of a new token;
 --   how long members stay after their return; milliseconds that the marker lives;
---   1 if the process is strict, else 0; its share of the limit, in billionths, which is 0 while it may
---   use this share by itself; after how long without a message its share is not used here.
+--   1 if the process is strict, 2 if it is and ends, else 0; its share of the limit, in billionths;
+--   1 if this share is used here, 0 if the process may use it by itself; after how long without a
+--   message a share is not used here.
 -- Then for each bucket:
---   the number of return times and of unused tokens that follow;
+--   how many permits it waits for besides those that it asks for, and how many tokens may be out
+--   for these; the number of return times and of unused tokens that follow;
 --   the return times, each as a number and the duration until then; the unused numbers.
 -- Then for each request for permits:
 --   permits wanted; the number of the first one;
 --   two buckets, by their place in this message (0: none), each with how many tokens may be out.
 --
 -- Answer: {known, epoch, duration until permits are granted again, this server's clock}; for each
--- bucket {tokens out, permits that it did not allow, durations until as many tokens return}; and
--- then {permits granted, for each request}. `known` is 0 if the process has to register its tokens
+-- bucket {tokens out, permits that it did not allow, permits that it allows besides, durations until
+-- tokens return for the permits not allowed}; and then {permits granted, for each request}. `known` is 0 if the process has to register its tokens
 -- first; then nothing else was done. A message that arrives again changes nothing.
 
 local clock = redis.call('TIME')
@@ -47,7 +50,7 @@ local process, message, known, fresh = ARGV[1], read(), read(), read()
 local hold, is_new = read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, kept, life = read(), read(), read(), read()
-local strict, share, silence = read(), read(), read()
+local strict, share, shares, silence = read(), read(), read(), read()
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -106,30 +109,57 @@ local function live(key, milliseconds)
 end
 
 -- The part of each limit that may be out. Strict processes use no more here than their shares, because
--- each one that is cut off uses its own by itself.
+-- each one that is cut off uses its own by itself. One that was cut off for long may have used its
+-- share until a moment ago, when a new one took its place. So the share of the new one is used later.
 local part = 1
-if strict == 1 then
-    if not repeated then
-        redis.call('HSET', KEYS[3], process, whole(share) .. ' ' .. whole(now))
-        redis.call('PEXPIRE', KEYS[3], life)
-    end
-    local entries, total = redis.call('HGETALL', KEYS[3]), 0
+if strict > 0 then
+    local entries, total, silent, own_from = redis.call('HGETALL', KEYS[3]), 0, {}, nil
     for entry = 1, #entries, 2 do
-        local own, heard = string.match(entries[entry + 1], '(%d+) (%d+)')
-        if tonumber(heard) < now - silence or tonumber(heard) > now then
-            redis.call('HDEL', KEYS[3], entries[entry])
-        else
-            total = total + tonumber(own)
+        local other, value = entries[entry], entries[entry + 1]
+        local part_of, heard, from = string.match(value, '(%d+) (%d+) (%d+)')
+        part_of, heard, from = tonumber(part_of), tonumber(heard), tonumber(from)
+        if other == process then
+            own_from = from
+        elseif heard < now - silence or heard > now then
+            silent[#silent + 1] = {other, part_of, heard}
+        elseif from <= now then
+            total = total + part_of
+        end
+    end
+    if not own_from then
+        own_from = now
+        for _, other in ipairs(silent) do
+            if other[3] < now - lease then
+                own_from = now + lease + silence
+            end
+        end
+    end
+    if shares == 0 then
+        own_from = now + silence -- and longer with each such message
+    elseif own_from <= now then
+        total = total + share
+    end
+    if not repeated and strict == 2 then
+        redis.call('HDEL', KEYS[3], process)
+    elseif not repeated then
+        redis.call('HSET', KEYS[3], process, whole(share) .. ' ' .. whole(now) .. ' ' .. whole(own_from))
+        redis.call('PEXPIRE', KEYS[3], 30 * life)
+        for _, other in ipairs(silent) do
+            -- The shares of all processes that run add up to no more than the limit.
+            if total + other[2] > 1e9 + 1e3 or other[3] < now - 30000 * life then
+                redis.call('HDEL', KEYS[3], other[1])
+            end
         end
     end
     part = math.min(1, total / 1e9)
 end
 
 -- The buckets of this message.
-local keys, lines, out, missing, room, order = {}, {}, {}, {}, {}, {}
+local keys, lines, waits, out, missing, room, order = {}, {}, {}, {}, {}, {}, {}
 local count = (#KEYS - 3) / 2
 for bucket = 1, count do
     local key = KEYS[2 + 2 * bucket]
+    waits[bucket], room[bucket] = read(), math.floor(read() * part + 0.001) -- the shares were rounded
     local returns, unused = read(), read()
     for _ = 1, returns do
         local number, back = read(), read()
@@ -148,18 +178,19 @@ for bucket = 1, count do
         -- Members from a clock that was ahead.
         redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf')
     end
-    keys[bucket], lines[bucket], missing[bucket], room[bucket] = key, KEYS[3 + 2 * bucket], 0, 0
+    keys[bucket], lines[bucket], missing[bucket] = key, KEYS[3 + 2 * bucket], 0
     out[bucket] = redis.call('ZCOUNT', key, '(' .. whole(now), '+inf')
 end
 
 -- The processes that wait for a bucket, with their starts and rooms, and since when this one waits.
 local function waiting(bucket)
     if not order[bucket] then
-        local entries, found = redis.call('HGETALL', lines[bucket]), {since = now}
+        local entries, found = redis.call('HGETALL', lines[bucket]), {}
         for entry = 1, #entries, 2 do
             local other = entries[entry]
-            local since, heard, most = string.match(entries[entry + 1], '(%d+) (%d+) (%d+)')
-            if tonumber(heard) < now - pause or tonumber(heard) > now then
+            local since, heard, most, again = string.match(entries[entry + 1], '(%d+) (%d+) (%d+) (%d+)')
+            local last = math.max(tonumber(heard), tonumber(again))
+            if last < now - pause - slack or tonumber(heard) > now then
                 redis.call('HDEL', lines[bucket], other)
             elseif other == process then
                 found.since = tonumber(since)
@@ -172,82 +203,113 @@ local function waiting(bucket)
     return order[bucket]
 end
 
--- Permits that a bucket allows. One token stays free for each process that has waited longer and can
--- be served, however slow it is.
-local function allowed(bucket, most)
-    local before, found = 0, waiting(bucket)
-    for _, other in ipairs(found) do
-        if other[1] < found.since and other[2] > out[bucket] then
+local function since_of(bucket)
+    return waiting(bucket).since or now
+end
+
+-- Permits that a bucket allows for calls that have waited since then. One token stays free for each
+-- process that has waited longer and can be served, however slow it is.
+local function allowed(bucket, most, since)
+    local before = 0
+    for _, other in ipairs(waiting(bucket)) do
+        if other[1] < since and other[2] > out[bucket] then
             before = before + 1
         end
     end
     return math.max(0, most - out[bucket] - before)
 end
 
-local granted, served = {}, {}
+-- A process waits for its second bucket only with requests that the first one allows, and keeps its
+-- place at the first one meanwhile. So the first in the line of a second bucket is stopped by no other
+-- process, and no two processes stop each other.
+local granted, served, ages, within = {}, {}, {}, {}
 while place < #ARGV do
     local wanted, first = read(), read()
-    local places, rooms = {read()}, {read()}
-    places[2], rooms[2] = read(), read()
-    for side = 1, 2 do
-        rooms[side] = math.floor(rooms[side] * part + 0.001) -- the shares were rounded
-    end
+    local own, own_most = read(), math.floor(read() * part + 0.001)
+    local all, all_most = read(), math.floor(read() * part + 0.001)
     local given = 0
     if repeated then
-        while given < wanted and redis.call('ZSCORE', keys[places[1]], name(first + given)) do
+        while given < wanted and redis.call('ZSCORE', keys[own], name(first + given)) do
             given = given + 1
         end
-    else
-        -- A process waits only for the first bucket that stops it. If it waited for both, another one
-        -- could be before it at the one and behind it at the other, so that neither is served.
-        given = now >= opens and wanted or 0
-        for side = 1, 2 do
-            local bucket = places[side]
-            if bucket > 0 and given > 0 then
-                local here = math.min(given, allowed(bucket, rooms[side]))
-                missing[bucket] = missing[bucket] + given - here
-                given = here
+    elseif now >= opens then
+        ages[own], ages[all] = since_of(own), ages[all] or now
+        given = math.min(wanted, allowed(own, own_most, ages[own]))
+        missing[own] = missing[own] + wanted - given
+        room[own] = math.max(room[own], own_most)
+        if all > 0 and given > 0 then
+            local here = math.min(given, allowed(all, all_most, since_of(all)))
+            if here < given then
+                missing[all] = missing[all] + given - here
+                room[all] = math.max(room[all], all_most)
+                within[own] = all
             end
+            ages[all] = not served[all] and here == 0 and since_of(all) or now
+            given = here
         end
-        for side = 1, 2 do
-            local bucket = places[side]
-            if bucket > 0 then
-                for number = first, first + given - 1 do
-                    redis.call('ZADD', keys[bucket], whole(now + lease), name(number))
-                end
-                out[bucket] = out[bucket] + given
-                room[bucket] = math.max(room[bucket], rooms[side])
-                served[bucket] = served[bucket] or given > 0
+        if given > 0 then
+            ages[own] = now
+            served[all] = true
+        end
+        for _, bucket in ipairs(all > 0 and {own, all} or {own}) do
+            for number = first, first + given - 1 do
+                redis.call('ZADD', keys[bucket], whole(now + lease), name(number))
             end
+            out[bucket] = out[bucket] + given
         end
     end
     granted[#granted + 1] = given
 end
 
-local answers = {head}
-for bucket = 1, count do
-    local answer = {out[bucket], missing[bucket]}
-    if missing[bucket] > 0 then
-        local since = served[bucket] and now or waiting(bucket).since
-        redis.call('HSET', lines[bucket], process, whole(since) .. ' ' .. whole(now) .. ' ' .. whole(room[bucket]))
-        redis.call('PEXPIRE', lines[bucket], math.ceil(2 * pause / 1000))
-        local skipped = math.max(0, out[bucket] - room[bucket])
-        local later = '(' .. whole(now)
-        local coming = redis.call(
-            'ZRANGEBYSCORE', keys[bucket], later, '+inf', 'WITHSCORES', 'LIMIT', skipped, missing[bucket]
-        )
-        for score = 2, #coming, 2 do
-            answer[#answer + 1] = math.ceil(tonumber(coming[score]) - now)
+-- Durations until tokens return for the permits that a bucket did not allow. Each process that has
+-- waited longer takes one of the next tokens.
+local function returning(bucket, since)
+    local before = 0
+    for _, other in ipairs(waiting(bucket)) do
+        if other[1] < since then
+            before = before + 1
         end
-    elseif not repeated and now >= opens then
-        redis.call('HDEL', lines[bucket], process)
     end
-    if not repeated then
-        live(keys[bucket], math.ceil((lease + kept) / 1000))
+    local skipped, later = math.max(0, out[bucket] - room[bucket]) + before, '(' .. whole(now)
+    local coming = redis.call(
+        'ZRANGEBYSCORE', keys[bucket], later, '+inf', 'WITHSCORES', 'LIMIT', skipped, missing[bucket]
+    )
+    local durations = {}
+    for score = 2, #coming, 2 do
+        durations[#durations + 1] = math.ceil(tonumber(coming[score]) - now)
+    end
+    return durations
+end
+
+local answers, again = {head}, {}
+for bucket = 1, count do
+    local free = 0
+    if waits[bucket] > 0 and now >= opens then
+        free = math.min(waits[bucket], allowed(bucket, room[bucket], ages[bucket] or since_of(bucket)))
+        missing[bucket] = missing[bucket] + waits[bucket] - free
+    end
+    local answer = {out[bucket], missing[bucket], free}
+    if missing[bucket] > 0 then
+        for _, duration in ipairs(returning(bucket, ages[bucket] or since_of(bucket))) do
+            answer[#answer + 1] = duration
+        end
+        again[bucket] = now + (answer[4] or 0)
     end
     answers[#answers + 1] = answer
 end
+
 if not repeated then
+    for bucket = 1, count do
+        local next_ask = again[bucket] or (within[bucket] and again[within[bucket]])
+        if next_ask then
+            local entry = {whole(ages[bucket] or since_of(bucket)), whole(now), whole(room[bucket]), whole(next_ask)}
+            redis.call('HSET', lines[bucket], process, table.concat(entry, ' '))
+            live(lines[bucket], math.ceil((next_ask - now + 2 * pause) / 1000))
+        elseif now >= opens then
+            redis.call('HDEL', lines[bucket], process)
+        end
+        live(keys[bucket], math.ceil((lease + kept) / 1000))
+    end
     redis.call('SET', KEYS[2], whole(message), 'PX', math.ceil((lease + kept) / 1000))
 end
 answers[#answers + 1] = granted

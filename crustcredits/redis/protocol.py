@@ -19,7 +19,7 @@ SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # In the place of a bucket.
 _NONE = 0
-_STATE = 2  # numbers of a bucket's answer before its durations
+_STATE = 3  # numbers of a bucket's answer before its durations
 
 
 @attrs.frozen(kw_only=True)
@@ -30,9 +30,13 @@ class BucketReport:
         name: The bucket's name in Redis.
         returns: Numbers of tokens that are out, each with the seconds until its return.
         unused: Numbers of tokens that are not out any more.
+        waits: How many permits calls wait for besides those that the message asks for.
+        most: How many tokens may be out for these.
     """
 
     name: str
+    waits: int = 0
+    most: int = 0
     returns: Sequence[tuple[int, float]] = ()
     unused: Sequence[int] = ()
 
@@ -72,8 +76,10 @@ class Request:
         kept: How long Redis keeps tokens after their return.
         life: How long Redis keeps the marker of an idle prefix.
         is_strict: Whether the processes use no more than their shares.
-        share: The share of this process; 0 while it may use it by itself.
-        silence: After how long without a message the share of a process is not used by others.
+        is_last: Whether the process sends nothing any more.
+        share: The share of this process.
+        shares: Whether its share is used by all, and not by the process alone.
+        silence: After how long without a message the share of a process is not used by all.
         buckets: The reports.
         asks: The requests for permits.
     """
@@ -93,7 +99,9 @@ class Request:
     kept: float
     life: float
     is_strict: bool = False
+    is_last: bool = False
     share: float = 0.0
+    shares: bool = True
     silence: float = 0.0
     buckets: Sequence[BucketReport]
     asks: Sequence[PermitRequest]
@@ -115,13 +123,14 @@ class Request:
             _micro(self.lease),
             _micro(self.kept),
             math.ceil(self.life * 1e3),
-            int(self.is_strict),
+            int(self.is_strict) + int(self.is_strict and self.is_last),
             round(self.share * 1e9),
+            int(self.shares),
             _micro(self.silence),
         ]
         for bucket in self.buckets:
             names += (bucket.name, bucket.name + ":line")
-            said += (len(bucket.returns), len(bucket.unused))
+            said += (bucket.waits, bucket.most, len(bucket.returns), len(bucket.unused))
             for number, seconds in bucket.returns:
                 said += (number, _micro(seconds))
             said += bucket.unused
@@ -141,11 +150,14 @@ class BucketState:
     Attributes:
         out: Tokens that are out.
         missing: Permits that were wanted, and that this bucket did not allow.
-        returns: Seconds until that many of its tokens return, ascending; fewer if fewer are out.
+        free: Permits that it allows for the calls that wait besides.
+        returns: Seconds until tokens return for the missing ones, ascending; fewer if fewer are
+            out.
     """
 
     out: int
     missing: int
+    free: int
     returns: Sequence[float]
 
 
@@ -196,9 +208,9 @@ class Response:
 
 
 def _state(row: Sequence[int]) -> BucketState:
-    out, missing = row[:_STATE]
+    out, missing, free = row[:_STATE]
     return BucketState(
-        out=out, missing=missing, returns=[duration / 1e6 for duration in row[_STATE:]]
+        out=out, missing=missing, free=free, returns=[duration / 1e6 for duration in row[_STATE:]]
     )
 
 

@@ -20,9 +20,9 @@ from crustcredits.redis.local_tokens import FRESH, LocalTokens
 from crustcredits.redis.protocol import BucketReport, BucketState
 from crustcredits.redis.window import Window
 
-# Seconds between two messages for missing tokens, so that one message fetches all that return in
-# between.
-GAP = 0.05
+# Most seconds from the return of a token to the message that asks for it, so that one message
+# fetches all that return in between.
+GAP = 0.15
 # Most seconds between two messages while a call waits or tokens are out; a lost count is noticed
 # within this time.
 BEAT = 0.5
@@ -72,7 +72,7 @@ class Link(Protocol):
     """
 
     terms: Terms
-    window: Window
+    window: Window[SharedTokens]
     degraded: bool
     settled: bool
     settles_at: float
@@ -101,11 +101,13 @@ class Granted(NamedTuple):
         number: Its number, unique within the process.
         at: When its lease began.
         degraded: Whether the process granted it by itself.
+        kept: How many tokens the call leaves for which it was asked.
     """
 
     number: int
     at: float
     degraded: bool = False
+    kept: int = 0
 
 
 @attrs.define
@@ -116,7 +118,8 @@ class _Sent:
     homes: int
     returned: int
     asks: list[range] = attrs.field(factory=list)  # the numbers of the permits asked for
-    kept: int | None = None  # least number of tokens that these permits leave
+    waits: int = 0  # permits that calls wait for besides
+    kept: int | None = None  # least number of tokens that all these permits leave
 
 
 class SharedTokens:
@@ -148,8 +151,8 @@ class SharedTokens:
         self.within = within
         self._is_gate = is_gate
         self.epoch: int = 0  # the last one in which all tokens were registered
-        # When it makes sense to ask again for tokens that were not there.
-        self.not_before: float = -math.inf
+        # Until when there are no tokens for calls that leave so many.
+        self._short: dict[int, float] = {}
         self._link = link
         self.limit: int = limit
         self._own = LocalTokens(limit)  # the count of this process
@@ -163,20 +166,25 @@ class SharedTokens:
         self._asked = 0  # of these, those that the window counts
         # Tokens that the waiting calls leave, here and in `within`.
         self._kept = self._kept_within = 0
-        self._short_kept = 0  # tokens that calls leave for which none was there
+        self._kept_asked = 0  # tokens that the calls leave for which the message asks
         self._sent: _Sent | None = None
         # Used tokens of other processes at the last answer, and when these have returned.
         self._others, self._others_until = 0, 0.0
         self._coming: list[float] = []  # when the next tokens return
+        self._waits_in_line = False  # in Redis, as one of the waiting processes
         if link.degraded:
             self._own.resize(self._share())
 
     # --- for the bucket
 
-    @property
-    def free(self) -> int:
-        """Number of tokens that can be used now."""
-        return self._own.free if self._link.degraded else len(self._hand)
+    def free(self, kept: int) -> int:
+        """Number of tokens that can be used now by calls that leave `kept` tokens.
+
+        In degraded mode for calls that leave none.
+        """
+        if self._link.degraded:
+            return self._own.free
+        return sum(token.kept >= kept for token in self._hand) if kept else len(self._hand)
 
     @property
     def available(self) -> int:
@@ -204,7 +212,7 @@ class SharedTokens:
         if limit == self.limit:
             return
         self.limit = limit
-        self.not_before = -math.inf
+        self._short.clear()
         if self._link.degraded:
             self._own.resize(self._share())
 
@@ -227,13 +235,21 @@ class SharedTokens:
         while self._hand and now - self._hand[0].at > FRESH:
             self._drop_unused()
 
-    def start(self, now: float) -> int:
-        """Use one free token for an attempt; return a mark for `own`."""
+    def start(self, now: float, kept: int) -> int:
+        """Use one free token for an attempt; return a mark for `own`.
+
+        The call leaves `kept` tokens. A token that was asked for by a call that leaves fewer is not
+        for it.
+        """
         mark = self._own.start(now)
         if self._link.degraded:
             self._on_wire.append(Granted(self._link.number(1), now, degraded=True))
             return mark
-        self._on_wire.append(self._hand.popleft())
+        token = self._hand[0]
+        if not self._is_gate:
+            token = min(self._hand, key=lambda each: (each.kept < kept, each.kept, each.at))
+        self._hand.remove(token)
+        self._on_wire.append(token)
         if not self._is_gate:
             self._link.window.used()
         return mark
@@ -267,29 +283,41 @@ class SharedTokens:
         self._wanted, self._kept, self._kept_within = count, kept, kept_within
         window = self._link.window
         window.waits(self, count)
+        if not count and self._waits_in_line:
+            self._link.say(self, at_once=False)  # other processes need not wait for this one
         if self._is_gate or self._link.degraded:
             return
-        self._count_asked(0 if self.is_short(self._link.now()) else self._to_ask())
+        self._count_asked(0 if self._link.now() < self.asks_from else self._to_ask())
         if self.wants:
             self._link.say(self, at_once=True)
 
-    def is_short(self, now: float) -> bool:
-        """Whether Redis has no token for the waiting calls now, as far as known."""
-        return not self._link.degraded and now < self.not_before
+    def ask_later(self) -> None:
+        """Ask for nothing until `need` says so; the process keeps its place among the others."""
+        self._waits_in_line = False
+        self._want_nothing()
+
+    @property
+    def asks_from(self) -> float:
+        """When the waiting calls ask: at once, unless there are no tokens for such calls."""
+        return self.short_until(self._kept)
+
+    def short_until(self, kept: int) -> float:
+        """Until when Redis has no token for calls that leave `kept` tokens, as far as known."""
+        return max((when for most, when in self._short.items() if most <= kept), default=-math.inf)
 
     def room_to_ask(self, now: float, kept: int) -> int:
         """For how many more permits calls may ask that leave `kept` of these tokens."""
         room = self._link.window.room
-        if self.is_short(now):
-            return 0 if kept >= self._short_kept else room
-        return min(room, max(1, bisect_right(self._coming, now + GAP))) if self._coming else room
+        if now < self.short_until(kept):
+            return 0
+        return min(room, max(1, bisect_right(self._coming, now))) if self._coming else room
 
     def room_came(self) -> None:
         """Note that more permits may be asked for."""
         if self._is_gate:
             if self._link.window.allows(self._wanted):
                 self._wake()
-        elif self.wants and not self._link.degraded:
+        elif self.wants and not self._link.degraded and self._link.now() >= self.asks_from:
             self._count_asked(self._to_ask())
             self._link.say(self, at_once=True)
 
@@ -335,41 +363,65 @@ class SharedTokens:
         self.collect(now)
         return bool(self._hand or self._on_wire or self._ended or self._returned)
 
-    def report(self, now: float, epoch: int) -> BucketReport:
-        """The part of a message that is about this bucket.
+    def has_news(self, now: float, epoch: int) -> bool:
+        """Whether a message about this bucket is of use."""
+        return bool(
+            self._unreported
+            or self._returned
+            or (self._waits_in_line and not self._wanted)
+            or (self._to_ask() and now >= self.asks_from)
+            or (self.epoch != epoch and self.holds(now))
+        )
 
-        Registers every token that is out, if that has not been done in this epoch.
-        """
+    def begin(self, now: float) -> None:
+        """Begin a message that reports about this bucket."""
         self.collect(now)
         lease = self._link.terms.lease
         self._returned = [token for token in self._returned if now < token.at + lease]
-        homes = self._unreported if epoch == self.epoch else self._all_homes(now)
         self._sent = _Sent(now, len(self._unreported), len(self._returned))
-        return BucketReport(
-            name=self.name,
-            returns=[(number, home - now) for number, home in homes],
-            unused=[token.number for token in self._returned],
-        )
 
-    def asks(self) -> int:
-        """How many permits the message under way asks for."""
-        count = self._to_ask()
+    def asks(self, now: float) -> int:
+        """How many permits the message asks for: none before tokens return."""
+        count = 0 if now < self.asks_from else self._to_ask()
         self._count_asked(count)
         return count
 
     def ask(self, numbers: range, asking: SharedTokens) -> int:
         """Note the permits that the message asks for. Returns how many tokens may be out."""
-        assert self._sent is not None
+        sent = self._sent
+        assert sent is not None
         kept = asking._kept if asking is self else asking._kept_within
-        self._sent.asks.append(numbers)
-        self._sent.kept = kept if self._sent.kept is None else min(kept, self._sent.kept)
+        sent.asks.append(numbers)
+        self._kept_asked = kept
+        sent.kept = kept if sent.kept is None else min(kept, sent.kept)
         return self.limit - kept
+
+    def report(self, now: float, epoch: int) -> BucketReport:
+        """The part of the message that is about this bucket, when it is known what it asks for.
+
+        Registers every token that is out, if that has not been done in this epoch.
+        """
+        sent = self._sent
+        assert sent is not None
+        homes = self._unreported if epoch and epoch == self.epoch else self._all_homes(now)
+        if self._is_gate or not sent.asks:
+            sent.waits = min(self._wanted, self._link.window.size)
+        if sent.waits:
+            sent.kept = self._kept if sent.kept is None else min(self._kept, sent.kept)
+        return BucketReport(
+            name=self.name,
+            waits=sent.waits,
+            most=self.limit - self._kept,
+            returns=[(number, home - now) for number, home in homes],
+            unused=[token.number for token in self._returned],
+        )
 
     def granted(self, numbers: range) -> None:
         """Take the tokens of permits that the message has brought."""
         assert self._sent is not None
         at = self._sent.at
-        self._hand.extend(Granted(number, at) for number in numbers)
+        kept = self._kept_asked
+        self._hand.extend(Granted(number, at, kept=kept) for number in numbers)
         if numbers:
             self._link.keeps_an_eye_on(self)
 
@@ -385,20 +437,29 @@ class SharedTokens:
         self._others = max(0, state.out - self._own_out() - len(self._hand))
         self._others_until = now + self._link.terms.period
         self._coming = [now + seconds for seconds in state.returns]
-        if not sent.asks:
+        self._waits_in_line = state.missing > 0
+        if sent.kept is None:  # nothing was wanted
             return False
-        kept = sent.kept or 0
         if pause:
-            self._short_kept, self.not_before = 0, now + pause
+            self._short = {0: now + pause}
+        elif state.free:
+            self._short.clear()
         elif state.missing:
-            comes = self._coming[0] if self._coming else now + BEAT
-            # Calls that leave fewer tokens may have learnt before that there is none.
-            self._short_kept = min(kept, self._short_kept) if self.is_short(now) else kept
-            self.not_before = min(max(now + GAP, comes), now + BEAT)
-        if not self._is_gate:
+            self._short[sent.kept] = self._next_returns(now)
+        if sent.asks and not self._is_gate:
             self._wanted = 0  # calls that still wait ask again
             self._link.window.waits(self, 0)
         return True
+
+    def _next_returns(self, now: float) -> float:
+        """When to ask for the tokens that return next, with those that follow at once.
+
+        Where that is unknown, the next heartbeat tells.
+        """
+        if not self._coming:
+            return now + 2 * BEAT
+        first = max(now, self._coming[0])
+        return max(first, self._coming[bisect_right(self._coming, first + GAP) - 1])
 
     def settle(self, given: int) -> None:
         """Count the permits that the answer brought as unused, and no more as asked for."""
@@ -441,7 +502,7 @@ class SharedTokens:
 
     def change(self) -> None:
         """Adapt to the end of degraded mode, or to the use of the whole share."""
-        self.not_before = -math.inf
+        self._short.clear()
         self._own.resize(self._share())
         self._wake()
 
@@ -499,5 +560,5 @@ class SharedTokens:
         # Redis does not know a token that this process granted by itself and has not registered.
         if self.epoch or self._sent is not None or not token.degraded:
             self._returned.append(token)
-            self.not_before = -math.inf
+            self._short.clear()
             self._link.say(self, at_once=self.wants)  # a call that waits here can have it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 # Most permits in the window.
 MOST = 32
@@ -19,7 +19,10 @@ class Waiter(Protocol):
         ...
 
 
-class Window:
+WaiterT = TypeVar("WaiterT", bound=Waiter)
+
+
+class Window(Generic[WaiterT]):
     """Permits that one client has asked for, or has and does not use yet, over all buckets.
 
     They are no more than the pace can use in a moment: other processes could use the rest. Requests
@@ -30,13 +33,14 @@ class Window:
 
     Attributes:
         size: The most permits.
+        waiters: Tokens with waiting calls, in the order in which they began to wait.
     """
 
     def __init__(self, pace: float | None) -> None:
         self.size: int = MOST if pace is None else max(1, min(MOST, int(pace * _AHEAD)))
         self._asked = 0
         self._unused = 0
-        self._waiters: dict[Waiter, None] = {}
+        self.waiters: dict[WaiterT, None] = {}
         self._is_telling = False
 
     @property
@@ -53,12 +57,12 @@ class Window:
         room = self.room + asked
         return min(wanted, room) if room >= min(wanted, (self.size + 1) // 2) else 0
 
-    def waits(self, waiter: Waiter, count: int) -> None:
+    def waits(self, waiter: WaiterT, count: int) -> None:
         """Note that `count` calls wait, which may ask when there is room."""
         if count:
-            self._waiters[waiter] = None
+            self.waiters[waiter] = None
         else:
-            self._waiters.pop(waiter, None)
+            self.waiters.pop(waiter, None)
 
     def asked_for(self, more: int) -> None:
         """Note that more permits are asked for, or with a negative number fewer."""
@@ -80,11 +84,11 @@ class Window:
 
     def _tell_soon(self) -> None:
         """Tell all waiters in the next turn of the loop, because a call may start in this one."""
-        if self._waiters and not self._is_telling:
+        if self.waiters and not self._is_telling:
             self._is_telling = True
             asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
         self._is_telling = False
-        for waiter in tuple(self._waiters):
+        for waiter in tuple(self.waiters):
             waiter.room_came()

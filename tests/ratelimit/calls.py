@@ -97,9 +97,9 @@ class OutsideTokens(TokenBucket):
     def want(self, count: int, kept: int) -> None:
         self.wanted.append((count, kept))
 
-    def take(self, now: float) -> int:
+    def take(self, now: float, kept: int = 0) -> int:
         self.taken.append(now)
-        return super().take(now)
+        return super().take(now, kept)
 
 
 class Outside:

@@ -12,7 +12,7 @@ class Tokens:
 
     def __init__(self, limit: int = 10, free: int = 0) -> None:
         self.log: list[tuple[Any, ...]] = []
-        self.limit, self.free = limit, free
+        self.limit, self.unused = limit, free
         self.in_flight = self.share = self.available = 0
         self.degraded = self.settling = self.idle = False
         self.coming: list[float] = []
@@ -36,7 +36,7 @@ class Tokens:
         self.log.append(("collect", now))
         back = sum(when <= now for when in self.coming)
         del self.coming[:back]
-        self.free += back
+        self.unused += back
         self.available += back
 
     def next_home(self, missing: int) -> float | None:
@@ -45,15 +45,21 @@ class Tokens:
     def need(self, count: int, kept: int, kept_within: int = 0) -> None:
         self.log.append(("need", count, kept, kept_within))
 
-    def is_short(self, now: float) -> bool:
-        return not self.degraded and now < self.not_before
+    def ask_later(self) -> None:
+        self.log.append(("ask later",))
+
+    def short_until(self, kept: int) -> float:
+        return self.not_before
 
     def room_to_ask(self, now: float, kept: int) -> int:
         return self.askable - kept
 
-    def start(self, now: float) -> int:
-        self.log.append(("start", now))
-        self.free -= 1
+    def free(self, kept: int) -> int:
+        return self.unused
+
+    def start(self, now: float, kept: int) -> int:
+        self.log.append(("start", now, kept))
+        self.unused -= 1
         self.in_flight += 1
         return 40 + self.in_flight
 

@@ -37,7 +37,7 @@ class Endpoint:
     def comes(self, whose: Hashable | None, count: int = 0, now: float = 0.0) -> None:
         """Let an answer come, with this many tokens of an account."""
         if count:
-            self.tokens[whose].free += count
+            self.tokens[whose].unused += count
         self._wake[whose]()
         self.permits.release_due(now)
 
@@ -105,7 +105,7 @@ def test_waiting_calls_say_how_many_tokens_they_leave() -> None:
     endpoint.wait(call("a1", flow, "A"))
     endpoint.wait(call("a2", flow, "A"))
     endpoint.wait(call("a3", Flow(Kind.SINGLE), "A"))
-    assert endpoint.asked("A") == [(1, 0, 5), (2, 5, 5), (3, 0, 0)]
+    assert endpoint.asked("A") == [(1, 0, 5), (2, 5, 5), (1, 0, 0)]
 
 
 def test_calls_whose_account_has_no_token_wait_for_it_and_hold_up_no_others() -> None:
@@ -134,7 +134,7 @@ def test_a_call_that_may_ask_starts_without_it_where_a_permit_is_left() -> None:
     endpoint = Endpoint(askable=0)
     flow = Flow()
     endpoint.wait(call("a1", flow, "A"))
-    endpoint.tokens["A"].free = 1
+    endpoint.tokens["A"].unused = 1
     endpoint.tokens[None].askable = 1
     endpoint.comes(None)
     assert endpoint.let_out() == ["a1"]
@@ -155,6 +155,7 @@ def test_without_a_common_token_calls_that_asked_give_others_their_turn() -> Non
     for name in ("a", "b"):
         endpoint.comes(name)
     assert parked == [1, 1, -1, -1]
+    assert [endpoint.tokens[name].log[-1] for name in ("a", "b")] == [("ask later",)] * 2
     assert len(endpoint.permits.common) == 3
     assert endpoint.permits.next_moment == 9.0
     endpoint.wait(call("s", Flow(Kind.SINGLE)))
@@ -170,14 +171,14 @@ def test_in_degraded_mode_each_scope_has_tokens_of_its_own() -> None:
     for name in (None, "a"):
         endpoint.permits.accounts.of(call("a", Flow()))
         tokens = endpoint.tokens[name]
-        tokens.degraded, tokens.share, tokens.free = True, 5, 0
+        tokens.degraded, tokens.share, tokens.unused = True, 5, 0
     waits = endpoint.wait(call("a", Flow()))
-    endpoint.tokens["a"].free = 1
+    endpoint.tokens["a"].unused = 1
     endpoint.comes("a")
     assert endpoint.ready.pop() is waits
     endpoint.wait(waits)
     assert len(endpoint.permits.common) == 1
-    endpoint.tokens[None].free = 1
+    endpoint.tokens[None].unused = 1
     endpoint.comes(None)
     assert endpoint.ready.pop() is waits
     assert endpoint.permits.admit(waits, 0.0) is not None

@@ -146,7 +146,7 @@ def test_a_request_takes_a_token_and_reports_when_it_returns() -> None:
     bucket.return_at(70.0)
     bucket.put_back()
     assert bucket.on_wire == 0
-    assert tokens.log == [("start", 1.0), ("start", 2.0), ("end", 70.0), ("unsend",)]
+    assert tokens.log == [("start", 1.0, 0), ("start", 2.0, 0), ("end", 70.0), ("unsend",)]
 
 
 def test_ended_requests_are_counted_by_the_return_of_their_tokens() -> None:
@@ -208,7 +208,7 @@ def test_a_gate_knows_when_to_ask_again_only_while_there_is_no_token() -> None:
     tokens = Tokens()
     assert gate(tokens).room_at(0.0, 0) is None
     tokens.not_before = 7.0
-    assert gate(tokens).is_short(6.9)
+    assert gate(tokens).is_short(6.9, 0)
     assert gate(tokens).room_at(6.9, 0) == 7.0
     assert gate(tokens).room_at(7.0, 0) is None
 
@@ -219,7 +219,7 @@ def test_in_degraded_mode_a_gate_counts_as_any_leased_tokens() -> None:
     tokens.coming = [4.0, 5.0]
     assert gate(tokens).room(0.0, 4) == leased(tokens).room(0.0, 4) == 1
     assert gate(tokens).room_at(0.0, 6) == leased(tokens).room_at(0.0, 6) == 4.0
-    assert not gate(tokens).is_short(0.0)
+    assert not gate(tokens).is_short(0.0, 0)
 
 
 class Store:

@@ -93,6 +93,7 @@ class Asked:
     """One bucket's part of a message."""
 
     key: str
+    waits: int
     homes: dict[int, float]
     returned: tuple[int, ...]
     permits: list[tuple[int, int, int]] = attrs.field(factory=list)  # count, first number, room
@@ -120,14 +121,14 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
     process, *rest = said
     numbers = iter([int(number) for number in rest])
-    number, epoch, _, hold, _, _, _, _, pause, lease, _, _, _, _, _ = (
-        next(numbers) for _ in range(15)
+    number, epoch, _, hold, _, _, _, _, pause, lease, _, _, _, _, _, _ = (
+        next(numbers) for _ in range(16)
     )
     buckets = []
     for key in keys[3::2]:
-        homes, returned = (next(numbers) for _ in range(2))
+        waits, _, homes, returned = (next(numbers) for _ in range(4))
         told = {next(numbers): next(numbers) / 1e6 for _ in range(homes)}
-        buckets.append(Asked(key, told, tuple(next(numbers) for _ in range(returned))))
+        buckets.append(Asked(key, waits, told, tuple(next(numbers) for _ in range(returned))))
     for wanted in numbers:
         first, *places = (next(numbers) for _ in range(5))
         for place, room in zip(places[::2], places[1::2], strict=True):
@@ -546,7 +547,7 @@ def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
     marker = f"{{{prefix}}}:epoch"
     names = [marker, f"{marker}:opener", f"{marker}:shares"]
-    return names, ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000, 0, 0, 0]
+    return names, ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000, 0, 0, 0, 0]
 
 
 def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:

@@ -127,7 +127,7 @@ def test_a_process_that_waits_longer_is_served_first(redis: FakeRedis, clock: Cl
     assert two.ask(("a", 1, 1), first=20).granted == (1,)
 
 
-def test_a_process_waits_only_for_the_first_bucket_that_stops_it(
+def test_a_process_waits_for_the_second_bucket_only_with_requests_that_the_first_one_allows(
     redis: FakeRedis, clock: Clock
 ) -> None:
     """Two processes that are before each other at one bucket each would both wait for ever."""

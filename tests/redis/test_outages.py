@@ -59,7 +59,7 @@ async def test_a_clock_that_was_set_is_noticed(
     assert redis.out() == 5
     assert [task.done() for task in tasks] == [True] * 2 + [False] * 3
     await asyncio.gather(*tasks)
-    assert now() == pytest.approx(60, abs=0.2)
+    assert now() == pytest.approx(60, abs=0.35)
     assert "Redis's clock was set" in caplog.text
 
 
@@ -124,7 +124,7 @@ async def test_tokens_put_back_during_their_registration_are_given_back(
     for _ in range(3):
         await one.send()
     redis.down = False
-    await asyncio.sleep(0.75)  # a message has arrived, its answer has not
+    await asyncio.sleep(1.15)  # a message has arrived, its answer has not
     assert redis.out() == 3
     for _ in range(3):
         one.bucket.put_back()

@@ -33,7 +33,9 @@ REQUEST = Request(
     share=1 / 3,
     silence=5.0,
     buckets=[
-        BucketReport(name="{p}:a", returns=[(3, 60.0000001), (4, -0.5)], unused=[5]),
+        BucketReport(
+            name="{p}:a", waits=3, most=250, returns=[(3, 60.0000001), (4, -0.5)], unused=[5]
+        ),
         BucketReport(name="{p}:all"),
     ],
     asks=[
@@ -57,8 +59,8 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
     ]
     process = ["one", 7, 11, 12, 1, 0, 1_700_000_000_000_000, 250_000, 2_000_000]
     durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
-    strict = [1, 333_333_333, 5_000_000]
-    buckets = [2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0]
+    strict = [1, 333_333_333, 1, 5_000_000]
+    buckets = [3, 250, 2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0, 0, 0]
     asks = [2, 100, 1, 290, 2, 300, 1, 102, 2, 270, 0, 0]
     assert said == [*process, *durations, *strict, *buckets, *asks]
 
@@ -69,15 +71,15 @@ def test_the_first_message_to_a_server_says_so() -> None:
 
 
 def test_an_answer_has_the_state_of_each_bucket_and_what_was_granted() -> None:
-    answer = [[1, 11, 500_000, 99], [8, 0], [300, 2, 1_000_000, 2_500_000], [2, 0]]
+    answer = [[1, 11, 500_000, 99], [8, 0, 3], [300, 2, 0, 1_000_000, 2_500_000], [2, 0]]
     assert Response.decode(answer, REQUEST) == Response(
         is_known=True,
         epoch=11,
         pause=0.5,
         clock=99,
         buckets=(
-            BucketState(out=8, missing=0, returns=[]),
-            BucketState(out=300, missing=2, returns=[1.0, 2.5]),
+            BucketState(out=8, missing=0, free=3, returns=[]),
+            BucketState(out=300, missing=2, free=0, returns=[1.0, 2.5]),
         ),
         granted=(2, 0),
     )
@@ -99,10 +101,10 @@ def test_numbers_may_come_as_text() -> None:
         [],
         [[1, 2]],
         [[1, 11, 0, 99]],
-        [[1, 11, 0, 99], [8, 0], [1, 1]],
-        [[1, 11, 0, 99], [8, 0], [1, 1], [2]],
-        [[1, 11, 0, 99], [8], [1, 1], [2, 0]],
-        [[1, 11, 0, 99], [8, "x"], [1, 1], [2, 0]],
+        [[1, 11, 0, 99], [8, 0, 0], [1, 1, 0]],
+        [[1, 11, 0, 99], [8, 0, 0], [1, 1, 0], [2]],
+        [[1, 11, 0, 99], [8, 0], [1, 1, 0], [2, 0]],
+        [[1, 11, 0, 99], [8, "x", 0], [1, 1, 0], [2, 0]],
     ],
 )
 def test_an_answer_of_another_script_is_refused(answer: Any) -> None:

@@ -25,11 +25,11 @@ class Waiter:
     ("pace", "size"), [(None, MOST), (1000.0, MOST), (100.0, 15), (20.0, 3), (0.5, 1)]
 )
 def test_the_window_is_what_the_pace_can_use_in_a_moment(pace: float | None, size: int) -> None:
-    assert Window(pace).size == Window(pace).room == size
+    assert Window[Waiter](pace).size == Window[Waiter](pace).room == size
 
 
 async def test_permits_asked_for_and_unused_ones_take_room() -> None:
-    window = Window(100.0)
+    window = Window[Waiter](100.0)
     window.asked_for(10)
     assert window.room == 5
     window.answered(10, 4)
@@ -49,21 +49,21 @@ async def test_permits_are_asked_for_in_groups_of_half_the_window(
     asked: int, wanted: int, share: int
 ) -> None:
     """Or fewer, if no more are wanted."""
-    window = Window(100.0)
+    window = Window[Waiter](100.0)
     window.asked_for(asked)
     assert window.share_of(wanted, 0) == share
     assert window.allows(wanted) == (share > 0)
 
 
 async def test_permits_asked_for_already_are_part_of_the_share() -> None:
-    window = Window(100.0)
+    window = Window[Waiter](100.0)
     window.asked_for(10)
     assert window.share_of(40, 10) == 15
 
 
 async def test_waiters_are_told_of_room_in_the_next_turn_of_the_loop() -> None:
     """Once for any number of permits; and no more when they do not wait."""
-    window = Window(100.0)
+    window = Window[Waiter](100.0)
     waits, left = Waiter(), Waiter()
     window.waits(waits, 3)
     window.waits(left, 1)
