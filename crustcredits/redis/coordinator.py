@@ -11,7 +11,8 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -50,6 +51,10 @@ _OTHERS_ALONE = _GRACE - 1.5 * BEAT
 # other processes leave its share to it.
 _QUIET = 2.0
 _SILENCE = 2.5 * _QUIET
+# How many losses within how many seconds are logged although Redis answers between, and after how
+# many seconds without such losses they are logged again.
+_LOSSES, _LOSSES_WITHIN = 3, 10.0
+_SAYS_LOSSES_EVERY = 60.0
 # Most buckets in one message.
 _BUCKETS = 64
 # Seconds after which Redis forgets the marker of an idle prefix.
@@ -120,6 +125,10 @@ class Coordinator:
         self._number = self._message_number = 0
         self._failing: float | None = None  # loop time of the first failure in a row
         self._gone = False  # failing for longer than the grace time
+        # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
+        self._probe: SharedTokens | None = None
+        self._losses: deque[float] = deque(maxlen=_LOSSES)  # when messages began to fail
+        self._says_losses_at = -math.inf
         # No tokens may be granted for a while: Redis was out of reach for so long that other
         # processes may be in degraded mode.
         self._hold = False
@@ -228,28 +237,37 @@ class Coordinator:
             tokens.collect(now)
             if not tokens.has_in_hand:
                 self._in_hand.discard(tokens)
+        if self._gone and not await self._is_back():
+            return
         message = self._message(now, self._take_due(now, is_beat=is_beat))
         if not (message.indexes or is_beat or self.closed) and self._failing is None:
             return
         self._last = now
-        batch = list(message.indexes)
         request = self._request(message)
         try:
             async with asyncio.timeout(_PATIENCE):
-                if self._gone:
-                    # A message of this process stops all others for a moment. So none is sent
-                    # before an answer can arrive.
-                    await self._client.ping()
                 response = Response.decode(await self._call(request), request)
         except Exception as error:  # noqa: BLE001  # any error: no call may hang because of it
-            self._lost(
-                batch,
-                f"{type(error).__name__}: {error}"
-                if isinstance(error, RedisError)
-                else type(error).__name__,
-            )
+            if message.asks:
+                self._probe = message.asks[0][0]
+            self._lost(message, error)
         else:
             self._heard(message, response)
+
+    async def _is_back(self) -> bool:
+        """Whether Redis answers after an outage.
+
+        A message of this process stops all others for a moment, so none is sent before.
+        """
+        self._last = _now()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self._client.ping()
+        except Exception as error:  # noqa: BLE001  # as for a message
+            self._probe = None  # no message at all is answered
+            self._lost(_Message(self._last, self._epoch), error)
+            return False
+        return True
 
     def _take_due(self, now: float, *, is_beat: bool) -> list[SharedTokens]:
         """The buckets of the next message: those that are due, or nearly.
@@ -273,14 +291,19 @@ class Coordinator:
         message = _Message(now, self._epoch)
         for tokens in batch:
             message.add(tokens)
-        # While Redis fails, no further permits are asked for: the numbers of the first failed
-        # message are enough to give back.
-        if self._failing is None and not self.closed:
+        if self._failing is not None:
+            # One permit is enough to see whether messages that ask arrive, and to give back.
+            if self._probe is not None and not self.closed:
+                message.ask(self._probe, self._numbers(1))
+        elif not self.closed:
             for tokens in batch:
                 if count := tokens.asks(now):
-                    first = self.number(count)
-                    message.ask(tokens, range(first, first + count))
+                    message.ask(tokens, self._numbers(count))
         return message
+
+    def _numbers(self, count: int) -> range:
+        first = self.number(count)
+        return range(first, first + count)
 
     def _request(self, message: _Message) -> Request:
         now, terms = message.now, self.terms
@@ -368,14 +391,16 @@ class Coordinator:
 
     # --- without Redis
 
-    def _lost(self, batch: Sequence[SharedTokens], why: str) -> None:
+    def _lost(self, message: _Message, error: Exception) -> None:
+        why = type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")
         if self._failing is None:
             self._failing = self._last
+            self._note_loss(why)
             for tokens in list(self._all):
                 tokens.lose_touch()
-        for tokens in batch:
+        for tokens in message.indexes:
             tokens.unanswered()
-        self._due |= dict.fromkeys(batch, self._last)
+        self._due |= dict.fromkeys(message.indexes, self._last)
         if _now() - self._failing < _GRACE:
             return
         if not self._gone:
@@ -392,6 +417,19 @@ class Coordinator:
                 tokens.fail()
         elif not self.degraded:
             self._go_alone(self._last if self.terms.is_strict else self._failing)
+
+    def _note_loss(self, why: str) -> None:
+        """Log when messages are lost again and again, although Redis answers between."""
+        self._losses.append(self._last)
+        if len(self._losses) < _LOSSES or self._last - self._losses[0] > _LOSSES_WITHIN:
+            return
+        if self._last >= self._says_losses_at:
+            _log.warning(
+                "Redis loses messages, the last one to %s; calls wait longer: look at the network "
+                "between this process and Redis, and at Redis's log",
+                why,
+            )
+        self._says_losses_at = self._last + _SAYS_LOSSES_EVERY
 
     def _go_alone(self, since: float) -> None:
         self.degraded = True
@@ -416,7 +454,7 @@ class Coordinator:
             tokens.change()
 
     def _come_back(self) -> None:
-        self._failing = None
+        self._failing = self._probe = None
         if self._gone:
             self._gone = False
             _log.warning("Redis answers again; the processes share one count of the rate limit")

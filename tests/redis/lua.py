@@ -154,6 +154,7 @@ class FakeRedis:
         clock: Redis's clock, in seconds; by default the running loop's.
         down: Whether no process can connect.
         cut: Processes that cannot connect.
+        lose_each: Of how many messages the answer of one is lost; 0 for none.
         deaf: Processes whose messages arrive, but not the answers.
         lose_answers: Number of next messages whose answer is lost after the script has run.
         repeat: Number of next messages that the client sends again because their answer was lost.
@@ -178,7 +179,7 @@ class FakeRedis:
         self.down = False
         self.cut: set[str] = set()
         self.deaf: set[str] = set()
-        self.lose_answers = self.repeat = 0
+        self.lose_answers = self.repeat = self.lose_each = self._answers = 0
         self.messages = self.evals = self.closed = 0
         self.messages_of: Counter[str] = Counter()
         self.seen: list[Message] | None = None
@@ -255,7 +256,9 @@ class FakeRedis:
         await asyncio.sleep(self.latency(process))
         answer = await self._arrive(process, run)
         await asyncio.sleep(self.latency(process))
-        if self.lose_answers or process in self.deaf:
+        self._answers += 1
+        lost = self.lose_each and not self._answers % self.lose_each
+        if self.lose_answers or process in self.deaf or lost:
             self.lose_answers = max(0, self.lose_answers - 1)
             raise RedisConnectionError("Connection lost")
         return answer

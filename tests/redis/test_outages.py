@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from crustcredits import BackendUnavailableError, RateLimit, RateLimitWaitError
 from crustcredits.redis.local_tokens import FRESH
@@ -215,10 +216,14 @@ async def test_a_token_of_degraded_mode_that_redis_never_knew_is_not_reported(
     redis.down = True
     await one.send()
     one.bucket.put_back()
+    number = one.backend._link.number(0) - 1
     redis.down, redis.seen = False, []
     await asyncio.sleep(2)
+    told = [
+        number for message in redis.seen for bucket in message.buckets for number in bucket.returned
+    ]
     assert redis.seen
-    assert not any(bucket.returned for message in redis.seen for bucket in message.buckets)
+    assert number not in told
 
 
 async def test_a_bucket_with_a_queued_report_is_not_forgotten(
@@ -281,6 +286,60 @@ async def test_tokens_are_registered_at_once_when_a_loss_is_noticed(
     assert redis.out() == 3
 
 
+# --- a Redis that works by half
+
+
+@pytest.mark.parametrize("each", [2, 3, 5])
+@pytest.mark.parametrize("on_outage", ["local", "strict", "raise"])
+async def test_calls_proceed_although_answers_are_lost(
+    redis: FakeRedis, start: Start, each: int, on_outage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each second answer, for example. One line of the log says why calls take longer."""
+    one = start(limit=300, on_outage=on_outage, fallback_share=1 / 2)
+    await one.send()
+    redis.lose_each = each
+    began = now()
+    for _ in range(40):
+        await one.send()
+        one.end()
+        await asyncio.sleep(0.1)
+    assert now() - began < 4 + 40 * 0.6
+    redis.lose_each = 0
+    (line,) = {record.message for record in caplog.records}
+    assert line.startswith("Redis loses messages, the last one to ConnectionError: Connection")
+
+
+async def test_a_failure_lasts_until_a_message_that_asks_is_answered(
+    redis: FakeRedis,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where only messages that ask are lost, the others do not end the outage."""
+    one = start(limit=20, fallback_share=1 / 2)
+    for _ in range(10):
+        await one.send()
+        one.end()
+    await passes(58)
+    works, evalsha = False, redis.evalsha
+
+    async def answers(sha: str, count: int, *said: str | int) -> object:
+        answer = await evalsha(sha, count, *said)
+        if answer[-1] and not works:
+            raise RedisConnectionError("reset")
+        return answer
+
+    monkeypatch.setattr(redis, "evalsha", answers)
+    tasks = [one.waits() for _ in range(8)]
+    await passes(66)
+    assert all(task.done() for task in tasks)
+    assert one.backend._link.degraded
+    assert [record.message[:23] for record in caplog.records] == ["Redis is out of reach ("]
+    works = True
+    await asyncio.sleep(3)
+    assert not one.backend._link.degraded
+
+
 # --- crowds
 
 
@@ -319,7 +378,7 @@ async def test_a_long_outage_leaves_few_tokens_to_give_back(redis: FakeRedis, st
     redis.seen = []
     redis.down = False
     await one.send()
-    assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) <= 32
+    assert sum(len(asked.returned) for message in redis.seen for asked in message.buckets) <= 40
 
 
 async def test_thousands_of_waiting_calls_end_a_slice_at_a_time(redis: FakeRedis) -> None:

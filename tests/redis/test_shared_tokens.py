@@ -856,7 +856,7 @@ async def test_after_an_outage_no_process_gets_tokens_before_all_have_registered
     await asyncio.wait(ones)
     assert not two.backend._link.degraded
     redis.resume(late=late)
-    await asyncio.sleep(3)
+    await asyncio.sleep(4)
     assert redis.out() == 4
     assert [task.done() for task in twos].count(True) == 2
     for task in twos:
