@@ -8,7 +8,7 @@ yet wait for the common tokens, in their order.
 from __future__ import annotations
 
 from crustcredits._ratelimit.fair_queue import Call, Kind
-from crustcredits._ratelimit.leased_tokens import LeasedTokens
+from crustcredits._ratelimit.leased_tokens import LeasedTokens, PermitGate
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.reserve import kept_from
 from crustcredits._ratelimit.token_queue import AccountQueue, TokenQueue
@@ -49,9 +49,11 @@ class LeasedPermits(Permits):
         return now < account.cools_until or _is_short(account, kind, now)
 
     def _let_ask(self, now: float) -> None:
-        common = self.common
+        common, gate = self.common, self.common.bucket
         if not common.has_waiters:
             return
+        if len(common) and isinstance(gate, PermitGate) and not gate.is_open(len(common)):
+            return  # requests come in groups
         is_again = False
         for call in list(common.release(now)):
             common.take_back(call)

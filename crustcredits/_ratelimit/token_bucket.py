@@ -1,6 +1,7 @@
 """`TokenBucket`: the requests of one scope that the server may count.
 
-A value: methods take the time as `now`, and no caller waits in it.
+A value: methods take the time as `now`, and no caller waits in it. `feedback` decides when the
+token of an ended request returns: one period after its end, because the server's window slides.
 """
 
 from __future__ import annotations

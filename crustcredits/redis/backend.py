@@ -23,31 +23,32 @@ _MODES = ("local", "strict", "raise")
 
 
 class RedisBackend:
-    """One count for all processes with the same prefix on the same Redis.
+    """Processes with the same prefix on the same Redis share one count.
 
-    Give it to one client at a time: `CreditsClient(backend=RedisBackend("redis://…",
-    fallback_share=1 / 4))`. No window of one period holds more requests than the limit, over all
-    processes together, while all of them reach Redis or none does. The tokens of a process that
-    dies return after its lease: a period, two request timeouts and one second.
+    Use a backend for one client at a time: `CreditsClient(backend=RedisBackend("redis://…",
+    fallback_share=1 / 4))`. While all processes reach Redis, or none does, they together send no
+    more requests than the limit in any period. If a process dies, its tokens return after one
+    lease: one period, two request timeouts and one second.
 
     Args:
-        url_or_client: `redis://…`, `rediss://…` or `unix://…`, or a client of `redis.asyncio`,
-            `RedisCluster` included, which is never closed here.
-        prefix: Start of every Redis key name. Use one for each quota, so another for another base
-            URL. All names of a prefix lie in one slot of a cluster.
-        on_outage: What a process does after Redis has not answered for two seconds. The start and
-            the end of an outage are logged once each, and recovery is automatic.
-            `"local"`: it counts by itself (degraded mode). Until every lease of other processes has
-            expired, it uses only its own returning tokens, then its whole share. On top of the
-            limit come at most the requests that this process had sent within the last period, and
-            after a lease its share.
-            `"strict"`: it sends nothing until every lease has expired, then its share. The limit is
-            never exceeded: all processes together use only as much of it as the shares of those
-            that reach Redis add up to, and leave the rest to the others.
+        url_or_client: `redis://…`, `rediss://…` or `unix://…`; or a client of `redis.asyncio`, such
+            as `RedisCluster`. The backend does not close a client that you pass.
+        prefix: Start of every Redis key name. Use one for each quota, and another for each base
+            URL. In a cluster, all names of a prefix are in one slot.
+        on_outage: What a process does after Redis has not answered for two seconds. The log reports
+            the start and the end of an outage once each; recovery is automatic.
+            `"local"`: it counts by itself (degraded mode). For one lease it reuses only tokens that
+            it already had, no more than its share. Then it uses its whole share. If other processes
+            still reach Redis, the limit can be exceeded: by the requests that this process had sent
+            within the last period, and after a lease by its share.
+            `"strict"`: it sends nothing for one lease and seven seconds. Then it uses its share.
+            The limit is never exceeded: the processes with Redis use only the sum of their own
+            shares.
             `"raise"`: calls that need a token fail with `BackendUnavailableError`.
-        fallback_share: This process's share of the limit without Redis, above 0 and at most 1; at
-            least one request. The shares of all processes must add up to no more than 1. Required
-            for `"local"` and `"strict"`: divide 1 by the number of your processes.
+        fallback_share: The part of the limit that this process may use while Redis is out of reach,
+            above 0 and at most 1. The shares of all processes must add up to no more than 1. With
+            `"local"` it allows at least one request. Required for `"local"` and `"strict"`: divide
+            1 by the number of your processes.
 
     Raises:
         ConfigurationError: An argument cannot be used.

@@ -376,7 +376,7 @@ class Coordinator:
             if tokens.answered(state, now, epoch=response.epoch, pause=response.pause)
         ]
         for tokens, count in granted.items():
-            tokens.settle(count)
+            tokens.book(count)
         for tokens in woken:
             tokens.wake()
         for tokens in message.indexes:

@@ -2,7 +2,8 @@
 
 A process asks for permits: one token of each bucket that counts an attempt, or none of them. So no
 process holds a token while it waits for another one. The link decides how and when messages travel.
-Tokens are alike, so the token granted first is used first.
+Tokens are alike but for the reserve that they leave: of those that a call may use, the one granted
+first is used first, and the one used first ends first.
 """
 
 from __future__ import annotations
@@ -173,14 +174,14 @@ class SharedTokens:
         self._coming: list[float] = []  # when the next tokens return
         self._waits_in_line = False  # in Redis, as one of the waiting processes
         if link.degraded:
-            self._own.resize(self._share())
+            self._own.resize(self.share)
 
     # --- for the bucket
 
     def free(self, kept: int) -> int:
-        """Number of tokens that can be used now by calls that leave `kept` tokens.
+        """Number of tokens that calls which leave `kept` tokens can use now.
 
-        In degraded mode for calls that leave none.
+        In degraded mode `kept` does not count: the caller subtracts it.
         """
         if self._link.degraded:
             return self._own.free
@@ -214,7 +215,7 @@ class SharedTokens:
         self.limit = limit
         self._short.clear()
         if self._link.degraded:
-            self._own.resize(self._share())
+            self._own.resize(self.share)
 
     def is_idle(self) -> bool:
         """Whether no token is out and nothing is queued, so that the bucket can be forgotten."""
@@ -264,7 +265,7 @@ class SharedTokens:
             self._link.say(self, at_once=False)
 
     def unsend(self) -> None:
-        """End one attempt that the server does not count here; its token is free at once."""
+        """End one attempt that the server does not count here; its token goes back to Redis."""
         self._own.unsend()
         self._give_up(self._on_wire)
 
@@ -311,6 +312,10 @@ class SharedTokens:
         if now < self.short_until(kept):
             return 0
         return min(room, max(1, bisect_right(self._coming, now))) if self._coming else room
+
+    def may_ask(self, count: int) -> bool:
+        """Whether there is room for so many more permits, or for a group of them."""
+        return self._link.window.allows(count)
 
     def room_came(self) -> None:
         """Note that more permits may be asked for."""
@@ -461,7 +466,7 @@ class SharedTokens:
         first = max(now, self._coming[0])
         return max(first, self._coming[bisect_right(self._coming, first + GAP) - 1])
 
-    def settle(self, given: int) -> None:
+    def book(self, given: int) -> None:
         """Count the permits that the answer brought as unused, and no more as asked for."""
         asked, self._asked = self._asked, 0
         self._link.window.answered(asked, given)
@@ -501,9 +506,9 @@ class SharedTokens:
         self.change()
 
     def change(self) -> None:
-        """Adapt to the end of degraded mode, or to the use of the whole share."""
+        """Adapt to the start or the end of degraded mode, or to the use of the whole share."""
         self._short.clear()
-        self._own.resize(self._share())
+        self._own.resize(self.share)
         self._wake()
 
     # --- inside
@@ -531,10 +536,6 @@ class SharedTokens:
 
     @property
     def share(self) -> int:
-        """Number of tokens that may be out in degraded mode."""
-        return self._share()
-
-    def _share(self) -> int:
         """Number of tokens that may be out in degraded mode."""
         if self._link.settled:
             return self._whole_share()

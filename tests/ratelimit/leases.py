@@ -51,6 +51,9 @@ class Tokens:
     def short_until(self, kept: int) -> float:
         return self.not_before
 
+    def may_ask(self, count: int) -> bool:
+        return self.askable > 0
+
     def room_to_ask(self, now: float, kept: int) -> int:
         return self.askable - kept
 
