@@ -602,7 +602,17 @@ class CreditsClient:
     async def __aenter__(self) -> Self:
         self._check_loop()
         self._check_usable()
+        if self._backend is not None:
+            await self._start(self._backend)
         return self
+
+    async def _start(self, backend: Backend) -> None:
+        """Open the place of the count; close the client if it cannot count."""
+        try:
+            await backend.start()
+        except BaseException:
+            await self.close()
+            raise
 
     async def __aexit__(
         self,

@@ -72,6 +72,14 @@ class Backend(Protocol):
         """
         ...
 
+    async def start(self) -> None:
+        """Look at the place of the count when the client opens.
+
+        Raises:
+            ConfigurationError: It cannot count, and this does not heal.
+        """
+        ...
+
     async def close(self) -> None:
         """Close all that was opened for the client, which is closed now."""
         ...
@@ -79,7 +87,7 @@ class Backend(Protocol):
 
 def check_backend(backend: object) -> Backend | None:
     """Return the backend, or None; raise `ConfigurationError` for any other object."""
-    methods = (getattr(backend, name, None) for name in ("open", "tokens", "close"))
+    methods = (getattr(backend, name, None) for name in ("open", "start", "tokens", "close"))
     if backend is not None and (isinstance(backend, type) or not all(map(callable, methods))):
         kind = (
             f"the class {backend.__name__}"

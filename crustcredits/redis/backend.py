@@ -50,6 +50,11 @@ class RedisBackend:
             `"local"` it allows at least one request. Required for `"local"` and `"strict"`: divide
             1 by the number of your processes.
 
+    When the client opens (`async with`), mistakes that do not heal are a `ConfigurationError`: a
+    wrong password or database, no right to run the script, a server that is too old, may evict keys
+    (`maxmemory` with another policy than `noeviction`), or is no Redis. A server that is out of
+    reach is an outage, also then.
+
     Raises:
         ConfigurationError: An argument cannot be used.
     """
@@ -124,6 +129,15 @@ class RedisBackend:
                 is_strict=self._is_strict,
             )
         )
+
+    async def start(self) -> None:
+        """Look at the server: see `Backend`.
+
+        Raises:
+            ConfigurationError: Redis refuses the user or the database, or its script; or it is too
+                old, may evict keys, or is no Redis.
+        """
+        await self._link.start()
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         """The tokens of one bucket: see `Backend`."""

@@ -19,6 +19,7 @@ from weakref import WeakSet
 import attrs
 from redis.exceptions import NoScriptError, RedisError
 
+from crustcredits._errors import ConfigurationError
 from crustcredits.redis.protocol import (
     SCRIPT,
     SHA,
@@ -27,6 +28,7 @@ from crustcredits.redis.protocol import (
     Request,
     Response,
 )
+from crustcredits.redis.server_check import address_of, check_server, mistake
 from crustcredits.redis.shared_tokens import BEAT, SharedTokens, Terms
 from crustcredits.redis.window import Window
 
@@ -149,6 +151,39 @@ class Coordinator:
         tokens = SharedTokens(self, name, limit, within=within, is_gate=is_gate)
         self._all.add(tokens)
         return tokens
+
+    async def start(self) -> None:
+        """Look at the server, and exchange the first message.
+
+        Returns without an error if Redis is out of reach: that is an outage.
+
+        Raises:
+            ConfigurationError: The server or its address has a mistake that does not heal.
+        """
+        _log.info(
+            "counting in Redis at %s, prefix %s", address_of(self._client), self._marker[1:-7]
+        )
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await check_server(self._client)
+                await self._greet()
+        except ConfigurationError:
+            raise
+        except Exception as error:  # noqa: BLE001  # any other error: the messages deal with it
+            problem = mistake(error)
+        else:
+            return
+        if problem is not None:
+            raise problem
+
+    async def _greet(self) -> None:
+        """Send a message about no bucket: it tells whether the script may run."""
+        self._process = self._process or secrets.token_hex(8)
+        self._last = _now()
+        message = _Message(self._last, self._epoch)
+        request = self._request(message)
+        self._heard(message, Response.decode(await self._call(request), request))
+        self._arrange()
 
     async def close(self) -> None:
         """Send every queued report, and close the Redis client if it was opened here."""

@@ -229,6 +229,7 @@ class Store:
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         return Tokens(limit)
 
+    async def start(self) -> None: ...
     async def close(self) -> None: ...
 
 

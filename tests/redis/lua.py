@@ -15,6 +15,7 @@ import random
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -520,6 +521,8 @@ def _text(value: str | float) -> str:
 class _Connection:
     """The client of one process, which is known by its name in its messages."""
 
+    connection_pool = SimpleNamespace(connection_kwargs={"host": "localhost", "port": 1})
+
     def __init__(self, redis: FakeRedis) -> None:
         self._redis = redis
         self._process = ""
@@ -533,6 +536,9 @@ class _Connection:
 
     async def ping(self) -> bool:
         return await self._redis.ping(self._process)
+
+    async def info(self, section: str) -> dict[str, object]:
+        return {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "noeviction"}
 
     async def aclose(self) -> None:
         await self._redis.aclose()

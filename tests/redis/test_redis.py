@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import sys
 import traceback
 import uuid
@@ -23,6 +24,7 @@ from crustcredits import (
     RateLimitWaitError,
 )
 from crustcredits.redis import RedisBackend
+from crustcredits.redis.server_check import address_of, check_server
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
 from tests.servers import RedisServer, forget, free_port, redis_server
@@ -186,30 +188,118 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
     ]
 
 
-@pytest.mark.parametrize("on_outage", ["local", "raise"])
-async def test_a_wrong_password_is_an_outage_and_is_not_repeated(
-    own_server: RedisServer,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    on_outage: Literal["local", "raise"],
+async def opens(url: str, **options: Any) -> CreditsClient:
+    """Open a client, and close it again."""
+    backend = RedisBackend(url, **{"fallback_share": 1 / 4, **options})
+    async with CreditsClient(base_url="http://127.0.0.1:1", backend=backend) as client:
+        return client
+
+
+@pytest.mark.parametrize("on_outage", ["local", "strict", "raise"])
+async def test_a_wrong_password_is_refused_when_the_client_opens(
+    own_server: RedisServer, caplog: pytest.LogCaptureFixture, on_outage: str
 ) -> None:
-    """Neither in the log nor in the error, nor in its traceback with local variables."""
-    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
+    """It is repeated neither in the log nor in the error, nor in its traceback with locals."""
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
-    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
-        backend = RedisBackend(
-            f"unix://:hunter2@{own_server.socket}", on_outage=on_outage, fallback_share=1 / 4
-        )
-        one = await client(sandbox, backend, stack)
-        with pytest.raises((BackendUnavailableError, RateLimitWaitError)) as caught:
-            await one.balance(sandbox.add_key(), timeout=0.3)
+    with pytest.raises(ConfigurationError, match="refuses the user name or the password") as caught:
+        await opens(f"unix://:hunter2@{own_server.socket}", on_outage=on_outage)
     shown = "".join(
         traceback.TracebackException.from_exception(caught.value, capture_locals=True).format()
     )
     assert "hunter2" not in shown[shown.index("crustcredits/_client.py") :] + caplog.text + repr(
         caught.value
     )
+
+
+@pytest.mark.parametrize("on_outage", ["local", "raise"])
+async def test_a_password_that_is_changed_later_is_an_outage(
+    own_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_outage: Literal["local", "raise"],
+) -> None:
+    """As where the client is used without `async with`."""
+    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
+    await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
+    async with SandboxServer() as sandbox:
+        backend = RedisBackend(
+            f"unix://:hunter2@{own_server.socket}", on_outage=on_outage, fallback_share=1 / 4
+        )
+        one = CreditsClient(base_url=sandbox.url, backend=backend)
+        with pytest.raises((BackendUnavailableError, RateLimitWaitError)):
+            await one.balance(sandbox.add_key(), timeout=0.3)
+        await one.close()
+    assert "hunter2" not in caplog.text
     assert "Redis is out of reach" in caplog.text
+
+
+async def test_a_database_that_does_not_exist_is_refused(own_server: RedisServer) -> None:
+    with pytest.raises(ConfigurationError, match="no database of this number"):
+        await opens(f"unix://{own_server.socket}?db=99")
+
+
+async def test_a_server_that_is_no_redis_is_refused() -> None:
+    async with SandboxServer() as sandbox:
+        with pytest.raises(ConfigurationError, match="is not a Redis; correct the URL"):
+            await opens(sandbox.url.replace("http", "redis"))
+
+
+async def test_a_user_without_the_right_to_run_the_script_is_refused(
+    own_server: RedisServer,
+) -> None:
+    rights = ["on", "nopass", "~*", "+@all", "-evalsha", "-eval"]
+    await asyncio.to_thread(own_server.ask, "ACL", "SETUSER", "limited", *rights)
+    with pytest.raises(ConfigurationError, match="no right to run the script"):
+        await opens(f"unix://limited:any@{own_server.socket}")
+
+
+async def test_a_server_that_may_evict_the_count_is_refused(
+    own_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a bound of its memory it does not yet, and the log warns."""
+    ask = own_server.ask
+    await asyncio.to_thread(ask, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    await opens(own_server.url)
+    (warning,) = [record.message for record in caplog.records]
+    assert warning.startswith("Redis's maxmemory-policy is allkeys-lru: once maxmemory is set")
+    await asyncio.to_thread(ask, "CONFIG", "SET", "maxmemory", "100mb")
+    with pytest.raises(ConfigurationError, match="set noeviction, or use another Redis"):
+        await opens(own_server.url)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("6.0.16", True), ("6.2.0", False), ("7.2.4", False), ("odd", False)]
+)
+async def test_a_server_that_is_too_old_is_refused(version: str, *, refused: bool) -> None:
+    class Server:
+        async def info(self, section: str) -> dict[str, object]:
+            return {"redis_version": version}
+
+    if refused:
+        with pytest.raises(ConfigurationError, match=f"Redis {version} is too old"):
+            await check_server(Server())
+    else:
+        await check_server(Server())
+
+
+async def test_each_node_of_a_cluster_is_looked_at() -> None:
+    class Cluster:
+        async def info(self, section: str) -> dict[str, object]:
+            return {"one": {"redis_version": "7.0.0"}, "two": {"redis_version": "5.0.0"}}
+
+    with pytest.raises(ConfigurationError, match=r"Redis 5\.0\.0 is too old"):
+        await check_server(Cluster())
+
+
+async def test_a_server_out_of_reach_is_an_outage_when_the_client_opens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A line of the log names the address, without credentials, the database and the prefix."""
+    caplog.set_level(logging.INFO)
+    port = free_port()
+    await opens(f"redis://me:hunter2@127.0.0.1:{port}/3", prefix="acme")
+    (line,) = [record.message for record in caplog.records]
+    assert line == f"counting in Redis at 127.0.0.1:{port}, database 3, prefix acme"
 
 
 async def test_a_user_without_the_info_command_works(
@@ -347,6 +437,7 @@ async def test_buckets_work_on_a_cluster(cluster: RedisServer) -> None:
         await asyncio.sleep(0.03)
     open_prefix(cluster, "p")
     given = RedisCluster(host="127.0.0.1", port=cluster.port)
+    assert address_of(given) == "a cluster"
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBackend(given, prefix="p", on_outage="raise"), stack)
         assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=10)).ok
