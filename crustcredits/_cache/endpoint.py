@@ -188,6 +188,11 @@ class Endpoint:
         """Numbers of the keys for which certainly no request starts before the deadline."""
         return self.scheduler.hopeless(map(self.account_of, keys), deadline, now)
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the place in which several processes count is out of reach."""
+        return self.scheduler.permits.common.bucket.is_cut_off
+
     # --- the circuit breaker
 
     def requeue(self, now: float, most: int) -> None:

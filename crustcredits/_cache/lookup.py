@@ -246,8 +246,9 @@ class Lookup:
 
     def too_late(self, path: str, key: ApiKey, policy: CachePolicy, began: float) -> Outcome[Any]:
         """The outcome of a key that had no turn before its deadline."""
-        earliest = self.calls.endpoints[path].earliest_for(key, _now())
-        outcome = failure(key, late_error(key, earliest - began))
+        endpoint = self.calls.endpoints[path]
+        earliest = endpoint.earliest_for(key, _now())
+        outcome = failure(key, late_error(key, earliest - began, is_cut_off=endpoint.is_cut_off))
         return self.for_caller((path, key.digest), key, outcome, policy, began)
 
     def invalidate(self, key: ApiKey | None) -> None:

@@ -39,8 +39,18 @@ def closed_error() -> ClientClosedError:
     return ClientClosedError("this client is closed; make a new one")
 
 
-def late_error(key: ApiKey, wait: float) -> RateLimitWaitError:
-    """The error of a key that cannot have its turn for `wait` seconds, beyond its deadline."""
+def late_error(key: ApiKey, wait: float, *, is_cut_off: bool = False) -> RateLimitWaitError:
+    """The error of a key that cannot have its turn for `wait` seconds, beyond its deadline.
+
+    `is_cut_off` says that the count of all processes is out of reach.
+    """
+    if is_cut_off:
+        return RateLimitWaitError(
+            f"not sent within {wait:.1f} s: Redis is out of reach, so this process waits until "
+            "tokens of others have expired; see the log for the cause, and raise timeout=",
+            key_name=key.label,
+            wait=wait,
+        )
     return RateLimitWaitError(
         f"not sent: its turn comes {wait:.1f} s after the call at the earliest, because of the "
         "rate limit or of requests without an answer; raise timeout= or check fewer keys at once "

@@ -302,9 +302,12 @@ class SingleFlight:
             return timeout_error(call.api_key, terms.deadline - terms.began, call.attempts)
         if call.last is not None:
             return last_error(call.last, call.attempts)
-        earliest = self.endpoints[call.path].earliest(call, _now())
-        why = overload_error if is_late and earliest <= terms.deadline else late_error
-        return why(call.api_key, max(earliest, terms.deadline) - terms.began)
+        endpoint = self.endpoints[call.path]
+        earliest = endpoint.earliest(call, _now())
+        wait = max(earliest, terms.deadline) - terms.began
+        if is_late and earliest <= terms.deadline:
+            return overload_error(call.api_key, wait)
+        return late_error(call.api_key, wait, is_cut_off=endpoint.is_cut_off)
 
     # --- the end of a call
 

@@ -25,6 +25,8 @@ class SharedTokens(Protocol):
     @property
     def share(self) -> int: ...
     @property
+    def cut_off(self) -> bool: ...
+    @property
     def degraded(self) -> bool: ...
     @property
     def available(self) -> int: ...
@@ -142,6 +144,11 @@ class LeasedTokens:
     def on_wire(self) -> int:
         """Tokens of this process's requests that have not ended."""
         return self._tokens.in_flight
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the last message to Redis failed."""
+        return self._tokens.cut_off
 
     @property
     def is_degraded(self) -> bool:

@@ -24,8 +24,8 @@ class Bucket(Protocol):
         on_wire: Tokens of requests that have not ended.
         next_refresh: When the next refresh may take a token.
         is_shared: Whether other processes take tokens too.
-        is_degraded: Whether this process counts in degraded mode, because the count that several
-            processes share is out of reach.
+        is_cut_off: Whether the count that several processes share is out of reach.
+        is_degraded: Whether this process counts in degraded mode, because of that.
         is_settling: Whether all tokens are back, and other processes do not know it yet.
     """
 
@@ -39,6 +39,8 @@ class Bucket(Protocol):
     def is_shared(self) -> bool: ...
     @property
     def on_wire(self) -> int: ...
+    @property
+    def is_cut_off(self) -> bool: ...
     @property
     def is_degraded(self) -> bool: ...
     @property
@@ -72,7 +74,7 @@ class TokenBucket:
 
     __slots__ = ("_counted", "_returns", "limit", "next_refresh", "on_wire")
 
-    is_degraded = is_shared = is_settling = False
+    is_cut_off = is_degraded = is_shared = is_settling = False
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

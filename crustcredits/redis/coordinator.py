@@ -202,6 +202,11 @@ class Coordinator:
 
     # --- for the tokens
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the last message failed."""
+        return self._failing is not None
+
     def now(self) -> float:
         """Return the loop's time."""
         return _now()

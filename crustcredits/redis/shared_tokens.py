@@ -66,6 +66,7 @@ class Link(Protocol):
     Attributes:
         terms: The terms of all tokens.
         window: How many permits may be asked for.
+        cut_off: Whether the last message failed.
         degraded: Whether each process counts by itself, because the link is broken.
         settled: Whether degraded mode has lasted so long that no other process has more than its
             share out.
@@ -77,6 +78,9 @@ class Link(Protocol):
     degraded: bool
     settled: bool
     settles_at: float
+
+    @property
+    def cut_off(self) -> bool: ...
 
     def now(self) -> float:
         """Return the loop's time."""
@@ -193,6 +197,11 @@ class SharedTokens:
         if self._link.degraded:
             return self._own.available
         return max(0, self.limit - self._others_out(self._link.now()) - self._own_out())
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the last message failed."""
+        return self._link.cut_off
 
     @property
     def degraded(self) -> bool:

@@ -14,7 +14,7 @@ class Tokens:
         self.log: list[tuple[Any, ...]] = []
         self.limit, self.unused = limit, free
         self.in_flight = self.share = self.available = 0
-        self.degraded = self.settling = self.idle = False
+        self.cut_off = self.degraded = self.settling = self.idle = False
         self.coming: list[float] = []
         self.not_before = -math.inf
         self.askable = 0

@@ -815,6 +815,23 @@ async def test_a_call_that_cannot_wait_for_its_share_fails_at_its_deadline(
         assert now() == pytest.approx(81.3, abs=0.5)
 
 
+async def test_a_call_that_waits_for_its_share_names_redis(redis: FakeRedis) -> None:
+    """In the error of each call, of a process that starts during the outage too."""
+    redis.down = True
+    async with fake_client(WindowServer(), backend=connected(redis)) as client:
+        for timeout in (1, 30):
+            with pytest.raises(RateLimitWaitError) as caught:
+                await client.balance(keys(1)[0], timeout=timeout)
+            assert str(caught.value) == (
+                f"k0: not sent within {timeout:.1f} s: Redis is out of reach, so this process "
+                "waits until tokens of others have expired; see the log for the cause, and raise "
+                "timeout="
+            )
+        report = await client.check(keys(3), timeout=1)
+        assert all("Redis is out of reach" in str(outcome.error) for outcome in report)
+    redis.down = False
+
+
 async def test_a_short_outage_is_waited_for(
     redis: FakeRedis, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
