@@ -409,7 +409,7 @@ class Coordinator:
             granted[tokens] = count
             for each in (tokens, tokens.within):
                 if each is not None:
-                    each.granted(numbers[:count])
+                    each.granted(numbers, count)
         woken = [
             tokens
             for tokens, state in zip(message.indexes, response.buckets, strict=True)

@@ -119,7 +119,8 @@ if strict > 0 then
         local part_of, heard, from = string.match(value, '(%d+) (%d+) (%d+)')
         part_of, heard, from = tonumber(part_of), tonumber(heard), tonumber(from)
         if other == process then
-            own_from = from
+            -- These are times of a clock that may have been set back.
+            own_from = from <= heard and math.min(from, now) or math.min(from, now + lease + silence)
         elseif heard < now - silence or heard > now then
             silent[#silent + 1] = {other, part_of, heard}
         elseif from <= now then
@@ -294,6 +295,8 @@ for bucket = 1, count do
             answer[#answer + 1] = duration
         end
         again[bucket] = now + (answer[4] or 0)
+    elseif free > 0 then
+        again[bucket] = now -- it keeps its place until it asks
     end
     answers[#answers + 1] = answer
 end

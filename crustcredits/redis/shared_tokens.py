@@ -122,9 +122,11 @@ class _Sent:
     at: float
     homes: int
     returned: int
-    asks: list[range] = attrs.field(factory=list)  # the numbers of the permits asked for
+    # The numbers of the permits asked for, by request, and how many tokens each request leaves.
+    asks: dict[range, int] = attrs.field(factory=dict)
     waits: int = 0  # permits that calls wait for besides
-    kept: int | None = None  # least number of tokens that all these permits leave
+    # How many tokens those leave that wait besides, or were not granted in full.
+    short: list[int] = attrs.field(factory=list)
 
 
 class SharedTokens:
@@ -171,7 +173,6 @@ class SharedTokens:
         self._asked = 0  # of these, those that the window counts
         # Tokens that the waiting calls leave, here and in `within`.
         self._kept = self._kept_within = 0
-        self._kept_asked = 0  # tokens that the calls leave for which the message asks
         self._sent: _Sent | None = None
         # Used tokens of other processes at the last answer, and when these have returned.
         self._others, self._others_until = 0, 0.0
@@ -405,9 +406,7 @@ class SharedTokens:
         sent = self._sent
         assert sent is not None
         kept = asking._kept if asking is self else asking._kept_within
-        sent.asks.append(numbers)
-        self._kept_asked = kept
-        sent.kept = kept if sent.kept is None else min(kept, sent.kept)
+        sent.asks[numbers] = kept
         return self.limit - kept
 
     def report(self, now: float, epoch: int) -> BucketReport:
@@ -421,7 +420,7 @@ class SharedTokens:
         if self._is_gate or not sent.asks:
             sent.waits = min(self._wanted, self._link.window.size)
         if sent.waits:
-            sent.kept = self._kept if sent.kept is None else min(self._kept, sent.kept)
+            sent.short.append(self._kept)
         return BucketReport(
             name=self.name,
             waits=sent.waits,
@@ -430,14 +429,16 @@ class SharedTokens:
             unused=[token.number for token in self._returned],
         )
 
-    def granted(self, numbers: range) -> None:
-        """Take the tokens of permits that the message has brought."""
-        assert self._sent is not None
-        at = self._sent.at
-        kept = self._kept_asked
-        self._hand.extend(Granted(number, at, kept=kept) for number in numbers)
-        if numbers:
+    def granted(self, numbers: range, count: int) -> None:
+        """Take the first `count` permits of a request."""
+        sent = self._sent
+        assert sent is not None
+        kept = sent.asks[numbers]
+        self._hand.extend(Granted(number, sent.at, kept=kept) for number in numbers[:count])
+        if count:
             self._link.keeps_an_eye_on(self)
+        if count < len(numbers):
+            sent.short.append(kept)
 
     def answered(self, state: BucketState, now: float, *, epoch: int, pause: float) -> bool:
         """Take the answer to the message under way, after what was granted.
@@ -451,15 +452,15 @@ class SharedTokens:
         self._others = max(0, state.out - self._own_out() - len(self._hand))
         self._others_until = now + self._link.terms.period
         self._coming = [now + seconds for seconds in state.returns]
-        self._waits_in_line = state.missing > 0
-        if sent.kept is None:  # nothing was wanted
+        self._waits_in_line = state.missing > 0 or state.free > 0
+        if not sent.asks and not sent.waits:
             return False
         if pause:
             self._short = {0: now + pause}
         elif state.free:
             self._short.clear()
         elif state.missing:
-            self._short[sent.kept] = self._next_returns(now)
+            self._short[min(sent.short)] = self._next_returns(now)
         if sent.asks and not self._is_gate:
             self._wanted = 0  # calls that still wait ask again
             self._link.window.waits(self, 0)

@@ -28,7 +28,7 @@ from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
 from crustcredits.redis.window import MOST
-from tests.redis.lua import FakeRedis, between, connected, opened
+from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
 from tests.redis.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now
 
@@ -89,6 +89,42 @@ async def test_the_server_never_sees_more_than_the_limit(processes: int, seed: i
     for client in clients:
         await client.close()
     assert not redis.faults
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+async def test_a_token_given_back_goes_to_one_of_the_waiting_processes(
+    redis: FakeRedis, start: Start, processes: int
+) -> None:
+    """Each learns of it, and none gives up its place by asking."""
+    first = start(limit=3)
+    for _ in range(2):
+        await first.send()
+        first.end()
+    await first.acquire()
+    others = [start(limit=3) for _ in range(processes)]
+    tasks = [other.waits() for other in others]
+    await asyncio.sleep(0.5)
+    first.unused()
+    await asyncio.sleep(1.0)
+    assert sum(task.done() for task in tasks) == 1
+    for task in tasks:
+        task.cancel()
+
+
+async def test_a_strict_share_counts_although_the_clock_was_set_back(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Then tokens are granted after the pause for the registration."""
+    one, two = strict(start, 2, limit=10)
+    await passes(100)
+    for each in (one, two):
+        await each.send()
+        each.end()
+    await passes(200)
+    redis.clock = lambda: EPOCH - 3600 + now()
+    began = now()
+    await asyncio.gather(*(each.send() for each in (one, two) for _ in range(3)))
+    assert now() - began < 10
 
 
 async def test_no_process_starves(redis: FakeRedis, start: Start) -> None:
