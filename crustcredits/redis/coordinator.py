@@ -195,7 +195,7 @@ class Coordinator:
             tokens.let_go()
         while self._due and self._failing is None:
             await self._exchange()
-        if self.terms.is_strict and self._epoch and self._failing is None:
+        if self._epoch and self._failing is None and self.terms.is_strict:
             await self._exchange()  # the others need not leave its share to it
         if self._owned:
             await self._client.aclose()

@@ -1411,7 +1411,9 @@ async def test_closing_does_not_wait_for_waiters(redis: FakeRedis, start: Start)
     tasks = [one.waits() for _ in range(3)]
     await asyncio.sleep(0.3)
     one.end()
+    began = now()
     await asyncio.wait_for(one.close(), 5)
+    assert now() - began < 1
     for task in tasks:
         task.cancel()
 
@@ -1421,7 +1423,16 @@ async def test_a_second_close_does_nothing(redis: FakeRedis) -> None:
     client = fake_client(FakeServer(), backend=connected(redis))
     await client.balance(keys(1)[0])
     await client.close()
+    messages = redis.messages
     await client.close()
+    assert redis.messages == messages
+
+
+@pytest.mark.parametrize("on_outage", ["local", "strict", "raise"])
+async def test_a_backend_without_a_client_can_be_closed(redis: FakeRedis, on_outage: str) -> None:
+    """It has sent nothing, and sends nothing."""
+    await connected(redis, on_outage=on_outage).close()
+    assert redis.messages == 0
 
 
 async def test_a_closed_process_keeps_no_timers(redis: FakeRedis, start: Start) -> None:
