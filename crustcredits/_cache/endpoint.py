@@ -312,9 +312,11 @@ class Endpoint:
             wake(whose)
             self._on_tokens()
 
+        fail = partial(self._on_outage, whose)
+        if whose is None and self._shares_accounts:
+            return PermitGate(backend.gate(self.path, limit), came, fail)
         tokens = backend.tokens(self.path, cast("str | bytes | None", whose), limit)
-        make = PermitGate if whose is None and self._shares_accounts else LeasedTokens
-        return make(tokens, came, partial(self._on_outage, whose))
+        return LeasedTokens(tokens, came, fail)
 
     def _on_outage(self, whose: Hashable | None) -> None:
         """End the calls that wait for a token of this bucket: no token can be had.

@@ -53,7 +53,8 @@ class LeasedPermits(Permits):
         if not common.has_waiters:
             return
         if len(common) and isinstance(gate, PermitGate) and not gate.is_open(len(common)):
-            return  # requests come in groups
+            self._arm(common, now)  # requests come in groups
+            return
         is_again = False
         for call in list(common.release(now)):
             common.take_back(call)
@@ -76,21 +77,29 @@ class LeasedPermits(Permits):
         kind, bucket = _best_kind(account), account.bucket
         if kind is None or not isinstance(bucket, LeasedTokens):
             return
-        if _is_short(account, kind, now) or not _is_short(self.common, kind, now):
+        if _is_short(account, kind, now):
             return
-        # There was no common token: other calls may have their turn before these.
+        others_wait = self.counts_common and self.common.has_waiters
+        if not others_wait and not _is_short(self.common, kind, now):
+            return
+        # Other calls may have their turn at the common tokens before these.
         for call in reversed(list(account.drain())):
             self._park(call, -1)
             self.common.push(call, first=True)
         account.has_waiters = False
         bucket.ask_later()
-        self._arm(self.common, now)
+        self._release_at(self.common, now)
 
     def _arm(self, queue: TokenQueue, now: float) -> None:
         kind, bucket = _best_kind(queue), queue.bucket
-        if isinstance(bucket, LeasedTokens) and kind is not None and queue is not self.common:
-            bucket.kept_within = kept_from(kind, self.common.bucket, self._terms.reserve)
+        if queue is self.common or kind is None or not isinstance(bucket, LeasedTokens):
+            super()._arm(queue, now)
+            return
+        bucket.kept_within = kept_from(kind, self.common.bucket, self._terms.reserve)
         super()._arm(queue, now)
+        moment = bucket.short_until(kept_from(kind, bucket, queue.reserve))
+        if self.counts_common and now < moment and not now < queue.releases_at <= moment:
+            self._release_at(queue, moment)
 
 
 def _best_kind(queue: TokenQueue) -> Kind | None:

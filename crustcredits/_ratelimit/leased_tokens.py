@@ -38,14 +38,19 @@ class SharedTokens(Protocol):
     def next_home(self, missing: int) -> float | None: ...
     def need(self, count: int, kept: int, kept_within: int = 0) -> None: ...
     def ask_later(self) -> None: ...
-    def room_to_ask(self, now: float, kept: int) -> int: ...
-    def may_ask(self, count: int) -> bool: ...
     def short_until(self, kept: int) -> float: ...
     def start(self, now: float, kept: int) -> int: ...
     def own(self, mark: int) -> int: ...
     def end(self, when: float) -> None: ...
     def unsend(self) -> None: ...
     def returns(self, now: float, period: float) -> list[float]: ...
+
+
+class GateTokens(SharedTokens, Protocol):
+    """The common tokens of permits that take one of an account too."""
+
+    def room_to_ask(self, now: float, kept: int) -> int: ...
+    def may_ask(self, count: int) -> bool: ...
 
 
 class Backend(Protocol):
@@ -70,7 +75,13 @@ class Backend(Protocol):
         """The `limit` tokens of one bucket.
 
         It counts all requests to `path`, those of one account, or those of one key by its digest.
-        The common tokens of a path are asked for first.
+        """
+        ...
+
+    def gate(self, path: str, limit: int) -> GateTokens:
+        """The `limit` common tokens of a path, for permits that take a token of an account too.
+
+        They are made before the tokens of the accounts.
         """
         ...
 
@@ -89,7 +100,9 @@ class Backend(Protocol):
 
 def check_backend(backend: object) -> Backend | None:
     """Return the backend, or None; raise `ConfigurationError` for any other object."""
-    methods = (getattr(backend, name, None) for name in ("open", "start", "tokens", "close"))
+    methods = (
+        getattr(backend, name, None) for name in ("open", "start", "tokens", "gate", "close")
+    )
     if backend is not None and (isinstance(backend, type) or not all(map(callable, methods))):
         kind = (
             f"the class {backend.__name__}"
@@ -197,6 +210,10 @@ class LeasedTokens:
         """Whether Redis has no token now for calls that leave `kept` tokens."""
         return not self._tokens.degraded and now < self._tokens.short_until(kept)
 
+    def short_until(self, kept: int) -> float:
+        """Until when Redis has no token for calls that leave `kept` tokens, as far as known."""
+        return self._tokens.short_until(kept)
+
     def take(self, now: float, kept: int = 0) -> int:
         """As for `TokenBucket`."""
         return self._tokens.start(now, kept)
@@ -237,7 +254,13 @@ class PermitGate(LeasedTokens):
     wait for its account.
     """
 
-    __slots__ = ()
+    __slots__ = ("_gate",)
+
+    def __init__(
+        self, tokens: GateTokens, wake: Callable[[], None], fail: Callable[[], None]
+    ) -> None:
+        super().__init__(tokens, wake, fail)
+        self._gate = tokens
 
     def room(self, now: float, kept: int) -> int:
         """How many calls that leave `kept` tokens may ask for a permit.
@@ -245,7 +268,7 @@ class PermitGate(LeasedTokens):
         In degraded mode as for `LeasedTokens`.
         """
         room = super().room(now, kept)
-        return room if self._tokens.degraded else self._tokens.room_to_ask(now, kept)
+        return room if self._tokens.degraded else self._gate.room_to_ask(now, kept)
 
     def room_at(self, now: float, kept: int) -> float | None:
         """When calls may ask again; None while answers to others are awaited."""
@@ -256,4 +279,4 @@ class PermitGate(LeasedTokens):
 
     def is_open(self, count: int) -> bool:
         """Whether so many waiting calls may ask now, or a group of them."""
-        return self._tokens.may_ask(count)
+        return self._gate.may_ask(count)

@@ -46,4 +46,6 @@ def room_at(kind: Kind, bucket: Bucket, kept: int, now: float) -> float | None:
     if bucket.room(now, kept) > 0:
         return bucket.next_refresh if bucket.next_refresh > now else None
     moment = bucket.room_at(now, kept)
-    return None if moment is None else max(moment, bucket.next_refresh)
+    if moment is None:
+        return bucket.next_refresh if bucket.next_refresh > now else None
+    return max(moment, bucket.next_refresh)

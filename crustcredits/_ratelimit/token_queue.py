@@ -145,9 +145,16 @@ class TokenQueue(ABC):
         kept = reserve.kept_from(Kind.BACKGROUND, self.bucket, self.reserve)
         self.bucket.next_refresh = now + refresh_gap(self.bucket, now, period, kept)
 
-    def _waiting_like(self, kept: int, share: float) -> int:
-        """How many calls wait that leave no more than `kept` tokens."""
-        kinds = [kind for kind in Kind if reserve.kept_from(kind, self.bucket, share) <= kept]
+    def _wanted(self, best: Kind, kept: int, now: float) -> int:
+        """How many tokens the waiting calls need now; `best` is their best kind.
+
+        Only those calls count that leave no more than `kept` tokens, and refreshes one at a time.
+        """
+        if best is Kind.BACKGROUND:
+            return int(now >= self.bucket.next_refresh)
+        kinds = [
+            kind for kind in Kind if reserve.kept_from(kind, self.bucket, self.reserve) <= kept
+        ]
         return sum(map(self.waiting, kinds))
 
     def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
@@ -235,7 +242,7 @@ class AccountQueue(TokenQueue):
                 break
             kept = reserve.kept_from(kind, self.bucket, self.reserve)
             if not moments:
-                self.bucket.want(self._waiting_like(kept, self.reserve), kept)
+                self.bucket.want(self._wanted(kind, kept, now), kept)
             moments.append(reserve.room_at(kind, self.bucket, kept, now))
         return min((each for each in moments if each is not None), default=None)
 
@@ -282,20 +289,21 @@ class CommonQueue(TokenQueue):
     def next_room(self, now: float) -> float | None:
         """As for `TokenQueue`."""
         moments: list[float | None] = []
-        tenth, kept_by_best = self._tenth(now), None
+        tenth, best = self._tenth(now), None
         if tenth:
             moments.append(self._scope.can_witness_at(now))
         for kind in Kind:
             if not self.waiting(kind):
                 continue
             kept = reserve.kept_from(kind, self.bucket, self._reserve)
-            if kept_by_best is None:
-                kept_by_best = kept + tenth
+            if best is None:
+                best = kind
+                self.bucket.want(self._wanted(kind, kept, now), kept + tenth)
             if tenth and self.bucket.room(now, kept) > 0:
                 kept += tenth
             moments.append(reserve.room_at(kind, self.bucket, kept, now))
-        best = (kept_by_best or 0) - tenth
-        self.bucket.want(self._waiting_like(best, self._reserve), best + tenth)
+        if best is None:
+            self.bucket.want(0, 0)
         return min((each for each in moments if each is not None), default=None)
 
     def _tenth(self, now: float) -> int:

@@ -14,7 +14,7 @@ from crustcredits._errors import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import Scope
 from crustcredits._validation import check_kind, check_number, hides_arguments
 from crustcredits.redis.coordinator import Coordinator, hidden_name
-from crustcredits.redis.shared_tokens import SharedTokens, Terms
+from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
 
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"
@@ -94,12 +94,12 @@ class RedisBackend:
         self._share = fallback_share or 0.0
         self._is_strict = on_outage == "strict"
         self._opened = False
-        self._common: dict[str, SharedTokens] = {}  # the common tokens by path
+        self._gates: dict[str, GateTokens] = {}  # the common tokens by path
         self._make_link = partial(
             Coordinator,
             client,
             owned=owned,
-            marker=self._prefix + "epoch",
+            prefix=prefix,
             raises=on_outage == "raise",
         )
         self._link = self._make_link()
@@ -116,7 +116,7 @@ class RedisBackend:
                 "prefix for each client"
             )
         self._opened = True
-        self._common.clear()
+        self._gates.clear()
         if self._link.closed:
             self._link = self._make_link()
         self._link.open(
@@ -141,14 +141,14 @@ class RedisBackend:
 
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         """The tokens of one bucket: see `Backend`."""
-        name, scope = f"{self._prefix}{path}{hidden_name(whose)}", self._link.terms.scope
-        if whose is None:
-            common = self._link.tokens(name, limit, is_gate=scope != "client")
-            self._common[path] = common
-            return common
-        return self._link.tokens(
-            name, limit, within=self._common.get(path) if scope == "auto" else None
-        )
+        within = self._gates.get(path) if self._link.terms.scope == "auto" else None
+        name = f"{self._prefix}{path}{hidden_name(whose)}"
+        return self._link.tokens(name, limit, within=None if whose is None else within)
+
+    def gate(self, path: str, limit: int) -> GateTokens:
+        """The common tokens of permits: see `Backend`."""
+        self._gates[path] = gate = self._link.gate(f"{self._prefix}{path}", limit)
+        return gate
 
     async def close(self) -> None:
         """Report what is still queued, if Redis is reachable, and close connections opened here.

@@ -33,6 +33,11 @@ class LocalTokens:
         """Number of tokens that are free now."""
         return max(0, self.free)
 
+    @property
+    def out(self) -> int:
+        """Number of tokens that are in use, or have not returned."""
+        return self.in_flight + len(self._home)
+
     def resize(self, limit: int) -> None:
         """Set the number of tokens; more may be out than remain."""
         self.free += limit - self._capacity
@@ -52,7 +57,7 @@ class LocalTokens:
     def start(self, now: float) -> int:
         """Use one token for an attempt; return a mark for `own`."""
         self.collect(now)
-        mark = self.in_flight + len(self._home) - self._counted
+        mark = self.out - self._counted
         self.free -= 1
         self.in_flight += 1
         self._counted += 1

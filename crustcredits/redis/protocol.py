@@ -14,12 +14,33 @@ from typing import Any, Final, Self
 
 import attrs
 
-SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
-SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+_SOURCE: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
 
 # In the place of a bucket.
 _NONE = 0
 _STATE = 3  # numbers of a bucket's answer before its durations
+
+
+@attrs.frozen(kw_only=True)
+class Script:
+    """The script of one prefix.
+
+    Each prefix has a text of its own, so a server that does not know it has counted nothing with
+    this prefix since its start.
+
+    Attributes:
+        text: The text.
+        sha: The name of the text in Redis.
+    """
+
+    text: str
+    sha: str
+
+    @classmethod
+    def of(cls, prefix: str) -> Self:
+        """The script of a prefix, which is one printable line."""
+        text = f"-- Counts with the prefix {prefix}.\n{_SOURCE}"
+        return cls(text=text, sha=hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 @attrs.frozen(kw_only=True)

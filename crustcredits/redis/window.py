@@ -64,6 +64,10 @@ class Window(Generic[WaiterT]):
         else:
             self.waiters.pop(waiter, None)
 
+    def goes_last(self, waiter: WaiterT) -> None:
+        """Put tokens with waiting calls behind the others."""
+        self.waiters[waiter] = self.waiters.pop(waiter)
+
     def asked_for(self, more: int) -> None:
         """Note that more permits are asked for, or with a negative number fewer."""
         self._asked += more

@@ -6,6 +6,7 @@ import pytest
 
 from crustcredits import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import (
+    GateTokens,
     LeasedTokens,
     PermitGate,
     Scope,
@@ -227,6 +228,9 @@ class Store:
 
     def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None: ...
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
+        return Tokens(limit)
+
+    def gate(self, path: str, limit: int) -> GateTokens:
         return Tokens(limit)
 
     async def start(self) -> None: ...

@@ -100,13 +100,14 @@ def test_a_foreground_call_waits_for_the_token_beyond_those_it_leaves(kind: Kind
         (0.0, 1, 20.0),
         (15.0, 0, 15.0),
         (15.0, 1, 20.0),
-        (15.0, 2, None),
+        (0.0, 2, None),
+        (15.0, 2, 15.0),
     ],
 )
 def test_a_refresh_waits_for_its_token_and_for_its_moment(
     next_refresh: float, kept: int, moment: float | None
 ) -> None:
-    """The later of the two; unknown while that token is on the wire."""
+    """The later of the two; of the token nothing is known while it is on the wire."""
     tokens = bucket(3, returns=(10.0, 20.0), on_wire=1)
     tokens.next_refresh = next_refresh
     assert room_at(Kind.BACKGROUND, tokens, kept, 5.0) == moment

@@ -15,16 +15,16 @@ import random
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import attrs
 from lupa.lua51 import LuaError, LuaRuntime  # type: ignore[import-untyped]  # Redis has Lua 5.1
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from crustcredits.redis import RedisBackend
-from crustcredits.redis.protocol import SCRIPT, SHA
+from crustcredits.redis.protocol import Script
 
 # Seconds that Redis's clock is ahead of the loop's: it counts from 1970, with enough digits to
 # expose rounding.
@@ -165,7 +165,6 @@ class FakeRedis:
         seen: The parsed messages, if it is a list.
         run: Identity of this server, as opposed to its successor.
         started: When it started, by its clock.
-        closed: Number of calls of `aclose`.
         faults: Violations, for tests that do not see the exception.
     """
 
@@ -181,7 +180,7 @@ class FakeRedis:
         self.cut: set[str] = set()
         self.deaf: set[str] = set()
         self.lose_answers = self.repeat = self.lose_each = self._answers = 0
-        self.messages = self.evals = self.closed = 0
+        self.messages = self.evals = 0
         self.messages_of: Counter[str] = Counter()
         self.seen: list[Message] | None = None
         self.faults: list[str] = []
@@ -222,24 +221,25 @@ class FakeRedis:
 
     # --- as a client
 
-    async def evalsha(self, sha: str, count: int, *said: str | int) -> Any:
-        return await self._travel(sha, None, said[:count], said[count:])
+    async def evalsha(self, process: str, sha: str, count: int, *said: str | int) -> Any:
+        return await self._travel(process, sha, None, said[:count], said[count:])
 
-    async def eval(self, script: str, count: int, *said: str | int) -> Any:
+    async def eval(self, process: str, script: str, count: int, *said: str | int) -> Any:
         sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-        return await self._travel(sha, script, said[:count], said[count:])
+        return await self._travel(process, sha, script, said[:count], said[count:])
 
     async def ping(self, process: str) -> bool:
         self.messages += 1
         return bool(await self._answered(process, lambda: True))
 
-    async def aclose(self) -> None:
-        self.closed += 1
-
     async def _travel(
-        self, sha: str, script: str | None, keys: Sequence[Any], said: Sequence[str | int]
+        self,
+        process: str,
+        sha: str,
+        script: str | None,
+        keys: Sequence[Any],
+        said: Sequence[str | int],
     ) -> Any:
-        process = str(said[0])
         self.messages += 1
         self.messages_of[process] += 1
         self.evals += script is not None
@@ -518,38 +518,36 @@ def _text(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.17g}"
 
 
-class _Connection:
-    """The client of one process, which is known by its name in its messages."""
+class _Connection(Redis):
+    """The client of one process.
 
-    connection_pool = SimpleNamespace(connection_kwargs={"host": "localhost", "port": 1})
+    `FakeRedis` knows the process by the name given here, or by its name in the messages.
+    """
 
-    def __init__(self, redis: FakeRedis) -> None:
+    def __init__(self, redis: FakeRedis, name: str) -> None:
+        super().__init__(port=1)
         self._redis = redis
         self._process = ""
+        self._name = name
 
-    async def evalsha(self, sha: str, count: int, *said: str | int) -> Any:
-        self._process = str(said[count])
-        return await self._redis.evalsha(sha, count, *said)
+    async def evalsha(self, sha: str, numkeys: int, *said: Any) -> Any:
+        self._process = self._name or str(said[numkeys])
+        return await self._redis.evalsha(self._process, sha, numkeys, *said)
 
-    async def eval(self, script: str, count: int, *said: str | int) -> Any:
-        return await self._redis.eval(script, count, *said)
+    async def eval(self, script: str, numkeys: int, *said: Any) -> Any:
+        return await self._redis.eval(self._process, script, numkeys, *said)
 
-    async def ping(self) -> bool:
+    async def ping(self, **options: Any) -> bool:
         return await self._redis.ping(self._process)
 
-    async def info(self, section: str) -> dict[str, object]:
+    async def info(self, section: str | None = None, *names: str, **options: Any) -> Any:
         return {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "noeviction"}
 
-    async def aclose(self) -> None:
-        await self._redis.aclose()
 
-
-def connected(redis: FakeRedis, **options: Any) -> RedisBackend:
+def connected(redis: FakeRedis, *, name: str = "", **options: Any) -> RedisBackend:
     """Return the backend of one process, on this server."""
     options.setdefault("fallback_share", 1 / 4)
-    backend = RedisBackend("redis://localhost:1", **options)
-    backend._link._client = _Connection(redis)
-    return backend
+    return RedisBackend(_Connection(redis, name), **options)
 
 
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
@@ -563,5 +561,6 @@ def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:
     """Return a server that has been in use for a while."""
     redis = FakeRedis(**options)
     keys, said = opening(prefix)
-    redis.execute(keys, said, sha=SHA, script=SCRIPT)
+    script = Script.of(prefix)
+    redis.execute(keys, said, sha=script.sha, script=script.text)
     return redis

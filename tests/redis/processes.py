@@ -119,12 +119,9 @@ class Worker:
     redis: FakeRedis
     backend: RedisBackend
     waiting: Waiting
+    name: str
     late: float = LATE
     period: float = PERIOD
-
-    @property
-    def name(self) -> str:
-        return self.backend._link._process
 
     @property
     def bucket(self) -> LeasedTokens:
@@ -167,10 +164,13 @@ class Worker:
 
 def vanish(backend: RedisBackend) -> None:
     """End the process with this backend without another message."""
-    backend._link.closed = True
-    backend._link._stop_timers()
-    if backend._link._task is not None:
-        backend._link._task.cancel()
+    # A fault is injected: a process cannot do this to itself.
+    link = backend._link
+    link.closed = True
+    link._stop_timer()
+    link.outage.close()
+    if link._task is not None:
+        link._task.cancel()
 
 
 def worker(
@@ -183,10 +183,10 @@ def worker(
     pace: float | None = None,
     **options: Any,
 ) -> Worker:
-    backend = connected(redis, **options)
-    backend._link._process = name
+    backend = connected(redis, name=name, **options)
     backend.open(period=period, late=late, pace=pace, scope="client")
-    return Worker(redis, backend, Waiting(backend.tokens(PATH, None, limit)), late, period)
+    waiting = Waiting(backend.tokens(PATH, None, limit))
+    return Worker(redis, backend, waiting, name, late, period)
 
 
 Start: TypeAlias = Callable[..., Worker]

@@ -8,15 +8,15 @@ import attrs
 import pytest
 
 from crustcredits.redis.protocol import (
-    SCRIPT,
-    SHA,
     BucketReport,
     PermitRequest,
     Request,
     Response,
+    Script,
 )
 from tests.redis.lua import EPOCH, FakeRedis, opened
 
+SCRIPT = Script.of("p")
 LEASE = 81.0
 PAUSE = 1.25
 
@@ -54,8 +54,9 @@ class Process:
     def send(self, request: Request) -> Response:
         self.sent = request
         names, said = request.encode()
-        script = SCRIPT if request.is_new else None
-        return Response.decode(self.redis.execute(names, said, sha=SHA, script=script), self.sent)
+        text = SCRIPT.text if request.is_new else None
+        answer = self.redis.execute(names, said, sha=SCRIPT.sha, script=text)
+        return Response.decode(answer, self.sent)
 
     def ask(self, *wanted: tuple[str, int, int], first: int = 0, common_limit: int = 0) -> Response:
         """Ask for permits for accounts, each with its limit; and for one common token each."""

@@ -169,7 +169,7 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Afterwards it shares the count with other processes again."""
-    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.03)
+    monkeypatch.setattr("crustcredits.redis.outage._GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         backend = RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4)
@@ -178,9 +178,9 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
         await asyncio.to_thread(own_server.stop)
         with pytest.raises(RateLimitWaitError):
             await one.balance(sandbox.add_key(), timeout=0.05)
-        await eventually(lambda: backend._link.degraded)
+        await eventually(lambda: one.quota().degraded)
         await asyncio.to_thread(own_server.start)
-        await eventually(lambda: not backend._link.degraded)
+        await eventually(lambda: not one.quota().degraded)
         await eventually(lambda: own_server.ask("ZCARD", "{p}:/user/credits") == 1)
     assert [record.message[:16] for record in caplog.records][:2] == [
         "Redis is out of ",
@@ -219,7 +219,7 @@ async def test_a_password_that_is_changed_later_is_an_outage(
     on_outage: Literal["local", "raise"],
 ) -> None:
     """As where the client is used without `async with`."""
-    monkeypatch.setattr("crustcredits.redis.coordinator._GRACE", 0.0)
+    monkeypatch.setattr("crustcredits.redis.outage._GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox:
         backend = RedisBackend(

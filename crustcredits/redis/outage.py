@@ -1,0 +1,185 @@
+"""`Outage`: whether Redis answers, and how a process counts while it does not.
+
+An outage begins with the first message without an answer. After the grace time the process counts
+by itself (degraded mode), or its calls fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from crustcredits.redis.shared_tokens import BEAT
+
+_log = logging.getLogger("crustcredits")
+
+# Seconds that one Redis call may take.
+PATIENCE = 1.0
+# Most seconds between two messages of a strict process, and seconds without one after which the
+# other processes leave its share to it.
+QUIET = 2.0
+SILENCE = 2.5 * QUIET
+# Seconds without an answer before degraded mode. Until then all calls wait: requests that a process
+# in degraded mode sends while Redis still serves the others are in addition to theirs.
+_GRACE = 2.0
+# Seconds without an answer after which another process, whose messages failed a little earlier, may
+# be in degraded mode.
+_OTHERS_ALONE = _GRACE - 1.5 * BEAT
+# How many losses within how many seconds are logged although Redis answers between, and after how
+# many seconds without such losses they are logged again.
+_LOSSES, _LOSSES_WITHIN = 3, 10.0
+_SAYS_LOSSES_EVERY = 60.0
+
+
+class Affected(Protocol):
+    """Tokens that an outage concerns."""
+
+    def lose_touch(self) -> None:
+        """Note how many tokens are out at the first failure."""
+        ...
+
+    def go_alone(self) -> None:
+        """Enter degraded mode."""
+        ...
+
+    def change(self) -> None:
+        """Adapt to the end of degraded mode, or to the use of the whole share."""
+        ...
+
+    def fail(self) -> None:
+        """Fail every waiting call."""
+        ...
+
+
+class Outage:
+    """The outage of one process.
+
+    Args:
+        tokens: Returns all tokens of the process.
+        raises: Whether calls fail in an outage, instead of degraded mode.
+
+    Attributes:
+        since: The loop's time of the first of the failures in a row; None while Redis answers.
+        is_long: Whether the failures last longer than the grace time.
+        is_degraded: Whether the process counts by itself.
+        is_settled: Whether degraded mode has lasted so long that no other process has more than its
+            share out.
+        settles_at: The time at which `is_settled` becomes true.
+    """
+
+    def __init__(self, tokens: Callable[[], Iterable[Affected]], *, raises: bool) -> None:
+        self.since: float | None = None
+        self.is_long = self.is_degraded = self.is_settled = False
+        self.settles_at = 0.0
+        self._tokens = tokens
+        self._raises = raises
+        self._is_strict = False
+        self._lease = self._share = 0.0
+        self._losses: deque[float] = deque(maxlen=_LOSSES)  # when messages began to fail
+        self._says_losses_at = -math.inf
+        self._timer: asyncio.Handle | None = None
+        self._is_closed = False
+
+    def open(self, *, lease: float, share: float, is_strict: bool) -> None:
+        """Set the terms of a client: its lease in seconds, and its share of the limit."""
+        self._lease, self._share, self._is_strict = lease, share, is_strict
+
+    def close(self) -> None:
+        """Set no timer any more."""
+        self._is_closed = True
+        self._stop_timer()
+
+    def lost(self, sent: float, why: str) -> bool:
+        """Note that a message of that time had no answer.
+
+        Returns whether degraded mode begins.
+        """
+        if self.since is None:
+            self.since = sent
+            self._note_loss(sent, why)
+            for tokens in self._tokens():
+                tokens.lose_touch()
+        if asyncio.get_running_loop().time() - self.since < _GRACE:
+            return False
+        if not self.is_long:
+            self.is_long = True
+            _log.warning("Redis is out of reach (%s); %s until it answers", why, self._effect)
+        if self._raises:
+            for tokens in self._tokens():
+                tokens.fail()
+            return False
+        if self.is_degraded:
+            return False
+        self._go_alone(sent if self._is_strict else self.since)
+        return True
+
+    def ended(self) -> bool:
+        """Note that a message was answered. Returns whether degraded mode ends."""
+        self.since = None
+        if self.is_long:
+            self.is_long = False
+            _log.warning("Redis answers again; the processes share one count of the rate limit")
+        if not self.is_degraded:
+            return False
+        self.is_degraded = self.is_settled = False
+        self._stop_timer()
+        for tokens in self._tokens():
+            tokens.change()
+        return True
+
+    def others_may_be_alone(self, now: float) -> bool:
+        """Whether other processes may be in degraded mode because of this outage."""
+        return self.since is not None and now - self.since >= _OTHERS_ALONE
+
+    @property
+    def _effect(self) -> str:
+        if self._raises:
+            return "calls fail"
+        alone = "without a request" if self._is_strict else "with its own returning tokens"
+        return (
+            f"degraded mode, for {self._wait_alone:.0f} s {alone}, then with "
+            f"{self._share:.3g} of the limit,"
+        )
+
+    @property
+    def _wait_alone(self) -> float:
+        """Seconds until all tokens that other processes may have for this one's share are back."""
+        # A message of this process may be read so late that its age is still believed.
+        return self._lease + (SILENCE + 2 * PATIENCE if self._is_strict else 0.0)
+
+    def _go_alone(self, since: float) -> None:
+        self.is_degraded = True
+        # An attempt with a token of another process from before the outage may still arrive, and
+        # then counts for a period.
+        self.settles_at = since + self._wait_alone
+        for tokens in self._tokens():
+            tokens.go_alone()
+        if not self._is_closed:
+            self._timer = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
+
+    def _settle(self) -> None:
+        self.is_settled = True
+        for tokens in self._tokens():
+            tokens.change()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _note_loss(self, sent: float, why: str) -> None:
+        """Log when messages are lost again and again, although Redis answers between."""
+        self._losses.append(sent)
+        if len(self._losses) < _LOSSES or sent - self._losses[0] > _LOSSES_WITHIN:
+            return
+        if sent >= self._says_losses_at:
+            _log.warning(
+                "Redis loses messages, the last one to %s; calls wait longer: look at the network "
+                "between this process and Redis, and at Redis's log",
+                why,
+            )
+        self._says_losses_at = sent + _SAYS_LOSSES_EVERY
