@@ -7,7 +7,7 @@ yet wait for the common tokens, in their order.
 
 from __future__ import annotations
 
-from crustcredits._ratelimit.fair_queue import Call, Kind
+from crustcredits._ratelimit.fair_queue import KINDS, Call, Kind
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, PermitGate
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.reserve import kept_from
@@ -103,7 +103,10 @@ class LeasedPermits(Permits):
 
 
 def _best_kind(queue: TokenQueue) -> Kind | None:
-    return next((kind for kind in Kind if queue.waiting(kind)), None)
+    for kind, waiting in zip(KINDS, queue.queues, strict=False):  # there are none before the first
+        if waiting.length:
+            return kind
+    return None
 
 
 def _is_short(queue: TokenQueue, kind: Kind, now: float) -> bool:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 
 from crustcredits._ratelimit import reserve
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import KINDS, Call, FairQueue, Flow, Kind, PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
@@ -116,7 +116,7 @@ class TokenQueue(ABC):
 
     def release(self, now: float) -> Iterator[Call]:
         """Take out the calls for which there is room."""
-        rooms = [self.room(kind, now) for kind in Kind]
+        rooms = [self.room(kind, now) for kind in KINDS]
         while (kind := self._next_kind(rooms)) is not None:
             call = self._queues[kind].pop()
             call.let_out_of = self
@@ -152,10 +152,12 @@ class TokenQueue(ABC):
         """
         if best is Kind.BACKGROUND:
             return int(now >= self.bucket.next_refresh)
-        kinds = [
-            kind for kind in Kind if reserve.kept_from(kind, self.bucket, self.reserve) <= kept
-        ]
-        return sum(map(self.waiting, kinds))
+        wanted = 0
+        for kind in KINDS:
+            waiting = self.waiting(kind)
+            if waiting and reserve.kept_from(kind, self.bucket, self.reserve) <= kept:
+                wanted += waiting
+        return wanted
 
     def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
         """The kind of the next call to let out: single ones and others in turn, refreshes last.
@@ -180,7 +182,7 @@ class TokenQueue(ABC):
     def _of_kind(self, kind: Kind) -> FairQueue:
         self.has_waiters = True
         if not self._queues:
-            self._queues = tuple(FairQueue() for _ in Kind)
+            self._queues = tuple(FairQueue() for _ in KINDS)
         return self._queues[kind]
 
 
@@ -234,7 +236,7 @@ class AccountQueue(TokenQueue):
     def next_room(self, now: float) -> float | None:
         """As for `TokenQueue`."""
         moments: list[float | None] = []
-        for kind in Kind:
+        for kind in KINDS:
             if not self.waiting(kind):
                 continue
             if now < self.cools_until:
@@ -292,7 +294,7 @@ class CommonQueue(TokenQueue):
         tenth, best = self._tenth(now), None
         if tenth:
             moments.append(self._scope.can_witness_at(now))
-        for kind in Kind:
+        for kind in KINDS:
             if not self.waiting(kind):
                 continue
             kept = reserve.kept_from(kind, self.bucket, self._reserve)

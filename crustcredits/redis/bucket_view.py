@@ -45,6 +45,8 @@ class BucketView:
 
     def short_until(self, kept: int) -> float:
         """Until when there is no token for calls that leave `kept` tokens, as far as known."""
+        if not self._short:  # the usual case, at little cost
+            return -math.inf
         return max((when for most, when in self._short.items() if most <= kept), default=-math.inf)
 
     def note_short(self, kept: int, now: float, otherwise: float) -> None:

@@ -11,8 +11,8 @@
 -- the process's last message. KEYS[3] is a hash of the strict processes: for each its share of the
 -- limit, its last message, and from when on the share is used here. The two keys of each bucket follow.
 --
--- ARGV, for the process:
---   process; the number of this message;
+-- ARGV[1] is the process. ARGV[2] has numbers with a space between, for the process:
+--   the number of this message;
 --   the epoch it knows (0: none); a fresh epoch;
 --   1 if no permits may be granted for a while, because it had no answer for long or has more to
 --   register, else 0;
@@ -32,21 +32,26 @@
 --   permits wanted; the number of the first one;
 --   two buckets, by their place in this message (0: none), each with how many tokens may be out.
 --
--- Answer: {known, epoch, duration until permits are granted again, this server's clock}; for each
--- bucket {tokens out, permits that it did not allow, permits that it allows besides, durations until
--- tokens return for the permits not allowed}; and then {permits granted, for each request}. `known` is 0 if the process has to register its tokens
--- first; then nothing else was done. A message that arrives again changes nothing.
+-- Answer: a text of numbers with a space between: known, epoch, duration until permits are granted
+-- again, this server's clock; for each bucket tokens out, permits that it did not allow, permits that
+-- it allows besides, the number of durations that follow, durations until tokens return for the permits
+-- not allowed; and then the permits granted for each request. `known` is 0 if the process has to
+-- register its tokens first; then nothing else was done. A message that arrives again changes nothing.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
-local place = 1
-local function read()
-    place = place + 1
-    return tonumber(ARGV[place])
+local process, numbers, place = ARGV[1], {}, 0
+for number in string.gmatch(ARGV[2], '%S+') do
+    numbers[#numbers + 1] = tonumber(number)
 end
 
-local process, message, known, fresh = ARGV[1], read(), read(), read()
+local function read()
+    place = place + 1
+    return numbers[place]
+end
+
+local message, known, fresh = read(), read(), read()
 local hold, is_new = read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, kept, life = read(), read(), read(), read()
@@ -95,10 +100,10 @@ if not repeated then
     redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest))
     redis.call('PEXPIRE', KEYS[1], life)
 end
-local head = {1, epoch or 0, math.max(0, opens - now), now}
+local answer = {1, whole(epoch or 0), whole(math.max(0, opens - now)), whole(now)}
 if known ~= epoch and known ~= 0 then
-    head[1] = 0
-    return {head}
+    answer[1] = 0
+    return table.concat(answer, ' ')
 end
 
 -- Only ever extend the lifetime: other processes may have longer leases.
@@ -224,7 +229,7 @@ end
 -- place at the first one meanwhile. So the first in the line of a second bucket is stopped by no other
 -- process, and no two processes stop each other.
 local granted, served, ages, within = {}, {}, {}, {}
-while place < #ARGV do
+while place < #numbers do
     local wanted, first = read(), read()
     local own, own_most = read(), math.floor(read() * part + 0.001)
     local all, all_most = read(), math.floor(read() * part + 0.001)
@@ -282,23 +287,26 @@ local function returning(bucket, since)
     return durations
 end
 
-local answers, again = {head}, {}
+local again = {}
 for bucket = 1, count do
     local free = 0
     if waits[bucket] > 0 and now >= opens then
         free = math.min(waits[bucket], allowed(bucket, room[bucket], ages[bucket] or since_of(bucket)))
         missing[bucket] = missing[bucket] + waits[bucket] - free
     end
-    local answer = {out[bucket], missing[bucket], free}
+    local durations = {}
     if missing[bucket] > 0 then
-        for _, duration in ipairs(returning(bucket, ages[bucket] or since_of(bucket))) do
-            answer[#answer + 1] = duration
-        end
-        again[bucket] = now + (answer[4] or 0)
+        durations = returning(bucket, ages[bucket] or since_of(bucket))
+        again[bucket] = now + (durations[1] or 0)
     elseif free > 0 then
         again[bucket] = now -- it keeps its place until it asks
     end
-    answers[#answers + 1] = answer
+    for _, number in ipairs({out[bucket], missing[bucket], free, #durations}) do
+        answer[#answer + 1] = number
+    end
+    for _, duration in ipairs(durations) do
+        answer[#answer + 1] = whole(duration)
+    end
 end
 
 if not repeated then
@@ -315,5 +323,7 @@ if not repeated then
     end
     redis.call('SET', KEYS[2], whole(message), 'PX', math.ceil((lease + kept) / 1000))
 end
-answers[#answers + 1] = granted
-return answers
+for _, given in ipairs(granted) do
+    answer[#answer + 1] = given
+end
+return table.concat(answer, ' ')

@@ -72,6 +72,9 @@ class GrantedTokens:
         Its call leaves `kept` tokens. A token that was asked for by a call that leaves fewer is
         used last.
         """
+        if len(self.unused) == 1:  # the usual case, at little cost
+            self.take_first()
+            return
         token = min(self.unused, key=lambda each: (each.kept < kept, each.kept, each.at))
         self.unused.remove(token)
         self._taken.append(token)

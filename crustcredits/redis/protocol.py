@@ -18,7 +18,8 @@ _SOURCE: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(
 
 # In the place of a bucket.
 _NONE = 0
-_STATE = 3  # numbers of a bucket's answer before its durations
+# How many numbers an answer begins with, and its part about a bucket.
+_HEAD = _STATE = 4
 
 
 @attrs.frozen(kw_only=True)
@@ -127,11 +128,13 @@ class Request:
     buckets: Sequence[BucketReport]
     asks: Sequence[PermitRequest]
 
-    def encode(self) -> tuple[list[str], list[str | int]]:
-        """The names and the arguments of the script."""
+    def encode(self) -> tuple[list[str], list[str]]:
+        """The names and the arguments of the script.
+
+        All numbers are one argument: redis-py takes long over each.
+        """
         names = [self.marker, f"{self.marker}:{self.process}", f"{self.marker}:shares"]
-        said: list[str | int] = [
-            self.process,
+        said: list[int] = [
             self.number,
             self.epoch,
             self.fresh,
@@ -161,7 +164,7 @@ class Request:
                 said += (index + 1, most)
             if len(ask.limits) == 1:
                 said += (_NONE, 0)
-        return names, said
+        return names, [self.process, " ".join(map(str, said))]
 
 
 @attrs.frozen(kw_only=True)
@@ -211,28 +214,29 @@ class Response:
             ValueError: It is not an answer of the script.
             TypeError: Likewise.
         """
-        head, *rows = ([int(number) for number in row] for row in answer)
-        known, epoch, pause, clock = head
+        if not isinstance(answer, (str, bytes)):
+            raise TypeError("the answer is not from the script")
+        numbers = list(map(int, answer.split()))
+        known, epoch, pause, clock = numbers[:_HEAD]
         if not known:
             return cls(is_known=False, epoch=epoch, pause=pause / 1e6, clock=clock)
-        *states, granted = rows
-        if len(states) != len(request.buckets) or len(granted) != len(request.asks):
+        place, buckets = _HEAD, []
+        for _ in request.buckets:
+            out, missing, free, count = numbers[place : place + _STATE]
+            place += _STATE + count
+            returns = [duration / 1e6 for duration in numbers[place - count : place]]
+            buckets.append(BucketState(out=out, missing=missing, free=free, returns=returns))
+        granted = numbers[place:]
+        if len(granted) != len(request.asks):
             raise ValueError("the answer is not from the script")
         return cls(
             is_known=True,
             epoch=epoch,
             pause=pause / 1e6,
             clock=clock,
-            buckets=tuple(map(_state, states)),
+            buckets=tuple(buckets),
             granted=tuple(granted),
         )
-
-
-def _state(row: Sequence[int]) -> BucketState:
-    out, missing, free = row[:_STATE]
-    return BucketState(
-        out=out, missing=missing, free=free, returns=[duration / 1e6 for duration in row[_STATE:]]
-    )
 
 
 def _micro(seconds: float) -> int:

@@ -341,8 +341,9 @@ class SharedTokens:
         Where a permit takes two tokens, calls do not ask by themselves when tokens return: other
         calls may have their turn at the second token before.
         """
-        is_early = self.within is not None and self._link.now() < self.asks_from
-        return not is_early and self._to_ask() > 0
+        if not self._wanted or not self._to_ask():
+            return False
+        return self.within is None or self._link.now() >= self.asks_from
 
     def holds(self, now: float) -> bool:
         """Whether this process has tokens that Redis must know about."""

@@ -1,6 +1,6 @@
-"""One call: the processor time that the client adds to the bare aiohttp session.
+"""One call: the processor time that the client adds to the bare aiohttp session, and Redis to it.
 
-No limit delays a call.
+No limit delays a call. Redis runs in a process of its own, whose time is not counted.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import argparse
 import asyncio
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import aiohttp
 import uvloop
@@ -19,6 +20,7 @@ import uvloop
 from crustcredits import CreditsClient, RateLimit
 from crustcredits._http.addresses import USER_CREDITS
 from crustcredits._http.protocol import API_VERSION
+from crustcredits.redis import RedisBackend
 from tests.benchmarks._measure import (
     CONNECTIONS,
     Benchmark,
@@ -33,6 +35,7 @@ from tests.benchmarks._measure import (
     server_process,
     whole,
 )
+from tests.benchmarks._redis import redis_process
 
 # More than any run sends; the short window lets the server forget them soon.
 _NO_LIMIT = 1_000_000
@@ -43,6 +46,9 @@ _WARM_UP = 10 * CONNECTIONS
 
 # Starts in a group, and seconds between groups: the result of the default pace.
 _GROUP, _GAP = 3, 0.03
+
+Scope: TypeAlias = Literal["auto", "client", "account"]
+_SCOPES: Final[tuple[Scope, ...]] = ("auto", "client", "account")
 
 # Does the work for new keys; returns the processor time in seconds, without that of the first ones.
 Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, float]]
@@ -56,6 +62,22 @@ async def _check(url: str, secrets: Sequence[str], *, pace: float | None = None)
     async with _client(url, pace) as client:
         if pace is None:
             await client.check(secrets[:_WARM_UP])
+        began = time.process_time()
+        report = await client.check(secrets[_WARM_UP:])
+        assert report.ok
+        return time.process_time() - began
+
+
+async def _check_in_scope(
+    url: str, secrets: Sequence[str], *, scope: Scope, redis: str | None = None
+) -> float:
+    """A check with a count in this process, or in the Redis of this URL."""
+    backend = redis and RedisBackend(redis, prefix=uuid.uuid4().hex, fallback_share=1 / 4)
+    rate_limit = RateLimit(requests=_NO_LIMIT, pace=None, scope=scope)
+    async with CreditsClient(
+        base_url=url, rate_limit=rate_limit, backend=backend or None
+    ) as client:
+        await client.check(secrets[:_WARM_UP])
         began = time.process_time()
         report = await client.check(secrets[_WARM_UP:])
         assert report.ok
@@ -138,6 +160,24 @@ _PACED: dict[str, tuple[Contender, str, float, float]] = {
 }
 _PACED_PEERS: dict[str, Contender] = {"bare, in groups": _paced}
 
+
+def _shared(redis: str) -> dict[str, tuple[Contender, str, float, float]]:
+    """Checks that count in Redis, against the same ones in this process."""
+    return {
+        f'`check` over Redis, `scope="{scope}"`': (
+            partial(_check_in_scope, scope=scope, redis=redis),
+            f'`check`, `scope="{scope}"`',
+            1.5,
+            bound,
+        )
+        for scope, bound in zip(_SCOPES, (2.3, 1.45, 2.3), strict=True)
+    }
+
+
+_SHARED_PEERS: dict[str, Contender] = {
+    f'`check`, `scope="{scope}"`': partial(_check_in_scope, scope=scope) for scope in _SCOPES
+}
+
 _names = itertools.count()
 
 
@@ -196,9 +236,11 @@ def _measure(
 def run(options: argparse.Namespace) -> list[Bound]:
     print_machine()
     bounds = _measure(options, _FREE, _PEERS, options.calls, options.rounds)
-    return bounds + _measure(
-        options, _PACED, _PACED_PEERS, min(300, options.calls), min(5, options.rounds)
-    )
+    few = min(5, options.rounds)
+    bounds += _measure(options, _PACED, _PACED_PEERS, min(300, options.calls), few)
+    with redis_process() as redis:
+        shared = _shared(redis.url)
+        return bounds + _measure(options, shared, _SHARED_PEERS, options.calls, few)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

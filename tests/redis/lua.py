@@ -120,8 +120,8 @@ class Message:
 
 def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
-    process, *rest = said
-    numbers = iter([int(number) for number in rest])
+    process, text = said
+    numbers = iter(list(map(int, str(text).split())))
     number, epoch, _, hold, _, _, _, _, pause, lease, _, _, _, _, _, _ = (
         next(numbers) for _ in range(16)
     )
@@ -371,10 +371,8 @@ class FakeRedis:
         if self.seen is not None:
             self.seen.append(read(self._now / 1e6 - EPOCH, keys, said))
         try:
-            return self._answer(
-                self._scripts[sha](
-                    self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])
-                )
+            return self._scripts[sha](
+                self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])
             )
         except LuaError as error:
             self.faults.append(str(error))
@@ -382,12 +380,6 @@ class FakeRedis:
 
     def _look_at_clock(self) -> None:
         self._now = int(self.clock() * 1e6)
-
-    def _answer(self, value: Any) -> Any:
-        # Redis cuts numbers off, and an array at its first nil.
-        if isinstance(value, (int, float)):
-            return int(value)
-        return [self._answer(value[place]) for place in range(1, len(value) + 1)]
 
     # --- the commands
 
@@ -554,7 +546,7 @@ def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
     marker = f"{{{prefix}}}:epoch"
     names = [marker, f"{marker}:opener", f"{marker}:shares"]
-    return names, ["opener", 1, 0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 86_400_000, 0, 0, 0, 0]
+    return names, ["opener", "1 0 1 0 1 0 0 0 0 1 1 86400000 0 0 0 0"]
 
 
 def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:
