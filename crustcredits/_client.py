@@ -56,6 +56,7 @@ from crustcredits._validation import (
     check_number,
     check_whole,
     hides_arguments,
+    kind_of,
     seconds,
 )
 
@@ -85,9 +86,7 @@ def _transport_for(
     if isinstance(origin, ConfigurationError):
         return origin
     if not isinstance(trust_env, bool):
-        return ConfigurationError(
-            f"trust_env must be True or False, not {type(trust_env).__name__}"
-        )
+        return ConfigurationError(f"trust_env must be True or False, not {kind_of(trust_env)}")
     if trust_env and proxy is None:
         proxy = proxy_from_env(origin)
         problem = proxy_problem(proxy, "the proxy of the environment (HTTPS_PROXY or ALL_PROXY)")
@@ -95,7 +94,9 @@ def _transport_for(
             return problem
     if instead is not None:
         if not callable(getattr(instead, "attempt", None)):
-            return ConfigurationError("_transport is no transport: it needs attempt and close")
+            return ConfigurationError(
+                "_transport cannot send requests: it must have the methods attempt and close"
+            )
         return instead
     return AiohttpTransport(origin, session=session, proxy=proxy, tls=tls)
 
@@ -201,7 +202,7 @@ class CreditsClient:
         if isinstance(transport, ConfigurationError):
             raise transport
         check_whole("concurrency", concurrency, minimum=1)
-        check_number("request_timeout", request_timeout, above=0)
+        check_number("request_timeout", request_timeout, above=0, unit=" of seconds")
         check_whole("max_entries", max_entries, minimum=1)
         check_kind("rate_limit", rate_limit, RateLimit)
         check_kind("retry", retry, Retry)

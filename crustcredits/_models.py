@@ -17,6 +17,7 @@ import attrs
 from crustcredits._errors import CrustCreditsError, renamed
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._rate_limit_status import RateLimitStatus
+from crustcredits._validation import kind_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -154,7 +155,7 @@ class Known(Generic[BalanceT]):
     def __attrs_post_init__(self) -> None:
         balance = self.balance
         if not isinstance(balance, Balance):
-            raise TypeError(f"balance must be a Balance, not {type(balance).__name__}")
+            raise TypeError(f"balance must be a Balance, not {kind_of(balance)}")
         _set(self, "key", balance.key)
         _set(self, "credits", balance.credits)
         _set(self, "checked_at", balance.checked_at)

@@ -173,23 +173,26 @@ def seconds(what: str, value: Seconds, *, above: float = -math.inf) -> float:
 def check_flag(what: str, value: object) -> bool:
     """The value, when it is True or False. Raises `ConfigurationError` otherwise."""
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{what} must be True or False, not {_a(type(value))}")
+        raise ConfigurationError(f"{what} must be True or False, not {kind_of(value)}")
     return value
 
 
 def check_kind(what: str, value: object, kind: type) -> None:
     """Raise `ConfigurationError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
-        raise ConfigurationError(f"{what} must be {_a(kind)}, not {type(value).__name__}")
+        raise ConfigurationError(f"{what} must be {_a(kind)}, not {kind_of(value)}")
 
 
 def shown(value: object) -> str:
     """A number as it is, and only the type of anything else, which may be a misplaced key."""
-    return (
-        repr(value)[:80]
-        if value is None or isinstance(value, (int, float, Decimal))
-        else _a(type(value))
-    )
+    return repr(value)[:80] if isinstance(value, (int, float, Decimal)) else kind_of(value)
+
+
+def kind_of(value: object) -> str:
+    """The type of a value in words, such as `a str`; `None` for None."""
+    if value is None or isinstance(value, bytes):
+        return "None" if value is None else "bytes"
+    return _a(type(value))
 
 
 def _a(kind: type) -> str:
@@ -215,9 +218,12 @@ class Number:
         above: float = -math.inf,
         minimum: float = -math.inf,
         maximum: float = math.inf,
+        unit: str = "",
         optional: bool = False,
     ) -> None:
-        self._check = partial(check_number, above=above, minimum=minimum, maximum=maximum)
+        self._check = partial(
+            check_number, above=above, minimum=minimum, maximum=maximum, unit=unit
+        )
         self._optional = optional
 
     def __call__(self, instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -59,9 +59,9 @@ class Retry:
     """
 
     attempts: int = attrs.field(default=4, validator=Whole(1))
-    backoff: float = attrs.field(default=0.25, validator=Number(minimum=0))
-    backoff_max: float = attrs.field(default=8.0, validator=Number(minimum=0))
-    wait_max: float = attrs.field(default=65.0, validator=Number(minimum=0))
+    backoff: float = attrs.field(default=0.25, validator=Number(minimum=0, unit=" of seconds"))
+    backoff_max: float = attrs.field(default=8.0, validator=Number(minimum=0, unit=" of seconds"))
+    wait_max: float = attrs.field(default=65.0, validator=Number(minimum=0, unit=" of seconds"))
 
 
 def retry_delay(

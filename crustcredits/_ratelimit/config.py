@@ -18,14 +18,14 @@ _ADOPTS = ("lower", "any", "never")
 def _check_scope(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _SCOPES:
         raise ConfigurationError(
-            f"scope has an unknown value: pass one of {', '.join(map(repr, _SCOPES))}"
+            f"scope has an unknown value; pass one of {', '.join(map(repr, _SCOPES))}"
         )
 
 
 def _check_adopts(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value not in _ADOPTS:
         raise ConfigurationError(
-            f"adopt_server_limit has an unknown value: pass one of {', '.join(map(repr, _ADOPTS))}"
+            f"adopt_server_limit has an unknown value; pass one of {', '.join(map(repr, _ADOPTS))}"
         )
 
 
@@ -61,7 +61,7 @@ class RateLimit:
     """
 
     requests: int = attrs.field(default=300, validator=Whole(1))
-    period: float = attrs.field(default=60.0, validator=Number(above=0))
+    period: float = attrs.field(default=60.0, validator=Number(above=0, unit=" of seconds"))
     margin: float = attrs.field(default=0.005, validator=Number(minimum=0, maximum=1))
     scope: Scope = attrs.field(default="auto", validator=_check_scope)
     pace: float | None = attrs.field(default=100.0, validator=Number(above=0, optional=True))

@@ -44,10 +44,11 @@ def test_a_value_in_range_is_accepted(option: str, value: Any) -> None:
 
 
 WHOLE = "requests must be a whole number of at least 1, not "
+SECONDS = "{} must be a finite number of seconds above 0, not "
 ABOVE = "{} must be a finite number above 0, not "
 SHARE = "{} must be a finite number of at least 0 and at most 1, not "
-SCOPES = "scope has an unknown value: pass one of 'auto', 'client', 'account', 'key'"
-ADOPTS = "adopt_server_limit has an unknown value: pass one of 'lower', 'any', 'never'"
+SCOPES = "scope has an unknown value; pass one of 'auto', 'client', 'account', 'key'"
+ADOPTS = "adopt_server_limit has an unknown value; pass one of 'lower', 'any', 'never'"
 
 
 @pytest.mark.parametrize(
@@ -56,10 +57,10 @@ ADOPTS = "adopt_server_limit has an unknown value: pass one of 'lower', 'any', '
         ("requests", 0, WHOLE + "0"),
         ("requests", 300.0, WHOLE + "300.0"),
         ("requests", True, WHOLE + "True"),
-        ("period", 0, ABOVE.format("period") + "0"),
-        ("period", float("inf"), ABOVE.format("period") + "inf"),
-        ("period", "60", ABOVE.format("period") + "a str"),
-        ("period", None, ABOVE.format("period") + "None"),
+        ("period", 0, SECONDS.format("period") + "0"),
+        ("period", float("inf"), SECONDS.format("period") + "inf"),
+        ("period", "60", SECONDS.format("period") + "a str"),
+        ("period", None, SECONDS.format("period") + "None"),
         ("margin", -0.1, SHARE.format("margin") + "-0.1"),
         ("margin", 1.1, SHARE.format("margin") + "1.1"),
         ("margin", None, SHARE.format("margin") + "None"),

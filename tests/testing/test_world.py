@@ -119,7 +119,7 @@ async def test_the_whole_api_can_be_down() -> None:
         client.api.up()
         errors = [type(each.error) for each in await client.check(pool)]
         assert errors == [type(None), PaymentRequiredError, InvalidKeyError]
-        with pytest.raises(ConfigurationError, match="fault must be a Fault, not str"):
+        with pytest.raises(ConfigurationError, match="fault must be a Fault, not a str"):
             client.api.down("503")  # type: ignore[arg-type]  # the mistake under test
 
 
