@@ -223,7 +223,7 @@ def as_key(key: object, *, label: object = None, place: str = "the key") -> ApiK
     if isinstance(key, ApiKey) and key.account is not None:
         if account not in {None, key.account}:
             return unusable(
-                "its label and the key itself declare different accounts; keep the right one", place
+                "the label and the ApiKey declare different accounts; keep the right one", place
             )
         account = key.account
     secret = clear_text(key)
@@ -265,7 +265,10 @@ def clear_text(secret: object) -> object:
 
 def _problem(secret: object, name: object, account: object) -> str | None:
     if isinstance(secret, Unreadable):
-        return f"the API key cannot be read: its get_secret_value() raised {secret.error}"
+        return (
+            f"the API key cannot be read: its get_secret_value() raised {secret.error}; repair the "
+            "source of the secret"
+        )
     return (
         secret_problem(secret)
         or label_problem("name", name, secret)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 
+from crustcredits._validation import kind_of
+
 _BYTE_ORDER_MARK = "\ufeff"
 _SCHEME = re.compile(r"(bearer|token)(\s|$)", re.IGNORECASE)
 
@@ -56,9 +58,15 @@ _OTHER_SERVICE = re.compile(
 
 # Characters that no key has, and the kind of text that they come from. The first match counts.
 _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile("://"), "'://': it seems to be a URL, as in an env file"),
-    (re.compile("@"), "an '@': it seems to be an e-mail address, or a part of a connection string"),
-    (re.compile("-----"), "'-----': it seems to be a line of a PEM file"),
+    (re.compile("://"), "'://': it seems to be a URL, as in an env file; put the key itself there"),
+    (
+        re.compile("@"),
+        (
+            "an '@': it seems to be an e-mail address, or a part of a connection string; put the "
+            "key itself there"
+        ),
+    ),
+    (re.compile("-----"), "'-----': it seems to be a line of a PEM file; put the key itself there"),
     (
         re.compile("['\"`]"),
         (
@@ -69,7 +77,7 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(","),
         (
-            "a comma: it seems to be a list of keys, or a line of a CSV file; a list goes into "
+            "a comma: it seems to be a list of keys, or a line of a CSV file; put a list into "
             "CRUSTDATA_API_KEYS"
         ),
     ),
@@ -92,19 +100,19 @@ _SEEMS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"[<>]"),
         "an angle bracket: it seems to be a placeholder, or a line of XML; give the key bare",
     ),
-    (re.compile(r"[()]"), "a bracket: it seems to be a line of a program; give the key bare"),
+    (re.compile(r"[()]"), "a parenthesis: it seems to be a line of a program; give the key bare"),
     (
         re.compile(":"),
         (
-            "a colon: it seems to be a line of YAML, a user with a password, or a path; in text "
-            "write NAME=SECRET"
+            "a colon: it seems to be a line of YAML, a user with a password, or a path; give the "
+            "key bare, or in text as NAME=SECRET"
         ),
     ),
     (
         re.compile("[|&!?^*]"),
         (
-            "a character that no key has: it seems to be a list, or a part of a URL; give the "
-            "key bare"
+            "a character that no key has (one of | & ! ? ^ *): it seems to be a list, or a part of "
+            "a URL; give the key bare"
         ),
     ),
     (
@@ -147,8 +155,8 @@ def secret_problem(secret: object) -> str | None:
         return "the API key is a key of another service; put the Crustdata key there"
     if ("/" in secret or "." in secret) and _PATH.fullmatch(secret):
         return (
-            "the API key is the path of a file; files are read by keys_from_file(), and named "
-            "by CRUSTDATA_API_KEYS_FILE"
+            "the API key is the path of a file; read the file with keys_from_file(), or name it "
+            "in CRUSTDATA_API_KEYS_FILE"
         )
     return _character_problem(secret)
 
@@ -160,8 +168,8 @@ def _kind_problem(secret: object) -> str:
     elif isinstance(secret, dict):
         hint = "; rows of a database go through keys_from_records()"
     elif secret is None:
-        hint = "; is it missing at its source?"
-    return f"an API key must be a str, a SecretStr or an ApiKey, not {type(secret).__name__}{hint}"
+        hint = "; look for an unset variable or an empty column at its source"
+    return f"the API key must be a str, a SecretStr or an ApiKey, not {kind_of(secret)}{hint}"
 
 
 def _is_placeholder(secret: str) -> bool:
@@ -177,7 +185,7 @@ def _character_problem(secret: str) -> str | None:
     if _PLAIN_KEY.fullmatch(secret) and "-----" not in secret:
         return None if any(map(str.isalnum, secret)) else _NO_LETTER
     if secret[0] in "'\"" or secret[-1] in "'\"":
-        return "the API key begins or ends with a quotation mark; give it bare"
+        return "the API key begins or ends with a quotation mark; give the key bare"
     seems = next((said for mark, said in _SEEMS if mark.search(secret)), None)
     if seems is not None:
         return f"the API key holds {seems}"
@@ -185,8 +193,8 @@ def _character_problem(secret: str) -> str | None:
         return "the API key holds characters outside ASCII; copy it again from where it was issued"
     if not secret.isprintable() or " " in secret:
         return (
-            "the API key holds white space or control characters inside; is it one key, copied "
-            "whole?"
+            "the API key holds white space or control characters inside; copy one whole key, and "
+            "divide several by commas or lines"
         )
     if "=" in secret.rstrip("="):  # a trailing '=' is base64 padding
         return (
@@ -204,26 +212,28 @@ def label_problem(part: str, label: object, secret: object) -> str | None:
     if label is None:
         return None
     if not isinstance(label, str):
-        return f"the {part} of an API key must be a str, not {type(label).__name__}"
+        return f"the {part} of the API key must be a str, not {kind_of(label)}"
     label = label.strip()
     if not label:
-        return f"the {part} of the API key is empty; give one or leave it out"
+        return f"the {part} of the API key is empty; give one, or leave it out"
     if not label.isprintable():
-        return f"the {part} of the API key holds unprintable characters"
+        return f"the {part} of the API key holds unprintable characters; remove them"
     if label[0] in "'\"" or label[-1] in "'\"":
         return (
-            f"the {part} of the API key begins or ends with a quotation mark; remove quotes "
-            "around the whole entry"
+            f"the {part} of the API key begins or ends with a quotation mark; remove the "
+            "quotation marks around the whole entry"
         )
     if _gives_away(label, secret):
-        return f"the {part} of the API key holds its secret, but labels are printed; choose another"
+        return (
+            f"the {part} of the API key holds the secret, but labels are printed; choose another "
+            f"{part}"
+        )
     if (looks_secret(label) or is_likely_key(label)) and (
         secret_problem(secret) is not None or not may_be_key(secret)
     ):
         return (
-            f"the {part} of the API key looks more like a secret than its value does: are "
-            "the two swapped? "
-            "Write NAME=SECRET, or {name: secret}; the name is not shown, because it may be the key"
+            f"the {part} of the API key looks more like a secret than its value does, and is not "
+            "shown; if the two are swapped, write NAME=SECRET, or {name: secret}"
         )
     return None
 
@@ -336,8 +346,8 @@ def setting_problem(name: object, account: object, secret: object) -> str | None
     if account is not None or not isinstance(name, str) or not _is_setting(name, secret):
         return None
     return (
-        "its name is a setting's name: this seems to be the configuration of a program, not a list "
-        "of keys; in an env file set CRUSTDATA_API_KEYS, in a list rename the key, or write its "
+        "the name of the entry is a setting's name: it seems to be configuration of a program, and "
+        "no key; in an env file set CRUSTDATA_API_KEYS, in a list rename the key, or write its "
         "account before the name, as in acme/prod"
     )
 

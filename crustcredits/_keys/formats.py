@@ -79,20 +79,23 @@ def read_text(text: str, *, place: str, suffix: str = "") -> Pool:
         try:
             return _read_json(json.loads(text, object_pairs_hook=_once), file)
         except _TwiceError:
-            return _refused(file, "a name occurs twice in one JSON object; rename one of the two")
+            return _refused(
+                file, "a name occurs twice in one JSON object; rename one of the two entries"
+            )
         except (ValueError, RecursionError):
             if suffix in _JSON or not text.lstrip().startswith(
                 "["
             ):  # a leading "[" may be a section of an ini file
                 return _refused(
-                    file, "this is not valid JSON; correct it, or give the keys as text"
+                    file,
+                    "the text begins like JSON, but is not valid JSON; correct it",
                 )
     delimiter = _delimiter_of(text) if suffix in _PLAIN | _CSV else None
     if delimiter is not None:
         return _checked(_rows_of_csv(text, delimiter, place))
     if suffix in _CSV or _is_header(text):
-        columns = "a column 'secret', and optional columns 'name' and 'account'"
-        return _refused(file, f"a CSV file needs a header row with {columns}")
+        columns = "'secret', and if needed 'name' and 'account'"
+        return _refused(file, f"the CSV text has no column 'secret'; name its columns {columns}")
     return _read_lines(text, place, suffix)
 
 
@@ -106,13 +109,13 @@ def _read_lines(text: str, place: str, suffix: str) -> Pool:
         return _refused(
             file,
             f"{KEY_VARIABLE} or {KEYS_VARIABLE} is inside the quotes of another value; "
-            "is a quotation mark missing?",
+            "add the missing quotation mark",
         )
     if suffix in _ENV or _EXPORT.search(text):
         return _refused(
             file,
-            f"this env file sets neither {KEY_VARIABLE}=… nor {KEYS_VARIABLE}=…; no other "
-            "variable is read",
+            f"the env file sets neither {KEY_VARIABLE}=… nor {KEYS_VARIABLE}=…, and no other "
+            "variable is read; set one of them",
         )
     if suffix not in _PLAIN:
         kinds = "plain text (.txt or no suffix), an env file, JSON or CSV"
@@ -178,8 +181,8 @@ def _keys_of_entries(entries: list[tuple[str, str]]) -> Iterator[ApiKey | Unusab
     for entry, place in entries:
         if mixed and "=" not in entry and not may_be_key(entry) and secret_problem(entry) is None:
             yield unusable(
-                "this does not look like a key, as other entries do; if it is one, write "
-                "NAME=SECRET",
+                "the entry does not look like a key, as other entries do; remove it, or write "
+                "NAME=SECRET if it is one",
                 place,
             )
         else:
@@ -204,7 +207,8 @@ def _key_of_entry(entry: str, place: str) -> ApiKey | UnusableKey:
         )
     if secret.strip() and not secret.strip("= "):
         return unusable(
-            "only '=' follows the name; a key that ends in '=' needs a name before it",
+            "only '=' follows the name, so there is no key; write NAME=SECRET, also for a key that "
+            "ends in '='",
             place,
         )
     return _labelled(label, secret, place)
@@ -230,7 +234,9 @@ def _read_variables(values: Mapping[str, Any], file: str) -> Pool:
     """The keys of an env file, from the two variables and no other."""
     single, many = values.get(KEY_VARIABLE, ""), values.get(KEYS_VARIABLE, "")
     if not (isinstance(single, str) and isinstance(many, str)):
-        return _refused(file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} must be text")
+        return _refused(
+            file, f"{KEY_VARIABLE} and {KEYS_VARIABLE} must be text, and one is not; quote it"
+        )
     return joined(
         single,
         read_text(many, place=_at(file, f"{KEYS_VARIABLE}, line")),
@@ -292,7 +298,7 @@ def _read_json(document: Any, file: str) -> Pool:
             for row, place in zip(document, places, strict=False)
         )
     shapes = "{\"name\": \"secret\"}, or a list of objects with 'secret', 'name' and 'account'"
-    return _refused(file, f"this JSON does not hold keys; write it as {shapes}")
+    return _refused(file, f"the JSON does not hold keys; write it as {shapes}")
 
 
 # --- CSV
@@ -332,13 +338,19 @@ def _rows_of_csv(text: str, delimiter: str, place: str) -> Iterator[ApiKey | Unu
                 columns = _columns(cells)
                 if any(columns.count(column) > 1 for column in COLUMNS):
                     yield unusable(
-                        "a column occurs twice in the header row; rename one of the two", where
+                        "a column occurs twice in the header row; rename one of the two columns",
+                        where,
                     )
             elif len(cells) != len(columns):
-                yield unusable("the row and the header row have different numbers of cells", where)
+                yield unusable(
+                    "the row and the header row have different numbers of cells; add the missing "
+                    "ones, or quote a cell that holds the delimiter",
+                    where,
+                )
             else:
                 yield _at_place(key_of_row(dict(zip(columns, cells, strict=True)), where), where)
     except csv.Error:
         yield unusable(
-            "the row is not CSV; is a quotation mark missing?", f"{place} {reader.line_num}"
+            "the row is not valid CSV; look for a missing quotation mark",
+            f"{place} {reader.line_num}",
         )

@@ -30,6 +30,7 @@ from crustcredits._keys.api_key import (
     UnusableKey,
     as_key,
 )
+from crustcredits._validation import kind_of
 
 #: Many keys: an iterable of them, or a mapping of label (`name` or `account/name`) to key.
 KeysLike: TypeAlias = Iterable[KeyLike] | Mapping[str, KeyLike] | Mapping[str, str]
@@ -134,15 +135,15 @@ class Uniqueness:
         namesake = self._by_label.get(label, key)
         if namesake is not key and namesake.digest != key.digest:
             return (
-                "two different keys have this name; rename one, because names are unique "
-                "within an account"
+                "two different keys have this label, but names are unique within an account; "
+                "rename one of the two"
             )
         if declared is not None:
             account = self._accounts.setdefault(key.digest, declared)
             if account != declared:
                 return (
-                    f"its secret is declared under two accounts, {account!r} and {declared!r}; "
-                    "remove the wrong entry"
+                    f"the secret of the key is declared under two accounts, {account!r} and "
+                    f"{declared!r}; remove the wrong entry"
                 )
         self._by_label[label] = key
         return None
@@ -161,28 +162,29 @@ def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | 
 def _pool_problem(keys: object) -> str | None:
     if isinstance(keys, (str, bytes, bytearray, SecretValue, UnusableKey)):
         return (
-            f"many keys are expected here, not one ({type(keys).__name__}); put it in a list: [key]"
+            f"keys is one key ({type(keys).__name__}), but many are expected; put it in a list: "
+            "[key]"
         )
     if isinstance(keys, type(os.environ)) or (
         isinstance(keys, Mapping) and not _ENVIRONMENT.isdisjoint(keys)
     ):
         return (
-            "this is an environment, and its other values are no API keys; read it with "
+            "keys is an environment, and its other values are no API keys; read it with "
             "keys_from_env()"
         )
     if isinstance(keys, Mapping) and "secret" in keys and not {"name", "account"}.isdisjoint(keys):
         return (
-            "this is one row, not a mapping of label to secret; read it with "
+            "keys is one row, not a mapping of label to secret; read it with "
             "keys_from_records([row])"
         )
     if isinstance(keys, AsyncIterable) and not isinstance(keys, Iterable):
         return (
-            "an asynchronous source of keys goes to stream(); this takes an iterable or a "
-            "mapping of label to secret"
+            "keys is an asynchronous source, which only stream() takes; give it to stream(), or "
+            "give an iterable or a mapping of label to secret"
         )
     if not isinstance(keys, (Iterable, Mapping)):
         return (
             "keys must be an iterable of str or ApiKey, or a mapping of label to secret, not "
-            f"{type(keys).__name__}"
+            f"{kind_of(keys)}"
         )
     return None

@@ -9,6 +9,7 @@ import uuid
 from typing import Any, Final
 
 from crustcredits._keys.api_key import ApiKey, UnusableKey, clear_text, make_key, unusable
+from crustcredits._validation import kind_of
 
 COLUMNS: Final = ("secret", "name", "account")
 
@@ -19,11 +20,8 @@ def key_of_row(row: Any, place: str) -> ApiKey | UnusableKey:
         names = set(row.keys())
         secret, name, account = (row[column] if column in names else None for column in COLUMNS)
     except Exception as error:  # noqa: BLE001  # of a driver, vault or cipher: only this row fails
-        problem = (
-            "a row must be a mapping with 'secret', 'name' and 'account', and this "
-            f"{type(row).__name__} cannot be read as one"
-        )
-        return unusable(f"{problem} ({type(error).__name__})", place)
+        problem = f"the row, {kind_of(row)}, cannot be read ({type(error).__name__})"
+        return unusable(f"{problem}; give a mapping with 'secret', 'name' and 'account'", place)
     key = make_key(clear_text(secret), _text(name), _text(account), place=place)
     if "secret" not in names and isinstance(key, UnusableKey):
         return unusable(

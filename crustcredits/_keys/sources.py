@@ -24,7 +24,7 @@ from crustcredits._keys.checks import is_likely_key, looks_secret
 from crustcredits._keys.formats import SUFFIXES, Pool, joined, read_text
 from crustcredits._keys.key_pool import Uniqueness
 from crustcredits._keys.rows import key_of_row
-from crustcredits._validation import hides_arguments
+from crustcredits._validation import hides_arguments, kind_of
 
 _VARIABLES: Final = (KEY_VARIABLE, f"{KEY_VARIABLE}_FILE", KEYS_VARIABLE, f"{KEYS_VARIABLE}_FILE")
 
@@ -130,15 +130,18 @@ def _or_raise(pool: Pool) -> list[ApiKey]:
 def _read_environ(environ: object) -> Pool:
     if not isinstance(environ, Mapping):
         return ConfigurationError(
-            f"an environment must be a mapping of names to text, not {type(environ).__name__}"
+            f"environ must be a mapping of names to text, not {kind_of(environ)}"
         )
     try:
         values = {name: environ.get(name) or "" for name in _VARIABLES}
     except Exception as error:  # noqa: BLE001  # of a vault behind it; its frames may hold secrets
-        return ConfigurationError(f"the environment cannot be read ({type(error).__name__})")
+        return ConfigurationError(
+            f"environ cannot be read ({type(error).__name__}); repair its source, or set the "
+            "variables in the environment of the process"
+        )
     wrong = next((name for name, value in values.items() if not isinstance(value, str)), None)
     if wrong is not None:
-        return ConfigurationError(f"{wrong} must be text, not {type(values[wrong]).__name__}")
+        return ConfigurationError(f"{wrong} must be a str, not {kind_of(values[wrong])}")
     texts: dict[str, str] = {name: value.strip() for name, value in values.items()}
     for name in (KEY_VARIABLE, KEYS_VARIABLE):
         if texts[name] and texts[f"{name}_FILE"]:
@@ -175,14 +178,14 @@ def _text_of(path: Any, file: str) -> str | ConfigurationError:
     except UnicodeDecodeError:
         problem = "it is not UTF-8 text; save it as UTF-8"
     except OSError as error:
-        problem = error.strerror or type(error).__name__
+        problem = f"{error.strerror or type(error).__name__}; correct the path or the file's rights"
     except (TypeError, ValueError):
-        problem = "this is not a path"
+        problem = "the value is not a path"
     if _may_be_shown(path):
         return ConfigurationError(f"{file} {str(path)!r} cannot be read: {problem}")
     hint = (
-        "its path is not repeated, because it may be a key; give the path of a file, and put "
-        f"keys themselves into {KEYS_VARIABLE}"
+        "the path is not repeated, because it may be a key; put keys themselves into "
+        f"{KEYS_VARIABLE}"
     )
     return ConfigurationError(f"{file} cannot be read: {problem}; {hint}")
 
@@ -209,9 +212,7 @@ def _may_be_shown(path: Any) -> bool:
 
 def _read_any(text: object) -> Pool:
     if not isinstance(text, str):
-        return ConfigurationError(
-            f"keys are read from a str, not {type(text).__name__}; decode it first"
-        )
+        return ConfigurationError(f"text must be a str, not {kind_of(text)}; decode bytes first")
     return read_text(text, place="line")
 
 
@@ -220,10 +221,9 @@ def _read_any(text: object) -> Pool:
 
 def _rows_problem(rows: object) -> str | None:
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
-        kind = type(rows).__name__
         return (
             "rows must be an iterable of mappings with 'secret', 'name' and 'account', not "
-            f"{kind}; put one row in a list: [row]"
+            f"{kind_of(rows)}; put one row in a list: [row]"
         )
     return None
 

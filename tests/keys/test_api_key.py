@@ -51,7 +51,7 @@ def test_a_secret_str_is_accepted_as_a_secret() -> None:
     pool = as_keys({"acme/prod": SecretStr(SECRET)})
     assert isinstance(pool, Iterator)
     assert next(pool) == ApiKey(SECRET, name="prod", account="acme")
-    assert "not one (SecretStr); put it in a list" in str(as_keys(SecretStr(SECRET)))
+    assert "(SecretStr), but many are expected; put it in a list" in str(as_keys(SecretStr(SECRET)))
 
 
 def test_the_label_is_account_and_name() -> None:
@@ -144,15 +144,15 @@ def test_outer_white_space_and_a_byte_order_mark_are_dropped(raw: str) -> None:
         ('sk"0123', "holds a quotation mark"),
         ("[sk-0123]", "holds a square bracket: it seems to be a section of an ini file"),
         ("{sk-0123}", "holds a brace"),
-        ("f(0123)", "holds a bracket"),
+        ("f(0123)", "holds a parenthesis"),
         ("a<0123", "holds an angle bracket"),
         ("bob0123@example.com", "holds an '@'"),
         ("-----BEGIN-0123", "a line of a PEM file"),
         ("prod=0123", "holds '=': it seems to be a line NAME=SECRET"),
-        (7, "not int"),
-        ({"secret": "0123"}, "not dict; rows of a database go through keys_from_records"),
+        (7, "not an int"),
+        ({"secret": "0123"}, "not a dict; rows of a database go through keys_from_records"),
         (b"sk-0123", "not bytes; decode it first"),
-        (None, "not NoneType"),
+        (None, "not None"),
     ],
 )
 def test_an_unusable_secret_is_refused_under_the_keys_name(raw: str, said: str) -> None:
@@ -257,11 +257,11 @@ def test_a_name_that_looks_more_like_a_secret_is_not_repeated(
         ("a\tb", None, "the name of the API key holds unprintable"),
         ('"prod', None, "the name of the API key begins or ends with a quotation mark"),
         ("prod", "acme'", "the account of the API key begins or ends with a quotation mark"),
-        (SECRET, None, "the name of the API key holds its secret"),
-        (f"my {SECRET}", None, "the name of the API key holds its secret"),
-        (7, None, "the name of an API key must be a str, not int"),
+        (SECRET, None, "the name of the API key holds the secret"),
+        (f"my {SECRET}", None, "the name of the API key holds the secret"),
+        (7, None, "the name of the API key must be a str, not an int"),
         ("prod", " ", "the account of the API key is empty"),
-        ("prod", SECRET, "the account of the API key holds its secret"),
+        ("prod", SECRET, "the account of the API key holds the secret"),
     ],
 )
 def test_an_unprintable_label_is_refused(name: str, account: str | None, said: str) -> None:
@@ -320,20 +320,22 @@ def test_text_is_read_by_line_and_comma() -> None:
         ("/prod=s-secret", "line 1: the account of the API key is empty"),
         ("a=s-1\n\n# x\nb=s secret", "line 4: the API key holds white space"),
         ("ok\nBearer s-secret", "line 2: the API key begins with"),
-        ("a=s-1\na=s-2", "a: two different keys have this name"),
-        ("x/a=s-1, y/b=s-1", "y/b: its secret is declared under two accounts"),
+        ("a=s-1\na=s-2", "a: two different keys have this label"),
+        ("x/a=s-1, y/b=s-1", "y/b: the secret of the key is declared under two accounts"),
     ],
 )
 def test_a_bad_line_is_reported_by_its_number(text: str, said: str) -> None:
     """Its text may be a secret."""
     with pytest.raises(ConfigurationError, match=said) as caught:
         keys_from_text(text)
-    assert "secret" not in str(caught.value).replace("its secret is declared", "")
+    assert "secret" not in str(caught.value).replace("the secret of the key is declared", "")
 
 
 def test_keys_are_read_from_text_only() -> None:
     """Bytes would be read as one strange key."""
-    with pytest.raises(ConfigurationError, match="from a str, not bytes; decode it first"):
+    with pytest.raises(
+        ConfigurationError, match="text must be a str, not bytes; decode bytes first"
+    ):
         keys_from_text(b"s-1")  # type: ignore[arg-type]  # the mistake under test
 
 
@@ -356,7 +358,7 @@ def test_an_unreadable_file_is_reported_with_the_reason(tmp_path: Path) -> None:
         keys_from_file(tmp_path / "binary")
     assert caught.value.__context__ is None
     for path in ("a\0b", None, 5):
-        with pytest.raises(ConfigurationError, match="this is not a path"):
+        with pytest.raises(ConfigurationError, match="the value is not a path"):
             keys_from_file(path)  # type: ignore[arg-type]  # the mistake under test
 
 

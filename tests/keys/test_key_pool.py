@@ -43,14 +43,14 @@ def test_a_single_key_is_refused_as_a_pool(lone: object) -> None:
 
 def test_a_value_that_is_no_pool_is_refused() -> None:
     """The error names the remedy."""
-    assert "not int" in str(as_keys(7))
+    assert "not an int" in str(as_keys(7))
 
     async def source() -> None: ...
 
     class Source:
         def __aiter__(self) -> None: ...
 
-    assert "goes to stream()" in str(as_keys(Source()))
+    assert "give it to stream()" in str(as_keys(Source()))
 
 
 def test_an_unusable_key_does_not_fail_its_pool() -> None:
@@ -67,11 +67,11 @@ def test_an_unusable_key_does_not_fail_its_pool() -> None:
     [
         (
             [ApiKey("s-1", name="prod"), ApiKey("s-2", name="prod")],
-            "prod: two different keys have this name",
+            "prod: two different keys have this label",
         ),
         (
             [ApiKey("s-1", name="a", account="acme"), ApiKey("s-1", name="b", account="emca")],
-            "b: its secret is declared under two accounts, 'acme' and 'emca'",
+            "b: the secret of the key is declared under two accounts, 'acme' and 'emca'",
         ),
     ],
 )

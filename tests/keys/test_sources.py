@@ -123,7 +123,7 @@ def test_an_env_file_without_the_librarys_variables_is_refused(
         ("/run/secrets/crustdata-1", "is the path of a file"),
         ("../secrets/key1", "is the path of a file"),
         ("ghp_0123456789abcdef0123456789abcdef0123", "is a key of another service"),
-        ("JWTSECRET=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
+        ("JWTSECRET=aB3dE5fG7hJ9kL1mN3", "line 1: the name of the entry is a setting's name"),
         ("~/keys", "is the path of a file"),
         ("keys.json", "is the path of a file"),
         ("--keys-file", "is an option of a command"),
@@ -131,12 +131,12 @@ def test_an_env_file_without_the_librarys_variables_is_refused(
         ("/", "holds no letter and no digit"),
         (
             "name,email,password\nbob,bob,hunter2",
-            "a CSV file needs a header row with a column 'secret'",
+            "the CSV text has no column 'secret'",
         ),
-        ("user=admin\nport=5432", "line 1: its name is a setting's name"),
-        ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
-        ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: its name is a setting's name"),
-        ('{"name": "x", "version": "1.0.0"}', "entry 1: its name is a setting's name"),
+        ("user=admin\nport=5432", "line 1: the name of the entry is a setting's name"),
+        ("dbPassword=aB3dE5fG7hJ9kL1mN3", "line 1: the name of the entry is a setting's name"),
+        ("secret_key_base=aB3dE5fG7hJ9kL1mN3", "line 1: the name of the entry is a setting's name"),
+        ('{"name": "x", "version": "1.0.0"}', "entry 1: the name of the entry is a setting's name"),
         (f"MSG='it\nCRUSTDATA_API_KEY={ONE}\nB='x'", "is inside the quotes of another value"),
         (f"name,secret,secret\nprod,{ONE},{TWO}", "line 1: a column occurs twice"),
     ],
@@ -204,10 +204,10 @@ class Broken(dict[str, str]):
     [
         (
             {"CRUSTDATA_API_KEY": 7, "CRUSTDATA_API_KEYS": ONE},
-            "CRUSTDATA_API_KEY must be text, not int",
+            "CRUSTDATA_API_KEY must be a str, not an int",
         ),
-        (Broken(), "the environment cannot be read \\(LookupError\\)"),
-        (ONE, "an environment must be a mapping of names to text, not str"),
+        (Broken(), "environ cannot be read \\(LookupError\\)"),
+        (ONE, "environ must be a mapping of names to text, not a str"),
     ],
 )
 def test_a_value_that_is_no_environment_is_refused(environ: Any, said: str) -> None:
@@ -232,7 +232,9 @@ def test_a_value_that_is_no_environment_is_refused(environ: Any, said: str) -> N
 )
 def test_the_name_of_a_setting_is_refused_in_text(line: str) -> None:
     """Other programs write their secrets as `name=secret`, too."""
-    with pytest.raises(ConfigurationError, match="line 2: its name is a setting's name"):
+    with pytest.raises(
+        ConfigurationError, match="line 2: the name of the entry is a setting's name"
+    ):
         keys_from_text(f"prod={ONE}\n{line}\n")
 
 
@@ -246,7 +248,7 @@ async def test_the_name_of_a_setting_is_refused_in_a_mapping() -> None:
         report = await client.check(keys)
     assert [outcome.key.label for outcome in report.failed] == list(config)
     for outcome in report.failed:
-        assert "its name is a setting's name" in str(outcome.error)
+        assert "the name of the entry is a setting's name" in str(outcome.error)
     assert {name for _, name in server.arrivals} == {"prod", "user", "token"}
 
 
@@ -281,18 +283,18 @@ def test_json_is_an_object_of_labels_or_a_list_of_objects(file: File, name: str)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "this is not valid JSON"),
+        ("{", "the text begins like JSON, but is not valid JSON"),
         (f'{{"a": "{ONE}", "a": "{TWO}"}}', "a name occurs twice in one JSON object"),
-        (json.dumps([ONE, TWO]), "this JSON does not hold keys"),
-        (json.dumps({"secret": ONE, "name": "prod"}), "this JSON does not hold keys"),
-        (json.dumps(ONE), "this JSON does not hold keys"),
+        (json.dumps([ONE, TWO]), "the JSON does not hold keys"),
+        (json.dumps({"secret": ONE, "name": "prod"}), "the JSON does not hold keys"),
+        (json.dumps(ONE), "the JSON does not hold keys"),
         (
             json.dumps({"prod": {"secret": ONE}}),
-            "keys.json, entry 1: an API key must be a str, a SecretStr or an ApiKey, not dict",
+            "keys.json, entry 1: the API key must be a str, a SecretStr or an ApiKey, not a dict",
         ),
         (
             json.dumps({"prod": ONE, "DB_PASSWORD": "hunter2"}),
-            "keys.json, entry 2: its name is a setting's name",
+            "keys.json, entry 2: the name of the entry is a setting's name",
         ),
         (
             json.dumps([{"secret": ONE}, {"name": "dev"}]),
@@ -336,13 +338,13 @@ def test_csv_has_a_header_row(file: File, name: str, delimiter: str) -> None:
     [
         (
             f"name,key\nprod,{ONE}\n",
-            "keys.csv: a CSV file needs a header row with a column 'secret'",
+            "keys.csv: the CSV text has no column 'secret'",
         ),
         (
             f"name,secret\nprod,{ONE}\ndev,{TWO},x\n",
             "keys.csv, line 3: the row and the header row have different numbers",
         ),
-        (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not CSV"),
+        (f'name,secret\nprod,"{ONE}\n', "keys.csv, line 2: the row is not valid CSV"),
         ("name,secret\nprod,\n", "keys.csv, line 2: the API key is empty"),
     ],
 )
@@ -357,7 +359,7 @@ def test_other_csv_is_refused(file: File, content: str, said: str) -> None:
 def test_a_bare_entry_unlike_a_key_is_refused_beside_likely_keys(text: str) -> None:
     """An example is a cell of a CSV file without a header row. With a name the entry is a key."""
     with pytest.raises(
-        ConfigurationError, match=r"line 1: this does not look like a key, as other entries do"
+        ConfigurationError, match=r"line 1: the entry does not look like a key, as other entries do"
     ):
         keys_from_text(text)
     assert len(keys_from_text(f"a=hunter2\n{ONE}\n")) == 2
@@ -422,14 +424,14 @@ def test_a_path_that_may_be_a_key_is_not_repeated(path: str, shown: bool) -> Non
         keys_from_file(path)
     assert (path in str(caught.value)) is shown
     assert ONE not in str(caught.value)
-    assert ("its path is not repeated" in str(caught.value)) is not shown
+    assert ("the path is not repeated" in str(caught.value)) is not shown
 
 
 def test_an_existing_path_is_named_when_it_cannot_be_read(tmp_path: Path) -> None:
     """The path here is a directory."""
     with pytest.raises(ConfigurationError, match=str(tmp_path)):
         keys_from_file(tmp_path)
-    with pytest.raises(ConfigurationError, match="this is not a path"):
+    with pytest.raises(ConfigurationError, match="the value is not a path"):
         keys_from_file([ONE])  # type: ignore[arg-type]  # the mistake under test
 
 
@@ -503,7 +505,7 @@ def test_a_label_in_text_is_account_and_name() -> None:
         ("globex", "prod", "globex/prod"),
         ("acme", "eu/west", "acme/eu/west"),
     ]
-    with pytest.raises(ConfigurationError, match="acme/prod: two different keys have this name"):
+    with pytest.raises(ConfigurationError, match="acme/prod: two different keys have this label"):
         keys_from_text(f"acme/prod={ONE}, acme/prod={TWO}")
 
 
@@ -603,17 +605,19 @@ def test_an_unusable_row_fails_only_its_own_key() -> None:
     assert not hasattr(found[1], "get_secret_value")
     errors = [str(key.error) for key in found if isinstance(key, UnusableKey)]
     assert errors[0] == (
-        "acme/dev: an API key must be a str, a SecretStr or an ApiKey, not NoneType; is it "
-        "missing at its source?"
+        "acme/dev: the API key must be a str, a SecretStr or an ApiKey, not None; look for an "
+        "unset variable or an empty column at its source"
     )
     assert errors[3].startswith("lost: the row has no column 'secret'")
-    assert errors[4].startswith("rows[5]: a row must be a mapping with 'secret'")
-    assert errors[5].startswith("rows[6]: acme/prod: two different keys have this name")
-    assert errors[6].startswith("rows[7]: globex/other: its secret is declared under two accounts")
-    assert errors[8].endswith("this BrokenRow cannot be read as one (LookupError)")
-    assert (
-        errors[9]
-        == "sealed: the API key cannot be read: its get_secret_value() raised RuntimeError"
+    assert errors[4].startswith("rows[5]: the row, ")
+    assert errors[5].startswith("rows[6]: acme/prod: two different keys have this label")
+    assert errors[6].startswith(
+        "rows[7]: globex/other: the secret of the key is declared under two accounts"
+    )
+    assert errors[8].startswith("rows[9]: the row, a BrokenRow, cannot be read (LookupError); ")
+    assert errors[9] == (
+        "sealed: the API key cannot be read: its get_secret_value() raised RuntimeError; repair "
+        "the source of the secret"
     )
 
 
@@ -780,8 +784,8 @@ def test_a_part_of_a_name_is_not_sent_as_a_key() -> None:
     The rest does not look like a key, as other entries do.
     """
     with pytest.raises(
-        ConfigurationError, match="this does not look like a key, as other entries do"
+        ConfigurationError, match="the entry does not look like a key, as other entries do"
     ):
         keys_from_text("Acme, Inc=sk_live_0123456789abcdef0123")
-    with pytest.raises(ConfigurationError, match="line 1: this does not look like a key"):
+    with pytest.raises(ConfigurationError, match="line 1: the entry does not look like a key"):
         keys_from_text("Production\nprod=sk_live_0123456789abcdef0123")
