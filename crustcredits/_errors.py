@@ -47,7 +47,7 @@ class CrustCreditsError(Exception):
     """Root of all errors that this library raises.
 
     Attributes:
-        message: The cause and the remedy in words, without the key's name.
+        message: The state, the cause and the remedy in words, without the key's label.
         key_name: The label of the failed key, never its secret. None when no single key is to
             blame.
         attempts: Number of requests that were put on the wire for this call.

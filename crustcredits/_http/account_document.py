@@ -42,7 +42,7 @@ def account_of(document: Any, key: ApiKey) -> tuple[Any, str | None]:
     if not isinstance(account, dict):
         return None, "no account"
     if is_deeper(account, MAX_DEPTH):
-        return None, "an absurdly nested account"
+        return None, f"an account of more than {MAX_DEPTH} levels"
     return without_secret(account, key), None
 
 
@@ -59,7 +59,8 @@ def account_fields(account: dict[str, Any], key: ApiKey) -> dict[str, Any]:
     extra = {name: value for name, value in account.items() if name not in kept}
     for name in extra.keys() & _ACCOUNT_FIELDS.keys():
         _log.warning(
-            "%s: the account's %s is not of the documented kind; read it in extra",
+            "%s: %s is None, because the API sent another kind of value than it documents; read "
+            "the value in Account.extra",
             key.label,
             name,
         )
@@ -92,6 +93,7 @@ def _read_refresh_date(fields: dict[str, Any], extra: dict[str, Any], key: ApiKe
     except (ValueError, OverflowError):
         extra[name] = text
         _log.warning(
-            "%s: the account's recurring_credits_refresh_date is no date; read it in extra",
+            "%s: %s is None, because the API sent no ISO date; read the value in Account.extra",
             key.label,
+            name,
         )

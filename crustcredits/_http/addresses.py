@@ -11,11 +11,14 @@ from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from crustcredits._errors import ConfigurationError
+from crustcredits._validation import kind_of
 
 DEFAULT_BASE_URL: Final = "https://api.crustdata.com"
 
 USER_CREDITS: Final = "/user/credits"
 ACCOUNT_CREDITS: Final = "/account/credits"
+
+_FORM: Final = "give it as https://host or https://host:port"
 
 
 def parse_base_url(base_url: object, source: str = "base_url") -> str | ConfigurationError:
@@ -25,11 +28,7 @@ def parse_base_url(base_url: object, source: str = "base_url") -> str | Configur
     not raised, because the URL may hold credentials.
     """
     origin, problem = _origin_or_problem(base_url)
-    return (
-        origin
-        if problem is None
-        else ConfigurationError(f"{source} {problem}; give it as https://host or https://host:port")
-    )
+    return origin if problem is None else ConfigurationError(f"{source} {problem}")
 
 
 def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | None:
@@ -58,13 +57,13 @@ def proxy_problem(proxy: object, source: str = "proxy") -> ConfigurationError | 
 
 def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
     if not isinstance(base_url, str):
-        return "", f"must be a str, not {type(base_url).__name__}"
+        return "", f"must be a str, not {kind_of(base_url)}; {_FORM}"
     try:
         parts = urlsplit(base_url.strip())
         port = "" if parts.port is None else f":{parts.port}"
         (parts.hostname or "").encode("idna")
     except ValueError:
-        return "", "is not a URL"
+        return "", f"is not a URL; {_FORM}"
     problem = _url_problem(parts)
     host = parts.hostname or ""
     host = f"[{host}]" if ":" in host else host
@@ -73,13 +72,13 @@ def _origin_or_problem(base_url: object) -> tuple[str, str | None]:
 
 def _url_problem(parts: SplitResult) -> str | None:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        return "has no http(s) scheme and host"
+        return f"has no http(s) scheme and host; {_FORM}"
     if re.search(r"[\s\x00-\x20\x7f]", parts.netloc):
-        return "has white space in its host"
+        return f"has white space in its host; {_FORM}"
     if "@" in parts.netloc:
-        return "holds credentials; keys are given to each call, never in the URL"
+        return f"holds credentials, but keys are given to each call; {_FORM}"
     if parts.path not in {"", "/"} or parts.query or parts.fragment:
-        return "has a path, query or fragment; the client adds the paths of the API itself"
+        return f"has a path, query or fragment, but the client adds the API's paths itself; {_FORM}"
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         return (
             "is plain http, which would show every key to the network; use https (http is for "

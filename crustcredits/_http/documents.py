@@ -72,9 +72,9 @@ def parse(body: bytes | None) -> tuple[Any, str | None]:
         document, end = _scan(text, 0)
         return (document, None) if end == len(text) else (None, "something that is not JSON")
     except _TwiceError:
-        return None, "JSON with a duplicate name"
+        return None, "JSON in which a name occurs twice"
     except _UnusableNumberError:
-        return None, "a number that cannot be credits (NaN, infinite or absurdly long)"
+        return None, "a number that cannot be credits (NaN, infinite or too long)"
     except (ValueError, RecursionError, StopIteration):
         return None, "something that is not JSON"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import attrs
 
@@ -73,7 +73,10 @@ def read_response(
         return _read_failure(key, response, now, period)
     document, problem = parse(response.body)
     if problem is not None and not response.framed and is_cut_short(response.body):
-        message = "the connection failed while the answer came (the body is cut short)"
+        message = (
+            "the connection failed while the answer came (the body is cut short); check the "
+            "network, or try again"
+        )
         return APIConnectionError(
             message, key_name=key.label, **read_details(response.headers, key)
         )
@@ -81,7 +84,7 @@ def read_response(
         document, problem = user_of(document) if path == USER_CREDITS else account_of(document, key)
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
-        message = f"the API answered with {problem or 'no number of credits'}"
+        message = f"the API answered with {problem or 'no number of credits'}; {_CHECK_ADDRESS}"
         return UnexpectedResponseError(
             message, key_name=key.label, status=200, **read_details(response.headers, key)
         )
@@ -104,14 +107,45 @@ def read_response(
 
 # --- failures
 
-_STATUS_ERRORS: Final[dict[int, tuple[type[APIStatusError], str]]] = {
-    400: (_errors.BadRequestError, "the API rejects the request"),
-    401: (_errors.AuthenticationError, "the API does not accept the key"),
-    402: (_errors.PaymentRequiredError, "the account is out of credits"),
-    403: (_errors.PermissionDeniedError, "the plan or the key's rights do not allow this"),
-    429: (RateLimitError, "the API refused the request: over its rate limit"),
+# The class, the state and the remedy; the API's own text comes between state and remedy.
+_StatusError: TypeAlias = tuple[type[APIStatusError], str, str]
+_STATUS_ERRORS: Final[dict[int, _StatusError]] = {
+    400: (
+        _errors.BadRequestError,
+        "the API rejects the request",
+        "update crustcredits, or look for a proxy that changes headers",
+    ),
+    402: (
+        _errors.PaymentRequiredError,
+        "the account is out of credits",
+        "top it up, or use a key of another account",
+    ),
+    403: (
+        _errors.PermissionDeniedError,
+        "the plan or the key's rights do not allow the request",
+        "change them, or use another key",
+    ),
 }
-
+_NOT_ACCEPTED: Final[_StatusError] = (
+    _errors.AuthenticationError,
+    "the API does not accept the key",
+    "correct or replace the key",
+)
+_INVALID: Final[_StatusError] = (
+    _errors.InvalidKeyError,
+    "the API does not know the key",
+    "correct or replace the key",
+)
+_MISSING: Final[_StatusError] = (
+    _errors.MissingKeyError,
+    "no key reached the API",
+    "look for a proxy that removes the Authorization header",
+)
+_TRANSIENT: Final[_StatusError] = (APIStatusError, "the API answered with an error", "try again")
+_CHECK_ADDRESS: Final = (
+    "check the address of the API, look for a proxy before it, or update crustcredits"
+)
+_OTHER: Final[_StatusError] = (APIStatusError, "the API answered with an error", _CHECK_ADDRESS)
 
 # These statuses speak for the API only with a JSON object as body: HTML pages come from gateways,
 # firewalls and captive portals.
@@ -145,7 +179,9 @@ def _read_failure(
             else "an undocumented status"
         )
         return UnexpectedResponseError(
-            f"the API answered with {kind_of_answer} (HTTP {status})", status=status, **details
+            f"the API answered with {kind_of_answer} (HTTP {status}); {_CHECK_ADDRESS}",
+            status=status,
+            **details,
         )
     document = parse_leniently(response.body)
     if status in _OF_THE_KEY and not isinstance(document, dict):
@@ -153,26 +189,38 @@ def _read_failure(
         return GatewayError(
             _NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"]
         )
-    message = clean(_message(document), key)
+    text = clean(_message(document), key)
     if status >= 500:
         wait = read_wait(response.headers, now=now) if status == 503 else None
-        message = message or "the API or a gateway before it failed"
+        message = _sentence("the API or a gateway before it failed", text, _when(wait))
         return _errors.InternalServerError(message, status=status, retry_after=wait, **details)
-    kind, default = _STATUS_ERRORS.get(status, (APIStatusError, "the API answered with an error"))
-    if kind is RateLimitError:
+    if status == 429:
         wait = read_retry_after(response.headers, now=now, period=period)
-        return RateLimitError(message or default, retry_after=wait, **details)
-    if kind is _errors.AuthenticationError:
-        kind = _authentication_error(message)
-    return kind(message or default, status=status, **details)
+        message = _sentence("the API refuses more requests for now", text, _when(wait))
+        return RateLimitError(message, retry_after=wait, **details)
+    kind, state, remedy = (
+        _authentication_error(text)
+        if status == 401
+        else _STATUS_ERRORS.get(status, _TRANSIENT if status in {408, 425} else _OTHER)
+    )
+    return kind(_sentence(state, text, remedy), status=status, **details)
 
 
-def _authentication_error(message: str | None) -> type[APIStatusError]:
+def _sentence(state: str, text: str | None, remedy: str) -> str:
+    """State, cause and remedy; the cause is the server's own text, if any."""
+    return f"{state}; {remedy}" if text is None else f"{state} ({text}); {remedy}"
+
+
+def _when(wait: float | None) -> str:
+    return "try again later" if wait is None else f"try again in {wait:.1f} s"
+
+
+def _authentication_error(text: str | None) -> tuple[type[APIStatusError], str, str]:
     # The vendor's texts are "Missing API key in request" and "Invalid API key in request".
-    words = (message or "").lower()
+    words = (text or "").lower()
     if "missing" in words:
-        return _errors.MissingKeyError
-    return _errors.InvalidKeyError if "invalid" in words else _errors.AuthenticationError
+        return _MISSING
+    return _INVALID if "invalid" in words else _NOT_ACCEPTED
 
 
 def _message(document: Any) -> str | None:

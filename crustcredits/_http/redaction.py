@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from crustcredits._keys.api_key import ApiKey
 
-# Characters of a message.
+# Characters of the server's text in a message.
 MAX_MESSAGE: Final = 300
 
 # Text that URL quoting leaves unchanged (RFC 3986, unreserved characters).

@@ -31,6 +31,7 @@ from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.documents import MAX_BODY
 from crustcredits._http.headers import read_details
 from crustcredits._http.protocol import Response, request_headers
+from crustcredits._validation import kind_of
 
 if TYPE_CHECKING:
     from aiohttp.client_middlewares import ClientHandlerType
@@ -215,14 +216,21 @@ class AiohttpTransport:
             )
         else:
             when = "while the answer came" if answers else "before an answer"
-            message = f"the connection{self._peer()} failed {when} ({_reason(error)})"
+            message = (
+                f"the connection{self._peer()} failed {when} ({_reason(error)}); check the "
+                "network, or try again"
+            )
         return Failure(APIConnectionError(message, **details), given_up)
 
     def _unconnected(self, error: BaseException) -> tuple[str, bool] | None:
         """The message for an error without a connection, and whether to retry; else None."""
         if isinstance(error, aiohttp.ClientHttpProxyError):
-            remedy = "; put its user and password into the proxy URL" if error.status == 407 else ""
-            return f"the proxy refused to connect (HTTP {error.status}){remedy}", True
+            remedy = (
+                "put its user and password into the proxy URL"
+                if error.status == 407
+                else "check the proxy's log and rules"
+            )
+            return f"the proxy refused to connect (HTTP {error.status}); {remedy}", True
         if isinstance(error, aiohttp.ServerFingerprintMismatch):
             return (
                 "the server's certificate does not match the fingerprint of the session; give the "
@@ -232,7 +240,12 @@ class AiohttpTransport:
             is_proxy = isinstance(error, aiohttp.ClientProxyConnectionError)
             peer = " to the proxy" if is_proxy else self._peer()
             retryable = not isinstance(error.os_error, ssl.SSLCertVerificationError)
-            return f"could not connect{peer} ({_reason(error)})", retryable
+            remedy = (
+                "check the address and the network"
+                if retryable
+                else "check the address, or name the certificate to trust in ssl= or SSL_CERT_FILE"
+            )
+            return f"could not connect{peer} ({_reason(error)}); {remedy}", retryable
         return None
 
 
@@ -256,9 +269,7 @@ def tls_problem(context: object) -> ConfigurationError | None:
         "certificates are always verified: give a context that trusts your certificates, or "
         "name their file in SSL_CERT_FILE"
     )
-    return ConfigurationError(
-        f"ssl must be an ssl.SSLContext, not {type(context).__name__}; {remedy}"
-    )
+    return ConfigurationError(f"ssl must be an ssl.SSLContext, not {kind_of(context)}; {remedy}")
 
 
 def _verifies(context: ssl.SSLContext) -> bool:
@@ -272,9 +283,7 @@ def session_problem(session: object) -> ConfigurationError | None:
     """
     if session is None or isinstance(session, aiohttp.ClientSession):
         return None
-    return ConfigurationError(
-        f"session must be an aiohttp.ClientSession, not {type(session).__name__}"
-    )
+    return ConfigurationError(f"session must be an aiohttp.ClientSession, not {kind_of(session)}")
 
 
 async def _read_body(response: aiohttp.ClientResponse) -> bytes | None:
@@ -368,8 +377,12 @@ def _reason(error: BaseException) -> str:
         return f"TLS: {reason.replace('_', ' ').lower()}"
     if isinstance(cause, OSError) and (cause.strerror or "").startswith("[SSL"):
         return "TLS: the connection failed after the handshake"
-    if isinstance(cause, ConnectionError) and cause.errno is None:
+    if isinstance(cause, aiohttp.ServerDisconnectedError) or (
+        isinstance(cause, ConnectionError) and cause.errno is None
+    ):
         return "the connection was closed"
+    if isinstance(cause, aiohttp.ClientPayloadError):
+        return "the body is cut short or cannot be decoded"
     if not isinstance(cause, OSError) or cause.errno is None:
         return type(error).__name__
     # Errors of name resolution have negative numbers. For the others aiohttp puts addresses into

@@ -113,7 +113,7 @@ def test_json_with_a_duplicate_name_is_refused() -> None:
     """The API does not document which of the two would be right."""
     found = error('{"credits": 1, "credits": 2}')
     assert isinstance(found, UnexpectedResponseError)
-    assert "JSON with a duplicate name" in str(found)
+    assert "JSON in which a name occurs twice" in str(found)
     assert isinstance(
         error('{"account": {"credits": 1, "a": {"b": 1, "b": 2}}}', path=ACCOUNT_CREDITS),
         UnexpectedResponseError,

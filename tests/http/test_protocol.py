@@ -58,7 +58,7 @@ def test_a_request_carries_the_key_the_api_version_and_the_user_agent() -> None:
         ),
         (404, '{"description": "gone"}', APIStatusError, "gone"),
         (418, '{"reason": "teapot"}', APIStatusError, "teapot"),
-        (429, "<html>", RateLimitError, "over its rate limit"),
+        (429, "<html>", RateLimitError, "the API refuses more requests for now"),
         (429, '{"error": "slow down"}', RateLimitError, "slow down"),
         (500, '{"non_field_errors": ["broken"]}', InternalServerError, "broken"),
         (502, "<html>502</html>", InternalServerError, "a gateway before it failed"),

@@ -162,7 +162,8 @@ def caused(error: Exception, cause: Exception) -> Exception:
         ),
         (ConnectionResetError(SECRET), "the connection was closed"),
         (aiohttp.ClientOSError(104, SECRET), "Connection reset by peer"),
-        (aiohttp.ClientPayloadError(SECRET), "ClientPayloadError"),
+        (aiohttp.ClientPayloadError(SECRET), "the body is cut short or cannot be decoded"),
+        (aiohttp.ServerDisconnectedError(SECRET), "the connection was closed"),
     ],
 )
 async def test_the_reason_of_a_failure_is_never_the_exceptions_text(
@@ -181,7 +182,9 @@ async def test_the_reason_of_a_failure_is_never_the_exceptions_text(
     ):
         with pytest.raises(APIConnectionError) as caught:
             await client.balance(SECRET)
-    assert caught.value.message == f"the connection failed before an answer ({reason})"
+    assert caught.value.message == (
+        f"the connection failed before an answer ({reason}); check the network, or try again"
+    )
 
 
 async def test_a_server_that_wants_a_client_certificate_is_a_connection_error(
@@ -337,16 +340,16 @@ def unverified() -> ssl.SSLContext:
     [
         (
             {"ssl": False},
-            "ssl must be an ssl.SSLContext, not bool; certificates are always verified",
+            "ssl must be an ssl.SSLContext, not a bool; certificates are always verified",
         ),
-        ({"ssl": "ca.pem"}, "ssl must be an ssl.SSLContext, not str"),
+        ({"ssl": "ca.pem"}, "ssl must be an ssl.SSLContext, not a str"),
         ({"ssl": unverified()}, "ssl does not verify the server's certificate"),
         (
             {"ssl": ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)},
             "ssl does not verify the server's certificate",
         ),
         ({"proxy": "http://bob:hunter2@host:99999"}, r"proxy is not an http\(s\) URL"),
-        ({"trust_env": 1}, "trust_env must be True or False, not int"),
+        ({"trust_env": 1}, "trust_env must be True or False, not an int"),
     ],
 )
 def test_options_that_cannot_secure_a_connection_are_refused(
