@@ -106,7 +106,7 @@ class CircuitBreaker:
             f"{_THRESHOLD} requests in a row in the API's place"
         )
         return GatewayError(
-            f"{state}; look for a proxy or firewall between here and the API, or try again",
+            f"{state}; look for a proxy or firewall between here and the API, or try again later",
             status=self._status,
         )
 

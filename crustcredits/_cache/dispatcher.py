@@ -141,8 +141,8 @@ class Dispatcher:
         """
         if key is None and self._scope in {"account", "key"}:
             raise ConfigurationError(
-                f"quota() needs a key: with scope {self._scope!r} each key or account has a "
-                "quota of its own; name the key: quota(key=…)"
+                f"quota() needs a key, because with scope {self._scope!r} each key or account has "
+                "a quota of its own; name the key: quota(key=…)"
             )
         endpoint = self.endpoints[path]
         account = None if key is None or self._scope == "client" else endpoint.account_of(key)
@@ -226,7 +226,9 @@ class Dispatcher:
         endpoint.note_sent(call, now)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug(
-                "%s: request sent %.3f s after its call", call.api_key.label, now - call.entered
+                "%s: attempt sent %.3f s after the call began",
+                call.api_key.label,
+                now - call.entered,
             )
         # Not made by the loop's task factory, which might run the first step at once.
         call.task = AttemptTask(
@@ -287,7 +289,8 @@ class Dispatcher:
         counted = f"attempt {call.attempts} of {self._retry.attempts}"
         if call.spared:
             counted = (
-                f"request {call.attempts}; refusals that do not count as attempts: {call.spared}"
+                f"attempt {call.attempts} of {self._retry.attempts + call.spared} "
+                f"(refusals not counted: {call.spared})"
             )
         _log.info("%s; this was %s; next attempt in %.2f s", result, counted, delay)
         call.last = result

@@ -325,7 +325,8 @@ class Endpoint:
         """
         loop = asyncio.get_running_loop()
         message = (
-            "not sent: the count that processes share is out of reach; see the log for the cause"
+            "not sent: Redis, which counts for all processes, is out of reach; see the log for the "
+            "cause, and try again when Redis answers"
         )
         calls = self.scheduler.give_up(whose, loop.time(), _SLICE)
         for call in calls:

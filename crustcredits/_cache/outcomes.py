@@ -46,15 +46,16 @@ def late_error(key: ApiKey, wait: float, *, is_cut_off: bool = False) -> RateLim
     """
     if is_cut_off:
         return RateLimitWaitError(
-            f"not sent within {wait:.1f} s: Redis is out of reach, so this process waits until "
-            "tokens of others have expired; see the log for the cause, and raise timeout=",
+            "not sent: deadline too short, because Redis is out of reach and the leases of other "
+            f"processes delay this call by at least {wait:.1f} s; see the log for the cause, and "
+            "raise timeout=",
             key_name=key.label,
             wait=wait,
         )
     return RateLimitWaitError(
-        f"not sent: its turn comes {wait:.1f} s after the call at the earliest, because of the "
-        "rate limit or of requests without an answer; raise timeout= or check fewer keys at once "
-        "(for single calls beside a check: RateLimit(reserve=0.1))",
+        "not sent: deadline too short, because the rate limit or requests without an answer delay "
+        f"this call by at least {wait:.1f} s; raise timeout=, check fewer keys at once, or set "
+        "RateLimit(reserve=0.1) for single calls beside a check",
         key_name=key.label,
         wait=wait,
     )
@@ -63,8 +64,8 @@ def late_error(key: ApiKey, wait: float, *, is_cut_off: bool = False) -> RateLim
 def overload_error(key: ApiKey, wait: float) -> RateLimitWaitError:
     """The error of a waiter whose turn came with too little time left, in an overload."""
     return RateLimitWaitError(
-        "not sent: its turn came with too little time left for an answer, and more calls wait "
-        "than may start; raise timeout= or make fewer calls at once",
+        "not sent: deadline too short for an answer, because more calls wait than may start; "
+        "raise timeout=, or make fewer calls at once",
         key_name=key.label,
         wait=wait,
     )
@@ -73,7 +74,7 @@ def overload_error(key: ApiKey, wait: float) -> RateLimitWaitError:
 def timeout_error(key: ApiKey, seconds: float, attempts: int) -> APITimeoutError:
     """The error of a waiter whose deadline passes while a request is on the wire."""
     return APITimeoutError(
-        f"no whole answer within {seconds:.3g} s of the call; raise timeout=",
+        f"no whole answer within {seconds:.3g} s of the call; try again, or raise timeout=",
         key_name=key.label,
         attempts=attempts,
     )

@@ -130,8 +130,8 @@ class Feedback:
         )
         if adopted != self._common.limit:
             _log.info(
-                "the rate limit is now %d requests instead of %d: the API states it; to keep the "
-                "configured one, set adopt_server_limit='never'",
+                "rate limit is now %d requests a period instead of %d, because the API states it; "
+                "to keep the configured one, set RateLimit(adopt_server_limit='never')",
                 adopted,
                 self._common.limit,
             )
@@ -209,8 +209,9 @@ class Feedback:
         trial = self._cooldown.trial
         if not was_held and trial is not None:
             _log.info(
-                "endpoint cooldown of %.1f s: other clients spend the same rate limit; then one "
-                "probe at a time starts until one is served",
+                "endpoint cooldown of %.1f s, because several requests in a row were refused; then "
+                "one probe at a time starts until one is served; if it repeats, look for other "
+                "clients of the same rate limit, or lower RateLimit(requests=)",
                 max(0.0, trial.until - now),
             )
         if evidence.has_counts:

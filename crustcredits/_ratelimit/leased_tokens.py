@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias, cast
 
 from crustcredits._errors import ConfigurationError
+from crustcredits._validation import kind_of
 
 Scope: TypeAlias = Literal["auto", "client", "account"]
 
@@ -104,13 +105,9 @@ def check_backend(backend: object) -> Backend | None:
         getattr(backend, name, None) for name in ("open", "start", "tokens", "gate", "close")
     )
     if backend is not None and (isinstance(backend, type) or not all(map(callable, methods))):
-        kind = (
-            f"the class {backend.__name__}"
-            if isinstance(backend, type)
-            else f"a {type(backend).__name__}"
-        )
+        kind = f"the class {backend.__name__}" if isinstance(backend, type) else kind_of(backend)
         raise ConfigurationError(
-            f"backend is {kind}, which cannot count tokens: pass a RedisBackend"
+            f"backend is {kind}, which cannot count tokens; pass a RedisBackend"
         )
     return cast("Backend | None", backend)
 

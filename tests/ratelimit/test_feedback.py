@@ -243,8 +243,8 @@ def test_a_change_of_the_limit_is_logged_once(caplog: pytest.LogCaptureFixture) 
     for number, stated in enumerate((30, 30, 300, 300)):
         endpoint.ask(str(number), number / 4, served(9, limit=stated), seconds=0.125)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the rate limit is now {new} requests instead of {old}: the API states it; to keep the "
-        "configured one, set adopt_server_limit='never'"
+        f"rate limit is now {new} requests a period instead of {old}, because the API states it; "
+        "to keep the configured one, set RateLimit(adopt_server_limit='never')"
         for new, old in ((30, 300), (300, 30))
     ]
 
@@ -363,8 +363,9 @@ def test_the_start_of_a_cooldown_is_logged_with_its_length(
     endpoint.ask("c", 3.0, refused(9.0))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "endpoint cooldown of 0.8 s: other clients spend the same rate limit; then one probe at a "
-        "time starts until one is served"
+        "endpoint cooldown of 0.8 s, because several requests in a row were refused; then one "
+        "probe at a time starts until one is served; if it repeats, look for other clients of the "
+        "same rate limit, or lower RateLimit(requests=)"
     )
 
 

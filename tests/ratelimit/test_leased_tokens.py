@@ -262,7 +262,7 @@ def test_a_token_store_or_none_is_taken_as_it_is() -> None:
 def test_any_other_object_is_refused_with_its_kind_and_the_remedy(store: object, kind: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_backend(store)
-    assert str(caught.value) == f"backend is {kind}, which cannot count tokens: pass a RedisBackend"
+    assert str(caught.value) == f"backend is {kind}, which cannot count tokens; pass a RedisBackend"
 
 
 @pytest.mark.parametrize("name", ["open", "tokens", "close"])

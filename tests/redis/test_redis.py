@@ -450,7 +450,7 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise() -> None:
         one = await client(
             sandbox, RedisBackend(f"redis://127.0.0.1:{free_port()}", on_outage="raise"), stack
         )
-        with pytest.raises(BackendUnavailableError, match="prod: not sent: the count"):
+        with pytest.raises(BackendUnavailableError, match="prod: not sent: Redis, which counts"):
             await one.balance(sandbox.add_key("prod"), timeout=5)
         assert sandbox.requests == 0
 

@@ -930,9 +930,9 @@ async def test_a_call_that_waits_for_its_share_names_redis(redis: FakeRedis) -> 
             with pytest.raises(RateLimitWaitError) as caught:
                 await client.balance(keys(1)[0], timeout=timeout)
             assert str(caught.value) == (
-                f"k0: not sent within {timeout:.1f} s: Redis is out of reach, so this process "
-                "waits until tokens of others have expired; see the log for the cause, and raise "
-                "timeout="
+                "k0: not sent: deadline too short, because Redis is out of reach and the leases of "
+                f"other processes delay this call by at least {timeout:.1f} s; see the log for the "
+                "cause, and raise timeout="
             )
         report = await client.check(keys(3), timeout=1)
         assert all("Redis is out of reach" in str(outcome.error) for outcome in report)
@@ -1162,8 +1162,8 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
             await client.balance(keys(2)[1])
         assert (caught.value.key_name, caught.value.attempts) == ("k1", 0)
         assert str(caught.value) == (
-            "k1: not sent: the count that processes share is out of reach; "
-            "see the log for the cause"
+            "k1: not sent: Redis, which counts for all processes, is out of reach; see the log for "
+            "the cause, and try again when Redis answers"
         )
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  # our own
         assert (str(again), type(again)) == (str(caught.value), BackendUnavailableError)
