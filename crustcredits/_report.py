@@ -202,7 +202,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         self, credits: Decimal | float | None, grant_share: Decimal | float | None
     ) -> Mapping[Hashable, Balance]:
         if credits is None and grant_share is None:
-            raise ConfigurationError("no threshold is given: pass credits=, grant_share= or both")
+            raise ConfigurationError("no threshold is given; pass credits=, grant_share= or both")
         ceiling = None if credits is None else as_decimal("credits", credits)
         share = None if grant_share is None else as_decimal("grant_share", grant_share)
         if share is not None and not all(
@@ -258,23 +258,22 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         if available >= needed:
             return
         deciding = [each for each in self.failed if self._ledger.may_hold_more(each)]
-        counts = (
-            f"{credits_text(needed)} credits are needed and {credits_text(available)} are "
-            "known to be available"
-        )
+        counts = f"{credits_text(needed)} needed, {credits_text(available)} known to be available"
         stale = _listed("; stale", self.stale)
         if deciding:
             errors = tuple(outcome.error for outcome in deciding)
             undecided = _listed("; keys that could not be checked may hold the rest", deciding)
             raise CreditsUnknownError(
-                f"{counts}{undecided}; see their errors, and {_remedy(errors)}{stale}",
+                f"credits unknown: {counts}{undecided}{stale}; see the errors of these keys, and "
+                f"{_remedy(errors)}",
                 needed=needed,
                 available=available,
                 report=self,
                 deciding=errors,
             )
         message = (
-            f"{counts}{_listed('; unknown', self.failed)}{stale}; top up, or run a smaller batch"
+            f"too few credits: {counts}{_listed('; unknown', self.failed)}{stale}; "
+            "top up, or run a smaller batch"
         )
         raise InsufficientCreditsError(message, needed=needed, available=available, report=self)
 
@@ -316,12 +315,12 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         """
         if not isinstance(outcome, (Known, Unknown)):
             raise ConfigurationError(
-                "credits_of takes an outcome of this report; use by_label to find one by label"
+                "outcome must be an outcome of this report; use by_label to find one by label"
             )
         account = self._ledger.account_of(outcome)
         if account not in self._ledger.credits:
             raise ConfigurationError(
-                "this report has no such key; take outcomes from the report itself",
+                "the key is not in this report; take outcomes from the report itself",
                 key_name=outcome.key.label,
             )
         return self._ledger.credits[account]
@@ -358,8 +357,8 @@ def _remedy(errors: Iterable[CrustCreditsError]) -> str:
     if any(error.may_recover for error in errors):
         return "check again"
     if all(isinstance(error, _OF_THE_KEY) for error in errors):
-        return "correct or remove these keys"
-    return "find the server that answers in the API's place"
+        return "correct or remove the keys"
+    return "correct the cause that each names"
 
 
 class CreditsRequirementError(CrustCreditsError):

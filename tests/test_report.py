@@ -301,7 +301,7 @@ def test_a_failed_key_of_a_known_account_does_not_decide() -> None:
     assert caught.value.report is report
     assert caught.value.errors == tuple(outcome.error for outcome in report.failed)
     assert str(caught.value) == (
-        "6 credits are needed and 5 are known to be available; unknown: x/b, y/c, y/d; top up, "
+        "too few credits: 6 needed, 5 known to be available; unknown: x/b, y/c, y/d; top up, "
         "or run a smaller batch"
     )
     with pytest.raises(CreditsUnknownError) as undecided:
@@ -310,7 +310,9 @@ def test_a_failed_key_of_a_known_account_does_not_decide() -> None:
     assert not isinstance(undecided.value, InsufficientCreditsError)
     assert isinstance(undecided.value, CreditsRequirementError)
     assert undecided.value.may_recover
-    assert str(undecided.value).endswith("hold the rest: y/c; see their errors, and check again")
+    assert str(undecided.value).endswith(
+        "hold the rest: y/c; see the errors of these keys, and check again"
+    )
 
 
 OF_KEYS: list[CrustCreditsError | None] = [
@@ -417,7 +419,7 @@ def test_credits_of_a_key_are_those_of_its_account() -> None:
         ]
     )
     assert [report.credits_of(outcome) for outcome in report] == [2, 2, 2, None]
-    with pytest.raises(ConfigurationError, match="e: this report has no such key"):
+    with pytest.raises(ConfigurationError, match="e: the key is not in this report"):
         report.credits_of(good("e", "1"))
 
 
@@ -482,9 +484,9 @@ def test_require_passes_or_names_the_unknown_and_stale_keys() -> None:
     assert len(error.unknown) == 13
     listed = ", ".join(["c", *(f"other-{number}" for number in range(9))])
     assert str(error) == (
-        "10 credits are needed and 9.5 are known to be available; keys that could not be "
-        f"checked may hold the rest: {listed} and 3 more; "
-        "see their errors, and correct or remove these keys; stale: b"
+        "credits unknown: 10 needed, 9.5 known to be available; keys that could not be "
+        f"checked may hold the rest: {listed} and 3 more; stale: b; "
+        "see the errors of these keys, and correct or remove the keys"
     )
 
 
@@ -520,13 +522,13 @@ def test_a_report_converts_to_json_data() -> None:
 
 
 def test_a_requirement_error_names_the_remedy() -> None:
-    """Check again, correct keys, or find the server that answers in the API's place."""
+    """Check again, correct the keys, or correct the cause that each error names."""
     for error, remedy in (
         (APIConnectionError("reset"), "check again"),
-        (InvalidKeyError("unknown", status=401), "correct or remove these keys"),
+        (InvalidKeyError("unknown", status=401), "correct or remove the keys"),
         (
             UnexpectedResponseError("no JSON", status=200),
-            "find the server that answers in the API's place",
+            "correct the cause that each names",
         ),
     ):
         report = Report[Balance]([Unknown(key=ApiKey("secret-0", name="prod"), error=error)])
@@ -584,7 +586,7 @@ def test_equal_answers_are_recognised_in_any_order_of_fields() -> None:
         ),
         (Decimal("1E-301"), "credits has too many digits; round it up"),
         (Decimal("1E+301"), "at most 1e+300, not 1e+301"),
-        (Decimal("1E+300"), "5 are known to be available"),
+        (Decimal("1E+300"), "5 known to be available"),
     ],
 )
 def test_needed_credits_are_compared_as_decimals(credits: Decimal, said: str) -> None:
