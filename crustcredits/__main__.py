@@ -22,7 +22,7 @@ def main() -> None:
 
 def _missing() -> int:
     sys.stderr.write(
-        "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
+        "crustcredits: typer or rich is not installed; run pip install 'crustcredits[cli]'\n"
     )
     return 2
 

@@ -57,7 +57,7 @@ def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
         raise
     except typer.BadParameter as error:
         option: Any = error.param
-        problem = f"Invalid value for '{option.opts[0]}': it takes {option.metavar}. {option.help}"
+        problem = f"Invalid value for '{option.opts[0]}': {_accepted(option)}"
     except _UsageError as error:
         if getattr(error, "option_name", None) in {
             name for param in context.command.params for name in param.opts
@@ -68,6 +68,12 @@ def _without_values(parse: Callable[[], list[str]], context: Any) -> list[str]:
         if near:
             problem += f" Is {' or '.join(sorted(near))} meant?"
     raise _UsageError(problem, context)
+
+
+def _accepted(option: Any) -> str:
+    """The values that a numeric option takes."""
+    most = getattr(option, "max", None)
+    return _SECONDS if most is None else f"it must be a whole number from {option.min} to {most}."
 
 
 class _Command(TyperCommand):
@@ -85,7 +91,10 @@ class _Commands(TyperGroup):
         return _without_values(partial(super().parse_args, ctx, args), ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return super().get_command(ctx, cmd_name) or ctx.fail("No such command.")
+        return super().get_command(ctx, cmd_name) or ctx.fail(
+            "No such command; its text is not repeated, because it may be a key. "
+            f"Use {' or '.join(self.list_commands(ctx))}."
+        )
 
 
 app: typer.Typer = typer.Typer(
@@ -94,12 +103,13 @@ app: typer.Typer = typer.Typer(
     pretty_exceptions_enable=False,  # they print local variables
     rich_markup_mode=None,  # its boxes contain escape sequences even with NO_COLOR
 )
+_SECONDS = "it must be a finite number of seconds above 0."
 _SETTINGS = {"allow_extra_args": True}  # only to refuse them without repeating them
 
 
 def _positive(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < math.inf:
-        raise _WrongValueError("it must be a finite number of seconds above 0.")
+        raise _WrongValueError(_SECONDS)
     return seconds
 
 
@@ -149,7 +159,7 @@ def demo(
         )
         print_parts(
             *tables_of(run.report(), None),
-            Text(f"{sent} in any {window:g} s; 429s: {sandbox.refused}"),
+            Text(f"{sent} in any {window:g} s; refused (429): {sandbox.refused}"),
         )
         _leave(run, 0)
 
@@ -160,10 +170,10 @@ def check(
     *,
     keys_file: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Read keys from a file, or with - from stdin."),
+        typer.Option(metavar="PATH", help="Read keys from a file, or with - from standard input."),
     ] = None,
     detail: Annotated[
-        bool, typer.Option("--detail", help="Ask for grants and refresh dates too.")
+        bool, typer.Option("--detail", help="Show grants and refresh dates too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     as_jsonl: Annotated[
@@ -171,7 +181,7 @@ def check(
     ] = False,
     min_credits: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Exit with 1 when the account of a key holds fewer."),
+        typer.Option(metavar="N", help="Exit with 1 if the account of a key holds fewer credits."),
     ] = None,
     timeout: Annotated[
         float | None,
@@ -216,8 +226,8 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
     """Refuse arguments, and turn errors and interruptions into exit statuses."""
     if context.args:
         context.fail(
-            "Keys cannot be arguments, which other users can read; use CRUSTDATA_API_KEYS "
-            "or --keys-file."
+            "Keys cannot be arguments, because other users can read these; use "
+            "CRUSTDATA_API_KEYS or --keys-file."
         )
     try:
         yield
@@ -232,7 +242,7 @@ def _exit_statuses(context: typer.Context) -> Iterator[None]:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(_CLOSED_PIPE) from None
-        say(f"the result cannot be written: {error.strerror}")
+        say(f"the result cannot be written ({error.strerror}); write it elsewhere, or free space")
         raise typer.Exit(_UNWRITTEN) from None
 
 
@@ -240,7 +250,7 @@ def _leave(run: Run, status: int) -> None:
     if run.interrupted:
         say(
             f"interrupted; {sum(key not in run.landed for key in run.pool)} of "
-            f"{len(run.pool)} keys were not checked"
+            f"{len(run.pool)} keys were not checked; check again"
         )
     raise typer.Exit(_INTERRUPTED if run.interrupted else status)
 
@@ -264,7 +274,7 @@ def _read_keys(path: str | None) -> list[ApiKey]:
         pool = keys_from_file(path)
     if not pool:
         raise ConfigurationError(
-            "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
+            "no keys found; set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
             "--keys-file"
         )
     return pool
@@ -273,4 +283,4 @@ def _read_keys(path: str | None) -> list[ApiKey]:
 def _read_stdin() -> str:
     with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):
         return typer.get_binary_stream("stdin").read().decode("utf-8-sig")
-    raise ConfigurationError("standard input cannot be read as UTF-8 text")
+    raise ConfigurationError("standard input cannot be read as UTF-8 text; give the keys as UTF-8")

@@ -20,7 +20,7 @@ from crustcredits._errors import CrustCreditsError
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._report import Report
 
-NOT_CHECKED = CrustCreditsError("not checked: interrupted before its answer came")
+NOT_CHECKED = CrustCreditsError("not checked, because the check was interrupted; check again")
 NARROWEST = 76  # columns; a narrower terminal wraps the lines, so that no digit is cut
 LONGEST = 20  # characters of a number on one line; a balance may have over a hundred
 
@@ -42,8 +42,8 @@ def tables_of(report: Report, floor: Decimal | None) -> Iterator[RenderableType]
             "it more than once"
         )
         yield Text(
-            f"{len(alike)} keys answer just like another one, such as {alike[0]} and "
-            f"{alike[1]}: {share}"
+            f"{len(alike)} keys have the same answer as another key, such as {alike[0]} and "
+            f"{alike[1]}; {share}"
         )
     yield Text(total_line(report), style="bold")
 
@@ -53,7 +53,7 @@ def _failures_table(failures: list[Unknown]) -> Table:
     for outcome in failures:
         words = str(outcome.error).removeprefix(f"{outcome.key.label}: ")
         if outcome.attempts > 1:
-            words += f", after {outcome.attempts} tries"
+            words += f"; attempts: {outcome.attempts}"
         table.add_row(_cell(outcome.key.label), Text(printable(words)))
     return table
 

@@ -181,15 +181,17 @@ def test_the_demo_shows_every_kind_of_key() -> None:
     assert row(result, "waystar") == "waystar 1 unknown"
     assert row(result, "alpine") == "alpine 1 17,041,325"
     assert "Total: 281,552,662.24 credits; keys with unknown credits: 3\n" in result.out
-    assert "contoso/prod Invalid API key in request (HTTP 401)" in " ".join(result.out.split())
+    assert "contoso/prod the API does not know the key (Invalid API key in request); " in " ".join(
+        result.out.split()
+    )
     assert result.lines[-1].startswith("Requests: 45 in ")
-    assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; 429s: 0")
+    assert result.lines[-1].endswith(", at most 45 of 300 allowed in any 60 s; refused (429): 0")
 
 
 def test_the_demo_takes_another_window() -> None:
     """`--window` is the period of the sandbox and of the client."""
     result = run("demo", "--keys", "3", "--window", "0.5")
-    assert result.lines[-1].endswith("of 300 allowed in any 0.5 s; 429s: 0")
+    assert result.lines[-1].endswith("of 300 allowed in any 0.5 s; refused (429): 0")
 
 
 @pytest.mark.parametrize(
@@ -274,15 +276,14 @@ def test_a_failure_shows_its_number_of_tries(api: SandboxServer) -> None:
     key = api.add_key("down")
     api.fail(key, Fault.BAD_GATEWAY)
     result = run("check", CRUSTDATA_API_KEYS=entries(key))
-    assert "down the API or a gateway before it failed (HTTP 502), after 4 tries" in " ".join(
-        result.out.split()
-    )
+    said = "down the API or a gateway before it failed; try again later (HTTP 502); attempts: 4"
+    assert said in " ".join(result.out.split())
 
 
 def test_lookalikes_are_named() -> None:
     """Keys that may share an undeclared account, because the total counts it for each of them."""
     out = show(outcome("a", "5"), outcome("b", "5"), outcome("c", "0"), outcome("d", "0"))
-    assert "2 keys answer just like another one, such as a and b: if they share an account" in out
+    assert "2 keys have the same answer as another key, such as a and b; if they share an" in out
     assert "ACCOUNT/NAME=SECRET" in out
 
 
@@ -372,14 +373,14 @@ def test_keys_from_standard_input(api: SandboxServer) -> None:
             (),
             b"",
             (
-                "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
+                "no keys found; set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS, or name a file with "
                 "--keys-file"
             ),
         ),
         (
             ("--keys-file", "-"),
             b"# none\n",
-            "no keys found: set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS",
+            "no keys found; set CRUSTDATA_API_KEY or CRUSTDATA_API_KEYS",
         ),
         (("--keys-file", "-"), b"\xff\xfe\x00", "standard input cannot be read as UTF-8 text"),
         (
@@ -672,7 +673,7 @@ def test_ctrl_c_shows_the_results_so_far() -> None:
     assert row(result, "good") == "good 1,000 ok"
     assert row(result, "silent") == "silent unknown not checked"
     assert "Could not be checked" not in result.out
-    assert result.err == "crustcredits: interrupted; 1 of 2 keys were not checked\n"
+    assert result.err == "crustcredits: interrupted; 1 of 2 keys were not checked; check again\n"
 
 
 @pytest.mark.usefixtures("interrupted")
@@ -685,7 +686,7 @@ def test_ctrl_c_leaves_one_json_document() -> None:
     assert [each["credits"] for each in document["outcomes"]] == ["1000", None]
     assert (
         document["outcomes"][1]["error"]["message"]
-        == "not checked: interrupted before its answer came"
+        == "not checked, because the check was interrupted; check again"
     )
 
 
@@ -733,7 +734,7 @@ async def test_ctrl_c_ends_a_real_process_at_once(sandbox: SandboxServer) -> Non
         process.send_signal(signal.SIGINT)
         rest, said = await process.communicate()
         assert (process.returncode, rest) == (130, b"")
-    assert said == b"crustcredits: interrupted; 1 of 2 keys were not checked\n"
+    assert said == b"crustcredits: interrupted; 1 of 2 keys were not checked; check again\n"
 
 
 @pytest.mark.any_loop
@@ -786,7 +787,7 @@ def test_without_the_extra_the_error_names_it(
     assert run_main(monkeypatch, "demo", err=err) == 2
     assert (
         err.getvalue()
-        == "crustcredits: the command line needs typer and rich: pip install 'crustcredits[cli]'\n"
+        == "crustcredits: typer or rich is not installed; run pip install 'crustcredits[cli]'\n"
     )
 
 
@@ -817,7 +818,10 @@ async def test_an_unwritable_result_has_its_own_status() -> None:
     process = await asyncio.create_subprocess_shell(command, stderr=asyncio.subprocess.PIPE)
     _, err = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 74
-    assert err.decode() == "crustcredits: the result cannot be written: No space left on device\n"
+    assert err.decode() == (
+        "crustcredits: the result cannot be written (No space left on device); write it elsewhere, "
+        "or free space\n"
+    )
 
 
 def test_an_unwritable_result_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -836,7 +840,8 @@ def test_a_similar_option_is_suggested() -> None:
     assert "Is --timeout meant?" in run("check", "--time-out", "3").err
     assert "Option '--timeout' requires an argument" in run("check", "--timeout").err
     assert (
-        "Invalid value for '--keys': it takes N. Number of keys." in run("demo", "--keys", "0").err
+        "Invalid value for '--keys': it must be a whole number from 1 to 100000."
+        in run("demo", "--keys", "0").err
     )
 
 
