@@ -41,7 +41,7 @@ async def _on_error(connection: HTTPConnection, error: Exception) -> JSONRespons
     problem = problem_of(error)
     _log.log(
         logging.INFO if problem.status == 409 else logging.WARNING,
-        "answered with %d: %s",
+        "request answered with %d: %s",
         problem.status,
         error,
     )

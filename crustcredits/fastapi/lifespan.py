@@ -15,7 +15,7 @@ from starlette.types import Lifespan
 
 from crustcredits._client import CreditsClient
 from crustcredits._errors import ConfigurationError
-from crustcredits._validation import hides_arguments
+from crustcredits._validation import hides_arguments, kind_of
 
 _STATE = "crustcredits_client"
 
@@ -43,11 +43,11 @@ def credits_lifespan(
     """
     if isinstance(make_client, Starlette):
         raise ConfigurationError(
-            "credits_lifespan got the app itself; write FastAPI(lifespan=credits_lifespan())"
+            "make_client is the app, not a function; write FastAPI(lifespan=credits_lifespan())"
         )
     if not (lifespan is None or callable(lifespan)):
         raise ConfigurationError(
-            f"lifespan must be a callable lifespan of FastAPI, not {type(lifespan).__name__}"
+            f"lifespan must be a callable lifespan of FastAPI, not {kind_of(lifespan)}"
         )
     if not callable(make_client):
         raise ConfigurationError(
@@ -81,7 +81,7 @@ def _unprinted(make_client: Callable[[], CreditsClient]) -> Callable[[], Credits
         made: object = make_client()
         if not isinstance(made, CreditsClient):
             raise ConfigurationError(
-                f"make_client must return a CreditsClient, not {type(made).__name__}"
+                f"make_client must return a CreditsClient, not {kind_of(made)}"
             )
         return made
 
@@ -130,6 +130,6 @@ def _client_or_error(client: CreditsClient | None) -> CreditsClient:
         raise ConfigurationError(
             "the app has no credits client, because its lifespan did not run; make the app with "
             "FastAPI(lifespan=credits_lifespan()), "
-            "and in tests use `with TestClient(app)` or override get_credits_client"
+            "and in tests use `with TestClient(app)`, or override get_credits_client"
         )
     return client

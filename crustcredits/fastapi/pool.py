@@ -34,8 +34,8 @@ class Pool:
             raise problem
         if not self._keys:
             _log.warning(
-                "the pool of this router is empty; if it comes from the environment, "
-                "set CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY"
+                "the pool of the router is empty, because it was made without keys; if they come "
+                "from the environment, set CRUSTDATA_API_KEYS or CRUSTDATA_API_KEY"
             )
         # Of two keys with the same label, the usable one.
         self._by_label = {
@@ -101,7 +101,7 @@ class Pool:
         """Log each key that begins to fail, because callers never see the API's text."""
         failed = {outcome.key: outcome for outcome in report.failed}
         for key in failed.keys() - self._ailing:
-            _log.warning("%s", failed[key].error)
+            _log.warning("%s; logged once until the key is answered again", failed[key].error)
         self._ailing = (self._ailing - {outcome.key for outcome in report}) | failed.keys()
 
     def health(self, client: CreditsClient) -> HealthResponse:
@@ -118,11 +118,13 @@ class Pool:
         )
         reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
         if never:
-            reasons.append(f"{never} of {len(outcomes)} keys have no answer yet")
+            reasons.append(
+                f"keys not checked so far: {never} of {len(outcomes)}; GET /keys checks them"
+            )
         if not outcomes:
-            reasons.append("the pool is empty")
+            reasons.append("the pool is empty; give the router keys")
         if len(reasons) > _REASONS:
-            reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more"]
+            reasons[_REASONS - 1 :] = [f"and {len(reasons) - _REASONS + 1} more reasons"]
         status: Literal["ok", "degraded", "unknown"] = "degraded" if reasons else "ok"
         if not known:
             status = "unknown"
@@ -136,12 +138,12 @@ _REASONS = 20
 def _reasons(key: _Key, outcome: Outcome[Any] | None) -> list[str]:
     """List the problems of one key."""
     if isinstance(key, UnusableKey):
-        return [f"{key.label}: the key cannot be used"]
+        return [f"{key.label}: the key cannot be used; GET /keys logs the cause"]
     if outcome is None:
         return []
     reasons = [] if outcome.error is None else [problem_of(outcome.error).title]
     if outcome.stale:
-        reasons.append(f"the balance of {time_text(outcome.checked_at)} is old")
+        reasons.append(f"the balance of {time_text(outcome.checked_at)} is stale")
     return [f"{key.label}: {'; '.join(reasons)}"] if reasons else []
 
 

@@ -89,7 +89,7 @@ _ANSWERS: Final[tuple[tuple[type[CrustCreditsError], int, str], ...]] = (
     (InvalidKeyError, 502, "The credits API does not know the key"),
     (MissingKeyError, 502, "No key reached the credits API"),
     (PaymentRequiredError, 502, "The key's account is out of credits"),
-    (PermissionDeniedError, 502, "The key's plan does not allow this"),
+    (PermissionDeniedError, 502, "The plan or the key's rights do not allow the request"),
     (BadRequestError, 502, "The credits API rejects the request"),
     (InternalServerError, 502, "The credits API failed"),
     (UnexpectedResponseError, 502, "The credits API gave an unexpected answer"),

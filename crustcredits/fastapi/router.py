@@ -13,7 +13,7 @@ from crustcredits._cache.policy import NEW
 from crustcredits._errors import ClientClosedError, ConfigurationError, CrustCreditsError
 from crustcredits._keys.key_pool import KeysLike, pool_of
 from crustcredits._models import State
-from crustcredits._validation import Seconds, check_kind, hides_arguments, seconds
+from crustcredits._validation import Seconds, check_kind, hides_arguments, kind_of, seconds
 from crustcredits.fastapi.exception_handlers import _problem_response
 from crustcredits.fastapi.lifespan import CreditsDep
 from crustcredits.fastapi.pool import Pool, Sort
@@ -71,7 +71,7 @@ def credits_router(
     check_kind("prefix", prefix, str)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise ConfigurationError(
-            "prefix must begin with '/' and not end with one: prefix='/credits'"
+            "prefix must begin with '/' and not end with one; give it as in prefix='/credits'"
         )
     problem = _audience_problem(public, dependencies)
     if problem is not None:
@@ -93,23 +93,23 @@ def _audience_problem(public: object, dependencies: Sequence[object]) -> str | N
     if not isinstance(public, bool):
         return (
             "access to the credits is undecided: public must be True or False, not "
-            f"{type(public).__name__}"
+            f"{kind_of(public)}"
         )
     if public and dependencies:
         return (
-            "access to the credits is ambiguous: give public=True for everybody, or "
-            "dependencies= for a check, but not both"
+            "access to the credits is ambiguous, because public=True and dependencies= are both "
+            "given; keep one of them"
         )
     if not public and not dependencies:
         return (
-            "access to the credits is undecided: give dependencies=[Depends(…)], or public=True "
+            "access to the credits is undecided; give dependencies=[Depends(…)], or public=True "
             "for everybody"
         )
     wrong = next((each for each in dependencies if not isinstance(each, DependsParam)), None)
     return (
         None
         if wrong is None
-        else f"dependencies must be Depends(…); wrap this {type(wrong).__name__} in it"
+        else f"dependencies must be Depends(…), not {kind_of(wrong)}; wrap it in Depends(…)"
     )
 
 
@@ -130,12 +130,12 @@ _CLOSING = {503: "The service is shutting down"}
 _UNKNOWN = {
     404: "No key of the pool has this label",
     500: "The key cannot be used",
-    502: "The API refuses the service's key, or its answer is no balance",
+    502: "The credits API refuses the service's key, or its answer is no balance",
     503: (
-        "The API cannot be reached, the rate limit refuses the request, or the service is "
-        "shutting down"
+        "The credits API cannot be reached, its rate limit refuses or delays the request, or the "
+        "service is shutting down"
     ),
-    504: "The API does not answer in time",
+    504: "The credits API did not answer in time",
 }
 
 

@@ -211,7 +211,7 @@ class HealthResponse(_Response):
                     "status": "degraded",
                     "keys": 2,
                     "known": 1,
-                    "reasons": ["dev: the credits API does not know the key"],
+                    "reasons": ["dev: The credits API does not know the key"],
                 }
             ]
         }

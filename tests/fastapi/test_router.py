@@ -261,11 +261,11 @@ def test_an_unusable_lifespan_is_refused() -> None:
     ):
         pass
     with pytest.raises(
-        ConfigurationError, match="lifespan must be a callable lifespan of FastAPI, not str"
+        ConfigurationError, match="lifespan must be a callable lifespan of FastAPI, not a str"
     ):
         credits_lifespan(lifespan="x")  # type: ignore[arg-type]  # the mistake under test
     with (
-        pytest.raises(ConfigurationError, match="must return a CreditsClient, not dict"),
+        pytest.raises(ConfigurationError, match="must return a CreditsClient, not a dict"),
         TestClient(
             FastAPI(lifespan=credits_lifespan(dict))  # type: ignore[arg-type]  # the mistake under test
         ),
@@ -396,17 +396,20 @@ def test_a_pool_response_can_be_read_back() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "access to the credits is undecided: give dependencies"),
-        ({"dependencies": []}, "access to the credits is undecided: give dependencies"),
-        ({"public": True, "dependencies": [Depends(list)]}, "but not both"),
-        ({"public": None}, "public must be True or False, not NoneType"),
-        ({"public": 1, "dependencies": [Depends(list)]}, "public must be True or False, not int"),
-        ({"public": "no"}, "public must be True or False, not str"),
-        ({"dependencies": [list]}, r"dependencies must be Depends\(…\); wrap this type in it"),
+        ({}, "access to the credits is undecided; give dependencies"),
+        ({"dependencies": []}, "access to the credits is undecided; give dependencies"),
+        ({"public": True, "dependencies": [Depends(list)]}, "are both given; keep one of them"),
+        ({"public": None}, "public must be True or False, not None"),
+        (
+            {"public": 1, "dependencies": [Depends(list)]},
+            "public must be True or False, not an int",
+        ),
+        ({"public": "no"}, "public must be True or False, not a str"),
+        ({"dependencies": [list]}, r"dependencies must be Depends\(…\), not a type; wrap it"),
         ({"public": True, "keys": "sk-0123456789"}, "put it in a list"),
         (
             {"public": True, "keys": {"a": "sk-1", "a ": "sk-2"}},
-            "two different keys have this name",
+            "two different keys have this label",
         ),
         (
             {"public": True, "max_age": -1},
@@ -445,7 +448,7 @@ async def test_the_pool_is_shown_by_name(sandbox: SandboxServer) -> None:
     }
     assert pool["keys"][1]["error"] == {
         "type": "urn:crustcredits:PermissionDeniedError",
-        "title": "The key's plan does not allow this",
+        "title": "The plan or the key's rights do not allow the request",
     }
 
 
@@ -595,15 +598,19 @@ async def test_a_failing_key_is_logged_once(
             sandbox.fail(key, Fault.FORBIDDEN, times=3)
             for _ in range(5):
                 await caller.get("/credits/keys")
-    assert caplog.messages == ["prod: Not in your plan (HTTP 403)"] * 2
+    said = (
+        "prod: the plan or the key's rights do not allow the request (Not in your plan); change "
+        "them, or use another key (HTTP 403); logged once until the key is answered again"
+    )
+    assert caplog.messages == [said] * 2
 
 
 def test_an_empty_pool_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """It is mostly a variable that is not set."""
     credits_router([], public=True)
     assert (
-        "the pool of this router is empty; if it comes from the environment, set CRUSTDATA_API_KEYS"
-        in caplog.text
+        "the pool of the router is empty, because it was made without keys; if they come from the "
+        "environment, set CRUSTDATA_API_KEYS" in caplog.text
     )
 
 
@@ -687,7 +694,7 @@ async def test_health_is_read_from_the_cache(sandbox: SandboxServer) -> None:
             "status": "unknown",
             "keys": 2,
             "known": 0,
-            "reasons": ["2 of 2 keys have no answer yet"],
+            "reasons": ["keys not checked so far: 2 of 2; GET /keys checks them"],
         }
         await caller.get("/credits/keys/prod")
         assert (await health())["status"] == "degraded"
@@ -696,7 +703,7 @@ async def test_health_is_read_from_the_cache(sandbox: SandboxServer) -> None:
             "status": "degraded",
             "keys": 2,
             "known": 1,
-            "reasons": ["dev: The key's plan does not allow this"],
+            "reasons": ["dev: The plan or the key's rights do not allow the request"],
         }
         sandbox.heal(keys[1])
         asked = sandbox.requests
@@ -716,7 +723,7 @@ async def test_health_names_stale_and_failing_keys(sandbox: SandboxServer) -> No
         health = (await caller.get("/credits/healthz")).json()
         assert health["status"] == "degraded"
         assert health["reasons"][0].startswith("prod: the balance of 20")
-        assert health["reasons"][1] == "keys[1]: the key cannot be used"
+        assert health["reasons"][1] == "keys[1]: the key cannot be used; GET /keys logs the cause"
         sandbox.fail(key, Fault.UNAVAILABLE)
         await caller.get("/credits/keys/prod")
         assert (
@@ -752,13 +759,13 @@ async def test_health_lists_at_most_20_reasons(sandbox: SandboxServer) -> None:
         health = (await caller.get("/credits/healthz")).json()
     assert health["status"] == "unknown"
     assert len(health["reasons"]) == 20
-    assert health["reasons"][-1] == "and 11 more"
+    assert health["reasons"][-1] == "and 11 more reasons"
     async with calling(app_of(sandbox)) as caller:
         assert (await caller.get("/credits/healthz")).json() == {
             "status": "unknown",
             "keys": 0,
             "known": 0,
-            "reasons": ["the pool is empty"],
+            "reasons": ["the pool is empty; give the router keys"],
         }
 
 
