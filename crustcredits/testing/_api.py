@@ -222,7 +222,7 @@ class FakeAPI:
         account = self._account_of(key)
         if (credits is None) == (per_second is None):
             raise ConfigurationError(
-                "amount undecided: give either credits, spent at once, or per_second="
+                "the amount is undecided; give either credits, spent at once, or per_second="
             )
         if credits is not None:
             account.spend(_amount(credits), _now())
@@ -317,7 +317,7 @@ class FakeAPI:
             if number is not None:
                 check_whole(what, number, minimum=1)
         if path is not None and path not in _PATHS:
-            raise ConfigurationError(f"path must be one of {' and '.join(_PATHS)}")
+            raise ConfigurationError(f"path must be {' or '.join(_PATHS)}")
         self._orders[key.digest].append(_Order(fault, times, retry_after, path))
 
     @hides_arguments

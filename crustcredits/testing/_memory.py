@@ -45,12 +45,18 @@ class _MemoryTransport:
         fault = answer.fault
         if fault in _HANGING:
             await asyncio.sleep(timeout)
-            error = APITimeoutError(f"no whole answer within {timeout:.3g} s", key_name=key.label)
+            error = APITimeoutError(
+                f"no whole answer within {timeout:.3g} s (in memory); heal the key",
+                key_name=key.label,
+            )
             return Failure(error, _HANGING[fault])
         if fault in _LOST:
             when, fate = _LOST[fault]
             return Failure(
-                APIConnectionError(f"the connection failed {when} (in memory)", key_name=key.label),
+                APIConnectionError(
+                    f"the connection failed {when} (in memory); heal the key, or try again",
+                    key_name=key.label,
+                ),
                 fate,
             )
         if fault is Fault.REDIRECT:
@@ -137,7 +143,7 @@ def fake_client(
         account, name = split_label(label)
         if printable_label("", name, account) is None:
             raise ConfigurationError(
-                "a label cannot be used or may be a secret; map labels to amounts in credits"
+                "a label cannot be used, or may be a secret; map labels to amounts of credits"
             )
         if account is None:
             keys.append(api.add_key(name, credits=amount))

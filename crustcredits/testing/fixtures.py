@@ -88,7 +88,7 @@ def _options(request: pytest.FixtureRequest, kind: type) -> dict[str, Any]:
     known = inspect.signature(kind).parameters
     if not isinstance(given, dict) or not given.keys() <= known.keys():
         raise ConfigurationError(
-            f"options unusable: the fixture {request.fixturename!r} takes a dict of the options of "
-            f"{kind.__name__}: {', '.join(known)}"
+            f"the options of the fixture {request.fixturename!r} cannot be used; give a dict of "
+            f"options of {kind.__name__}: {', '.join(known)}"
         )
     return dict(given)

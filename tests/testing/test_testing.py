@@ -266,7 +266,9 @@ async def test_unknown_options_of_a_fixture_are_refused(given: object) -> None:
     """They are not ignored."""
     sandbox: Any = inspect.unwrap(fixtures.sandbox)  # what pytest calls
     request = SimpleNamespace(param=given, fixturename="sandbox")
-    with pytest.raises(ConfigurationError, match="the fixture 'sandbox' takes a dict of the opti"):
+    with pytest.raises(
+        ConfigurationError, match="the options of the fixture 'sandbox' cannot be used"
+    ):
         await anext(sandbox(request))
 
 
