@@ -29,7 +29,7 @@ async def main() -> None:
             case Known(key=key, credits=credits):
                 print(f"{key.label:12} {credits}")
             case Unknown(key=key, error=error):
-                print(f"{key.label:12} unknown: {error}")
+                print(f"{key.label:12} unknown: {error.message}")
     print(
         f"{'total':12} {report.total_credits} ({len(report.failed)} of {len(report)} keys unknown)"
     )

@@ -21,7 +21,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 SAID = {
     "check_pool.py": [
         "acme/prod    138940.37",
-        "initech      unknown: initech: Not in your plan",
+        "initech      unknown: the plan or the key's rights do not allow the request",
         "total        138940.37 (1 of 4",
     ],
     "stream_pool.py": [

@@ -29,7 +29,7 @@ PROGRAMS = {
             "total: 9416",
             "best key: ['prod']",
             "spare: 10",
-            "broken: unknown, broken: Not in your plan",
+            "broken: unknown, the plan or the key's rights do not allow the request",
         ],
     ),
     "Several processes": (PYTHON[1], ["total: 9416"]),
