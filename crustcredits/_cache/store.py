@@ -116,7 +116,7 @@ class _EndpointFailures:
         self.claimed_by = None
         self.error, self.last = error, now
         if before < self.failures == _FAILURES:
-            cached = "; cached balances are not refreshed until it answers" if has_balance() else ""
+            cached = "; one refresh at a time tests whether it answers" if has_balance() else ""
             _log.warning(
                 "no balance from the API for %d keys in a row%s; last failure: %s",
                 _FAILURES,
