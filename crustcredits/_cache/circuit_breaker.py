@@ -139,7 +139,7 @@ class CircuitBreaker:
         if not self._in_a_row:
             return
         if self._is_announced:
-            _log.info("%s: circuit breaker closed: the API answers again", self._path)
+            _log.warning("%s: circuit breaker closed: the API answers again", self._path)
         self._is_announced = False
         self._in_a_row = self.failed_probes = self._status = 0
         self.is_open = False

@@ -93,7 +93,7 @@ class _EndpointFailures:
     def answered(self) -> None:
         """Record that the endpoint answered."""
         if self.failures >= _FAILURES:
-            _log.info("the API answers again")
+            _log.warning("the API answers again; cached balances are refreshed")
         self.failures = 0
         self._keys.clear()
         self.claimed_by = None

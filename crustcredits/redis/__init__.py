@@ -11,7 +11,8 @@ except ModuleNotFoundError as _missing:
     if (_missing.name or "").partition(".")[0] != "redis":
         raise
     raise ImportError(
-        "crustcredits.redis needs redis-py: pip install 'crustcredits[redis]'"
+        "crustcredits.redis needs redis-py, which is not installed; install the extra "
+        "crustcredits[redis]"
     ) from _missing
 
 __all__ = ["RedisBackend"]

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from crustcredits._errors import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import Scope
-from crustcredits._validation import check_kind, check_number, hides_arguments
+from crustcredits._validation import check_kind, check_number, hides_arguments, kind_of
 from crustcredits.redis.coordinator import Coordinator, hidden_name
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
 
@@ -87,8 +87,9 @@ class RedisBackend:
             check_number("fallback_share", fallback_share, above=0, maximum=1)
         elif on_outage != "raise":
             raise ConfigurationError(
-                f"on_outage={on_outage!r} needs fallback_share, this process's share of the limit "
-                "without Redis: divide 1 by the number of your processes"
+                "fallback_share is missing, the share of the limit that this process uses without "
+                f"Redis; on_outage={on_outage!r} needs it: pass 1 divided by the number of your "
+                "processes"
             )
         self._prefix = f"{{{prefix}}}:"
         self._share = fallback_share or 0.0
@@ -168,7 +169,7 @@ def _connect(url: str) -> Redis | ConfigurationError:
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError, RedisError):
         return ConfigurationError(
-            "the URL is not a Redis URL, or has an option unknown to redis-py; use "
+            "url_or_client is not a Redis URL, or has an option that redis-py does not know; use "
             "redis://host:port/number"
         )
     return client
@@ -179,5 +180,7 @@ def _wrong_kind(client: object) -> ConfigurationError:
         return ConfigurationError(
             "url_or_client is None; set the variable that should hold the Redis URL"
         )
-    kind = f"{type(client).__module__.partition('.')[0]}.{type(client).__qualname__}"
+    kind = kind_of(client)
+    if not isinstance(client, (bool, int, float, bytes, list, tuple, dict, set)):
+        kind += f" of {type(client).__module__}"
     return ConfigurationError(f"url_or_client must be a URL or a redis.asyncio client, not {kind}")

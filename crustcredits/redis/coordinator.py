@@ -151,7 +151,9 @@ class Coordinator:
         Raises:
             ConfigurationError: The server or its address has a mistake that does not heal.
         """
-        _log.info("counting in Redis at %s, prefix %s", address_of(self._client), self._prefix)
+        _log.info(
+            "this process counts in Redis at %s, prefix %s", address_of(self._client), self._prefix
+        )
         try:
             async with asyncio.timeout(PATIENCE):
                 await check_server(self._client)
@@ -406,8 +408,10 @@ class Coordinator:
             self._register(now)
         if not response.is_known:
             _log.warning(
-                "the rate limit's count in Redis was lost, or Redis's clock was set; this "
-                "process registers its tokens again"
+                "the rate limit's count in Redis was lost, or Redis's clock was set; calls wait "
+                "for %.1f s, in which each process registers its tokens; if it repeats, look for "
+                "restarts, failovers and evictions of Redis",
+                response.pause,
             )
         if response.epoch != self._epoch:
             self._epoch = response.epoch

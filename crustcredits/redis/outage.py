@@ -107,7 +107,12 @@ class Outage:
             return False
         if not self.is_long:
             self.is_long = True
-            _log.warning("Redis is out of reach (%s); %s until it answers", why, self._effect)
+            _log.warning(
+                "Redis is out of reach (%s); until it answers, %s; look at Redis and at the "
+                "network between it and this process",
+                why,
+                self._effect,
+            )
         if self._raises:
             for tokens in self._tokens():
                 tokens.fail()
@@ -139,10 +144,10 @@ class Outage:
     def _effect(self) -> str:
         if self._raises:
             return "calls fail"
-        alone = "without a request" if self._is_strict else "with its own returning tokens"
+        alone = "sends nothing" if self._is_strict else "uses only the tokens that it already has"
         return (
-            f"degraded mode, for {self._wait_alone:.0f} s {alone}, then with "
-            f"{self._share:.3g} of the limit,"
+            f"this process {alone} for {self._wait_alone:.0f} s (degraded mode), then up to "
+            f"{self._share:.3g} of the limit"
         )
 
     @property
@@ -178,8 +183,8 @@ class Outage:
             return
         if sent >= self._says_losses_at:
             _log.warning(
-                "Redis loses messages, the last one to %s; calls wait longer: look at the network "
-                "between this process and Redis, and at Redis's log",
+                "Redis leaves messages without an answer, lately for this cause: %s; calls wait "
+                "longer; look at the network between this process and Redis, and at Redis's log",
                 why,
             )
         self._says_losses_at = sent + _SAYS_LOSSES_EVERY

@@ -75,12 +75,12 @@ async def check_server(client: Any) -> None:
             continue
         if int(memory.get("maxmemory", 0)) > 0:
             raise ConfigurationError(
-                f"Redis may evict the count: its maxmemory-policy is {policy}; set noeviction, or "
-                "use another Redis"
+                f"Redis may evict the count of the rate limit, because its maxmemory-policy is "
+                f"{policy}; set noeviction, or use another Redis"
             )
         _log.warning(
-            "Redis's maxmemory-policy is %s: once maxmemory is set, the count may be evicted; set "
-            "noeviction",
+            "Redis may evict the count of the rate limit once maxmemory is set, because its "
+            "maxmemory-policy is %s; set noeviction",
             policy,
         )
 

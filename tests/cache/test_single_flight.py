@@ -639,7 +639,7 @@ async def test_an_outage_is_logged_once_for_all_keys(
         sum("one refresh at a time tests whether it answers" in each for each in caplog.messages)
         == 1
     )
-    assert caplog.messages.count("the API answers again") == 1
+    assert caplog.messages.count("the API answers again; cached balances are refreshed") == 1
     assert len(caplog.messages) == 4
 
 

@@ -1002,9 +1002,13 @@ async def test_an_outage_and_its_end_are_logged_once_each(
         await one.acquire()
         one.unused()
         await one.send()
-    effect = "degraded mode, for 81 s with its own returning tokens, then with 0.123 of the limit"
+    effect = (
+        "until it answers, this process uses only the tokens that it already has for 81 s "
+        "(degraded mode), then up to 0.123 of the limit"
+    )
+    remedy = "look at Redis and at the network between it and this process"
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", f"Redis is out of reach ({REFUSED}); {effect}, until it answers"),
+        ("WARNING", f"Redis is out of reach ({REFUSED}); {effect}; {remedy}"),
         ("WARNING", "Redis answers again; the processes share one count of the rate limit"),
     ] * 2
 
@@ -1230,8 +1234,10 @@ async def test_failing_calls_are_logged_once(
         await asyncio.sleep(1.5)
     redis.down = False
     await one.send()
+    effect = "until it answers, calls fail"
+    remedy = "look at Redis and at the network between it and this process"
     assert [record.message for record in caplog.records] == [
-        f"Redis is out of reach ({REFUSED}); calls fail until it answers",
+        f"Redis is out of reach ({REFUSED}); {effect}; {remedy}",
         "Redis answers again; the processes share one count of the rate limit",
     ]
 
@@ -1406,7 +1412,7 @@ async def test_the_log_says_that_a_strict_process_sends_nothing(
     redis.down = True
     task = one.waits()
     await asyncio.sleep(3)
-    assert "degraded mode, for 88 s without a request, then with 0.5 of the limit" in caplog.text
+    assert "sends nothing for 88 s (degraded mode), then up to 0.5 of the limit" in caplog.text
     task.cancel()
     redis.down = False
 
