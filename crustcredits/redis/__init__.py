@@ -1,8 +1,9 @@
 """Token buckets shared by several processes and counted in Redis. Needs the extra `redis`.
 
 This package owns the messages, the script and degraded mode. It must not know calls, keys or HTTP.
-Start reading in `shared_tokens.py`, which does no I/O. `coordinator.py` sends its messages in the
-form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps requests few.
+Start reading in `shared_tokens.py`, which does no I/O, and `bucket_messages.py`. `coordinator.py`
+sends the messages in the form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps
+requests few, and `outage.py` decides what happens without an answer.
 """
 
 try:

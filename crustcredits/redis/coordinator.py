@@ -19,6 +19,8 @@ import attrs
 from redis.exceptions import NoScriptError, RedisError
 
 from crustcredits._errors import ConfigurationError
+from crustcredits.redis.agenda import REPORT, Agenda
+from crustcredits.redis.bucket_messages import BEAT, BUCKETS
 from crustcredits.redis.outage import PATIENCE, QUIET, SILENCE, Outage
 from crustcredits.redis.protocol import (
     BucketReport,
@@ -28,14 +30,11 @@ from crustcredits.redis.protocol import (
     Script,
 )
 from crustcredits.redis.server_check import address_of, check_server, mistake
-from crustcredits.redis.shared_tokens import BEAT, BUCKETS, GateTokens, SharedTokens, Terms
+from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
 from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")
 
-# Seconds for which the report of an ended attempt may wait for other reports; its lease covers it
-# until then.
-_REPORT = 0.1
 # Seconds after a lost count in which no tokens are granted, so that every process can register its
 # tokens: each sends a heartbeat every half second, which may take long, and registers with the next
 # message.
@@ -57,29 +56,28 @@ class _Message:
         """Add a bucket, once. Returns its index."""
         if tokens not in self.indexes:
             self.indexes[tokens] = len(self.indexes)
-            tokens.begin(self.now)
+            tokens.messages.begin(self.now)
         return self.indexes[tokens]
 
     def ask(self, tokens: SharedTokens, numbers: range) -> None:
         """Ask for permits."""
-        counting = [tokens] if tokens.within is None else [tokens, tokens.within]
-        limits = [(self.add(each), each) for each in counting]
-        request = PermitRequest(
-            wanted=len(numbers),
-            first=numbers.start,
-            limits=[(index, each.ask(numbers, tokens)) for index, each in limits],
-        )
+        limits = [(self.add(tokens), tokens.messages.ask(numbers, tokens.demand.kept))]
+        if (within := tokens.within) is not None:
+            index = self.add(within)
+            limits.append((index, within.messages.ask(numbers, tokens.demand.kept_within)))
+        request = PermitRequest(wanted=len(numbers), first=numbers.start, limits=limits)
         self.asks.append((tokens, numbers, request))
 
     def reports(self) -> list[BucketReport]:
         """The reports of all buckets."""
-        return [tokens.report(self.now, self.epoch) for tokens in self.indexes]
+        return [tokens.messages.report(self.now, self.epoch) for tokens in self.indexes]
 
 
 class Coordinator:
     """Exchanges messages with Redis: one at a time, and none while there is nothing to report.
 
-    See `Link`.
+    See `Link`. It is long because one loop of messages owns the name of the process, its epoch, its
+    clock and its timer.
 
     Args:
         client: The client of redis-py.
@@ -106,9 +104,7 @@ class Coordinator:
         self.outage = Outage(lambda: list(self._all), raises=raises)
         self.opens_at: float = -math.inf
         self._in_hand: set[SharedTokens] = set()  # buckets with granted tokens that wait for use
-        # Buckets with something to report, each with its latest time.
-        self._due: dict[SharedTokens, float] = {}
-        self._soonest = math.inf  # earliest of these times
+        self._agenda = Agenda()
         self.process: str = ""  # made at first use, since a process may fork before
         self._epoch = 0
         # Buckets whose tokens are not registered in this epoch yet.
@@ -186,34 +182,14 @@ class Coordinator:
             await asyncio.wait([self._task])
         for tokens in list(self._all):
             tokens.let_go()
-        while self._due and not self.cut_off:
+        while self._agenda and self.outage.since is None:
             await self._exchange()
-        if self._epoch and not self.cut_off and self.terms.is_strict:
+        if self._epoch and self.outage.since is None and self.terms.is_strict:
             await self._exchange()  # the others need not leave its share to it
         if self._owned:
             await self._client.aclose()
 
     # --- for the tokens
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the last message failed."""
-        return self.outage.since is not None
-
-    @property
-    def degraded(self) -> bool:
-        """Whether this process counts by itself."""
-        return self.outage.is_degraded
-
-    @property
-    def settled(self) -> bool:
-        """Whether no other process uses the share of this one."""
-        return self.outage.is_settled
-
-    @property
-    def settles_at(self) -> float:
-        """The time at which `settled` becomes true."""
-        return self.outage.settles_at
 
     def now(self) -> float:
         """Return the loop's time."""
@@ -224,12 +200,10 @@ class Coordinator:
         if self.closed and at_once:  # no call is served after closing
             return
         now = _now()
-        self._say_by(tokens, max(now, tokens.asks_from) if at_once else now + _REPORT)
+        self._say_by(tokens, max(now, tokens.asks_from) if at_once else now + REPORT)
 
     def _say_by(self, tokens: SharedTokens, due: float) -> None:
-        if due < self._due.get(tokens, due + 1):
-            self._due[tokens] = due
-            self._soonest = min(self._soonest, due)
+        self._agenda.add(tokens, due)
         self._arrange()
 
     def _name_process(self) -> None:
@@ -261,13 +235,13 @@ class Coordinator:
         self._due_at = when
 
     def _next_message(self) -> float | None:
-        if self.cut_off:
-            return self._last + BEAT
         beat = self._last + BEAT
-        if self._soonest <= beat:
-            return self._soonest
+        if self.outage.since is not None:
+            return beat
+        if self._agenda.soonest <= beat:
+            return self._agenda.soonest
         now = _now()
-        if self._due or self.window.waiters or any(tokens.holds(now) for tokens in self._all):
+        if self._agenda or self.window.waiters or any(tokens.holds(now) for tokens in self._all):
             return beat
         return self._last + QUIET if self.terms.is_strict and self._epoch else None
 
@@ -291,7 +265,7 @@ class Coordinator:
         if self.outage.is_long and not await self._is_back():
             return
         message = self._message(now, self._take_due(now, is_beat=is_beat))
-        if not (message.indexes or is_beat or self.closed or self.cut_off):
+        if not (message.indexes or is_beat or self.closed or self.outage.since is not None):
             return
         self._last = now
         request = self._request(message)
@@ -326,18 +300,8 @@ class Coordinator:
         A heartbeat also asks when tokens return for those with waiting calls; if these are too many
         for one message, each heartbeat goes on where the last one ended.
         """
-        batch: list[SharedTokens] = []
-        for tokens in sorted(self._due, key=self._due.__getitem__):
-            if len(batch) == BUCKETS or (self._due[tokens] > now + _REPORT and not self.closed):
-                break
-            del self._due[tokens]
-            when = tokens.next_news(now, self._epoch)
-            if when is not None and when <= now:
-                batch.append(tokens)
-            elif when is not None and not self.closed:
-                self._due[tokens] = when
-        self._soonest = min(self._due.values(), default=math.inf)
-        if is_beat and not self.closed and not self.cut_off:
+        batch = self._agenda.take(now, self._epoch, all_due=self.closed)
+        if is_beat and not self.closed and self.outage.since is None:
             waiting = [tokens for tokens in self.window.waiters if tokens not in batch]
             batch += (turn := waiting[: BUCKETS - len(batch)])
             for tokens in turn:
@@ -348,13 +312,13 @@ class Coordinator:
         message = _Message(now, self._epoch)
         for tokens in batch:
             message.add(tokens)
-        if self.cut_off:
+        if self.outage.since is not None:
             # One permit is enough to see whether messages that ask arrive, and to give back.
             if self._probe is not None and not self.closed:
                 message.ask(self._probe, self._numbers(1))
         elif not self.closed:
             for tokens in batch:
-                if count := tokens.asks(now):
+                if count := tokens.messages.asks(now):
                     message.ask(tokens, self._numbers(count))
         return message
 
@@ -382,7 +346,7 @@ class Coordinator:
             kept=2 * terms.late + PATIENCE,
             life=_LIFE,
             is_strict=terms.is_strict,
-            is_last=self.closed and not self._due,
+            is_last=self.closed and not self._agenda,
             share=terms.share,
             shares=not (holds or self.outage.is_long),
             silence=SILENCE,
@@ -418,7 +382,7 @@ class Coordinator:
             self._register(now)
         if not response.is_known:
             for tokens in message.indexes:
-                tokens.unanswered()
+                tokens.messages.unanswered()
                 self._say_by(tokens, now)
             return
         self._untold.difference_update(message.indexes)
@@ -431,14 +395,14 @@ class Coordinator:
             granted[tokens] = count
             for each in (tokens, tokens.within):
                 if each is not None:
-                    each.granted(numbers, count)
+                    each.messages.granted(numbers, count)
         woken = [
             tokens
             for tokens, state in zip(message.indexes, response.buckets, strict=True)
-            if tokens.answered(state, now, epoch=response.epoch)
+            if tokens.messages.answered(state, now, epoch=response.epoch)
         ]
         for tokens, count in granted.items():
-            tokens.book(count)
+            tokens.demand.answered(count)
         for tokens in woken:
             tokens.wake()
         for tokens in message.indexes:
@@ -454,10 +418,10 @@ class Coordinator:
     def _lost(self, message: _Message, error: Exception) -> None:
         why = type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")
         for tokens in message.indexes:
-            tokens.unanswered()
-        self._due |= dict.fromkeys(message.indexes, self._last)
+            tokens.messages.unanswered()
+        self._agenda.add_again(message.indexes, self._last)
         if self.outage.lost(self._last, why):
-            self._due.clear()
+            self._agenda.clear()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

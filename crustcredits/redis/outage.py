@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from crustcredits.redis.shared_tokens import BEAT
+from crustcredits.redis.bucket_messages import BEAT
 
 _log = logging.getLogger("crustcredits")
 

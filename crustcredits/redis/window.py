@@ -1,4 +1,4 @@
-"""`Window`: how many permits a client asks for ahead of their use."""
+"""`Window`: how many permits a client asks for ahead. `Demand`: those of one bucket."""
 
 from __future__ import annotations
 
@@ -96,3 +96,64 @@ class Window(Generic[WaiterT]):
         self._is_telling = False
         for waiter in tuple(self.waiters):
             waiter.room_came()
+
+
+class Demand(Generic[WaiterT]):
+    """The calls that wait for tokens of one bucket, and the permits that they ask for.
+
+    Args:
+        window: How many permits the client may ask for.
+        waiter: The tokens.
+        asks: Whether permits are asked for these tokens. If not, the demand is only told.
+
+    Attributes:
+        asks: As above.
+        wanted: How many calls wait.
+        asked: How many permits the window counts as asked for.
+        kept: How many tokens these calls leave.
+        kept_within: How many tokens they leave of the other ones that a permit takes.
+    """
+
+    def __init__(self, window: Window[WaiterT], waiter: WaiterT, *, asks: bool) -> None:
+        self.asks = asks
+        self.wanted = self.asked = self.kept = self.kept_within = 0
+        self._window = window
+        self._waiter = waiter
+
+    def change(self, wanted: int, kept: int, kept_within: int) -> None:
+        """Note how many calls wait now."""
+        self.wanted, self.kept, self.kept_within = wanted, kept, kept_within
+        self._window.waits(self._waiter, wanted)
+
+    @property
+    def permits(self) -> int:
+        """How many permits to ask for now."""
+        if not self.wanted or not self.asks:
+            return 0
+        return self._window.share_of(self.wanted, self.asked)
+
+    def ask(self, count: int) -> None:
+        """Let the window count that many permits as asked for."""
+        more, self.asked = count - self.asked, count
+        if more:
+            self._window.asked_for(more)
+
+    def answered(self, given: int) -> None:
+        """Count the permits that an answer brought as unused, and no more as asked for."""
+        asked, self.asked = self.asked, 0
+        self._window.answered(asked, given)
+
+    def used(self) -> None:
+        """Note that a permit was used, or given back."""
+        if self.asks:
+            self._window.used()
+
+    def met(self) -> None:
+        """Note that an answer was about all calls: those that still wait ask again."""
+        self.wanted = 0
+        self._window.waits(self._waiter, 0)
+
+    def end(self) -> None:
+        """Note that no call waits any more, or that none asks for now."""
+        self.met()
+        self.ask(0)

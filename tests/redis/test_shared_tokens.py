@@ -23,9 +23,10 @@ from crustcredits import (
     RateLimit,
     RateLimitWaitError,
 )
+from crustcredits.redis.bucket_messages import BEAT
 from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
-from crustcredits.redis.shared_tokens import BEAT, SharedTokens
+from crustcredits.redis.shared_tokens import SharedTokens
 from crustcredits.redis.window import MOST
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
 from tests.redis.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
