@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from contextlib import aclosing
@@ -56,6 +55,7 @@ from crustcredits._validation import (
     check_number,
     check_whole,
     hides_arguments,
+    is_plain_function,
     kind_of,
     seconds,
 )
@@ -338,7 +338,7 @@ class CreditsClient:
         source = pool_of(keys)
         del keys  # The frame of a call under way may be printed too, in a log record.
         policy, deadline = self._terms_of(freshness, timeout)
-        if on_outcome is not None and not _is_plain_function(on_outcome):
+        if on_outcome is not None and not is_plain_function(on_outcome):
             raise ConfigurationError(
                 "on_outcome must be a plain function, not a coroutine function; use stream() to "
                 "await between outcomes"
@@ -713,12 +713,3 @@ def _timeout(timeout: Seconds | None) -> float | None:
 
 def _deadline(seconds: float | None) -> float | None:
     return None if seconds is None else asyncio.get_running_loop().time() + seconds
-
-
-def _is_plain_function(function: object) -> bool:
-    """Whether it is callable and returns no coroutine, also if its class defines the call."""
-    if not callable(function):
-        return False
-    call = function.func if isinstance(function, partial) else function
-    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    return not any(kind(each) for kind in kinds for each in (call, type(call).__call__))

@@ -183,6 +183,15 @@ def check_kind(what: str, value: object, kind: type) -> None:
         raise ConfigurationError(f"{what} must be {_a(kind)}, not {kind_of(value)}")
 
 
+def is_plain_function(function: object) -> bool:
+    """Whether it is callable and returns no coroutine, also if its class defines the call."""
+    if not callable(function):
+        return False
+    call = function.func if isinstance(function, partial) else function
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return not any(kind(each) for kind in kinds for each in (call, type(call).__call__))
+
+
 def shown(value: object) -> str:
     """A number as it is, and only the type of anything else, which may be a misplaced key."""
     return repr(value)[:80] if isinstance(value, (int, float, Decimal)) else kind_of(value)
