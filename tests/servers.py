@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,14 @@ def redis_server() -> Iterator[RedisServer]:
     server = RedisServer()
     yield server
     server.remove()
+
+
+@pytest.fixture
+async def own_server() -> AsyncIterator[RedisServer]:
+    """A server that one test may stop and configure."""
+    server = await asyncio.to_thread(RedisServer)
+    yield server
+    await asyncio.to_thread(server.remove)
 
 
 def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:

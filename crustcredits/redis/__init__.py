@@ -3,11 +3,13 @@
 This package owns the messages, the script and degraded mode. It must not know calls, keys or HTTP.
 Start reading in `shared_tokens.py`, which does no I/O, and `bucket_messages.py`. `coordinator.py`
 sends the messages in the form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps
-requests few, and `outage.py` decides what happens without an answer.
+requests few, and `outage.py` decides what happens without an answer. `lease.py` is apart from them:
+it makes one process the leader.
 """
 
 try:
     from crustcredits.redis.backend import RedisBackend
+    from crustcredits.redis.lease import Lease
 except ModuleNotFoundError as _missing:
     if (_missing.name or "").partition(".")[0] != "redis":
         raise
@@ -16,4 +18,4 @@ except ModuleNotFoundError as _missing:
         "crustcredits[redis]"
     ) from _missing
 
-__all__ = ["RedisBackend"]
+__all__ = ["Lease", "RedisBackend"]

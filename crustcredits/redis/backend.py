@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -12,14 +14,28 @@ from redis.exceptions import RedisError
 
 from crustcredits._errors import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import Scope
-from crustcredits._validation import check_kind, check_number, hides_arguments, kind_of
+from crustcredits._validation import (
+    Seconds,
+    check_kind,
+    check_number,
+    hides_arguments,
+    is_plain_function,
+    kind_of,
+)
+from crustcredits._validation import (
+    seconds as in_seconds,
+)
 from crustcredits.redis.coordinator import Coordinator, hidden_name
+from crustcredits.redis.lease import Lease
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
 
 if TYPE_CHECKING:
     Client: TypeAlias = "Redis | RedisCluster"
 
 _MODES = ("local", "strict", "raise")
+
+# Least and most seconds of a leader's lease.
+_SHORTEST, _LONGEST = 0.01, 86_400.0
 
 
 class RedisBackend:
@@ -96,6 +112,8 @@ class RedisBackend:
         self._is_strict = on_outage == "strict"
         self._opened = False
         self._gates: dict[str, GateTokens] = {}  # the common tokens by path
+        self._leases: set[Lease] = set()  # those that are held or waited for
+        self._client = client
         self._make_link = partial(
             Coordinator,
             client,
@@ -151,11 +169,63 @@ class RedisBackend:
         self._gates[path] = gate = self._link.gate(f"{self._prefix}{path}", limit)
         return gate
 
+    @hides_arguments
+    def lease(
+        self,
+        name: str,
+        *,
+        seconds: Seconds = 10.0,
+        on_lost: Callable[[], object] | None = None,
+    ) -> Lease:
+        """One leader among the processes with this prefix: `async with backend.lease("watcher")`.
+
+        Entering waits until this process is the leader, and leaving lets another one be it. The
+        lease needs no `CreditsClient`, and there is no degraded mode: without Redis there is no new
+        leader, and the last one stops in time. Two leases of one name in one process compete like
+        two processes.
+
+        A process is the leader (`is_held`) for 0.9 of the lease's time from the moment at which it
+        asked, by its own monotonic clock, and it renews the lease after each third. A killed leader
+        is replaced within 1.2 times this time. A leader that leaves is replaced by a process that
+        comes then, and by those that wait within the same time.
+
+        No two processes are leaders at one moment while Redis keeps its data and its clock runs
+        evenly. After a restart without data, a failover that loses the lease, or a suspended
+        machine, two may be for 0.9 of the time. So work with effects elsewhere sends
+        `fencing_number` along, and the receiver refuses numbers below the highest that it has seen:
+        then no step of an older term comes after one of a newer term. Numbers ascend, also when
+        Redis loses its data, as they begin with its time in microseconds: they could go back only
+        if Redis lost them and its clock was also set back, to before the last term began.
+
+        Args:
+            name: Non-empty printable text. It is part of a Redis key name and of log lines.
+            seconds: The lease's time: a number of 0.01 to 86,400 seconds, or a `timedelta`. All
+                processes should use the same.
+            on_lost: A plain function without arguments, called once when the lease is lost before
+                the block is left: another process holds it, Redis lost it or did not answer, this
+                process stood still, or the backend was closed. Its errors are logged.
+
+        Raises:
+            ConfigurationError: An argument cannot be used.
+        """
+        check_kind("name", name, str)
+        if not name or not name.isprintable():
+            raise ConfigurationError("name must be non-empty printable text")
+        span = in_seconds("seconds", seconds)
+        check_number("seconds", span, minimum=_SHORTEST, maximum=_LONGEST, unit=" of seconds")
+        if on_lost is not None and not is_plain_function(on_lost):
+            raise ConfigurationError("on_lost must be a plain function, not a coroutine function")
+        return Lease(
+            self._client, self._prefix, name, seconds=span, on_lost=on_lost, active=self._leases
+        )
+
     async def close(self) -> None:
         """Report what is still queued, if Redis is reachable, and close connections opened here.
 
-        Afterwards another client may use this backend.
+        Leases end: a held one is released and counts as lost, and entering one that still waits
+        fails with `ClientClosedError`. Afterwards another client may use this backend.
         """
+        await asyncio.gather(*(lease.close() for lease in list(self._leases)))
         await self._link.close()
         self._opened = False
 

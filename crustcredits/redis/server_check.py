@@ -37,10 +37,10 @@ def mistake(error: BaseException) -> ConfigurationError | None:
         return ConfigurationError(
             "Redis refuses the user name or the password; set the right ones in the URL"
         )
-    if isinstance(error, NoPermissionError):
+    if isinstance(error, NoPermissionError) or "user executing the script" in str(error):
         return ConfigurationError(
             "the Redis user has no right to run the script; allow it EVALSHA, EVAL and the "
-            "commands HGETALL, HSET, ZADD and the like on all keys of the prefix"
+            "commands GET, SET, INCR, HGETALL, HSET, ZADD and the like on all keys of the prefix"
         )
     if isinstance(error, InvalidResponse):
         return ConfigurationError("the server at this address is not a Redis; correct the URL")
@@ -75,11 +75,11 @@ async def check_server(client: Any) -> None:
             continue
         if int(memory.get("maxmemory", 0)) > 0:
             raise ConfigurationError(
-                f"Redis may evict the count of the rate limit, because its maxmemory-policy is "
+                f"Redis may evict the rate limit's count and leases, because its maxmemory-policy is "
                 f"{policy}; set noeviction, or use another Redis"
             )
         _log.warning(
-            "Redis may evict the count of the rate limit once maxmemory is set, because its "
+            "Redis may evict the rate limit's count and leases once maxmemory is set, because its "
             "maxmemory-policy is %s; set noeviction",
             policy,
         )

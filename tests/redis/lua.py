@@ -212,6 +212,8 @@ class FakeRedis:
             self._zscore,
             self._get_text,
             self._set_text,
+            self._incr,
+            self._del,
         ]
         by_name = {
             command.__name__.removeprefix("_").removesuffix("_text").upper(): command
@@ -371,8 +373,10 @@ class FakeRedis:
         if self.seen is not None:
             self.seen.append(read(self._now / 1e6 - EPOCH, keys, said))
         try:
-            return self._scripts[sha](
-                self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])
+            return self._answer(
+                self._scripts[sha](
+                    self._lua.table_from(keys), self._lua.table_from([str(arg) for arg in said])
+                )
             )
         except LuaError as error:
             self.faults.append(str(error))
@@ -380,6 +384,14 @@ class FakeRedis:
 
     def _look_at_clock(self) -> None:
         self._now = int(self.clock() * 1e6)
+
+    def _answer(self, value: Any) -> Any:
+        # Redis cuts numbers off, and an array at its first nil.
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)):
+            return int(value)
+        return [self._answer(value[place]) for place in range(1, len(value) + 1)]
 
     # --- the commands
 
@@ -430,10 +442,23 @@ class FakeRedis:
         value = self._get(key)
         return False if value is None else value["text"]
 
-    def _set_text(self, key: str, text: str, *options: Any) -> None:
-        assert options[0] == "PX"
+    def _set_text(self, key: str, text: str, *options: Any) -> bool:
+        if "NX" in options and self._get(key) is not None:
+            return False
         self._values[key] = {"text": _text(text)}
-        self._pexpire(key, options[1])
+        self._expiry.pop(key, None)
+        if "PX" in options:
+            self._pexpire(key, options[options.index("PX") + 1])
+        return True
+
+    def _incr(self, key: str) -> int:
+        number = int(self._get_text(key) or 0) + 1
+        self._values[key] = {"text": str(number)}
+        return number
+
+    def _del(self, key: str) -> None:
+        if self._get(key) is not None:
+            self._delete(key)
 
     def _zscore(self, key: str, member: str) -> Any:
         value: SortedSet | None = self._get(key)

@@ -8,7 +8,7 @@ import logging
 import sys
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Literal
 
@@ -27,9 +27,9 @@ from crustcredits.redis import RedisBackend
 from crustcredits.redis.server_check import address_of, check_server
 from crustcredits.testing import SandboxServer
 from tests.conftest import eventually
-from tests.servers import RedisServer, forget, free_port, redis_server
+from tests.servers import RedisServer, forget, free_port, own_server, redis_server
 
-__all__ = ["redis_server"]  # a fixture, found by its name
+__all__ = ["own_server", "redis_server"]  # fixtures, found by their names
 
 # An empty Redis grants no tokens for a second; tests do not wait for that.
 OPENED: dict[str, str | int] = {"epoch": 1, "opens": 0}
@@ -47,13 +47,6 @@ def prefix(redis_server: RedisServer) -> str:
     prefix = uuid.uuid4().hex
     open_prefix(redis_server, prefix)
     return prefix
-
-
-@pytest.fixture
-async def own_server() -> AsyncIterator[RedisServer]:
-    server = await asyncio.to_thread(RedisServer)
-    yield server
-    await asyncio.to_thread(server.remove)
 
 
 async def client(
@@ -427,7 +420,7 @@ def cluster() -> Iterator[RedisServer]:
 
 
 @pytest.mark.timeout(60)
-async def test_buckets_work_on_a_cluster(cluster: RedisServer) -> None:
+async def test_buckets_and_leases_work_on_a_cluster(cluster: RedisServer) -> None:
     """All keys of a prefix lie in one slot."""
     for _ in range(200):
         if b"cluster_state:ok" in str(
@@ -441,6 +434,8 @@ async def test_buckets_work_on_a_cluster(cluster: RedisServer) -> None:
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         one = await client(sandbox, RedisBackend(given, prefix="p", on_outage="raise"), stack)
         assert (await one.check([sandbox.add_key() for _ in range(5)], timeout=10)).ok
+    async with RedisBackend(given, prefix="p", on_outage="raise").lease("watcher") as lease:
+        assert lease.is_held
     await given.aclose()
 
 
