@@ -33,8 +33,9 @@ PROGRAMS = {
         ],
     ),
     "Several processes": (PYTHON[1], ["total: 9416"]),
-    "Errors": (PYTHON[2], ["is not known to the API, request sandbox-1"]),
-    "In a service": (PYTHON[3], ["prod has 9406, stale: False", "go with prod"]),
+    "A leader": (PYTHON[2], ["leader, fencing number 1"]),
+    "Errors": (PYTHON[3], ["is not known to the API, request sandbox-1"]),
+    "In a service": (PYTHON[4], ["prod has 9406, stale: False", "go with prod"]),
 }
 
 
@@ -57,9 +58,9 @@ async def run(*command: str, **environ: str) -> tuple[int | None, str]:
 
 def test_every_code_block_has_a_test() -> None:
     """A new block needs a test of its own."""
-    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 8, "console"]
+    assert [language for language, _ in BLOCKS] == ["console", *["python"] * 9, "console"]
     assert len(PYTHON[0].splitlines()) <= 30
-    assert len([line for line in PYTHON[4].splitlines() if line.strip()]) <= 15
+    assert len([line for line in PYTHON[5].splitlines() if line.strip()]) <= 15
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
@@ -100,7 +101,7 @@ async def test_the_fastapi_app_runs_unchanged(
         "CRUSTDATA_API_KEYS", f"prod={sandbox.add_key(credits='9406.50').get_secret_value()}"
     )
     namespace: dict[str, object] = {}
-    exec(compile(PYTHON[4], "README.md", "exec"), namespace)  # noqa: S102  # a reader runs it too
+    exec(compile(PYTHON[5], "README.md", "exec"), namespace)  # noqa: S102  # a reader runs it too
 
     def ask() -> list[object]:
         with TestClient(namespace["app"]) as client:  # type: ignore[arg-type]  # the README's app
@@ -117,10 +118,10 @@ async def test_the_fastapi_app_runs_unchanged(
 
 
 @pytest.mark.any_loop
-@pytest.mark.parametrize("block", [5, 6, 7])
+@pytest.mark.parametrize("block", [6, 7, 8])
 async def test_the_test_samples_run_unchanged(tmp_path: Path, block: int) -> None:
     """Under pytest, in a directory with nothing but the README's service."""
-    (tmp_path / "service.py").write_text(PYTHON[4])
+    (tmp_path / "service.py").write_text(PYTHON[5])
     (tmp_path / "test_service.py").write_text(PYTHON[block])
     options = ["-q", "-p", "no:cacheprovider", "-W", "error"]
     for option in (

@@ -371,6 +371,7 @@ PLACES: dict[str, Callable[[], object]] = {
     **each_argument(credits_router, ["x"], but="prefix tags", public=True),
     **each_argument(credits_lifespan),
     **each_argument(RedisBackend, "redis://x", but="prefix"),
+    **each_argument(RedisBackend("redis://x", on_outage="raise").lease, "watcher"),
     **each_argument(SandboxServer, but="record"),
     **each_argument(SANDBOX.add_key, but="name declared secret"),
     "the client's only argument": partial(CreditsClient, CANARY),  # type: ignore[call-arg]  # as above

@@ -54,7 +54,7 @@ from crustcredits.fastapi import (
     get_credits_client,
     install_exception_handlers,
 )
-from crustcredits.redis import RedisBackend
+from crustcredits.redis import Lease, RedisBackend
 from crustcredits.testing import Arrival, Fault, SandboxServer
 
 
@@ -103,6 +103,15 @@ async def many(
     await client.check({"a": ApiKey("x")}, on_outcome=lambda outcome: print(outcome.credits))
     assert_type(client.quota(), Quota)
     assert_type(client.quota(detail=True, key="x").seconds_for(5), float)
+
+
+async def leads(backend: RedisBackend) -> None:
+    lease = backend.lease("watcher", seconds=timedelta(seconds=5), on_lost=lambda: print("lost"))
+    assert_type(lease, Lease)
+    async with lease as entered:
+        assert_type(entered, Lease)
+        assert_type(lease.is_held, bool)
+        assert_type(lease.fencing_number, int)
 
 
 def takes_a_report(report: Report) -> list[Outcome]:
