@@ -321,7 +321,7 @@ async def test_an_answer_that_is_read_too_late_does_not_bring_the_lease_back(
     def latency(process: str) -> float:
         # Something blocks the loop right before the task reads the answer to the first renewal.
         if next(ways, "") == "back":
-            loop.call_at(now() + 0.2, loop.call_soon, freeze, 0.9 * SPAN)
+            loop.call_at(now() + 0.2, loop.call_soon, freeze, 0.6 * SPAN)
         return 0.2
 
     async with lease(redis, on_lost=on_lost) as one:

@@ -254,8 +254,15 @@ async def test_mistakes_are_refused(
 
 
 async def test_a_server_that_is_no_redis_is_refused() -> None:
-    async with SandboxServer() as sandbox:
-        await refused(sandbox.url.replace("http", "redis"), "is not a Redis; correct the URL")
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await refused(f"redis://127.0.0.1:{port}", "is not a Redis; correct the URL")
 
 
 async def test_no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> None:
