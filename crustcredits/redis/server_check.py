@@ -75,8 +75,8 @@ async def check_server(client: Any) -> None:
             continue
         if int(memory.get("maxmemory", 0)) > 0:
             raise ConfigurationError(
-                f"Redis may evict the rate limit's count and leases, because its maxmemory-policy is "
-                f"{policy}; set noeviction, or use another Redis"
+                "Redis may evict the rate limit's count and leases, because its maxmemory-policy "
+                f"is {policy}; set noeviction, or use another Redis"
             )
         _log.warning(
             "Redis may evict the rate limit's count and leases once maxmemory is set, because its "

@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
         loop = ProcessLoop(lambda: self.now * rate)
         lost: list[int] = []
         one = self.lease.Lease(
-            _Connection(self.redis),
+            _Connection(self.redis, ""),
             "{p}:",
             "watcher",
             seconds=SPAN,

@@ -254,7 +254,7 @@ async def test_a_server_that_may_evict_the_count_is_refused(
     await asyncio.to_thread(ask, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     await opens(own_server.url)
     (warning,) = [record.message for record in caplog.records]
-    assert warning.startswith("Redis may evict the count of the rate limit once maxmemory is set")
+    assert warning.startswith("Redis may evict the rate limit's count and leases once maxmemory")
     await asyncio.to_thread(ask, "CONFIG", "SET", "maxmemory", "100mb")
     with pytest.raises(ConfigurationError, match="set noeviction, or use another Redis"):
         await opens(own_server.url)
