@@ -179,13 +179,15 @@ class Estimates:
         trial = self._cooldown.trial
         is_cooldown = trial is not None and trial.is_cooldown
         until = cools_until if trial is None else max(cools_until, trial.until)
+        common = self._permits.common.bucket
         return Quota(
             limit=bucket.limit,
             free=bucket.available(now),
             in_flight=bucket.on_wire,
             cooldown=max(0.0, until - now) if until > now or is_cooldown else None,
             probing=trial is not None and trial.on_wire > 0,
-            degraded=bucket.is_degraded,
+            degraded=common.is_degraded,  # the same for all buckets, also those not made yet
+            cut_off=common.is_cut_off,
             returns=tuple(max(0.0, when - now) for when in bucket.returns(now, self._terms.period)),
             period=self._terms.period,
             pace=self._pace.current(now),

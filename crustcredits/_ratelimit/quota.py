@@ -37,6 +37,8 @@ class Quota:
         probing: Whether a probe is under way that tests whether the server refuses all.
         degraded: Whether this process counts in degraded mode, because the count that several
             processes share is out of reach.
+        cut_off: Whether its last message to that count had no answer. Calls wait or fail then, or
+            degraded mode begins soon.
     """
 
     limit: int
@@ -47,6 +49,7 @@ class Quota:
     cooldown: float | None = None
     probing: bool = False
     degraded: bool = False
+    cut_off: bool = False
     _period: float = attrs.field(alias="period", default=60.0, repr=False)
     # Seconds until each token can be taken. In a quota made by hand all tokens that are not free
     # were taken just now.

@@ -116,7 +116,8 @@ class Pool:
         never = sum(
             outcome is None and not isinstance(key, UnusableKey) for key, outcome in outcomes
         )
-        reasons = [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
+        reasons = [*self._backend_reasons(client)]
+        reasons += [reason for key, outcome in outcomes for reason in _reasons(key, outcome)]
         if never:
             reasons.append(
                 f"keys not checked so far: {never} of {len(outcomes)}; GET /keys checks them"
@@ -129,6 +130,15 @@ class Pool:
         if not known:
             status = "unknown"
         return HealthResponse(status=status, keys=len(outcomes), known=known, reasons=reasons)
+
+    def _backend_reasons(self, client: CreditsClient) -> list[str]:
+        """Why calls wait or fail, if the count that several processes share is out of reach."""
+        key = next((key for key in self._keys if isinstance(key, ApiKey)), None)
+        quota = None if key is None else client.quota(key=key)
+        if quota is None or not quota.cut_off:
+            return []
+        effect = "this process counts by itself" if quota.degraded else "calls wait or fail"
+        return [f"Redis is out of reach: {effect} until it answers; the log has the cause"]
 
 
 # Most reasons that a health check lists.

@@ -195,8 +195,8 @@ class HealthResponse(_Response):
         Literal["ok", "degraded", "unknown"],
         Field(
             description=(
-                "`ok`: every balance is known and recent. `degraded`: not all are. `unknown`: "
-                "none is."
+                "`ok`: every balance is known and recent. `degraded`: not all are, or Redis is out "
+                "of reach. `unknown`: no balance is known."
             )
         ),
     ]

@@ -157,8 +157,12 @@ class Coordinator:
                     await self._greet()
         except ConfigurationError:
             raise
-        except Exception as error:  # noqa: BLE001  # any other error: the messages deal with it
+        except Exception as error:  # noqa: BLE001  # any other error is an outage
             problem = mistake(error)
+            if problem is None and self._task is None:
+                self._last = _now()
+                self._lost(_Message(self._last, self._epoch), error)
+                self._arrange()
         else:
             return
         if problem is not None:

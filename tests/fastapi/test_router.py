@@ -67,8 +67,10 @@ from crustcredits.fastapi import (
     install_exception_handlers,
 )
 from crustcredits.fastapi.problem_details import problem_of
+from crustcredits.redis import RedisBackend
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
+from tests.servers import free_port
 from tests.virtual import FakeServer, fake_client
 
 pytestmark = pytest.mark.own_loops
@@ -751,6 +753,23 @@ async def test_health_shows_a_failure_beside_a_fresh_balance(
             "known": 1,
             "reasons": ["prod: The credits API failed"],
         }
+
+
+async def test_health_names_redis_when_it_is_out_of_reach(
+    sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a worker that starts during the outage, before its first call."""
+    backend = RedisBackend(f"redis://127.0.0.1:{free_port()}", fallback_share=1)
+    app = app_of(sandbox, sandbox.add_key("prod"), client={"backend": backend})
+    async with calling(app) as caller:
+        health = (await caller.get("/credits/healthz")).json()
+        assert health["reasons"][0] == (
+            "Redis is out of reach: calls wait or fail until it answers; the log has the cause"
+        )
+        monkeypatch.setattr("crustcredits.redis.outage._GRACE", 0.0)
+        await eventually(lambda: "Redis is out of reach" in caplog.text)
+        health = (await caller.get("/credits/healthz")).json()
+        assert "this process counts by itself" in health["reasons"][0]
 
 
 async def test_health_lists_at_most_20_reasons(sandbox: SandboxServer) -> None:

@@ -59,11 +59,11 @@ def test_tokens_on_the_wire_return_a_period_after_now_at_the_earliest() -> None:
     assert scheduler.quota("c", 2.0) == quota_of(4, 4, answer_seconds=0.5)
 
 
-def test_a_bucket_in_degraded_mode_says_so() -> None:
-    """Each bucket for itself."""
+def test_a_process_in_degraded_mode_says_so() -> None:
+    """Of each bucket, also of one that was not made yet."""
 
     class Degraded(TokenBucket):
-        is_degraded = True
+        is_degraded = is_cut_off = True
 
     scheduler = scheduler_of(
         terms(requests=4),
@@ -71,7 +71,8 @@ def test_a_bucket_in_degraded_mode_says_so() -> None:
         make_bucket=lambda whose, limit, wake: (Degraded if whose is None else TokenBucket)(limit),
     )
     start_call(scheduler, call("a", Flow()), 0.0)
-    assert [scheduler.quota(name, 0.0).degraded for name in (None, "a")] == [True, False]
+    quotas = [scheduler.quota(name, 0.0) for name in (None, "a", "b")]
+    assert [(quota.degraded, quota.cut_off) for quota in quotas] == [(True, True)] * 3
 
 
 # --- calls that wait

@@ -25,7 +25,7 @@ def test_a_quota_made_by_hand_has_no_more_than_its_tokens() -> None:
     assert [quota.seconds_for(count) for count in (1, 2, 3, 4, 5)] == [0, 60, 60, 60, 120]
     assert repr(quota) == (
         "Quota(limit=3, free=1, in_flight=0, waiting=0, refreshing=0, cooldown=None, "
-        "probing=False, degraded=False)"
+        "probing=False, degraded=False, cut_off=False)"
     )
 
 
