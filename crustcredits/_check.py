@@ -153,8 +153,8 @@ class PoolCheck:
         # No await until the keys are queued, so that no other check asks about one of them
         # meanwhile.
         joins: list[int] = []
-        if not self._calls.is_idle:
-            asked = self._calls.asked_among(self._path, self._first.keys())
+        if not self._calls.under_way.is_idle:
+            asked = self._calls.under_way.asked_among(self._path, self._first.keys())
             joins = sorted(self._first[digest] for digest in asked)
             indexes = sorted(set(indexes).difference(joins)) if joins else indexes
         hopeless: list[int] = []
@@ -220,7 +220,7 @@ class PoolCheck:
             self._waiting = None
         for number, waiter in enumerate([*self._begun.values()], start=1):
             assert waiter.call is not None, "a waiter without an outcome has a call"
-            self._calls.time_out(waiter.call, waiter)
+            self._calls.waiters.time_out(waiter.call, waiter)
             if number % _SLICE == 0:
                 self._report()
                 await asyncio.sleep(0)

@@ -79,7 +79,7 @@ class FanOutWaiter:
         """Leave the call: nothing lands any more."""
         self._land = None
         assert self.call is not None, "a waiter without an outcome has a call"
-        self._lookup.calls.leave(self.call, self)
+        self._lookup.calls.waiters.leave(self.call, self)
 
     def hand_on(self, landed: Outcome[Any] | BaseException) -> None:
         """Pass on the outcome or the exception."""
@@ -124,7 +124,7 @@ class Lookup:
             return None
         if (
             outcome.stale
-            and not self.calls.is_asked(cache_key)
+            and not self.calls.under_way.is_asked(cache_key)
             and entry.claim_refresh(cache_key, now)
         ):
             self.calls.refresh(cache_key, key)
@@ -139,7 +139,7 @@ class Lookup:
         entry = None if policy is NEW else self._cache.find(cache_key)
         if entry is not None and entry.answer(policy, _now()) is not None:
             return False
-        return not self.calls.is_on_wire(cache_key)
+        return not self.calls.under_way.is_on_wire(cache_key)
 
     def last(self, path: str, key: ApiKey, policy: CachePolicy) -> Outcome[Any] | None:
         """The last outcome for `key`, of any age, or None."""
@@ -170,7 +170,7 @@ class Lookup:
         try:
             outcome = await waiter
         except asyncio.CancelledError:
-            self.calls.leave(call, waiter)
+            self.calls.waiters.leave(call, waiter)
             raise
         if policy is NEW and outcome.key is key:
             return outcome

@@ -43,11 +43,16 @@ class WaitTerms(NamedTuple):
     own_timer: bool = False
 
 
-class CallOwner(Protocol):
-    """The owner of calls, which ends their waiters: `SingleFlight`."""
+class EndsWaiters(Protocol):
+    """Ends the waiters of a call that have no time left: `Waiters`."""
 
     def time_out_all(self, call: SharedCall) -> None: ...
     def time_out_hopeless(self, call: SharedCall) -> None: ...
+
+
+class EndsCalls(Protocol):
+    """Ends a call: `Completion`."""
+
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None: ...
     def break_off(self, call: SharedCall, error: BaseException | None) -> None: ...
 
@@ -62,11 +67,12 @@ class SharedCall(ApiCall):
         early: The pool in which the call waits for its turn, and its number there; or None.
     """
 
-    __slots__ = ("_owner", "cache_key", "early", "first", "waiters")
+    __slots__ = ("_completion", "_timeouts", "cache_key", "early", "first", "waiters")
 
     def __init__(
         self,
-        owner: CallOwner,
+        timeouts: EndsWaiters,
+        completion: EndsCalls,
         cache_key: CacheKey,
         key: ApiKey,
         *,
@@ -75,7 +81,8 @@ class SharedCall(ApiCall):
         context: contextvars.Context,
     ) -> None:
         super().__init__(cache_key, key, account, flow, context)
-        self._owner = owner
+        self._timeouts = timeouts
+        self._completion = completion
         self.cache_key = cache_key
         self.first: Waiter | None = None
         self.waiters: dict[Waiter, WaitTerms] = {}
@@ -99,16 +106,16 @@ class SharedCall(ApiCall):
         return max((terms.deadline for terms in self.waiters.values()), default=math.inf) - now
 
     def on_late(self) -> None:
-        self._owner.time_out_all(self)
+        self._timeouts.time_out_all(self)
 
     def on_wait(self) -> None:
-        self._owner.time_out_hopeless(self)
+        self._timeouts.time_out_hopeless(self)
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
-        self._owner.end(self, result)
+        self._completion.end(self, result)
 
     def on_broken_off(self, error: BaseException | None) -> None:
-        self._owner.break_off(self, error)
+        self._completion.break_off(self, error)
 
 
 class Pool(PoolFlow):

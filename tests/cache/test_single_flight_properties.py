@@ -24,6 +24,7 @@ from crustcredits import (
 from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.store import CacheEntry
+from crustcredits._cache.waiters import Waiters
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Failure
 from tests.searches import examples
@@ -222,7 +223,7 @@ _JOIN = SingleFlight.join
     [
         ((CacheEntry, "answer", _no_age), "older than was asked for"),
         ((SingleFlight, "join", _no_join), "two calls for one key"),
-        ((SingleFlight, "time_out", lambda self, call, waiter, **how: None), "left (waiting|over)"),
+        ((Waiters, "time_out", lambda self, call, waiter, **how: None), "left (waiting|over)"),
     ],
 )
 def test_the_properties_fail_when_a_rule_is_broken(

@@ -1,0 +1,145 @@
+"""`Completion`: the end of a call, for the cache and for its waiters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import Any
+
+from crustcredits._cache.dispatcher import Dispatcher
+from crustcredits._cache.outcomes import closed_error, failure, shared
+from crustcredits._cache.pools import Pools
+from crustcredits._cache.shared_call import SharedCall
+from crustcredits._cache.store import BalanceCache, CacheKey
+from crustcredits._cache.under_way import UnderWay
+from crustcredits._errors import CrustCreditsError
+from crustcredits._models import Balance, Known, Outcome
+
+_log = logging.getLogger("crustcredits")
+
+
+class Completion:
+    """Ends calls: with a result, without one, or because nobody waits any more.
+
+    Args:
+        under_way: The calls that have not ended.
+        pools: The pools in which calls may wait for their turn.
+        dispatcher: Sends no request for a call that has ended.
+        cache: Gets the results.
+    """
+
+    def __init__(
+        self, under_way: UnderWay, pools: Pools, dispatcher: Dispatcher, cache: BalanceCache
+    ) -> None:
+        self._under_way = under_way
+        self._pools = pools
+        self._dispatcher = dispatcher
+        self._cache = cache
+        self._cancelled: set[asyncio.Task[Any]] = set()  # requests whose end is awaited
+
+    # --- with a result
+
+    def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None:
+        """End a call: cache its result, and pass it to the waiters.
+
+        Does nothing if the call has ended before.
+        """
+        is_joinable = self._under_way.find(call.cache_key) is call
+        if not is_joinable and call not in self._under_way:
+            return
+        if isinstance(result, Balance):
+            outcome: Outcome[Any] = Known(balance=result, attempts=call.attempts)
+        else:
+            result.attempts = call.attempts
+            outcome = failure(call.api_key, result)
+        evicted = self._record(call, outcome) if is_joinable else None
+        self._pass_on(call, outcome)
+        call.release_references()
+        if evicted is not None:
+            self._drop_refresh_of(evicted)
+
+    def _record(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
+        """Cache the outcome of a call. Returns the cache key that was evicted for it, if any."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(outcome, Known):
+            return self._cache.succeeded(call.cache_key, outcome.balance, now)
+        had_balance = self._cache.has_balance(call.cache_key)
+        evicted = self._cache.failed(call.cache_key, outcome, now)
+        # No caller sees this error. A refresh that the circuit breaker refuses is logged once for
+        # all keys.
+        if (
+            call.is_refresh
+            and call.attempts
+            and had_balance
+            and self._cache.has_just_failed(call.cache_key)
+        ):
+            _log.warning("%s; the cached balance could not be refreshed", outcome.error)
+        return evicted
+
+    def _pass_on(self, call: SharedCall, outcome: Outcome[Any]) -> None:
+        """Forget a call, and pass the outcome to every waiter."""
+        self._under_way.remove(call)
+        for_others = shared(outcome) if len(call.waiters) > 1 or call.first is None else outcome
+        for waiter in call.waiters:
+            if waiter.done():  # given up in this iteration of the loop
+                continue
+            try:
+                waiter.set_result(outcome if waiter is call.first else for_others)
+            except Exception as error:  # noqa: BLE001  # a defect; the other waiters go on
+                _log.error(  # a traceback may hold secrets
+                    "%s: an outcome could not be passed on (%s): this is a defect of crustcredits",
+                    call.api_key.label,
+                    type(error).__name__,
+                )
+                if not waiter.done():
+                    with suppress(Exception):
+                        waiter.set_exception(error.with_traceback(None))
+
+    def _drop_refresh_of(self, cache_key: CacheKey) -> None:
+        """Drop the call of an evicted cache entry, if it only refreshes and is not on the wire."""
+        call = self._under_way.find(cache_key)
+        if call is not None and not (call.is_foreground or call.task is not None):
+            self.drop(call)
+
+    # --- without a result
+
+    def break_off(self, call: SharedCall, error: BaseException | None) -> None:
+        """End the waiters of a call that was cancelled from outside or failed unexpectedly."""
+        if call not in self._under_way:
+            return
+        self._forget(call)
+        for waiter in [waiter for waiter in call.waiters if not waiter.done()]:
+            if error is None:
+                waiter.cancel()
+            else:
+                waiter.set_exception(error)
+        call.release_references()
+
+    def drop(self, call: SharedCall) -> None:
+        """End a call without waiters before its request is on the wire."""
+        self._pools.leave_early(call)
+        self._forget(call)
+        self._dispatcher.leave(call)
+        call.release_references()
+
+    def _forget(self, call: SharedCall) -> None:
+        """Forget a call without a result, so that another refresh may test the endpoint."""
+        if self._under_way.remove(call):
+            self._cache.given_up(call.cache_key)
+
+    # --- when the client is closed
+
+    def end_closed(self, call: SharedCall) -> None:
+        """End a call because the client is closed."""
+        self._pass_on(call, failure(call.api_key, closed_error()))
+        if call.task is None:
+            self._dispatcher.leave(call)
+            return
+        self._cancelled.add(call.task)
+        call.task.add_done_callback(self._cancelled.discard)
+        call.task.cancel()
+
+    async def requests_ended(self) -> None:
+        """Wait for the end of the cancelled requests."""
+        await asyncio.gather(*self._cancelled, return_exceptions=True)
