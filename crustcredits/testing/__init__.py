@@ -5,7 +5,8 @@ that `Fault` lists. The rest of the library never imports this package, and this
 pytest; `crustcredits.testing.fixtures` does.
 """
 
-from crustcredits.testing._api import Arrival, FakeAPI
+from crustcredits.testing._api import FakeAPI
+from crustcredits.testing._arrivals import Arrival
 from crustcredits.testing._faults import Fault
 from crustcredits.testing._memory import FakeClient, fake_client
 from crustcredits.testing._server import SandboxServer

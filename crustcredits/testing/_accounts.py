@@ -5,12 +5,16 @@ It receives the time as an argument, and knows no keys and no requests.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import attrs
+
+from crustcredits._errors import ConfigurationError
+from crustcredits._validation import shown
 
 _CENT = Decimal("0.01")
 _MONTH = timedelta(days=30)
@@ -163,3 +167,30 @@ class Account:
 
 def _text(date: datetime) -> str:
     return date.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def exact_credits(credits: Decimal | int | str) -> Decimal:
+    """The credits as a number.
+
+    Raises:
+        ConfigurationError: They are not exact.
+    """
+    with contextlib.suppress(InvalidOperation, TypeError, ValueError):
+        if not isinstance(credits, (float, bool)) and Decimal(credits).is_finite():
+            return Decimal(credits)
+    raise ConfigurationError(
+        "credits must be exact: give a finite Decimal, an int, or such a number as text, not "
+        f"{shown(credits)}"
+    )
+
+
+def exact_amount(credits: Decimal | int | str) -> Decimal:
+    """The credits to spend or to add, as a number.
+
+    Raises:
+        ConfigurationError: They are not exact, or less than 0.
+    """
+    amount = exact_credits(credits)
+    if amount < 0:
+        raise ConfigurationError("credits to spend or add must be at least 0")
+    return amount

@@ -1,4 +1,4 @@
-"""The sandbox is strict: it counts, answers and fails as documented."""
+"""The sandbox is strict: it answers and fails as documented."""
 
 from __future__ import annotations
 
@@ -8,29 +8,14 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import pytest
 
 from crustcredits import ApiKey, ConfigurationError, CreditsClient, RateLimit, Report
-from crustcredits.testing import Arrival, Fault, SandboxServer, fixtures
-
-
-async def ask(
-    sandbox: SandboxServer, path: str = "/user/credits", **headers: str
-) -> tuple[int, Any, dict[str, str]]:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(sandbox.url + path, headers=headers) as response,
-    ):
-        return (
-            response.status,
-            await response.json(),
-            {name.lower(): value for name, value in response.headers.items()},
-        )
+from crustcredits.testing import Fault, SandboxServer, fixtures
+from tests.testing.requests import ask
 
 
 async def test_the_sandbox_answers_both_endpoints_as_documented(sandbox: SandboxServer) -> None:
@@ -78,99 +63,6 @@ async def test_the_sandbox_refuses_requests_like_the_api(sandbox: SandboxServer)
     assert (await ask(sandbox, "/credits", Authorization=f"Bearer {key.get_secret_value()}"))[
         0
     ] == 404
-
-
-async def test_the_sandbox_counts_in_a_sliding_window() -> None:
-    """Over the limit it answers 429 with the time at which the oldest request ages out."""
-    async with SandboxServer(limit=2, period=0.05) as sandbox:
-        key = sandbox.add_key()
-        bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
-        assert [(await ask(sandbox, **bearer))[0] for _ in range(2)] == [200, 200]
-        status, _, headers = await ask(sandbox, **bearer)
-        if status != 200:  # on a very slow machine the first has aged out already
-            assert (status, headers["x-ratelimit-remaining"], headers["x-ratelimit-reset"]) == (
-                429,
-                "0",
-                "1",
-            )
-            assert sandbox.refused == 1
-        await asyncio.sleep(0.05)
-        assert (await ask(sandbox, **bearer))[0] == 200
-        assert sandbox.worst_window() >= 2
-
-
-@pytest.mark.parametrize(("scope", "refused"), [("client", 2), ("account", 1), ("key", 0)])
-async def test_the_sandbox_counts_by_client_account_or_key(scope: Any, refused: int) -> None:
-    """An unknown key is a scope of its own."""
-    async with SandboxServer(limit=1, scope=scope) as sandbox:
-        sandbox.add_account("acme")
-        keys = [sandbox.add_key(account="acme"), sandbox.add_key(account="acme"), sandbox.add_key()]
-        for key in [*keys]:
-            await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}")
-        await ask(sandbox, "/account/credits", Authorization="Bearer unknown")
-        assert sandbox.refused == refused
-
-
-async def test_arrivals_are_recorded_without_showing_secrets(
-    sandbox: SandboxServer, credits_client: CreditsClient
-) -> None:
-    """By name, with headers that do not print."""
-    key = sandbox.add_key("prod")
-    async with CreditsClient(base_url=sandbox.url) as client:
-        await client.balance(key)
-    (arrival,) = sandbox.arrivals
-    assert (arrival.key, arrival.path, arrival.refused) == ("prod", "/user/credits", False)
-    assert arrival.headers["Authorization"] == f"Bearer {key.get_secret_value()}"
-    assert key.get_secret_value() not in repr(sandbox.arrivals)
-    assert isinstance(arrival, Arrival)
-    assert isinstance(credits_client, CreditsClient)
-
-
-async def test_recording_can_be_turned_off() -> None:
-    """Then memory does not grow with the requests."""
-    async with (
-        SandboxServer(record=False) as sandbox,
-        CreditsClient(base_url=sandbox.url) as client,
-    ):
-        await client.balance(sandbox.add_key())
-        assert (sandbox.requests, sandbox.arrivals) == (1, [])
-        with pytest.raises(ConfigurationError, match="unknown"):
-            sandbox.worst_window()
-
-
-async def test_faults_follow_one_another_and_can_be_healed(sandbox: SandboxServer) -> None:
-    """Each for its number of times, then a good answer; or until healed."""
-    key = sandbox.add_key()
-    bearer = {"Authorization": f"Bearer {key.get_secret_value()}"}
-    sandbox.fail(key, Fault.FORBIDDEN, times=2)
-    sandbox.fail(key, Fault.PAYMENT_REQUIRED, times=1)
-    assert [(await ask(sandbox, **bearer))[0] for _ in range(4)] == [403, 403, 402, 200]
-    sandbox.fail(key, Fault.FORBIDDEN)
-    assert (await ask(sandbox, **bearer))[0] == 403
-    sandbox.heal(key)
-    assert (await ask(sandbox, **bearer))[0] == 200
-
-
-async def test_ordered_refusals_ask_for_different_waits(sandbox: SandboxServer) -> None:
-    """As windows of different accounts would."""
-    resets = []
-    for _ in range(6):
-        key = sandbox.add_key()
-        sandbox.fail(key, Fault.REFUSED)
-        resets.append(
-            int(
-                (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2][
-                    "x-ratelimit-reset"
-                ]
-            )
-        )
-    assert all(1 <= reset <= 60 for reset in resets)
-    key = sandbox.add_key()
-    sandbox.fail(key, Fault.REFUSED, retry_after=7)
-    assert (await ask(sandbox, Authorization=f"Bearer {key.get_secret_value()}"))[2][
-        "x-ratelimit-reset"
-    ] == "7"
-    assert all(abs(one - other) > 2 for one, other in pairwise(resets))
 
 
 async def test_credits_can_be_spent(sandbox: SandboxServer) -> None:
