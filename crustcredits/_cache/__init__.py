@@ -2,6 +2,6 @@
 
 Owns one call for each key and endpoint, its waiters and retries, the circuit breaker and the cache.
 Must not know aiohttp. Start reading in `lookup.py`: the answer for a key, from a cache entry
-(`store.py`, `policy.py`) or from a call that all callers share (`single_flight.py`).
+(`store.py`, `cache_entry.py`) or from a call that all callers share (`single_flight.py`).
 `dispatcher.py` sends the calls that the admission queue grants.
 """

@@ -125,7 +125,7 @@ class Lookup:
         if (
             outcome.stale
             and not self.calls.under_way.is_asked(cache_key)
-            and entry.claim_refresh(cache_key, now)
+            and entry.claim_refresh(key.digest, now)
         ):
             self.calls.refresh(cache_key, key)
         return outcome if outcome.key is key else outcome_for(key, outcome)

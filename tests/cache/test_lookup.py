@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -29,7 +27,6 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
-from crustcredits._http.transport import Fate
 from tests.cache.calls import BROKEN, KEY, ONCE, UNKNOWN_KEY, counting, outcome
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
 
@@ -102,44 +99,6 @@ async def test_cache_options_are_numbers_of_seconds(name: str, mistake: Any) -> 
     with pytest.raises(ConfigurationError, match=name):
         CreditsClient(**{name: mistake})
     assert not server.arrivals
-
-
-async def test_at_most_max_entries_answers_are_cached() -> None:
-    """The least recently used are evicted first; failures count too."""
-    server = FakeServer(
-        lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY
-    )
-    one, two, three = keys(3)
-    async with fake_client(server, max_entries=2) as client:
-        await client.check([one, two])
-        await client.balance(one, max_age=60)
-        await client.balance(three)
-        assert (await outcome(client, one, max_age=60)).source == "cached"
-        assert (await outcome(client, two, max_age=60)).source == "fetched"
-        await outcome(client, ApiKey("secret-bad", name="bad"))
-        assert client.peek(one) is None
-    with pytest.raises(
-        ConfigurationError, match="max_entries must be a whole number of at least 1"
-    ):
-        CreditsClient(max_entries=0)
-
-
-async def test_no_secret_is_part_of_a_cache_key() -> None:
-    """No dictionary of the process has a secret as its key."""
-    # Made at run time, so that the dictionaries of this module do not hold it.
-    secret = f"a-secret-{id(counting)}"
-    async with fake_client(FakeServer()) as client:
-        await client.balance(secret)
-        dictionaries: list[dict[Any, Any]] = [
-            each for each in gc.get_objects() if isinstance(each, dict)
-        ]
-        digest = ApiKey(secret).digest
-        assert any(("/user/credits", digest) in each for each in dictionaries)
-        assert not [
-            each
-            for each in dictionaries
-            if any(secret in str(key) for key in list(each) if isinstance(key, (str, tuple)))
-        ]
 
 
 # --- stale_while_revalidate
@@ -227,21 +186,6 @@ async def test_a_failed_refresh_leaves_the_stale_answer_with_the_error_beside_it
     assert seen[-1].result().credits >= 6
 
 
-async def test_an_outage_is_logged_once_for_all_keys(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """At its beginning and at its end."""
-    caplog.set_level(logging.INFO, "crustcredits")
-    server = FakeServer(lambda name, times: BROKEN if 10 < now() < 100 else Reply())
-    async with fake_client(server, max_age=1, stale_while_revalidate=600) as client:
-        while now() < 150:
-            await client.check(keys(50))
-            await asyncio.sleep(1)
-    assert sum("cached balances are not refreshed" in each for each in caplog.messages) == 1
-    assert caplog.messages.count("the API answers again") == 1
-    assert len(caplog.messages) == 4
-
-
 async def test_a_refused_refresh_waits_as_long_as_the_server_asks() -> None:
     """No caller waits for it."""
     server = FakeServer(counting(Reply(), refusal(20), Reply(credits="7")))
@@ -279,16 +223,6 @@ async def test_an_error_that_is_not_about_the_key_leaves_its_cached_balance() ->
             stand_in = await outcome(client, stale_if_error=60)
             assert stand_in.credits == 7
             assert stand_in.error is not None
-
-
-async def test_401_and_402_drop_the_cached_balance_on_both_endpoints() -> None:
-    """A 403 does not: permissions differ."""
-    for status, is_left in ((401, False), (402, False), (403, True)):
-        server = FakeServer(counting(Reply(), Reply(status=status, body="{}")))
-        async with fake_client(server) as client:
-            await client.balance(KEY)
-            assert not (await outcome(client, detail=True)).ok
-            assert (client.peek(KEY) is not None) is is_left
 
 
 # --- stale_if_error
@@ -333,116 +267,6 @@ async def test_a_stale_answer_stands_in_for_a_missed_deadline() -> None:
         assert isinstance(waiting.error, RateLimitWaitError)
     assert on_wire.ok
     assert waiting.ok
-
-
-async def test_callers_do_not_wait_for_an_endpoint_that_is_known_to_be_down() -> None:
-    """The first call waits for its failure.
-
-    For a minute after the failure the others have the stale answer at once, and it is refreshed.
-    """
-    server = FakeServer(
-        lambda name, times: Reply(seconds=1e6) if 10 < now() < 100 else Reply(credits=str(times))
-    )
-    async with fake_client(
-        server, retry=Retry(attempts=2, backoff=0.1), stale_if_error=600
-    ) as client:
-        await client.balance(KEY)
-        await asyncio.sleep(20)
-        began = now()
-        assert (await client.balance(KEY)).stale
-        assert now() - began > 19
-        began = now()
-        for _ in range(60):
-            assert (await client.balance(KEY)).stale
-            await asyncio.sleep(1)
-        assert now() - began == pytest.approx(60, abs=0.5)
-        await asyncio.sleep(80)  # longer than a failure counts
-        assert not (await client.balance(KEY)).stale
-
-
-@pytest.mark.parametrize("trouble", ["hang", "refused"])
-async def test_a_large_pool_is_answered_at_once_during_a_long_outage(trouble: str) -> None:
-    """The endpoint is known to be down, also for keys with an old failure of their own.
-
-    Hardly any requests are sent meanwhile.
-    """
-
-    def script(name: str, times: int) -> Reply:
-        if not 100 < now() < 700:
-            return Reply()
-        return (
-            Reply(seconds=1e6)
-            if trouble == "hang"
-            else lost(APIConnectionError("refused"), Fate.UNSENT)
-        )
-
-    server = FakeServer(script)
-    pool = keys(600)
-    options = {"max_age": 5.0, "stale_while_revalidate": 60.0, "stale_if_error": 3600.0}
-    async with fake_client(server, rate_limit=RateLimit(requests=1000), **options) as client:
-        await client.check(pool)
-        while now() < 200:  # then the outage is known, and earlier calls were tried
-            await client.check(pool)
-            await asyncio.sleep(5)
-        asked, began, slow = len(server.arrivals), now(), 0
-        while now() < 650:
-            started = now()
-            report = await client.check(pool, timeout=10)
-            slow += now() - started > 0.1
-            assert report.ok
-            assert len(report.stale) == 600
-            assert all(each.error is not None for each in report)
-            await asyncio.sleep(5)
-        assert slow == 0
-        assert (len(server.arrivals) - asked) / (now() - began) < 1
-        while now() < 790:
-            await client.check(pool)
-            await asyncio.sleep(5)
-        assert not [each for each in await client.check(pool) if each.error is not None]
-
-
-@pytest.mark.parametrize(
-    "trouble", [BROKEN, refusal(60), Reply(status=400, body="{}"), Reply(body="<html>")]
-)
-async def test_the_failures_of_one_key_do_not_mark_the_endpoint_as_down(trouble: Reply) -> None:
-    """The other keys are refreshed, and have no error beside their balances."""
-    server = FakeServer(lambda name, times: trouble if name == "k0" else Reply())
-    bad, good = keys(2)
-    async with fake_client(
-        server, retry=ONCE, max_age=1, stale_while_revalidate=60, stale_if_error=3600
-    ) as client:
-        for _ in range(100):
-            await outcome(client, bad)
-            assert (await outcome(client, good)).error is None
-            await asyncio.sleep(5)
-    assert server.asked["k1"] >= 90
-
-
-async def test_a_given_up_refresh_lets_the_next_one_test_the_endpoint() -> None:
-    """A refresh that is joined and given up, or evicted, says nothing about the endpoint."""
-    server = FakeServer(lambda name, times: BROKEN if 10 < now() < 50 else Reply())
-    pool = keys(4)
-    options = {"max_age": 1.0, "stale_while_revalidate": 600.0}
-    async with fake_client(
-        server, retry=Retry(backoff=1.0), rate_limit=RateLimit(pace=None), **options
-    ) as client:
-        await client.check(pool)
-        await asyncio.sleep(20)
-        for key in pool[:3]:
-            await outcome(client, key, max_age=0, stale_while_revalidate=0)
-        await asyncio.sleep(9)
-        asked = len(server.arrivals)
-        claiming = await outcome(client, pool[3])
-        assert claiming.stale
-        # Its deadline is shorter than the wait before the next attempt.
-        with pytest.raises(InternalServerError):
-            await client.balance(pool[3], timeout=0.02, stale_while_revalidate=0)
-        assert len(server.arrivals) == asked + 1
-        await asyncio.sleep(max(0.0, 51 - now()))
-        for _ in range(10):  # well within the minute for which the refresh blocks others
-            await client.check(pool)
-            await asyncio.sleep(2)
-        assert {each.state for each in await client.check(pool, max_age=25)} == {"fresh"}
 
 
 async def test_without_a_cached_balance_the_outcome_is_the_error() -> None:

@@ -21,9 +21,9 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
+from crustcredits._cache.cache_entry import CacheEntry
 from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
-from crustcredits._cache.store import CacheEntry
 from crustcredits._cache.waiters import Waiters
 from crustcredits._http.protocol import Response
 from crustcredits._http.transport import Failure

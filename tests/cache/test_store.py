@@ -1,44 +1,72 @@
-"""Cache entries without a client: which balance is the answer at a time."""
+"""Which answers are cached, and where, in virtual time."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from decimal import Decimal
+import gc
+from typing import Any
 
 import pytest
 
-from crustcredits import Account, ApiKey, APITimeoutError, Balance, Retry, Unknown
-from crustcredits._cache.policy import NEW
-from crustcredits._cache.store import BalanceCache
+from crustcredits import (
+    ApiKey,
+    ConfigurationError,
+    CreditsClient,
+)
+from tests.cache.calls import KEY, UNKNOWN_KEY, counting, outcome
+from tests.virtual import FakeServer, Reply, fake_client, keys
 
-KEY = ApiKey("secret-0", name="prod")
-CACHE_KEY = ("/user/credits", KEY.digest)
-
-
-@pytest.mark.parametrize(("began", "source"), [(4.0, "cached"), (5.0, None)])
-def test_a_balance_that_arrives_beside_the_failure_is_the_answer(
-    began: float, source: str | None
-) -> None:
-    """It came after the call had begun, in the moment of its failure. An older one is no answer."""
-    cache = BalanceCache(10, Retry(), lambda path: None)
-    policy = NEW.given(max_age=0, stale_if_error=0)
-    balance = Balance(key=KEY, credits=Decimal(7), checked_at=datetime.now(UTC))
-    cache.succeeded(CACHE_KEY, balance, 5.0)
-    entry = cache.find(CACHE_KEY)
-    assert entry is not None
-    failure = Unknown(key=KEY, error=APITimeoutError("late", key_name="prod"))
-    found = entry.instead_of(failure, policy, began, 5.0)
-    assert (None if found is None else found.source) == source
+pytestmark = pytest.mark.virtual
 
 
-def test_a_refresh_date_that_has_passed_by_the_time_of_the_answer_changes_nothing() -> None:
-    """If the API still names a past date, its answer is as fresh as any other."""
-    cache, at = BalanceCache(10, Retry(), lambda path: None), datetime.now(UTC)
-    account = Account(key=KEY, credits=Decimal(5), checked_at=at, recurring_credits_refresh_date=at)
-    path = ("/account/credits", KEY.digest)
-    cache.succeeded(path, account, 5.0)
-    entry = cache.find(path)
-    assert entry is not None
-    found = entry.answer(NEW.given(max_age=3600), 6.0)
-    assert found is not None
-    assert (found.result(), found.stale) == (account, False)
+# --- max_age
+
+
+async def test_at_most_max_entries_answers_are_cached() -> None:
+    """The least recently used are evicted first; failures count too."""
+    server = FakeServer(
+        lambda name, times: Reply(credits=str(times)) if name != "bad" else UNKNOWN_KEY
+    )
+    one, two, three = keys(3)
+    async with fake_client(server, max_entries=2) as client:
+        await client.check([one, two])
+        await client.balance(one, max_age=60)
+        await client.balance(three)
+        assert (await outcome(client, one, max_age=60)).source == "cached"
+        assert (await outcome(client, two, max_age=60)).source == "fetched"
+        await outcome(client, ApiKey("secret-bad", name="bad"))
+        assert client.peek(one) is None
+    with pytest.raises(
+        ConfigurationError, match="max_entries must be a whole number of at least 1"
+    ):
+        CreditsClient(max_entries=0)
+
+
+async def test_no_secret_is_part_of_a_cache_key() -> None:
+    """No dictionary of the process has a secret as its key."""
+    # Made at run time, so that the dictionaries of this module do not hold it.
+    secret = f"a-secret-{id(counting)}"
+    async with fake_client(FakeServer()) as client:
+        await client.balance(secret)
+        dictionaries: list[dict[Any, Any]] = [
+            each for each in gc.get_objects() if isinstance(each, dict)
+        ]
+        digest = ApiKey(secret).digest
+        assert any(("/user/credits", digest) in each for each in dictionaries)
+        assert not [
+            each
+            for each in dictionaries
+            if any(secret in str(key) for key in list(each) if isinstance(key, (str, tuple)))
+        ]
+
+
+# --- stale_while_revalidate
+
+
+async def test_401_and_402_drop_the_cached_balance_on_both_endpoints() -> None:
+    """A 403 does not: permissions differ."""
+    for status, is_left in ((401, False), (402, False), (403, True)):
+        server = FakeServer(counting(Reply(), Reply(status=status, body="{}")))
+        async with fake_client(server) as client:
+            await client.balance(KEY)
+            assert not (await outcome(client, detail=True)).ok
+            assert (client.peek(KEY) is not None) is is_left
