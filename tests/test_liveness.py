@@ -704,7 +704,7 @@ async def test_two_streams_with_a_timeout_leave_each_other_turns(
         ]
         assert await asyncio.gather(*reads) == [True, True]
         (endpoint, _) = client._dispatcher.endpoints.values()
-        assert not endpoint._streams
+        assert not endpoint.streams._asked
 
 
 async def test_a_check_keeps_its_keys_that_have_an_earlier_turn_than_in_a_stream() -> None:

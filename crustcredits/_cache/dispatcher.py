@@ -68,28 +68,22 @@ class Dispatcher:
         self._retry = retry
         terms = SchedulerTerms.of(rate_limit, late=request_timeout)
         if backend is not None:
-            backend.open(
-                period=terms.period,
-                late=request_timeout,
-                pace=rate_limit.pace,
-                scope=terms.scope,
-            )
+            pace = rate_limit.pace
+            backend.open(period=terms.period, late=request_timeout, pace=pace, scope=terms.scope)
         self._later = Resumptions()
-        pace = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period)
+        shared_pace = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period)
         slots = ConnectionSlots[Attempt](concurrency)
         self.endpoints = {
             path: Endpoint(
                 path,
+                rate_limit=rate_limit,
                 terms=terms,
-                pace=pace,
+                pace=shared_pace,
                 slots=slots,
                 later=self._later,
                 backend=backend,
-                shares_accounts=rate_limit.scope != "client",
                 on_tokens=self._start_due,
-                counts_accounts=rate_limit.scope != "key",
                 probes=retry.attempts,
-                period=rate_limit.period,
             )
             for path in (USER_CREDITS, ACCOUNT_CREDITS)
         }

@@ -6,11 +6,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from typing import cast
 
 from crustcredits._cache.api_call import ApiCall, Resumptions
+from crustcredits._cache.backend_buckets import BackendBuckets
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
+from crustcredits._cache.streams import Streams
 from crustcredits._errors import (
     BackendUnavailableError,
     CrustCreditsError,
@@ -23,25 +24,19 @@ from crustcredits._http.transport import Failure, Fate
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
+from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.fair_queue import Call, Flow
-from crustcredits._ratelimit.leased_permits import LeasedPermits
-from crustcredits._ratelimit.leased_tokens import (
-    Backend,
-    LeasedTokens,
-    PermitGate,
-)
+from crustcredits._ratelimit.leased_tokens import Backend
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
-from crustcredits._ratelimit.token_bucket import Bucket, TokenBucket, local_bucket
+from crustcredits._ratelimit.token_bucket import local_bucket
 
 # Seconds for which a call waits while a gateway has answered for long, so that an endless source is
 # not drained at full speed.
 _REFUSED_AFTER = 1.0
-# A stream whose next key waits asks again for its likely starts within so many seconds.
-_ASKS_AGAIN = 2.0
 # Calls that one iteration of the loop ends in an outage.
 _SLICE = 1_000
 
@@ -51,21 +46,20 @@ class Endpoint:
 
     Args:
         path: Its path.
+        rate_limit: The rate limit of the client.
         terms: The settings of its scheduler.
         pace: How many requests start per second, on all endpoints.
         slots: How many requests are on the wire, on all endpoints.
         later: The calls that resume later.
         backend: Where several processes count their tokens together, or None.
-        shares_accounts: Whether the tokens of accounts are counted there too.
         on_tokens: Called when the backend has brought tokens.
-        counts_accounts: Whether the keys of a declared account share its tokens.
         probes: Failed probes in a row, of any call, after which a call waits 1 s at the most.
-        period: Seconds of the rate limit, for the headers of the answers.
 
     Attributes:
         path: Its path.
         counts_accounts: Whether the keys of a declared account share its tokens.
         scheduler: Its admission queue.
+        streams: The streams with a timeout whose keys are asked about here.
         to_requeue: Calls that waited for a probe, which has ended: `requeue` takes them.
     """
 
@@ -73,37 +67,36 @@ class Endpoint:
         self,
         path: str,
         *,
+        rate_limit: RateLimit,
         terms: SchedulerTerms,
         pace: Pace,
         slots: ConnectionSlots[Attempt],
         later: Resumptions,
         backend: Backend | None,
-        shares_accounts: bool,
         on_tokens: Callable[[], None],
-        counts_accounts: bool,
         probes: int,
-        period: float,
     ) -> None:
         self.path = path
         self._later = later
-        self._shares_accounts = shares_accounts
-        self._on_tokens = on_tokens
-        self.counts_accounts = counts_accounts
+        self.counts_accounts = rate_limit.scope != "key"
         self._probes = probes
-        self._period = period
+        self._period = rate_limit.period
         self._breaker = CircuitBreaker(path)
-        # When each stream has asked last for its likely starts.
-        self._streams: dict[Flow, float] = {}
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
         self.to_requeue: OrderedDict[ApiCall, None] = OrderedDict()
+        make_bucket, make_permits = local_bucket, Permits
+        if backend is not None:
+            buckets = BackendBuckets(backend, path, rate_limit.scope, on_tokens, self._on_outage)
+            make_bucket, make_permits = buckets.make, buckets.make_permits
         self.scheduler = Scheduler(
             terms,
             pace=pace,
             slots=slots,
-            make_bucket=local_bucket if backend is None else partial(self._make_bucket, backend),
-            make_permits=LeasedPermits if backend is not None and shares_accounts else Permits,
+            make_bucket=make_bucket,
+            make_permits=make_permits,
             is_barred=self.is_barred,
         )
+        self.streams = Streams(self.scheduler.estimates)
 
     # --- calls
 
@@ -150,24 +143,6 @@ class Endpoint:
         """How many calls of a flow wait for a start or for a common token."""
         common = self.scheduler.permits.common
         return self.scheduler.ready.of_flow(flow) + common.of_flow(flow)
-
-    def likely_starts(self, flow: Flow, seconds: float, most: int, now: float) -> tuple[int, float]:
-        """How many more calls of a flow are likely to start within these seconds, up to `most`.
-
-        Other streams that ask too are expected to start as many. Returns the number, and the
-        seconds until the first such call if the number is 0.
-        """
-        rivals = [
-            each
-            for each, at in self._streams.items()
-            if each is not flow and at > now - _ASKS_AGAIN
-        ]
-        self._streams[flow] = now
-        return self.scheduler.estimates.likely_starts(flow, seconds, most, now, rivals=rivals)
-
-    def end_stream(self, flow: Flow) -> None:
-        """Expect no further call of a stream."""
-        self._streams.pop(flow, None)
 
     def waits_in_turn(self, call: Call) -> bool:
         """Whether a call waits for a start or for a common token, and not for its account."""
@@ -297,26 +272,6 @@ class Endpoint:
             self._later.add(call, until)
 
     # --- tokens
-
-    def _make_bucket(
-        self,
-        backend: Backend,
-        whose: Hashable | None,
-        limit: int,
-        wake: Callable[[Hashable | None], None],
-    ) -> Bucket:
-        if whose is not None and not self._shares_accounts:
-            return TokenBucket(limit)
-
-        def came() -> None:
-            wake(whose)
-            self._on_tokens()
-
-        fail = partial(self._on_outage, whose)
-        if whose is None and self._shares_accounts:
-            return PermitGate(backend.gate(self.path, limit), came, fail)
-        tokens = backend.tokens(self.path, cast("str | bytes | None", whose), limit)
-        return LeasedTokens(tokens, came, fail)
 
     def _on_outage(self, whose: Hashable | None) -> None:
         """End the calls that wait for a token of this bucket: no token can be had.

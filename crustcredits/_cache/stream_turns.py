@@ -43,7 +43,7 @@ class StreamTurns:
     ) -> None:
         self._lookup = lookup
         self._path = path
-        self._endpoint = lookup.calls.endpoints[path]
+        self._streams = lookup.calls.endpoints[path].streams
         self._policy = policy
         self._flow = flow
         self._timeout = timeout
@@ -64,11 +64,11 @@ class StreamTurns:
         Returns the number, and the seconds until the first such key if the number is 0.
         """
         now = asyncio.get_running_loop().time()
-        return self._endpoint.likely_starts(self._flow, _IN_TIME * self._timeout, most, now)
+        return self._streams.likely_starts(self._flow, _IN_TIME * self._timeout, most, now)
 
     def end(self) -> None:
         """Note that the stream has ended."""
-        self._endpoint.end_stream(self._flow)
+        self._streams.end(self._flow)
 
     def had_no_turn(self, outcome: Outcome[Any]) -> bool:
         """Whether no request was sent for a key, because its turn did not come in time."""
