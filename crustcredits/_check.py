@@ -23,7 +23,7 @@ from crustcredits._errors import ConfigurationError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._keys.key_pool import Uniqueness
 from crustcredits._models import Outcome, Unknown, outcome_for
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.flow import Flow
 
 Key: TypeAlias = ApiKey | UnusableKey
 

@@ -43,7 +43,7 @@ from crustcredits._keys.checks import is_likely_key
 from crustcredits._keys.key_pool import KeysLike, as_keys_async, methods_of, pool_of
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.flow import Flow
 from crustcredits._ratelimit.leased_tokens import Backend, check_backend
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._report import Report

@@ -19,7 +19,7 @@ from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 
 
 class AttemptTask(asyncio.Task[None]):

@@ -26,9 +26,10 @@ from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.leased_tokens import Backend
 from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.terms import SchedulerTerms
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call, Flow
+from crustcredits._ratelimit.flow import Call, Flow
 from crustcredits._ratelimit.leased_tokens import Backend
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits

@@ -17,7 +17,7 @@ from crustcredits._cache.store import BalanceCache, CacheKey
 from crustcredits._errors import ClientClosedError
 from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Outcome, Unknown, outcome_for
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.flow import Flow
 
 Land: TypeAlias = Callable[[Outcome[Any] | BaseException], None]
 

@@ -13,7 +13,8 @@ from crustcredits._cache.store import CacheKey
 from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance, Outcome
-from crustcredits._ratelimit.fair_queue import Flow, PoolFlow
+from crustcredits._ratelimit.flow import Flow
+from crustcredits._ratelimit.pool_flow import PoolFlow
 
 _NO_FLOW = Flow()  # of calls that have ended
 

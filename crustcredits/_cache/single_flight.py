@@ -22,7 +22,7 @@ from crustcredits._cache.store import BalanceCache, CacheKey
 from crustcredits._cache.under_way import UnderWay
 from crustcredits._cache.waiters import Waiters
 from crustcredits._keys.api_key import ApiKey
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.flow import Flow
 
 # Calls that one iteration of the loop queues, or ends.
 _SLICE = 1_000

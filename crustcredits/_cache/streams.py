@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crustcredits._ratelimit.estimates import Estimates
-from crustcredits._ratelimit.fair_queue import Flow
+from crustcredits._ratelimit.flow import Flow
 
 # A stream whose next key waits asks again for its likely starts within so many seconds.
 _ASKS_AGAIN = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from crustcredits._ratelimit.cooldown import Trial
-from crustcredits._ratelimit.fair_queue import Call, Kind
+from crustcredits._ratelimit.flow import Call, Kind
 from crustcredits._ratelimit.token_queue import AccountQueue
 
 

@@ -12,8 +12,9 @@ import attrs
 from crustcredits._ratelimit.attempt import Attempt
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown
-from crustcredits._ratelimit.fair_queue import FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import FairQueue
 from crustcredits._ratelimit.feedback import Feedback
+from crustcredits._ratelimit.flow import Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.quota import Quota

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable
 
-from crustcredits._ratelimit.fair_queue import Call
+from crustcredits._ratelimit.flow import Call
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket
 from crustcredits._ratelimit.token_queue import AccountQueue

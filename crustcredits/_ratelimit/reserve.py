@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from crustcredits._ratelimit.fair_queue import Kind
+from crustcredits._ratelimit.flow import Kind
 from crustcredits._ratelimit.token_bucket import Bucket
 
 # The share of the tokens that refreshes leave, so that the next foreground call need not wait.

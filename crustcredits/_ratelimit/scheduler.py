@@ -19,10 +19,12 @@ from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Trial
 from crustcredits._ratelimit.estimates import Estimates
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import FairQueue
 from crustcredits._ratelimit.feedback import Feedback
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.permits import Permits
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms

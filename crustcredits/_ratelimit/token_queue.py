@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 
 from crustcredits._ratelimit import reserve
-from crustcredits._ratelimit.fair_queue import KINDS, Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap

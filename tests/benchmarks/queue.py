@@ -15,7 +15,7 @@ from functools import partial
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call, Flow
+from crustcredits._ratelimit.flow import Call, Flow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
-from crustcredits._ratelimit.fair_queue import Call, Flow, PoolFlow
+from crustcredits._ratelimit.flow import Call, Flow
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket

@@ -6,7 +6,7 @@ import pytest
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.cooldown import Trial
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from crustcredits._ratelimit.token_queue import AccountQueue

@@ -8,7 +8,7 @@ import pytest
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Flow, Kind
+from crustcredits._ratelimit.flow import Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms

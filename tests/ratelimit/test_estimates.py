@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from crustcredits._ratelimit.attempt import AttemptResult
-from crustcredits._ratelimit.fair_queue import Flow, Kind
+from crustcredits._ratelimit.flow import Flow, Kind
 from crustcredits._ratelimit.quota import Quota
 from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests.ratelimit.calls import (

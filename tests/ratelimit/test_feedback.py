@@ -10,7 +10,7 @@ import pytest
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import Trial
-from crustcredits._ratelimit.fair_queue import Call, Flow
+from crustcredits._ratelimit.flow import Call, Flow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from tests.ratelimit.calls import FAILED, LOST, OK, UNSENT, call, refused, served, start_call, terms

@@ -32,7 +32,6 @@ from hypothesis.stateful import (
 
 from crustcredits._ratelimit import (
     connection_slots,
-    fair_queue,
     feedback,
     pace,
     permits,
@@ -42,8 +41,11 @@ from crustcredits._ratelimit.advertised_limit import AdvertisedLimit
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
 from crustcredits._ratelimit.cooldown import EndpointCooldown, Trial
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
+from crustcredits._ratelimit.flow_queue import FlowQueue
 from crustcredits._ratelimit.pace import Pace
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
@@ -846,8 +848,8 @@ def _same_flow_again(self: FairQueue, *draw: Any, **how: Any) -> Call | None:
     return found
 
 
-def _same_account_again(self: Any, queue: FairQueue) -> Call | int:
-    found: Call | int = _NEXT(self, queue)
+def _same_account_again(self: FlowQueue) -> Call | int:
+    found = _NEXT(self)
     self.turns.rotate(1)
     return found
 
@@ -902,14 +904,14 @@ _LIMITER, _RETURN_AT, _POP, _NEXT, _PUSH_POOL, _GRANT = (
     pace._limiter,
     TokenBucket.return_at,
     FairQueue.pop,
-    fair_queue._FlowQueue.next,
+    FlowQueue.next,
     FairQueue.push_pool,
     Scheduler.grant,
 )
 BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     "R1 flows": (FairQueue, "pop", _same_flow_again, "a flow was passed over"),
     "R1 accounts": (
-        fair_queue._FlowQueue,
+        FlowQueue,
         "next",
         _same_account_again,
         "an account was passed over",

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import pytest
 
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.registry import Accounts
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket

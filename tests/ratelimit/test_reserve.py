@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crustcredits._ratelimit.fair_queue import Kind
+from crustcredits._ratelimit.flow import Kind
 from crustcredits._ratelimit.reserve import kept_for_singles, kept_from, room, room_at
 from crustcredits._ratelimit.token_bucket import TokenBucket
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms

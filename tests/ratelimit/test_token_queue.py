@@ -8,7 +8,9 @@ from collections.abc import Hashable, Sequence
 
 import pytest
 
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import TokenBucket

@@ -17,7 +17,7 @@ import attrs
 
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult
 from crustcredits._ratelimit.connection_slots import ConnectionSlots
-from crustcredits._ratelimit.fair_queue import Call, Flow, Kind
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
 from crustcredits._ratelimit.terms import SchedulerTerms
