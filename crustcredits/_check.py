@@ -14,18 +14,16 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, KeysView, Sequence
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from crustcredits._cache.lookup import FanOutWaiter, Lookup
 from crustcredits._cache.policy import NEW, CachePolicy
 from crustcredits._cache.shared_call import Pool, SharedCall, WaitTerms
 from crustcredits._errors import ConfigurationError
-from crustcredits._keys.api_key import ApiKey, UnusableKey
+from crustcredits._keys.api_key import ApiKey, Key, UnusableKey
 from crustcredits._keys.key_pool import Uniqueness
 from crustcredits._models import Outcome, Unknown, outcome_for
 from crustcredits._ratelimit.flow import Flow
-
-Key: TypeAlias = ApiKey | UnusableKey
 
 # Keys that are handled before other tasks run: a few milliseconds of work.
 _SLICE = 1_000
@@ -49,10 +47,67 @@ async def read_pool(source: Iterable[Key]) -> list[Key]:
     return pool
 
 
+class _Outcomes:
+    """The outcomes of a pool, one for each key in its order.
+
+    Args:
+        keys: The keys. Several may be names of one secret.
+        on_outcome: Called by `report` with each outcome.
+
+    Attributes:
+        keys: The keys.
+        first: The first index of each secret that is asked about.
+        are_reported: Whether `report` does anything.
+    """
+
+    def __init__(
+        self, keys: Sequence[Key], on_outcome: Callable[[Outcome[Any]], object] | None
+    ) -> None:
+        self.keys = keys
+        self.first: dict[bytes, int] = {}
+        self.are_reported = on_outcome is not None
+        self._on_outcome = on_outcome
+        self._landed: list[Outcome[Any] | None] = [None] * len(keys)
+        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # further indexes
+        self._unreported: deque[Outcome[Any]] = deque()
+
+    def all(self) -> list[Outcome[Any]]:
+        """All outcomes: none is missing."""
+        return cast("list[Outcome[Any]]", self._landed)
+
+    def lacks(self, index: int) -> bool:
+        """Whether the outcome of a key is missing."""
+        return self._landed[index] is None
+
+    def await_one(self, index: int, key: ApiKey) -> bool:
+        """Await the outcome of a key. Returns whether no other name of its secret awaits it."""
+        if self.first.setdefault(key.digest, index) == index:
+            return True
+        self._again[key.digest].append(index)
+        return False
+
+    def take_for_all(self, index: int, outcome: Outcome[Any]) -> None:
+        """Take the outcome of a secret, under each of its names."""
+        self.take(index, outcome)
+        if self._again:
+            for each in self._again.get(self.keys[index].digest, ()):
+                self.take(each, outcome)
+
+    def take(self, index: int, outcome: Outcome[Any]) -> None:
+        """Take the outcome of one key."""
+        key = self.keys[index]
+        self._landed[index] = outcome = outcome if outcome.key is key else outcome_for(key, outcome)
+        if self.are_reported:
+            self._unreported.append(outcome)
+
+    def report(self) -> None:
+        """Pass on the outcomes that have landed since the last report."""
+        while self._unreported and self._on_outcome is not None:
+            self._on_outcome(self._unreported.popleft())
+
+
 class PoolCheck:
     """One check of a pool: each secret is asked about once.
-
-    The class has many methods because the queue and the waiters call back into one shared state.
 
     Args:
         lookup: Answers from the cache, and from calls to join or to open.
@@ -77,19 +132,13 @@ class PoolCheck:
         self._lookup, self._calls = lookup, lookup.calls
         self._endpoint = lookup.calls.endpoints[path]
         self._path = path
-        self._keys = pool
         # The same keys: only indexes that hold an `ApiKey` are read from it.
         self._usable = cast("Sequence[ApiKey]", pool)
         self._policy = policy
         self._deadline = math.inf if deadline is None else deadline
-        self._on_outcome = on_outcome
         self._began = asyncio.get_running_loop().time()
         self._terms = WaitTerms(self._began, self._deadline, falls_back=False, own_timer=True)
-        self._landed: list[Outcome[Any] | None] = [None] * len(pool)
-        self._first: dict[bytes, int] = {}  # the first index of each secret
-        self._again: defaultdict[bytes, list[int]] = defaultdict(list)  # its other indexes
-        # Outcomes for which `on_outcome` is still due.
-        self._reported: deque[Outcome[Any]] = deque()
+        self._outcomes = _Outcomes(pool, on_outcome)
         self._begun: dict[int, FanOutWaiter] = {}  # indexes that await their outcome
         self._joins = Flow()  # of joined calls that had no waiter before
         self._waiting: _Waiting | None = None  # keys that wait for their turn
@@ -116,9 +165,9 @@ class PoolCheck:
             self._give_up()
             if timer is not None:
                 timer.cancel()
-        await self._fail_late(self._first.values())
-        self._report()
-        return cast("list[Outcome[Any]]", self._landed)
+        await self._fail_late(self._outcomes.first.values())
+        self._outcomes.report()
+        return self._outcomes.all()
 
     def end(self, error: BaseException) -> None:
         """End the check with `error`."""
@@ -129,21 +178,19 @@ class PoolCheck:
         """Take the cached outcomes, and return the indexes of the other keys, each secret once."""
         unknown: list[int] = []
         asks = self._policy is NEW
-        for index, key in enumerate(self._keys):
+        for index, key in enumerate(self._outcomes.keys):
             if index % _SLICE == _SLICE - 1:
-                self._report()
+                self._outcomes.report()
                 await asyncio.sleep(0)
                 asks = asks or self._error is not None  # then no refresh may begin
             if isinstance(key, UnusableKey):
-                self._take(index, Unknown(key=key, error=key.error))
+                self._outcomes.take(index, Unknown(key=key, error=key.error))
                 continue
             outcome = None if asks else self._lookup.cached(self._path, key, self._policy)
             if outcome is not None:
-                self._take(index, outcome)
-            elif self._first.setdefault(key.digest, index) == index:
+                self._outcomes.take(index, outcome)
+            elif self._outcomes.await_one(index, key):
                 unknown.append(index)
-            else:
-                self._again[key.digest].append(index)
         return unknown
 
     async def _ask(self, indexes: list[int]) -> None:
@@ -154,8 +201,8 @@ class PoolCheck:
         # meanwhile.
         joins: list[int] = []
         if not self._calls.under_way.is_idle:
-            asked = self._calls.under_way.asked_among(self._path, self._first.keys())
-            joins = sorted(self._first[digest] for digest in asked)
+            asked = self._calls.under_way.asked_among(self._path, self.first.keys())
+            joins = sorted(self.first[digest] for digest in asked)
             indexes = sorted(set(indexes).difference(joins)) if joins else indexes
         hopeless: list[int] = []
         if self._deadline < math.inf:
@@ -171,7 +218,7 @@ class PoolCheck:
         await self._fail_late(hopeless)
         for number, index in enumerate(joins, start=1):
             if number % _SLICE == 0:
-                self._report()
+                self._outcomes.report()
                 await asyncio.sleep(0)
             if self._has_ended():
                 return
@@ -188,7 +235,7 @@ class PoolCheck:
             waiter = self._waiter_for(index)
             self._lookup.begin(self._path, waiter, self._deadline, self._joins, own_timer=True)
         else:
-            self._take_for_all(index, arrived)
+            self._outcomes.take_for_all(index, arrived)
 
     def _waiter_for(self, index: int) -> FanOutWaiter:
         waiter = FanOutWaiter(
@@ -204,7 +251,7 @@ class PoolCheck:
     async def _wait(self) -> None:
         """Wait for all outcomes; after the deadline, only for stale answers that may stand in."""
         while self._error is None:
-            self._report()
+            self._outcomes.report()
             if self._is_past_deadline:
                 await self._time_out()
             if not self._begun and (self._waiting is None or not self._waiting.waiting):
@@ -222,7 +269,7 @@ class PoolCheck:
             assert waiter.call is not None, "a waiter without an outcome has a call"
             self._calls.waiters.time_out(waiter.call, waiter)
             if number % _SLICE == 0:
-                self._report()
+                self._outcomes.report()
                 await asyncio.sleep(0)
 
     def _on_deadline(self) -> None:
@@ -243,11 +290,11 @@ class PoolCheck:
         """Fail the keys that have no turn before the deadline."""
         failed = 0
         for index in indexes:
-            if self._landed[index] is None:
-                self._take_for_all(index, self._too_late(index))
+            if self._outcomes.lacks(index):
+                self._outcomes.take_for_all(index, self._too_late(index))
                 failed += 1
                 if failed % _SLICE == 0:
-                    self._report()
+                    self._outcomes.report()
                     await asyncio.sleep(0)
 
     def _too_late(self, index: int) -> Outcome[Any]:
@@ -264,7 +311,7 @@ class PoolCheck:
     @property
     def first(self) -> dict[bytes, int]:
         """The first index of each secret."""
-        return self._first
+        return self._outcomes.first
 
     def account_at(self, index: int) -> Hashable | None:
         """The declared account of the key at `index`."""
@@ -275,27 +322,9 @@ class PoolCheck:
         if isinstance(landed, BaseException):
             self.end(landed)
             return
-        if self._again:
-            self._take_for_all(index, landed)
-        else:
-            self._take(index, landed)
-        if self._on_outcome is not None or not self._begun:
+        self._outcomes.take_for_all(index, landed)
+        if self._outcomes.are_reported or not self._begun:
             self._wake()
-
-    def _take_for_all(self, index: int, outcome: Outcome[Any]) -> None:
-        """Take the outcome of a secret, under each of its names."""
-        for each in (index, *self._again.get(self._usable[index].digest, ())):
-            self._take(each, outcome)
-
-    def _take(self, index: int, outcome: Outcome[Any]) -> None:
-        key = self._keys[index]
-        self._landed[index] = outcome = outcome if outcome.key is key else outcome_for(key, outcome)
-        if self._on_outcome is not None:
-            self._reported.append(outcome)
-
-    def _report(self) -> None:
-        while self._reported and self._on_outcome is not None:
-            self._on_outcome(self._reported.popleft())
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

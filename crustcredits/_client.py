@@ -27,7 +27,7 @@ from crustcredits._cache.store import BalanceCache
 from crustcredits._cache.stream_turns import StreamTurns
 from crustcredits._check import PoolCheck, read_pool
 from crustcredits._errors import ConfigurationError
-from crustcredits._fan_out import Ask, FanOut, Key, Land, nothing
+from crustcredits._fan_out import Ask, FanOut, Land, nothing
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS, proxy_problem
 from crustcredits._http.environment import api_origin, proxy_from_env
 from crustcredits._http.retry import Retry
@@ -38,7 +38,7 @@ from crustcredits._http.transport import (
     session_problem,
     tls_problem,
 )
-from crustcredits._keys.api_key import ApiKey, KeyLike, UnusableKey, as_key
+from crustcredits._keys.api_key import ApiKey, Key, KeyLike, UnusableKey, as_key
 from crustcredits._keys.checks import is_likely_key
 from crustcredits._keys.key_pool import KeysLike, as_keys_async, methods_of, pool_of
 from crustcredits._models import Account, Balance, Outcome, Unknown

@@ -50,10 +50,7 @@ class StreamTurns:
         self.patience = timeout + period
 
     def needs_turn(self, key: ApiKey | UnusableKey) -> bool:
-        """Whether a key needs a turn.
-
-        A key needs a turn if it has no cached answer and no request for it is on the wire.
-        """
+        """As `Lookup.needs_turn`; an unusable key never does."""
         if isinstance(key, UnusableKey):
             return False
         return self._lookup.needs_turn(self._path, key, self._policy)

@@ -184,6 +184,8 @@ class UnusableKey:
 
 
 #: One key.
+# A key of a pool.
+Key: TypeAlias = ApiKey | UnusableKey
 KeyLike: TypeAlias = str | SecretValue | ApiKey | UnusableKey
 
 
