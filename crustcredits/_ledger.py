@@ -6,16 +6,17 @@ not know reports.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
 import attrs
 
-from crustcredits._amounts import exact_sum
+from crustcredits._amounts import exact_product, exact_sum
 from crustcredits._errors import PaymentRequiredError
-from crustcredits._models import Account, Balance, Outcome, Unknown, is_newer
+from crustcredits._models import Account, Balance, BalanceT, Known, Outcome, Unknown, is_newer
 
 
 class Ledger:
@@ -32,10 +33,6 @@ class Ledger:
         """The account of an outcome's key."""
         digest = outcome.key.digest
         return self._declared.get(digest, digest)
-
-    def is_declared(self, digest: bytes) -> bool:
-        """Whether some key with this secret declares its account."""
-        return digest in self._declared
 
     @cached_property
     def newest(self) -> Mapping[Hashable, Balance | None]:
@@ -78,6 +75,29 @@ class Ledger:
         account = self.account_of(outcome)
         return self.newest[account] is None and account not in self._refused
 
+    def below(self, ceiling: Decimal | None, share: Decimal | None) -> Mapping[Hashable, Balance]:
+        """The known balances that are too low.
+
+        Such a balance has less than `ceiling` credits, or less than `share` of its recurring grant.
+        """
+        return {
+            account: balance
+            for account, balance in self.known.items()
+            if (ceiling is not None and balance.credits < ceiling)
+            or (share is not None and _is_below(balance, share))
+        }
+
+    def lookalikes(
+        self, outcomes: Iterable[Known[BalanceT]]
+    ) -> tuple[tuple[Known[BalanceT], ...], ...]:
+        """Groups of different undeclared keys with identical answers."""
+        groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
+        for outcome in outcomes:
+            digest = outcome.key.digest
+            if digest not in self._declared:
+                groups[answer_of(outcome.balance)].setdefault(digest, outcome)
+        return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
+
     def available_credits(self) -> Decimal:
         """Credits to rely on, at least 0.
 
@@ -114,6 +134,13 @@ class Ledger:
                 last = refused.get(account, each)
                 refused[account] = each if is_newer(each, last) else last
         return refused
+
+
+def _is_below(balance: Balance, share: Decimal) -> bool:
+    """Whether less than `share` of the recurring grant is left; False without a grant."""
+    if not isinstance(balance, Account) or not balance.recurring_credits:
+        return False
+    return balance.credits < exact_product(balance.recurring_credits, share)
 
 
 # Fields that may differ between two answers about the same account.

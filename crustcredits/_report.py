@@ -1,18 +1,18 @@
 """The result of a whole pool, and the errors of `require`. An unknown balance is never zero.
 
-`_ledger` knows the accounts of the pool, and `_amounts` the arithmetic.
+`_ledger` knows the accounts of the pool, and `_amounts` the arithmetic. The errors are here because
+they hold the report.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Generic, Self, Unpack, overload
 
-from crustcredits._amounts import as_decimal, exact_product, exact_sum, needed_credits
+from crustcredits._amounts import as_decimal, exact_sum, needed_credits
 from crustcredits._errors import (
     AuthenticationError,
     ConfigurationError,
@@ -23,7 +23,7 @@ from crustcredits._errors import (
     rebuild,
 )
 from crustcredits._keys.api_key import ApiKey
-from crustcredits._ledger import Ledger, answer_of
+from crustcredits._ledger import Ledger
 from crustcredits._models import (
     Account,
     Balance,
@@ -212,12 +212,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
                 "grant_share needs the recurring grants, and this report lacks some or all of "
                 "them; check the pool with detail=True"
             )
-        return {
-            account: balance
-            for account, balance in self._ledger.known.items()
-            if (ceiling is not None and balance.credits < ceiling)
-            or (share is not None and _is_below(balance, share))
-        }
+        return self._ledger.below(ceiling, share)
 
     @property
     def lookalikes(self) -> tuple[tuple[Known[BalanceT], ...], ...]:
@@ -226,12 +221,7 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
         No answer names its account. Where a group does share an account, `total_credits` counts it
         more than once until the keys declare it.
         """
-        groups: defaultdict[Hashable, dict[bytes, Known[BalanceT]]] = defaultdict(dict)
-        for outcome in self.succeeded:
-            digest = outcome.key.digest
-            if not self._ledger.is_declared(digest):
-                groups[answer_of(outcome.balance)].setdefault(digest, outcome)
-        return tuple(tuple(group.values()) for group in groups.values() if len(group) > 1)
+        return self._ledger.lookalikes(self.succeeded)
 
     @property
     def available_credits(self) -> Decimal:
@@ -328,13 +318,6 @@ class Report(Sequence[Outcome[BalanceT]], Generic[BalanceT]):
     @cached_property
     def _ledger(self) -> Ledger:
         return Ledger(self._outcomes)
-
-
-def _is_below(balance: Balance, share: Decimal) -> bool:
-    """Whether less than `share` of the recurring grant is left; False without a grant."""
-    if not isinstance(balance, Account) or not balance.recurring_credits:
-        return False
-    return balance.credits < exact_product(balance.recurring_credits, share)
 
 
 def _listed(what: str, outcomes: Sequence[Outcome[Any]]) -> str:
