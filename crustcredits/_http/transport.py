@@ -203,6 +203,12 @@ class AiohttpTransport:
         if unconnected is not None:
             message, retryable = unconnected
             return Failure(APIConnectionError(message, retryable=retryable, **details), Fate.UNSENT)
+        return self._interrupted(error, details, given_up)
+
+    def _interrupted(
+        self, error: BaseException, details: dict[str, Any], given_up: Fate
+    ) -> Failure:
+        """The failure of a request that had a connection, or that the session has stopped."""
         if not isinstance(error, (aiohttp.ClientError, OSError)):
             # Not a network failure: it comes from the session, its connector or its trace hooks.
             message = (
@@ -215,11 +221,9 @@ class AiohttpTransport:
                 "the answer cannot be read as HTTP; check the address of the API and of any proxy"
             )
         else:
-            when = "while the answer came" if answers else "before an answer"
-            message = (
-                f"the connection{self._peer()} failed {when} ({_reason(error)}); check the "
-                "network, or try again"
-            )
+            is_answered = given_up is Fate.ANSWERED
+            when = "while the answer came" if is_answered else "before an answer"
+            message = f"the connection{self._peer()} failed {when} ({_reason(error)})"
         return Failure(APIConnectionError(message, **details), given_up)
 
     def _unconnected(self, error: BaseException) -> tuple[str, bool] | None:

@@ -78,14 +78,8 @@ class Estimates:
         expected. Returns the number, and the seconds until the first such call if the number is 0;
         0 seconds if that is not known.
         """
-        # Calls that wait for their own account or for a retry take no start from the others.
-        queued: Counter[Flow] = Counter(self._ready.lengths())
-        for queue in self._permits.common.queues:
-            queued.update(queue.lengths())
-        own = queued.pop(flow, 0)
-        waiting: dict[Flow, float] = {
-            each: count for each, count in queued.items() if each.kind is not Kind.BACKGROUND
-        }
+        waiting = self._ahead_of_starts()
+        own = int(waiting.pop(flow, 0))
         others = list(waiting.values())
         expected = list((waiting | dict.fromkeys(rivals, math.inf)).values())
         most = bisect_right(
@@ -105,6 +99,16 @@ class Estimates:
         if own and not starts:
             return 0, quota.start_of(_in_turn(own + 1, expected)) - seconds
         return max(1, starts), 0.0
+
+    def _ahead_of_starts(self) -> dict[Flow, float]:
+        """How many foreground calls of each flow wait for a start or for a common token.
+
+        Calls that wait for their own account or for a retry take no start from the others.
+        """
+        queued: Counter[Flow] = Counter(self._ready.lengths())
+        for queue in self._permits.common.queues:
+            queued.update(queue.lengths())
+        return {flow: count for flow, count in queued.items() if flow.kind is not Kind.BACKGROUND}
 
     def _most_ahead(self) -> float:
         """Most calls that may wait for a start, for one more to have it soon.
@@ -174,9 +178,9 @@ class Estimates:
         )
 
     def _quota(
-        self, bucket: Bucket, share: float, now: float, *, cools_until: float = -math.inf
+        self, bucket: Bucket, reserve: float, now: float, *, cools_until: float = -math.inf
     ) -> Quota:
-        """A quota without the calls that wait, with this share as the reserve."""
+        """A quota without the calls that wait, with this reserve for single calls."""
         trial = self._cooldown.trial
         is_cooldown = trial is not None and trial.is_cooldown
         until = cools_until if trial is None else max(cools_until, trial.until)
@@ -195,7 +199,7 @@ class Estimates:
             slots=self._slots.count,
             answer_seconds=self._slots.usual or 0.0,
             patience=self._slots.patience,
-            kept=kept_for_singles(bucket, share),
+            kept=kept_for_singles(bucket, reserve),
         )
 
     def _queued(self) -> Counter[Flow]:

@@ -41,19 +41,9 @@ def credits_lifespan(
     Raises:
         ConfigurationError: `make_client` is a client and not a function that makes one.
     """
-    if isinstance(make_client, Starlette):
-        raise ConfigurationError(
-            "make_client is the app, not a function; write FastAPI(lifespan=credits_lifespan())"
-        )
-    if not (lifespan is None or callable(lifespan)):
-        raise ConfigurationError(
-            f"lifespan must be a callable lifespan of FastAPI, not {kind_of(lifespan)}"
-        )
-    if not callable(make_client):
-        raise ConfigurationError(
-            "make_client must be a function, because each start of the app needs a new client; "
-            "give CreditsClient itself, or functools.partial(CreditsClient, …)"
-        )
+    problem = _problem(make_client, lifespan)
+    if problem is not None:
+        raise ConfigurationError(problem)
     # A partial prints its arguments, and this function's frame lives as long as the app.
     make = _unprinted(make_client)
     inner = lifespan or _no_lifespan
@@ -73,6 +63,20 @@ def credits_lifespan(
                 setattr(app.state, _STATE, outer)
 
     return with_client
+
+
+def _problem(make_client: object, lifespan: object) -> str | None:
+    """The reason why arguments of `credits_lifespan` cannot be used, or None."""
+    if isinstance(make_client, Starlette):
+        return "credits_lifespan got the app itself; write FastAPI(lifespan=credits_lifespan())"
+    if not (lifespan is None or callable(lifespan)):
+        return f"lifespan must be a callable lifespan of FastAPI, not {type(lifespan).__name__}"
+    if not callable(make_client):
+        return (
+            "make_client must be a function, because each start of the app needs a new client; "
+            "give CreditsClient itself, or functools.partial(CreditsClient, …)"
+        )
+    return None
 
 
 def _unprinted(make_client: Callable[[], CreditsClient]) -> Callable[[], CreditsClient]:

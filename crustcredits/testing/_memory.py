@@ -136,9 +136,14 @@ def fake_client(
         period=limit.period,
         scope="client" if limit.scope == "auto" else limit.scope,
     )
+    return FakeClient(api, _issue(api, credits or {}), **options)
+
+
+def _issue(api: FakeAPI, credits: Mapping[str, Decimal | int | str]) -> list[ApiKey]:
+    """Issue keys under these labels, and open their accounts with these amounts."""
     keys: list[ApiKey] = []
     amounts: dict[str, Decimal | int | str] = {}
-    for label, amount in (credits or {}).items():
+    for label, amount in credits.items():
         check_kind("a label", label, str)
         account, name = split_label(label)
         if printable_label("", name, account) is None:
@@ -155,4 +160,4 @@ def fake_client(
         if not any(key.account == account for key in keys):
             api.add_account(account, credits=amount)
         keys.append(api.add_key(name, account=account))
-    return FakeClient(api, keys, **options)
+    return keys
