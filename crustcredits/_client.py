@@ -40,7 +40,7 @@ from crustcredits._http.transport import (
 )
 from crustcredits._keys.api_key import ApiKey, Key, KeyLike, UnusableKey, as_key
 from crustcredits._keys.checks import is_likely_key
-from crustcredits._keys.key_pool import KeysLike, as_keys_async, methods_of, pool_of
+from crustcredits._keys.key_pool import KeysLike, async_pool_of, pool_of
 from crustcredits._models import Account, Balance, Outcome, Unknown
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._ratelimit.flow import Flow
@@ -549,9 +549,7 @@ class CreditsClient:
             ConfigurationError: `keys` is no source of keys, or another argument cannot be used.
             ClientClosedError: The client was closed meanwhile.
         """
-        source = (
-            as_keys_async(*methods_of(keys)) if isinstance(keys, AsyncIterable) else pool_of(keys)
-        )
+        source = async_pool_of(keys) if isinstance(keys, AsyncIterable) else pool_of(keys)
         policy, most = self._policy_of(freshness), _timeout(timeout)
         path = ACCOUNT_CREDITS if check_flag("detail", detail) else USER_CREDITS
         seconds, flow = math.inf if most is None else most, Flow()

@@ -14,7 +14,7 @@ import pytest
 from crustcredits import ApiKey, Balance, Known, Outcome
 from crustcredits._fan_out import Ask, FanOut, Land
 from crustcredits._keys.api_key import Key
-from crustcredits._keys.key_pool import as_keys_async, methods_of
+from crustcredits._keys.key_pool import async_pool_of
 from tests.virtual import keys, now
 
 pytestmark = pytest.mark.virtual
@@ -229,11 +229,11 @@ async def test_an_asynchronous_source_is_closed_on_every_exit() -> None:
             closed.append(now() > 0)
 
     async with aclosing(
-        FanOut(begins(Asker()), room=2).outcomes(as_keys_async(*methods_of(source())))
+        FanOut(begins(Asker()), room=2).outcomes(async_pool_of(source()))
     ) as stream:
         await anext(stream)
     assert len(closed) == 1
-    await names(FanOut(begins(Asker()), room=200).outcomes(as_keys_async(*methods_of(source()))))
+    await names(FanOut(begins(Asker()), room=200).outcomes(async_pool_of(source())))
     assert len(closed) == 2
     assert await tasks() == 1
 

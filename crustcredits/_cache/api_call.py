@@ -45,10 +45,10 @@ class ApiCall(Call, ABC):
         is_foreground: Whether a waiter awaits the answer. Otherwise the call is not retried: it is
             a background refresh, or its waiters have left.
         attempts: Requests put on the wire for the call, including the current one.
-        last: The error of the attempt before, or of the circuit breaker that keeps it waiting;
+        last: The error of the attempt before, or of the circuit breaker that holds it back;
             or None.
         failing_since: When the first attempt failed, or None.
-        barred_since: Since when the circuit breaker has kept it waiting, or None.
+        barred_since: Since when the circuit breaker has held it back, or None.
         task: The task of the request on the wire, or None.
         request: The scheduler's record of the request.
         probe: The circuit breaker's record of the request, if it is a probe.

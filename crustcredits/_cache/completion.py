@@ -126,7 +126,7 @@ class Completion:
     def _forget(self, call: SharedCall) -> None:
         """Forget a call without a result, so that another refresh may test the endpoint."""
         if self._under_way.remove(call):
-            self._cache.given_up(call.cache_key)
+            self._cache.ended_without_result(call.cache_key)
 
     # --- when the client is closed
 

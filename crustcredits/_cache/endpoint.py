@@ -234,7 +234,7 @@ class Endpoint:
             breaker.api_answered(call.key)
         return result, AttemptResult(
             status=got.status,
-            is_html=not own and not is_json_object(got),
+            by_gateway=not own and not is_json_object(got),  # gateways send HTML
             limit=limit,
             remaining=remaining,
             wait=asked_wait(result),
@@ -283,7 +283,7 @@ class Endpoint:
             "not sent: Redis, which counts for all processes, is out of reach; see the log for the "
             "cause, and try again when Redis answers"
         )
-        calls = self.scheduler.give_up(whose, loop.time(), _SLICE)
+        calls = self.scheduler.drain(whose, loop.time(), _SLICE)
         for call in calls:
             call = cast("ApiCall", call)
             call.on_end(BackendUnavailableError(message, key_name=call.api_key.label))

@@ -114,7 +114,7 @@ class SingleFlight:
     def detach(self, key: ApiKey | None) -> None:
         """Let no later waiter join a request that is on the wire for `key`, or for any key."""
         for cache_key in self.under_way.outdate(None if key is None else key.digest):
-            self._cache.given_up(cache_key)
+            self._cache.ended_without_result(cache_key)
 
     async def close(self) -> None:
         """End all calls, with `ClientClosedError` for the waiters, and wait for their end."""

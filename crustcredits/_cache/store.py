@@ -91,7 +91,7 @@ class BalanceCache:
                 cache_key[1], failure.error, self._retry, now, has_balance=has_balance
             )
         else:
-            self.given_up(cache_key)
+            self.ended_without_result(cache_key)
         return evicted
 
     def has_balance(self, cache_key: CacheKey) -> bool:
@@ -99,7 +99,7 @@ class BalanceCache:
         entry = self._entries.get(cache_key)
         return entry is not None and entry.has_balance
 
-    def given_up(self, cache_key: CacheKey) -> None:
+    def ended_without_result(self, cache_key: CacheKey) -> None:
         """Record that a call said nothing about the endpoint: another refresh may test it."""
         self._endpoints[cache_key[0]].release(cache_key[1])
 

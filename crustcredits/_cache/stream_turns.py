@@ -12,7 +12,7 @@ from crustcredits._keys.api_key import ApiKey, UnusableKey
 from crustcredits._models import Outcome
 from crustcredits._ratelimit.flow import Flow
 
-# The share of a stream's timeout in which a key is to have its turn; the rest is for its answer.
+# The fraction of a stream's timeout in which a key is to have its turn; the rest is for its answer.
 _IN_TIME = 0.5
 
 

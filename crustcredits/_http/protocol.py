@@ -1,7 +1,8 @@
 """The API without I/O: builds a request from a key, and reads a response as a model or an error.
 
-A response is (status, headers, body, now). `headers.py`, `documents.py` and `account_document.py`
-read its parts. This module must not know aiohttp, asyncio or a clock.
+A response is its status, headers and body; the time of its arrival is passed beside it.
+`headers.py`, `documents.py` and `account_document.py` read its parts, and `redaction.py` cleans
+them. This module must not know aiohttp, asyncio or a clock.
 """
 
 from __future__ import annotations

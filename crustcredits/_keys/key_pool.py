@@ -25,6 +25,7 @@ from crustcredits._keys.api_key import (
     KEY_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
+    Key,
     KeyLike,
     SecretValue,
     UnusableKey,
@@ -49,7 +50,7 @@ _ENVIRONMENT = frozenset(
 )
 
 
-def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError:
+def as_keys(keys: object) -> Iterator[Key] | ConfigurationError:
     """The keys of a pool, lazily; or the error, not raised, for a value such as a single `str`."""
     problem = _pool_problem(keys)
     if problem is not None:
@@ -62,7 +63,7 @@ def as_keys(keys: object) -> Iterator[ApiKey | UnusableKey] | ConfigurationError
     return _each(map(_same, tuple(keys) if isinstance(keys, AbstractSet) else keys))
 
 
-def pool_of(keys: object) -> Iterator[ApiKey | UnusableKey]:
+def pool_of(keys: object) -> Iterator[Key]:
     """The keys of a pool, lazily.
 
     Raises:
@@ -78,24 +79,35 @@ def _same(key: Any) -> Any:
     return key
 
 
-def _each(keys: Iterator[Any]) -> Iterator[ApiKey | UnusableKey]:
+def _each(keys: Iterator[Any]) -> Iterator[Key]:
     for number, key in enumerate(keys):
         if type(key) is not ApiKey:
             key = as_key(key, place=f"keys[{number}]")  # noqa: PLW2901  # so that this frame does not hold the secret
         yield key
 
 
-def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[ApiKey | UnusableKey]:
+def _each_labelled(keys: Iterator[tuple[Any, Any]]) -> Iterator[Key]:
     for number, (label, key) in enumerate(keys):
         key = as_key(key, label=label, place=f"keys[{number}]")  # noqa: PLW2901  # as above
         label = None  # noqa: PLW2901  # a label may be a secret, in a mapping of secret to name
         yield key
 
 
-async def as_keys_async(
-    advance: Callable[[], AsyncIterator[Any]], close: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[ApiKey | UnusableKey, None]:
+def async_pool_of(keys: AsyncIterable[Any]) -> AsyncGenerator[Key, None]:
     """The keys of an asynchronous source, as they come. At the end the source is always closed."""
+    source = aiter(keys)
+
+    async def close() -> None:
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()
+
+    # Functions, unlike some iterators, do not print the source.
+    return _each_async(lambda: source, close)
+
+
+async def _each_async(
+    advance: Callable[[], AsyncIterator[Any]], close: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[Key, None]:
     number = 0
     try:
         async for key in advance():
@@ -104,22 +116,6 @@ async def as_keys_async(
             yield key
     finally:
         await close()
-
-
-def methods_of(
-    keys: AsyncIterable[Any],
-) -> tuple[Callable[[], AsyncIterator[Any]], Callable[[], Awaitable[None]]]:
-    """A source's iterator and its `aclose`, as functions that do not print the source.
-
-    The second does nothing for a source that cannot be closed.
-    """
-    source = aiter(keys)
-
-    async def close() -> None:
-        if isinstance(source, AsyncGenerator):
-            await source.aclose()
-
-    return lambda: source, close
 
 
 class Uniqueness:
@@ -149,7 +145,7 @@ class Uniqueness:
         return None
 
 
-def contradiction(keys: Iterable[ApiKey | UnusableKey]) -> ConfigurationError | None:
+def contradiction(keys: Iterable[Key]) -> ConfigurationError | None:
     """The contradiction in a pool, or None: a duplicate label, or one secret under two accounts."""
     taken = Uniqueness()
     for key in keys:

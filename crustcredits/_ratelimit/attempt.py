@@ -36,7 +36,7 @@ class AttemptResult:
 
     Attributes:
         status: The HTTP status; None without an answer.
-        is_html: Whether the body is no JSON object: then something in front of the API answered.
+        by_gateway: Whether a gateway answered in the place of the API.
         limit: The limit that the answer states, or None.
         remaining: The rest of that limit that the answer states, or None.
         wait: Seconds that a refusal asks to wait, or None.
@@ -44,7 +44,7 @@ class AttemptResult:
     """
 
     status: int | None
-    is_html: bool = False
+    by_gateway: bool = False
     limit: int | None = None
     remaining: int | None = None
     wait: float | None = None
@@ -55,7 +55,7 @@ class AttemptResult:
         """Whether the API itself answered, and did not refuse or fail."""
         return (
             self.status is not None
-            and not self.is_html
+            and not self.by_gateway
             and self.status < 500
             and self.status not in {408, 429}
         )
@@ -72,7 +72,7 @@ class AttemptResult:
         True without an answer, and for the answer of a gateway, which may pass the request on
         later.
         """
-        return self.status in {None, 408, 502, 503, 504} or (self.is_html and self.status != 429)
+        return self.status in {None, 408, 502, 503, 504} or (self.by_gateway and self.status != 429)
 
     @property
     def used(self) -> int | None:

@@ -38,7 +38,7 @@ class RateLimit:
         requests: Requests that the server allows in any one period. 300 by Crustdata's credits
             page.
         period: Seconds for which each request counts after its arrival.
-        margin: A share of the period that is added to it, against clocks that run at different
+        margin: A fraction of the period that is added to it, against clocks that run at different
             rates and coarse clocks: uvloop's ticks in milliseconds.
         scope: The scope that the server is assumed to count by, which is not documented.
             `"client"`: all keys together, the cautious reading. `"account"`: the keys that declare
@@ -48,9 +48,9 @@ class RateLimit:
         pace: Most calls to start per second, over all scopes and both endpoints, spread evenly:
             "spreading traffic evenly is safer than bursting" (Crustdata's best-practices page).
             None for no such bound.
-        reserve: A share of the limit that only single calls (`balance`, `account`) may take. With 0
-            a `check` is as fast as possible, and a single call beside it may wait for the next
-            request to age out; a service that mixes both sets 0.1.
+        reserve: A fraction of the limit that only single calls (`balance`, `account`) may take.
+            With 0 a `check` is as fast as possible, and a single call beside it may wait for the
+            next request to age out; a service that mixes both sets 0.1.
         adopt_server_limit: Which limit to follow when the API states another one than `requests`
             (`x-ratelimit-limit`): `"lower"`, a lower one where the count beside it agrees with the
             requests of this client; `"any"`, also a higher one, although it may be about another

@@ -22,12 +22,12 @@ class FlowQueue:
         "drawn",
         "left",
         "pool",
-        "returned",
+        "pushed_first",
         "sent",
         "tickets",
         "turns",
         "unsent",
-        "was_returned",
+        "was_pushed_first",
     )
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class FlowQueue:
         # Accounts, each with the ticket of its turn.
         self.turns: deque[tuple[int, Hashable]] = deque()
         # Accounts whose call was pushed as the first: they take turns with all others.
-        self.returned: deque[Hashable] = deque()
-        self.was_returned = False  # whether the last turn was of one of these
+        self.pushed_first: deque[Hashable] = deque()
+        self.was_pushed_first = False  # whether the last turn was of one of these
         self.tickets = 0
         self.unsent: list[Call] = []
         self.sent: list[Call] = []
@@ -71,7 +71,7 @@ class FlowQueue:
         calls = self.accounts.get(call.account)
         if calls is None:
             self.accounts[call.account] = call
-            self.returned.append(call.account)
+            self.pushed_first.append(call.account)
         elif isinstance(calls, deque):
             calls.appendleft(call)
         else:
@@ -118,14 +118,16 @@ class FlowQueue:
             return
         self.left = 0
         self.drawn.clear()
-        for account in (*self.returned, *(account for _, account in self.turns)):
+        for account in (*self.pushed_first, *(account for _, account in self.turns)):
             calls = [call for call in self._calls(account) if self._waits(call)]
             if calls:
                 self.accounts[account] = deque(calls)
             else:
                 del self.accounts[account]
         self.turns = deque(turn for turn in self.turns if turn[1] in self.accounts)
-        self.returned = deque(account for account in self.returned if account in self.accounts)
+        self.pushed_first = deque(
+            account for account in self.pushed_first if account in self.accounts
+        )
 
     def next(self) -> Call | int:
         """The first call of the account whose turn it is, or the number of the pool.
@@ -134,11 +136,11 @@ class FlowQueue:
         """
         while True:
             pool = self.pool if self.pool is not None and self.pool.waiting else None
-            self.was_returned = bool(self.returned) and not (
-                self.was_returned and (self.turns or pool is not None)
+            self.was_pushed_first = bool(self.pushed_first) and not (
+                self.was_pushed_first and (self.turns or pool is not None)
             )
-            if self.was_returned:
-                account = self.returned.popleft()
+            if self.was_pushed_first:
+                account = self.pushed_first.popleft()
             elif pool is not None and (not self.turns or pool.next_ticket() < self.turns[0][0]):
                 self.tickets += 1
                 return pool.next(self.tickets)

@@ -13,7 +13,7 @@ from aiolimiter import AsyncLimiter
 # most processor time, and large groups are refused together where several clients share a limit.
 _BURST = 5
 _GROUP = 3
-# A cooldown halves the rate, which recovers by a share of the configured rate per second.
+# A cooldown halves the rate, which recovers by a fraction of the configured rate per second.
 _CUT = 0.5
 _RECOVERY = 0.02
 # Requests per second that the first cut sets where no pace is configured.

@@ -11,12 +11,12 @@ import math
 from crustcredits._ratelimit.flow import Kind
 from crustcredits._ratelimit.token_bucket import Bucket
 
-# The share of the tokens that refreshes leave, so that the next foreground call need not wait.
+# The fraction of the tokens that refreshes leave, so that the next foreground call need not wait.
 _REFRESHES_KEEP = 0.1
 
 
 def kept_for_singles(bucket: Bucket, reserve: float) -> int:
-    """Tokens that only single calls may take, with this share of the bucket as the reserve."""
+    """Tokens that only single calls may take, with this fraction of the bucket as the reserve."""
     return min(bucket.limit - 1, math.ceil(reserve * bucket.limit))
 
 

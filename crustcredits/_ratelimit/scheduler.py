@@ -134,8 +134,8 @@ class Scheduler:
         if waits:
             self.put(call)
 
-    def give_up(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
-        """Remove and return the calls that wait for a token of this account, up to `most`.
+    def drain(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
+        """Take out the calls that wait for a token of this account, up to `most`.
 
         With None those that wait for the common bucket.
         """

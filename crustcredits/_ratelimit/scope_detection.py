@@ -74,7 +74,7 @@ class ScopeDetection:
 
         None where another answer is needed.
         """
-        return self._witnesses.settles(now)
+        return self._witnesses.stand_at(now)
 
     def ended_before(self, started: float, now: float) -> int:
         """Answers of the last period that had come when a request started."""
@@ -102,7 +102,7 @@ class ScopeDetection:
         proved = (
             self._proves
             and now >= self._no_proof_before
-            and self._witnesses.prove(used, own, started, now)
+            and self._witnesses.proves(used, own, started, now)
         )
         self._witnesses.add(started, now)
         return proved, apart

@@ -21,7 +21,7 @@ class SchedulerTerms:
             still arrive.
         scope: The scope that the server counts by; with `"auto"` all together, except where a proof
             shows otherwise.
-        reserve: The share of a bucket's tokens that only single calls may take.
+        reserve: The fraction of a bucket's tokens that only single calls may take.
         adopts: Which other limit is followed when the server states one: a lower one, any, or none.
     """
 

@@ -17,8 +17,8 @@ from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
 
-# The share of the common bucket that is not given before ten requests can witness; a smaller bucket
-# keeps no such share.
+# The fraction of the common bucket that is not given before ten requests can witness; a smaller
+# bucket keeps none.
 _TENTH = 0.1
 _LARGEST_WITHOUT_A_TENTH = 11
 
@@ -67,7 +67,7 @@ class TokenQueue(ABC):
 
     @property
     def reserve(self) -> float:
-        """The share of the tokens that only single calls may take."""
+        """The fraction of the tokens that only single calls may take."""
         return self._reserve
 
     @property
@@ -147,19 +147,10 @@ class TokenQueue(ABC):
         kept = reserve.kept_from(Kind.BACKGROUND, self.bucket, self.reserve)
         self.bucket.next_refresh = now + refresh_gap(self.bucket, now, period, kept)
 
-    def _wanted(self, best: Kind, kept: int, now: float) -> int:
-        """How many tokens the waiting calls need now; `best` is their best kind.
-
-        Only those calls count that leave no more than `kept` tokens, and refreshes one at a time.
-        """
-        if best is Kind.BACKGROUND:
-            return int(now >= self.bucket.next_refresh)
-        wanted = 0
-        for kind in KINDS:
-            waiting = self.waiting(kind)
-            if waiting and reserve.kept_from(kind, self.bucket, self.reserve) <= kept:
-                wanted += waiting
-        return wanted
+    def _waiting_like(self, kept: int, fraction: float) -> int:
+        """How many calls wait that leave no more than `kept` tokens, with this reserve."""
+        kinds = [kind for kind in Kind if reserve.kept_from(kind, self.bucket, fraction) <= kept]
+        return sum(map(self.waiting, kinds))
 
     def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
         """The kind of the next call to let out: single ones and others in turn, refreshes last.

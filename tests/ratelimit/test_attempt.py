@@ -13,7 +13,7 @@ from crustcredits._ratelimit.token_queue import AccountQueue
 
 
 @pytest.mark.parametrize(
-    ("status", "is_html", "wait", "expected"),
+    ("status", "by_gateway", "wait", "expected"),
     [
         # No answer: the request may arrive later.
         (None, False, None, "late"),
@@ -41,9 +41,9 @@ from crustcredits._ratelimit.token_queue import AccountQueue
     ],
 )
 def test_the_status_tells_whether_a_request_was_served_refused_or_may_come_late(
-    status: int | None, *, is_html: bool, wait: float | None, expected: str
+    status: int | None, *, by_gateway: bool, wait: float | None, expected: str
 ) -> None:
-    result = AttemptResult(status=status, is_html=is_html, wait=wait)
+    result = AttemptResult(status=status, by_gateway=by_gateway, wait=wait)
     named = {
         "served": result.is_served,
         "refused": result.is_refused,

@@ -63,9 +63,9 @@ class Endpoint:
         (AttemptResult(status=502), 68.5),
         (AttemptResult(status=503, wait=1.0), 68.5),
         (AttemptResult(status=504), 68.5),
-        (AttemptResult(status=200, is_html=True), 68.5),
+        (AttemptResult(status=200, by_gateway=True), 68.5),
         (AttemptResult(status=429), 0.0),
-        (AttemptResult(status=429, is_html=True), 0.0),
+        (AttemptResult(status=429, by_gateway=True), 0.0),
         (UNSENT, 0.0),
     ],
     ids=(

@@ -479,7 +479,7 @@ class Machine(RuleBasedStateMachine):
                     status=200, limit=verdict.limit, remaining=verdict.remaining
                 ),
                 "fails": AttemptResult(status=500),
-                "gateway": AttemptResult(status=403, is_html=True),
+                "gateway": AttemptResult(status=403, by_gateway=True),
                 "unavailable": AttemptResult(status=503, wait=1.0),
             }
             answer = answers[fate]
@@ -935,7 +935,7 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "R4 witnesses": (
         Witnesses,
-        "prove",
+        "proves",
         lambda self, used, own, *rest: used <= own,
         "more than the limit",
     ),

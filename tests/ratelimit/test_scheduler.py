@@ -216,7 +216,7 @@ def test_waiting_calls_of_a_pool_are_given_up_with_the_bucket() -> None:
     )
     scheduler.put_pool(pool)
     assert len(started(scheduler, 0.0)) == 1
-    assert sorted(str(each.key) for each in scheduler.give_up(None, 0.0)) == [
+    assert sorted(str(each.key) for each in scheduler.drain(None, 0.0)) == [
         "p1",
         "p2",
         "p3",
@@ -391,9 +391,9 @@ async def test_calls_that_wait_for_an_unreachable_bucket_are_given_up() -> None:
     for name, account in (("a1", "A"), ("a2", "A"), ("b1", "B")):
         scheduler.put(call(name, flow, account))
     assert len(started(scheduler, 0.0)) == 1
-    assert [each.key for each in scheduler.give_up("A", 0.0)] == ["a2"]
-    assert [each.key for each in scheduler.give_up(None, 0.0)] == ["b1"]
-    assert scheduler.give_up("unknown", 0.0) == []
+    assert [each.key for each in scheduler.drain("A", 0.0)] == ["a2"]
+    assert [each.key for each in scheduler.drain(None, 0.0)] == ["b1"]
+    assert scheduler.drain("unknown", 0.0) == []
     assert scheduler.quota(None, 0.0).waiting == 0
 
 

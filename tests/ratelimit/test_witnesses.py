@@ -108,17 +108,17 @@ def test_requests_may_end_in_another_order_than_they_began() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "now", "settles"),
+    ("count", "now", "stands"),
     [(9, 0.0, None), (10, 0.0, 11.5), (12, 61.5, 13.5), (12, 62.5, None)],
 )
 def test_ten_requests_settle_after_the_end_of_the_tenth_that_has_not_aged_out(
-    count: int, now: float, settles: float | None
+    count: int, now: float, stands: float | None
 ) -> None:
     """At that moment at the earliest, however it is rounded, they can witness."""
     found = witnesses([(float(number), number + 1.0) for number in range(count)])
-    assert found.settles(now) == (None if settles is None else pytest.approx(settles))
-    if settles is not None:
-        when = found.settles(now)
+    assert found.stand_at(now) == (None if stands is None else pytest.approx(stands))
+    if stands is not None:
+        when = found.stand_at(now)
         assert when is not None
         assert found.standing(when, max(when, now)) >= WITNESSES
 
@@ -131,7 +131,7 @@ def test_a_proof_takes_ten_requests_beside_the_ones_of_its_account(
     used: int, own: int, *, proven: bool
 ) -> None:
     """And a count of no more than these; eleven requests stand here."""
-    assert witnesses([(0.0, 1.0)] * 11).prove(used, own, 5.0, 6.0) is proven
+    assert witnesses([(0.0, 1.0)] * 11).proves(used, own, 5.0, 6.0) is proven
 
 
 def test_requests_are_forgotten_only_when_no_later_count_can_have_them() -> None:

@@ -280,7 +280,7 @@ class Client:
         limit, remaining = said.get("limit"), said.get("remaining")
         answer = AttemptResult(
             status=status,
-            is_html=bool(said.get("html")),
+            by_gateway=bool(said.get("html")),
             limit=None if limit is None else int(limit),
             remaining=None if remaining is None else int(remaining),
             wait=wait,
