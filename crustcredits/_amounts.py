@@ -68,7 +68,10 @@ def needed_credits(credits: Decimal | float, margin: Decimal | float = 1) -> Dec
     if 0 in factors.values():
         return Decimal(0)
     try:
-        return exact_product(*factors.values())
+        product = exact_product(*factors.values())
     except decimal.Inexact:
         pass  # the error is raised below, where no `except` block links it
+    else:
+        whole = product.to_integral_value()
+        return whole if whole == product else product  # 5000 and not 5000.0
     raise ConfigurationError("credits and margin have too many digits; round them up")

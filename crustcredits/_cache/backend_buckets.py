@@ -54,6 +54,8 @@ class BackendBuckets:
             wake(whose)
             self._on_tokens()
 
+        fail = partial(self._on_outage, whose)
+        if whose is None and self._shares_accounts:
+            return PermitGate(self._backend.gate(self._path, limit), came, fail)
         tokens = self._backend.tokens(self._path, cast("str | bytes | None", whose), limit)
-        make = PermitGate if whose is None and self._shares_accounts else LeasedTokens
-        return make(tokens, came, partial(self._on_outage, whose))
+        return LeasedTokens(tokens, came, fail)

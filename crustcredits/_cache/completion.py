@@ -74,7 +74,9 @@ class Completion:
             and had_balance
             and self._cache.has_just_failed(call.cache_key)
         ):
-            _log.warning("%s; the cached balance could not be refreshed", outcome.error)
+            _log.warning(
+                "cached balance not refreshed, so callers get an older one: %s", outcome.error
+            )
         return evicted
 
     def _pass_on(self, call: SharedCall, outcome: Outcome[Any]) -> None:
@@ -88,7 +90,8 @@ class Completion:
                 waiter.set_result(outcome if waiter is call.first else for_others)
             except Exception as error:  # noqa: BLE001  # a defect; the other waiters go on
                 _log.error(  # a traceback may hold secrets
-                    "%s: an outcome could not be passed on (%s): this is a defect of crustcredits",
+                    "%s: an outcome could not be passed on (%s); this is a defect of crustcredits, "
+                    "please report it",
                     call.api_key.label,
                     type(error).__name__,
                 )

@@ -45,7 +45,7 @@ class EndpointFailures:
     def answered(self) -> None:
         """Record that the endpoint answered."""
         if self.is_down:
-            _log.info("the API answers again")
+            _log.warning("the API answers again; cached balances are refreshed")
         self.failures = 0
         self._keys.clear()
         self._claimed_by = None
@@ -68,9 +68,9 @@ class EndpointFailures:
         self._claimed_by = None
         self._error, self._last = error, now
         if before < self.failures == _FAILURES:
-            cached = "; cached balances are not refreshed" if has_balance() else ""
+            cached = "; one refresh at a time tests whether it answers" if has_balance() else ""
             _log.warning(
-                "no answer from the API for %d keys in a row%s; last failure: %s",
+                "no balance from the API for %d keys in a row%s; last failure: %s",
                 _FAILURES,
                 cached,
                 error,

@@ -223,7 +223,10 @@ class AiohttpTransport:
         else:
             is_answered = given_up is Fate.ANSWERED
             when = "while the answer came" if is_answered else "before an answer"
-            message = f"the connection{self._peer()} failed {when} ({_reason(error)})"
+            message = (
+                f"the connection{self._peer()} failed {when} ({_reason(error)}); check the "
+                "network, or try again"
+            )
         return Failure(APIConnectionError(message, **details), given_up)
 
     def _unconnected(self, error: BaseException) -> tuple[str, bool] | None:

@@ -10,8 +10,6 @@ from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.flow_queue import FlowQueue
 from crustcredits._ratelimit.pool_flow import PoolFlow
 
-__all__ = ["Call", "FairQueue", "Flow", "Kind", "PoolFlow"]
-
 # While single calls are drawn too, one call out of this many goes by turn instead of by draw.
 _DRAWS = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class Kind(enum.IntEnum):
@@ -14,6 +14,9 @@ class Kind(enum.IntEnum):
     SINGLE = 0  # a call for one key
     MANY = 1  # a check or a stream
     BACKGROUND = 2  # no waiter: it renews a cache entry
+
+
+KINDS: Final = tuple(Kind)  # iterates faster than the class
 
 
 class Flow:

@@ -7,7 +7,7 @@ yet wait for the common tokens, in their order.
 
 from __future__ import annotations
 
-from crustcredits._ratelimit.fair_queue import KINDS, Call, Kind
+from crustcredits._ratelimit.flow import KINDS, Call, Kind
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, PermitGate
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.reserve import kept_from

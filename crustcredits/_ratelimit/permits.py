@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 
 from crustcredits._ratelimit import reserve
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind, PoolFlow
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
+from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.registry import Accounts
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from crustcredits._ratelimit import reserve
 from crustcredits._ratelimit.fair_queue import FairQueue
-from crustcredits._ratelimit.flow import Call, Flow, Kind
+from crustcredits._ratelimit.flow import KINDS, Call, Flow, Kind
 from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
@@ -147,10 +147,19 @@ class TokenQueue(ABC):
         kept = reserve.kept_from(Kind.BACKGROUND, self.bucket, self.reserve)
         self.bucket.next_refresh = now + refresh_gap(self.bucket, now, period, kept)
 
-    def _waiting_like(self, kept: int, fraction: float) -> int:
-        """How many calls wait that leave no more than `kept` tokens, with this reserve."""
-        kinds = [kind for kind in Kind if reserve.kept_from(kind, self.bucket, fraction) <= kept]
-        return sum(map(self.waiting, kinds))
+    def _wanted(self, best: Kind, kept: int, now: float) -> int:
+        """How many tokens the waiting calls need now; `best` is their best kind.
+
+        Only those calls count that leave no more than `kept` tokens, and refreshes one at a time.
+        """
+        if best is Kind.BACKGROUND:
+            return int(now >= self.bucket.next_refresh)
+        wanted = 0
+        for kind in KINDS:
+            waiting = self.waiting(kind)
+            if waiting and reserve.kept_from(kind, self.bucket, self.reserve) <= kept:
+                wanted += waiting
+        return wanted
 
     def _next_kind(self, rooms: Sequence[int]) -> Kind | None:
         """The kind of the next call to let out: single ones and others in turn, refreshes last.

@@ -68,9 +68,9 @@ def credits_lifespan(
 def _problem(make_client: object, lifespan: object) -> str | None:
     """The reason why arguments of `credits_lifespan` cannot be used, or None."""
     if isinstance(make_client, Starlette):
-        return "credits_lifespan got the app itself; write FastAPI(lifespan=credits_lifespan())"
+        return "make_client is the app, not a function; write FastAPI(lifespan=credits_lifespan())"
     if not (lifespan is None or callable(lifespan)):
-        return f"lifespan must be a callable lifespan of FastAPI, not {type(lifespan).__name__}"
+        return f"lifespan must be a callable lifespan of FastAPI, not {kind_of(lifespan)}"
     if not callable(make_client):
         return (
             "make_client must be a function, because each start of the app needs a new client; "

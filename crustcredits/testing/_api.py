@@ -266,7 +266,7 @@ class FakeAPI:
             if number is not None:
                 check_whole(what, number, minimum=1)
         if path is not None and path not in PATHS:
-            raise ConfigurationError(f"path must be one of {' and '.join(PATHS)}")
+            raise ConfigurationError(f"path must be {' or '.join(PATHS)}")
         self._orders.add(key.digest, FaultOrder(fault, times, retry_after, path))
 
     @hides_arguments

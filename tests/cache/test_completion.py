@@ -119,8 +119,8 @@ async def test_the_first_failure_of_a_refresh_is_logged(
             await asyncio.sleep(1)
             await client.balance(KEY)
     assert caplog.messages[0] == (
-        "prod: the API or a gateway before it failed (HTTP 503); the cached balance could not "
-        "be refreshed"
+        "cached balance not refreshed, so callers get an older one: prod: the API or a gateway "
+        "before it failed; try again later (HTTP 503)"
     )
     assert len(caplog.messages) == 1
 

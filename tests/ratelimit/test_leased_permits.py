@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.leased_permits import LeasedPermits
 from crustcredits._ratelimit.leased_tokens import LeasedTokens, PermitGate
 from crustcredits._ratelimit.scope_detection import ScopeDetection

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from crustcredits._ratelimit.fair_queue import Call, FairQueue, Flow, Kind
+from crustcredits._ratelimit.fair_queue import FairQueue
+from crustcredits._ratelimit.flow import Call, Flow, Kind
 from crustcredits._ratelimit.permits import Permits
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.token_bucket import MakeBucket, local_bucket
