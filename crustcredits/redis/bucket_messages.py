@@ -129,7 +129,13 @@ class BucketMessages:
         tokens, view = self._tokens, self._tokens.view
         self.epoch = epoch
         tokens.granted.reported()
-        view.hear(state, now, own=tokens.own_out, period=self._link.terms.period)
+        view.hear(
+            state,
+            now,
+            own=tokens.own_out,
+            period=self._link.terms.period,
+            is_short=bool(sent.short),
+        )
         if not sent.asks and not sent.waits:
             return False
         if state.free:

@@ -29,11 +29,16 @@ class BucketView:
         # Until when there are no tokens for calls that leave so many.
         self._short: dict[int, float] = {}
 
-    def hear(self, state: BucketState, now: float, *, own: int, period: float) -> None:
-        """Take the state of the bucket; `own` tokens are this process's."""
+    def hear(
+        self, state: BucketState, now: float, *, own: int, period: float, is_short: bool
+    ) -> None:
+        """Take the state of the bucket; `own` tokens are this process's.
+
+        `is_short` says that not all permits were granted.
+        """
         self._others, self.others_until = max(0, state.out - own), now + period
         self.coming = [now + seconds for seconds in state.returns]
-        self.is_in_line = state.missing > 0 or state.free > 0
+        self.is_in_line = is_short or state.missing > 0 or state.free > 0
 
     def others_out(self, now: float) -> int:
         """How many tokens other processes have out, as far as known."""

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -21,13 +21,14 @@ from redis.exceptions import NoScriptError, RedisError
 from crustcredits._errors import ConfigurationError
 from crustcredits.redis.agenda import REPORT, Agenda
 from crustcredits.redis.bucket_messages import BEAT, BUCKETS
-from crustcredits.redis.outage import PATIENCE, QUIET, SILENCE, Outage
+from crustcredits.redis.outage import PATIENCE, QUIET, SILENCE, STILL, Outage
 from crustcredits.redis.protocol import (
+    SCRIPT,
+    SHA,
     BucketReport,
     PermitRequest,
     Request,
     Response,
-    Script,
 )
 from crustcredits.redis.server_check import address_of, check_server, mistake
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
@@ -98,7 +99,6 @@ class Coordinator:
         self._client = client
         self._owned = owned
         self._prefix = prefix
-        self._script = Script.of(prefix)
         self.closed: bool = False
         self._all: WeakSet[SharedTokens] = WeakSet()
         self.outage = Outage(lambda: list(self._all), raises=raises)
@@ -114,10 +114,10 @@ class Coordinator:
         self._number = self._message_number = 0
         # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
         self._probe: SharedTokens | None = None
-        # No tokens may be granted for a while: Redis was out of reach for so long that other
-        # processes may be in degraded mode.
-        self._hold = False
-        self._last = 0.0
+        # Whether an outage has ended of which no message has told yet: other processes may be in
+        # degraded mode, so no tokens may be granted for a while.
+        self._was_out = False
+        self._last = self._last_beat = 0.0
         self._timer: asyncio.Handle | None = None
         self._due_at: float | None = None  # loop time of the timer; uvloop's handles do not give it
         self._task: asyncio.Task[None] | None = None
@@ -154,7 +154,8 @@ class Coordinator:
             async with asyncio.timeout(PATIENCE):
                 await check_server(self._client)
                 if self._task is None and not self._epoch:  # no message is on its way yet
-                    await self._greet()
+                    self._stop_timer()
+                    await self._begin(self._greet())
         except ConfigurationError:
             raise
         except Exception as error:  # noqa: BLE001  # any other error is an outage
@@ -175,7 +176,6 @@ class Coordinator:
         message = _Message(self._last, self._epoch)
         request = self._request(message)
         self._heard(message, Response.decode(await self._call(request), request))
-        self._arrange()
 
     async def close(self) -> None:
         """Send every queued report, and close the Redis client if it was opened here."""
@@ -233,15 +233,15 @@ class Coordinator:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = (
-            None if when is None else asyncio.get_running_loop().call_at(when, self._begin)
-        )
+        self._timer = None if when is None else asyncio.get_running_loop().call_at(when, self._send)
         self._due_at = when
 
     def _next_message(self) -> float | None:
-        beat = self._last + BEAT
         if self.outage.since is not None:
-            return beat
+            return self._last + BEAT
+        if self._was_out:
+            return _now()  # the others must know at once, and not when this process has news
+        beat = (self._last_beat if self.window.waiters else self._last) + BEAT
         if self._agenda.soonest <= beat:
             return self._agenda.soonest
         now = _now()
@@ -249,10 +249,15 @@ class Coordinator:
             return beat
         return self._last + QUIET if self.terms.is_strict and self._epoch else None
 
-    def _begin(self) -> None:
+    def _send(self) -> None:
         self._timer = self._due_at = None
-        self._task = asyncio.Task(self._exchange(), loop=asyncio.get_running_loop())
+        self._begin(self._exchange())
+
+    def _begin(self, message: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Send one message in a task of its own."""
+        self._task = asyncio.Task(message, loop=asyncio.get_running_loop())
         self._task.add_done_callback(self._end)
+        return self._task
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._task = None
@@ -260,7 +265,7 @@ class Coordinator:
 
     async def _exchange(self) -> None:
         now = _now()
-        is_beat = now >= self._last + BEAT
+        is_beat = now >= self._last_beat + BEAT
         self._name_process()
         for tokens in list(self._in_hand):
             tokens.collect(now)
@@ -269,9 +274,12 @@ class Coordinator:
         if self.outage.is_long and not await self._is_back():
             return
         message = self._message(now, self._take_due(now, is_beat=is_beat))
-        if not (message.indexes or is_beat or self.closed or self.outage.since is not None):
+        is_due = is_beat or self._was_out or self.outage.since is not None
+        if not (message.indexes or is_due or self.closed):
             return
         self._last = now
+        if is_beat:
+            self._last_beat = now
         request = self._request(message)
         try:
             async with asyncio.timeout(PATIENCE):
@@ -333,7 +341,7 @@ class Coordinator:
     def _request(self, message: _Message) -> Request:
         now, terms = message.now, self.terms
         clock, asked = self._clock or (0, now)
-        holds = self._hold or bool(self._untold.difference(message.indexes))
+        holds = self._has_to_register(message)
         self._message_number += 1
         return Request(
             marker=f"{{{self._prefix}}}:epoch",
@@ -342,6 +350,8 @@ class Coordinator:
             epoch=self._epoch,
             fresh=secrets.randbits(52) + 1,
             holds=holds,
+            holds_if_silent=self._was_out,
+            still=STILL,
             clock=clock,
             age=now - asked,
             tolerance=2 * PATIENCE,
@@ -352,7 +362,7 @@ class Coordinator:
             is_strict=terms.is_strict,
             is_last=self.closed and not self._agenda,
             share=terms.share,
-            shares=not (holds or self.outage.is_long),
+            shares=not (holds or self._was_out or self.outage.is_long),
             silence=SILENCE,
             buckets=message.reports(),
             asks=[request for _, _, request in message.asks],
@@ -361,16 +371,15 @@ class Coordinator:
     async def _call(self, request: Request) -> Any:
         names, said = request.encode()
         try:
-            return await self._client.evalsha(self._script.sha, len(names), *names, *said)
+            return await self._client.evalsha(SHA, len(names), *names, *said)
         except NoScriptError:  # unknown script, or SCRIPT FLUSH
-            names, said = attrs.evolve(request, is_new=True).encode()
-            return await self._client.eval(self._script.text, len(names), *names, *said)
+            return await self._client.eval(SCRIPT, len(names), *names, *said)
 
     def _heard(self, message: _Message, response: Response) -> None:
         now = _now()
         self._clock = response.clock, self._last
         self.opens_at = now + response.pause if response.pause else -math.inf
-        self._hold = self.outage.others_may_be_alone(now)
+        self._was_out = self.outage.others_may_be_alone(now)
         self._probe = None
         if self.outage.ended():
             self._register(now)
@@ -418,6 +427,13 @@ class Coordinator:
             if tokens.holds(now):
                 self._untold.add(tokens)
                 self._say_by(tokens, now)
+
+    def _has_to_register(self, message: _Message) -> bool:
+        """Whether tokens are out of which Redis does not know, and the message does not tell."""
+        for tokens in list(self._untold):
+            if not tokens.holds(message.now):
+                self._untold.discard(tokens)
+        return bool(self._untold.difference(message.indexes))
 
     def _lost(self, message: _Message, error: Exception) -> None:
         why = type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")

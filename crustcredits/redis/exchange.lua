@@ -14,9 +14,9 @@
 -- ARGV[1] is the process. ARGV[2] has numbers with a space between, for the process:
 --   the number of this message;
 --   the epoch it knows (0: none); a fresh epoch;
---   1 if no permits may be granted for a while, because it had no answer for long or has more to
---   register, else 0;
---   1 if this server did not know this script, else 0;
+--   2 if no permits may be granted for a while, because the process has more to register; 1 if it had
+--   no answer for long, so that none may be granted if no other process had one either; else 0;
+--   after how long without a message this server may have been out of reach of all;
 --   this server's last time as far as it knows (0: none), its age by the process's own clock, and
 --   the tolerance of that age;
 --   the duration without grants after a loss; the lease of a new token;
@@ -52,7 +52,7 @@ local function read()
 end
 
 local message, known, fresh = read(), read(), read()
-local hold, is_new = read(), read()
+local hold, still = read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, kept, life = read(), read(), read(), read()
 local strict, share, shares, silence = read(), read(), read(), read()
@@ -70,16 +70,8 @@ local function info(section, field)
     return type(text) == 'string' and string.match(text, field .. ':(%w+)') or nil
 end
 
--- A process that has tokens out sends messages, and so this script, soon after a server's start.
--- Without the script nobody counts here, unless this server has taken over from another one.
-local function is_unused()
-    local up = tonumber(info('server', 'uptime_in_seconds'))
-    local before = info('replication', 'master_replid2')
-    return is_new == 1 and known == 0 and up and up * 1000000 > pause and before == string.rep('0', 40)
-end
-
 local repeated = message <= (tonumber(redis.call('GET', KEYS[2])) or 0)
-local marker = redis.call('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard')
+local marker = redis.call('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'silent')
 local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
 if not repeated then
     -- After a failover or restart, reports to the last server may be missing. Without permission for
@@ -88,16 +80,18 @@ if not repeated then
     local same = server == nil or server == marker[2]
     -- The clock was set, so that tokens return at the wrong time, or this message is read long after
     -- it was sent.
-    local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < (tonumber(marker[5]) or 0)
+    local heard = tonumber(marker[5]) or 0
+    local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < heard
+    -- The end of the last time in which no process was heard: all may have been without this server.
+    local silent = now - heard > still and now or tonumber(marker[6]) or now
     if not epoch or not same or ((known == epoch or known == 0) and astray) then
-        opens = (not epoch and is_unused()) and now or now + pause
-        epoch = fresh
-    elseif hold == 1 then
+        opens, epoch = now + pause, fresh
+    elseif hold == 2 or hold == 1 and now - silent < pause + slack then
         opens = now + pause
     end
     opens = math.min(opens, now + pause)
     redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'server', server or marker[2] or '', 'heard', whole(now))
-    redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest))
+    redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest), 'silent', whole(silent))
     redis.call('PEXPIRE', KEYS[1], life)
 end
 local answer = {1, whole(epoch or 0), whole(math.max(0, opens - now)), whole(now)}

@@ -29,6 +29,8 @@ _GRACE = 2.0
 # Seconds without an answer after which another process, whose messages failed a little earlier, may
 # be in degraded mode.
 _OTHERS_ALONE = _GRACE - 1.5 * BEAT
+# Seconds without a message of any process after which Redis may have been out of reach of all.
+STILL = 2 * BEAT
 # How many losses within how many seconds are logged although Redis answers between, and after how
 # many seconds without such losses they are logged again.
 _LOSSES, _LOSSES_WITHIN = 3, 10.0
@@ -137,7 +139,7 @@ class Outage:
         return True
 
     def others_may_be_alone(self, now: float) -> bool:
-        """Whether other processes may be in degraded mode because of this outage."""
+        """Whether other processes may be in degraded mode, if they had no answer either."""
         return self.since is not None and now - self.since >= _OTHERS_ALONE
 
     @property

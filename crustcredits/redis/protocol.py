@@ -14,34 +14,13 @@ from typing import Any, Final, Self
 
 import attrs
 
-_SOURCE: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
+SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
+SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 # In the place of a bucket.
 _NONE = 0
 # How many numbers an answer begins with, and its part about a bucket.
 _HEAD = _STATE = 4
-
-
-@attrs.frozen(kw_only=True)
-class Script:
-    """The script of one prefix.
-
-    Each prefix has a text of its own, so a server that does not know it has counted nothing with
-    this prefix since its start.
-
-    Attributes:
-        text: The text.
-        sha: The name of the text in Redis.
-    """
-
-    text: str
-    sha: str
-
-    @classmethod
-    def of(cls, prefix: str) -> Self:
-        """The script of a prefix, which is one printable line."""
-        text = f"-- Counts with the prefix {prefix}.\n{_SOURCE}"
-        return cls(text=text, sha=hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 @attrs.frozen(kw_only=True)
@@ -88,8 +67,12 @@ class Request:
         number: The number of the message; it ascends.
         epoch: The epoch that the process knows; 0 for none.
         fresh: A new epoch, in case the count was lost.
-        holds: Whether no permits may be granted for a while.
-        is_new: Whether Redis did not know the script.
+        holds: Whether no permits may be granted for a while, because Redis does not know all tokens
+            of the process.
+        holds_if_silent: Whether none may be granted because the process had no answer for long. It
+            counts only if Redis had no message of any process for `still` seconds: then all
+            processes may have counted by themselves.
+        still: After how long without a message Redis may have been out of reach of all.
         clock: Redis's clock in microseconds as far as the process knows; 0 for unknown.
         age: How long ago that was.
         tolerance: The tolerance of that age.
@@ -112,7 +95,8 @@ class Request:
     epoch: int
     fresh: int
     holds: bool
-    is_new: bool = False
+    holds_if_silent: bool = False
+    still: float
     clock: int
     age: float
     tolerance: float
@@ -138,8 +122,8 @@ class Request:
             self.number,
             self.epoch,
             self.fresh,
-            int(self.holds),
-            int(self.is_new),
+            2 if self.holds else int(self.holds_if_silent),
+            _micro(self.still),
             self.clock,
             _micro(self.age),
             _micro(self.tolerance),

@@ -308,7 +308,8 @@ class SharedTokens:
         """
         if not self.demand.permits:
             return False
-        return self.within is None or self._link.now() >= self.asks_from
+        short_until = self.view.short_until(self.demand.kept)
+        return self.within is None or self._link.now() >= short_until
 
     def holds(self, now: float) -> bool:
         """Whether this process has tokens that Redis must know about."""

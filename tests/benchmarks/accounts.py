@@ -5,7 +5,8 @@ strict sliding window for each account and answers after a random delay. The cli
 `scope="account"`, so each account has a bucket of its own in Redis.
 
 Many accounts: one key each, 300 requests in any minute for each, so only the pace delays a request.
-A first start under a new prefix has a row of its own. One account: its keys are declared, and
+A first start under a new prefix takes 2.5 s more, in which no tokens are given; it has a row of its
+own. One account: its keys are declared, and
 divided among the processes, which wait at a barrier.
 """
 

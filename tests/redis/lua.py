@@ -24,7 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from crustcredits.redis import RedisBackend
-from crustcredits.redis.protocol import Script
+from crustcredits.redis.protocol import SCRIPT, SHA
 
 # Seconds that Redis's clock is ahead of the loop's: it counts from 1970, with enough digits to
 # expose rounding.
@@ -578,6 +578,5 @@ def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:
     """Return a server that has been in use for a while."""
     redis = FakeRedis(**options)
     keys, said = opening(prefix)
-    script = Script.of(prefix)
-    redis.execute(keys, said, sha=script.sha, script=script.text)
+    redis.execute(keys, said, sha=SHA, script=SCRIPT)
     return redis

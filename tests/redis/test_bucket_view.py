@@ -10,11 +10,13 @@ from crustcredits.redis.bucket_view import GAP, BucketView
 from crustcredits.redis.protocol import BucketState
 
 
-def heard(*returns: float, out: int = 5, missing: int = 0, free: int = 0) -> BucketView:
+def heard(
+    *returns: float, out: int = 5, missing: int = 0, free: int = 0, is_short: bool = False
+) -> BucketView:
     """A view of 2 own tokens, and the others until 70.0."""
     view = BucketView()
     state = BucketState(out=out, missing=missing, free=free, returns=returns)
-    view.hear(state, 10.0, own=2, period=60.0)
+    view.hear(state, 10.0, own=2, period=60.0, is_short=is_short)
     return view
 
 
@@ -25,10 +27,14 @@ def test_other_processes_have_the_rest_out_for_a_period() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "free", "is_in_line"), [(0, 0, False), (1, 0, True), (0, 1, True)]
+    ("missing", "free", "is_short", "is_in_line"),
+    [(0, 0, False, False), (1, 0, False, True), (0, 1, False, True), (0, 0, True, True)],
 )
-def test_a_process_whose_calls_wait_is_in_line(missing: int, free: int, is_in_line: bool) -> None:
-    assert heard(missing=missing, free=free).is_in_line == is_in_line
+def test_a_process_whose_calls_wait_is_in_line(
+    missing: int, free: int, is_short: bool, is_in_line: bool
+) -> None:
+    """Also where another bucket did not allow its permits."""
+    assert heard(missing=missing, free=free, is_short=is_short).is_in_line == is_in_line
 
 
 def test_tokens_come_back_at_the_times_told() -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import attrs
 import pytest
 
 from crustcredits.redis.protocol import (
+    SCRIPT,
+    SHA,
     BucketReport,
     PermitRequest,
     Request,
     Response,
-    Script,
 )
 from tests.redis.lua import EPOCH, FakeRedis, opened
 
-SCRIPT = Script.of("p")
 LEASE = 81.0
 PAUSE = 1.25
+STILL = 1.0
 
 
 @attrs.define
@@ -40,6 +39,7 @@ class Process:
             epoch=self.epoch,
             fresh=100 + self.number,
             holds=False,
+            still=STILL,
             clock=0,
             age=0.0,
             tolerance=2.0,
@@ -54,8 +54,7 @@ class Process:
     def send(self, request: Request) -> Response:
         self.sent = request
         names, said = request.encode()
-        text = SCRIPT.text if request.is_new else None
-        answer = self.redis.execute(names, said, sha=SCRIPT.sha, script=text)
+        answer = self.redis.execute(names, said, sha=SHA, script=SCRIPT)
         return Response.decode(answer, self.sent)
 
     def ask(self, *wanted: tuple[str, int, int], first: int = 0, common_limit: int = 0) -> Response:
@@ -164,36 +163,6 @@ def test_a_message_that_arrives_again_changes_nothing(
     assert answer.granted == ((2,) if not later else (1,))
     assert redis.text() == before
     assert answer.epoch == first.epoch
-
-
-def new_server(clock: Clock, **changes: Any) -> FakeRedis:
-    """A server that has run for a day without this script."""
-    redis = FakeRedis(clock=clock)
-    for name, value in changes.items():
-        setattr(redis, name, value)
-    return redis
-
-
-def first_message(redis: FakeRedis, epoch: int = 0) -> Response:
-    one = Process(redis, "one", epoch=epoch)
-    request = one.request([], [])
-    return one.send(attrs.evolve(request, is_new=True))
-
-
-def test_a_server_without_the_script_grants_tokens_at_once(clock: Clock) -> None:
-    """No process has counted there, or it would have sent the script."""
-    assert first_message(new_server(clock)).pause == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "epoch"),
-    [({"started": EPOCH - 1}, 0), ({"run": 2}, 0), ({}, 77)],
-    ids=["just started", "a replica that has taken over", "the process knows an epoch"],
-)
-def test_a_server_where_others_may_have_counted_waits_for_their_tokens(
-    clock: Clock, changes: dict[str, Any], epoch: int
-) -> None:
-    assert first_message(new_server(clock, **changes), epoch).pause == PAUSE
 
 
 def test_a_lost_count_waits_for_the_tokens_of_all_processes(clock: Clock) -> None:

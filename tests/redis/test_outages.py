@@ -6,12 +6,13 @@ In virtual time, with the real script over a model of Redis.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from crustcredits import BackendUnavailableError, RateLimit, RateLimitWaitError
+from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
 from tests.redis.processes import (
@@ -636,6 +637,91 @@ async def test_degraded_mode_starts_despite_a_forgotten_account(
         redis.down = False
         await waiting
     assert not redis.faults
+
+
+@pytest.mark.parametrize("scope", ["account", "auto"])
+async def test_accounts_whose_tokens_returned_before_they_were_registered_stop_nobody(
+    redis: FakeRedis, scope: Literal["account", "auto"]
+) -> None:
+    """A process has hundreds of accounts to register after a loss of the count."""
+    redis.latency = lambda process: 0.05
+    limit = RateLimit(requests=300, scope=scope, pace=None)
+    one, two = (
+        fake_client(FakeServer(), rate_limit=limit, backend=connected(redis)) for _ in range(2)
+    )
+    calls = []
+    for key in keys(240):
+        calls.append(asyncio.create_task(one.balance(key)))
+        await asyncio.sleep(0.25)
+    await asyncio.sleep(2)
+    redis.flush()
+    for key in keys(40, "later"):
+        calls.append(asyncio.create_task(one.balance(key)))
+        await asyncio.sleep(0.25)
+    began = now()
+    await two.balance(keys(1, "of-two")[0])
+    assert now() - began < 1
+    await asyncio.gather(*calls)
+    for client in (one, two):
+        await client.close()
+
+
+@pytest.mark.parametrize("pause", [0.1, 7200.0])
+async def test_a_process_tells_of_an_outage_at_once(
+    redis: FakeRedis, start: Start, pause: float
+) -> None:
+    """Its next call, however late, stops no other process."""
+    one, two = start(limit=10), start(limit=10)
+    await one.send()
+    redis.down = True
+    await asyncio.sleep(5)
+    redis.down = False
+    await asyncio.sleep(PAUSE + 1 + pause)
+    for each in (one, two):
+        began = now()
+        await each.send()
+        assert now() - began < 0.1
+
+
+async def test_a_process_with_a_bad_network_stops_no_other_process(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Redis has the messages of the others meanwhile, so none of them counts by itself."""
+    one, two = start(limit=1000, period=5.0), start(limit=1000, period=5.0)
+    waits = []
+    await one.send()
+    for step in range(360):
+        redis.cut = {one.name} if step > 60 and step % 30 < 20 else set()
+        began = now()
+        await two.send()
+        two.end()
+        waits.append(now() - began)
+        await asyncio.sleep(0.1)
+    redis.cut = set()
+    assert max(waits) < 0.1
+
+
+async def test_after_an_outage_of_all_processes_none_is_served_before_each_has_registered(
+    redis: FakeRedis, start: Start
+) -> None:
+    """One of them may have counted by itself."""
+    one, two = start(limit=4, fallback_share=1 / 2), start(limit=4, fallback_share=1 / 2)
+    for each in (one, two):
+        await each.send()
+        each.end()
+    await passes(58)
+    redis.down = True
+    await passes(62)
+    tasks = [each.waits() for each in (one, two) for _ in range(4)]
+    await asyncio.sleep(0.1)
+    assert sum(task.done() for task in tasks) == 2  # with the tokens that have returned
+    redis.down = False
+    await asyncio.sleep(PAUSE - 0.1)
+    assert sum(task.done() for task in tasks) == 2
+    await asyncio.sleep(1)
+    assert sum(task.done() for task in tasks) == 4
+    for task in tasks:
+        task.cancel()
 
 
 async def test_a_lowered_limit_holds_for_all_waiters(start: Start) -> None:

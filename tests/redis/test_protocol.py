@@ -22,6 +22,7 @@ REQUEST = Request(
     epoch=11,
     fresh=12,
     holds=True,
+    still=1.0,
     clock=1_700_000_000_000_000,
     age=0.25,
     tolerance=2.0,
@@ -57,7 +58,7 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
         "{p}:all",
         "{p}:all:line",
     ]
-    process = [7, 11, 12, 1, 0, 1_700_000_000_000_000, 250_000, 2_000_000]
+    process = [7, 11, 12, 2, 1_000_000, 1_700_000_000_000_000, 250_000, 2_000_000]
     durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
     strict = [1, 333_333_333, 1, 5_000_000]
     buckets = [3, 250, 2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0, 0, 0]
@@ -66,9 +67,16 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
     assert said == ["one", " ".join(map(str, numbers))]
 
 
-def test_the_first_message_to_a_server_says_so() -> None:
-    _, said = attrs.evolve(REQUEST, is_new=True, holds=False).encode()
-    assert said[1].split()[3:5] == ["0", "1"]
+@pytest.mark.parametrize(
+    ("holds", "holds_if_silent", "said"),
+    [(False, False, 0), (False, True, 1), (True, False, 2), (True, True, 2)],
+)
+def test_a_request_says_when_no_permits_may_be_granted(
+    holds: bool, holds_if_silent: bool, said: int
+) -> None:
+    request = attrs.evolve(REQUEST, holds=holds, holds_if_silent=holds_if_silent)
+    _, (_, numbers) = request.encode()
+    assert int(numbers.split()[3]) == said
 
 
 def test_an_answer_has_the_state_of_each_bucket_and_what_was_granted() -> None:
