@@ -6,8 +6,7 @@ strict sliding window for each account and answers after a random delay. The cli
 
 Many accounts: one key each, 300 requests in any minute for each, so only the pace delays a request.
 A first start under a new prefix takes 2.5 s more, in which no tokens are given; it has a row of its
-own. One account: its keys are declared, and
-divided among the processes, which wait at a barrier.
+own. One account: its keys are declared, and divided among the processes, which wait at a barrier.
 """
 
 from __future__ import annotations
