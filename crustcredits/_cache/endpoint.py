@@ -97,6 +97,7 @@ class Endpoint:
             is_barred=self.is_barred,
         )
         self.streams = Streams(self.scheduler.estimates)
+        self._on_tokens = on_tokens
 
     # --- calls
 
@@ -289,3 +290,4 @@ class Endpoint:
             call.on_end(BackendUnavailableError(message, key_name=call.api_key.label))
         if len(calls) == _SLICE:
             loop.call_soon(self._on_outage, whose)
+        self._on_tokens()  # calls that waited behind these for their account are ready now

@@ -52,6 +52,10 @@ class Affected(Protocol):
         """Adapt to the end of degraded mode, or to the use of the whole share."""
         ...
 
+    def wake(self) -> None:
+        """Wake the waiting calls."""
+        ...
+
     def fail(self) -> None:
         """Fail every waiting call."""
         ...
@@ -136,6 +140,7 @@ class Outage:
         self._stop_timer()
         for tokens in self._tokens():
             tokens.change()
+        self._wake_all()
         return True
 
     def others_may_be_alone(self, now: float) -> bool:
@@ -165,6 +170,7 @@ class Outage:
         self.settles_at = since + self._wait_alone
         for tokens in self._tokens():
             tokens.go_alone()
+        self._wake_all()
         if not self._is_closed:
             self._timer = asyncio.get_running_loop().call_at(self.settles_at, self._settle)
 
@@ -172,6 +178,12 @@ class Outage:
         self.is_settled = True
         for tokens in self._tokens():
             tokens.change()
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Wake the waiting calls, when all tokens have changed: a call takes tokens of two."""
+        for tokens in self._tokens():
+            tokens.wake()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -333,7 +333,7 @@ class SharedTokens:
         self._had = self._own.out
 
     def go_alone(self) -> None:
-        """Enter degraded mode."""
+        """Enter degraded mode; its waiting calls are woken when all tokens have done so."""
         self.messages.epoch = 0
         self.granted.forget_reports()
         self.demand.ask(0)
@@ -343,7 +343,6 @@ class SharedTokens:
         """Adapt to the start or the end of degraded mode, or to the use of the whole share."""
         self.view.forget_short()
         self._own.resize(self.share)
-        self.wake()
 
     # --- inside
 

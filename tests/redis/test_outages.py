@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from crustcredits import BackendUnavailableError, RateLimit, RateLimitWaitError
+from crustcredits import ApiKey, BackendUnavailableError, RateLimit, RateLimitWaitError
 from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
@@ -722,6 +722,21 @@ async def test_after_an_outage_of_all_processes_none_is_served_before_each_has_r
     assert sum(task.done() for task in tasks) == 4
     for task in tasks:
         task.cancel()
+
+
+async def test_a_call_that_waited_for_its_account_fails_too(redis: FakeRedis) -> None:
+    """It is ready when the call before it has failed."""
+    limit = RateLimit(requests=1, scope="client")
+    backend = connected(redis, on_outage="raise")
+    async with fake_client(FakeServer(), rate_limit=limit, backend=backend) as client:
+        pool = [ApiKey(f"secret-{number}", name=f"k{number}", account="one") for number in range(3)]
+        await client.balance(pool[0])
+        calls = [asyncio.create_task(client.balance(key, timeout=500)) for key in pool[1:]]
+        await passes(59)
+        redis.down = True
+        await asyncio.wait(calls)
+        assert now() < 70
+        assert [type(call.exception()) for call in calls] == [BackendUnavailableError] * 2
 
 
 async def test_a_lowered_limit_holds_for_all_waiters(start: Start) -> None:
