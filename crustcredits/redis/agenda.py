@@ -43,9 +43,9 @@ class Agenda:
         self._due.clear()
 
     def take(self, now: float, epoch: int, *, all_due: bool) -> list[SharedTokens]:
-        """Take out the buckets of the next message: those that are due, or nearly.
+        """Take out the buckets of the next message: all that are due, or nearly.
 
-        With `all_due` also those that are due much later.
+        With `all_due` also the ones that are due much later.
         """
         batch: list[SharedTokens] = []
         for tokens in sorted(self._due, key=self._due.__getitem__):

@@ -112,7 +112,7 @@ class RedisBackend:
         self._is_strict = on_outage == "strict"
         self._opened = False
         self._gates: dict[str, GateTokens] = {}  # the common tokens by path
-        self._leases: set[Lease] = set()  # those that are held or waited for
+        self._leases: set[Lease] = set()  # held, or waited for
         self._client = client
         self._make_link = partial(
             Coordinator,
@@ -187,7 +187,7 @@ class RedisBackend:
         A process is the leader (`is_held`) for 0.9 of the lease's time from the moment at which it
         asked, by its own monotonic clock, and it renews the lease after each third. A killed leader
         is replaced within 1.2 times this time. A leader that leaves is replaced by a process that
-        comes then, and by those that wait within the same time.
+        comes then, and by a waiting one within the same time.
 
         No two processes are leaders at one moment while Redis keeps its data and its clock runs
         evenly. After a restart without data, a failover that loses the lease, or a suspended
@@ -220,7 +220,7 @@ class RedisBackend:
         )
 
     async def close(self) -> None:
-        """Report what is still queued, if Redis is reachable, and close connections opened here.
+        """Send the queued reports, if Redis is reachable, and close connections opened here.
 
         Leases end: a held one is released and counts as lost, and entering one that still waits
         fails with `ClientClosedError`. Afterwards another client may use this backend.

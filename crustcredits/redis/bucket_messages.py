@@ -1,6 +1,6 @@
-"""`BucketMessages`: what a process says about one bucket, and what it takes from the answers.
+"""`BucketMessages`: the messages of a process about one bucket, and the answers.
 
-The coordinator asks for the parts of a message in this order: `begin`, `asks` and `ask`, `report`.
+A message is made in this order: `begin`, `reserve_permits` and `ask` for each request, `report`.
 After an answer come `granted` and `answered`, after a failure comes `unanswered`.
 """
 
@@ -78,8 +78,11 @@ class BucketMessages:
         self._tokens.granted.begin_report(now)
         self._sent = _Sent(now)
 
-    def asks(self, now: float) -> int:
-        """How many permits the message asks for: none before tokens return."""
+    def reserve_permits(self, now: float) -> int:
+        """Let the window count the permits that the message asks for; none before tokens return.
+
+        Returns how many.
+        """
         demand = self._tokens.demand
         demand.ask(0 if now < self._tokens.asks_from else demand.permits)
         return demand.asked
@@ -93,7 +96,7 @@ class BucketMessages:
         return self._tokens.limit - kept
 
     def report(self, now: float, epoch: int) -> BucketReport:
-        """The part of the message that is about this bucket, when it is known what it asks for.
+        """The part of the message that is about this bucket, when its requests are known.
 
         Registers every token that is out, if that has not been done in this epoch.
         """
@@ -121,7 +124,7 @@ class BucketMessages:
             sent.short.append(kept)
 
     def answered(self, state: BucketState, now: float, *, epoch: int) -> bool:
-        """Take the answer to the message under way, after what was granted.
+        """Take the answer to the message under way, after `granted`.
 
         Returns whether calls may have to be woken.
         """

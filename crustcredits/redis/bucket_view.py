@@ -1,4 +1,4 @@
-"""`BucketView`: what Redis said last about one bucket. No I/O; times are the running loop's."""
+"""`BucketView`: the last answer of Redis about one bucket. No I/O; times are the running loop's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BucketView:
 
     Attributes:
         others_until: When the tokens have returned that other processes had out.
-        is_in_line: Whether Redis counts this process among those that wait for the bucket.
+        is_in_line: Whether Redis counts this process among the ones that wait for the bucket.
         coming: When the next tokens return, ascending.
     """
 
@@ -26,7 +26,7 @@ class BucketView:
         self.coming: list[float] = []
         self.others_until = 0.0
         self._others = 0
-        # Until when there are no tokens for calls that leave so many.
+        # By the number of tokens that calls leave: until when there are none for them.
         self._short: dict[int, float] = {}
 
     def hear(
@@ -57,8 +57,8 @@ class BucketView:
     def note_short(self, kept: int, now: float, otherwise: float) -> None:
         """Note that there is no token now for calls that leave `kept` tokens.
 
-        They ask for the tokens that return next, with those that follow at once. Where no return
-        was told, they ask at `otherwise`.
+        They ask for the tokens that return next, and for the ones that follow at once. Where no
+        return was told, they ask at `otherwise`.
         """
         if not self.coming:
             self._short[kept] = otherwise

@@ -1,7 +1,7 @@
 """`Coordinator`: exchanges messages with Redis, one at a time, with a heartbeat.
 
 `shared_tokens` decides the content of messages, `protocol` their form, and `exchange.lua` their
-effect in Redis. `outage` decides what happens without an answer.
+effect in Redis. `outage` has the reaction to a missing answer.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Coordinator:
         self._number = self._message_number = 0
         # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
         self._probe: SharedTokens | None = None
-        # Whether an outage has ended of which no message has told yet: other processes may be in
+        # Whether an outage has ended that no message has reported yet. Other processes may be in
         # degraded mode, so no tokens may be granted for a while.
         self._was_out = False
         self._last = self._last_beat = 0.0
@@ -307,7 +307,7 @@ class Coordinator:
         return True
 
     def _take_due(self, now: float, *, is_beat: bool) -> list[SharedTokens]:
-        """The buckets of the next message: those that are due, or nearly.
+        """The buckets of the next message: all that are due, or nearly.
 
         A heartbeat also asks when tokens return for those with waiting calls; if these are too many
         for one message, each heartbeat goes on where the last one ended.
@@ -330,7 +330,7 @@ class Coordinator:
                 message.ask(self._probe, self._numbers(1))
         elif not self.closed:
             for tokens in batch:
-                if count := tokens.messages.asks(now):
+                if count := tokens.messages.reserve_permits(now):
                     message.ask(tokens, self._numbers(count))
         return message
 
@@ -429,7 +429,7 @@ class Coordinator:
                 self._say_by(tokens, now)
 
     def _has_to_register(self, message: _Message) -> bool:
-        """Whether tokens are out of which Redis does not know, and the message does not tell."""
+        """Whether tokens are out that neither Redis knows nor this message reports."""
         for tokens in list(self._untold):
             if not tokens.holds(message.now):
                 self._untold.discard(tokens)

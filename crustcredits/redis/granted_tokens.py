@@ -1,7 +1,7 @@
 """`GrantedTokens`: the tokens of one bucket that Redis granted to this process, and their reports.
 
 A token is unused first, then taken by an attempt, then out until its return. Tokens are alike but
-for the reserve that they leave: of those that a call may use, the one granted first is used first,
+for the reserve that they leave: of the tokens for a call, the one granted first is used first,
 and the one used first ends first. No I/O.
 """
 
@@ -126,7 +126,7 @@ class GrantedTokens:
     # --- reports
 
     def begin_report(self, now: float) -> None:
-        """Note that the message under way reports what is known now."""
+        """Note that the message under way reports the present state."""
         self._given_back = [token for token in self._given_back if now < token.at + self._lease]
         self._in_message = len(self._unreported), len(self._given_back)
 

@@ -270,7 +270,7 @@ class Lease:
         """
         try:
             answer = await self._send(action)
-        except Exception as error:  # noqa: BLE001  # an outage, whatever it is
+        except Exception as error:  # noqa: BLE001  # any error is an outage
             problem = error if isinstance(error, ConfigurationError) else mistake(error)
             why = _why(error)
         else:

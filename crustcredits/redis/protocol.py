@@ -31,7 +31,7 @@ class BucketReport:
         name: The bucket's name in Redis.
         returns: Numbers of tokens that are out, each with the seconds until its return.
         unused: Numbers of tokens that are not out any more.
-        waits: How many permits calls wait for besides those that the message asks for.
+        waits: How many more permits calls wait for, for which the message does not ask.
         most: How many tokens may be out for these.
     """
 

@@ -2,8 +2,8 @@
 
 A process asks for permits: one token of each bucket that counts an attempt, or none of them. So no
 process holds a token while it waits for another one. The link decides how and when messages travel.
-`granted_tokens` holds what Redis granted, `bucket_view` what it said last. `bucket_messages` has
-the messages about the bucket.
+`granted_tokens` holds the tokens that Redis granted, `bucket_view` its last answer, and
+`bucket_messages` the messages about the bucket.
 """
 
 from __future__ import annotations
@@ -392,11 +392,11 @@ class GateTokens(SharedTokens):
         return room if come is None else min(room, max(1, come))
 
     def may_ask(self, count: int) -> bool:
-        """Whether there is room for so many more permits, or for a group of them."""
+        """Whether there is room for `count` more permits, or for a group of them."""
         return self._link.window.allows(count)
 
     def short_until(self, kept: int) -> float:
-        """As for `SharedTokens`; nobody asks before Redis grants permits again."""
+        """As for `SharedTokens`; no call asks before Redis grants permits again."""
         return max(self._link.opens_at, super().short_until(kept))
 
     def room_came(self) -> None:

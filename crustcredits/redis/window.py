@@ -149,7 +149,7 @@ class Demand(Generic[WaiterT]):
             self._window.used()
 
     def met(self) -> None:
-        """Note that an answer was about all calls: those that still wait ask again."""
+        """Note that an answer was about all calls: if some still wait, they ask again."""
         self.wanted = 0
         self._window.waits(self._waiter, 0)
 
