@@ -1,7 +1,7 @@
 """`CreditsClient`: calls for one key or many, deadlines, and closing.
 
 `_cache.lookup` answers for one key, `_check` for a pool, and `_fan_out` decides how many keys of a
-stream are asked about at a time. Nothing here knows of requests.
+stream are asked about at a time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from crustcredits._http.retry import Retry
 from crustcredits._http.transport import (
     AiohttpTransport,
     ClientSession,
-    Transport,
     session_problem,
     tls_problem,
 )
+from crustcredits._http.transport_types import Transport
 from crustcredits._keys.api_key import ApiKey, Key, KeyLike, UnusableKey, as_key
 from crustcredits._keys.checks import is_likely_key
 from crustcredits._keys.key_pool import KeysLike, async_pool_of, pool_of
@@ -93,7 +93,7 @@ def _transport_for(
         if problem is not None:
             return problem
     if instead is not None:
-        if not callable(getattr(instead, "attempt", None)):
+        if not all(callable(getattr(instead, name, None)) for name in ("attempt", "close")):
             return ConfigurationError(
                 "_transport cannot send requests: it must have the methods attempt and close"
             )
@@ -462,7 +462,7 @@ class CreditsClient:
         key = as_key(key)
         if isinstance(key, UnusableKey):
             raise copy.copy(key.error)
-        self._check_loop()
+        self._bind_loop()
         return self._lookup.last(
             ACCOUNT_CREDITS if detail else USER_CREDITS, key, self._policy.given(max_age=max_age)
         )
@@ -579,7 +579,7 @@ class CreditsClient:
         key = None if key is None else as_key(key)
         if isinstance(key, UnusableKey):
             raise copy.copy(key.error)
-        self._check_loop()
+        self._bind_loop()
         return self._dispatcher.quota(ACCOUNT_CREDITS if detail else USER_CREDITS, key)
 
     async def close(self) -> None:
@@ -587,19 +587,21 @@ class CreditsClient:
 
         A session that was given stays open. May be called twice.
         """
-        self._check_loop()
+        self._bind_loop()
         self._closed = True
         for run in self._fan_outs:
             run.end(closed_error())
         try:
             await self._lookup.calls.close()
         finally:
-            await self._dispatcher.transport.close()
-            if self._backend is not None:
-                await self._backend.close()
+            try:
+                await self._dispatcher.transport.close()
+            finally:
+                if self._backend is not None:
+                    await self._backend.close()
 
     async def __aenter__(self) -> Self:
-        self._check_loop()
+        self._bind_loop()
         self._check_usable()
         if self._backend is not None:
             await self._start(self._backend)
@@ -684,9 +686,9 @@ class CreditsClient:
         if self._closed:
             raise closed_error()
         if asyncio.get_running_loop() is not self._loop:
-            self._check_loop()
+            self._bind_loop()
 
-    def _check_loop(self) -> None:
+    def _bind_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:

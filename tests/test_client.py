@@ -39,7 +39,7 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
-from crustcredits._http.transport import Fate
+from crustcredits._http.transport_types import Fate
 from tests import searches
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
 

@@ -19,7 +19,7 @@ import attrs
 from crustcredits import ApiKey, APITimeoutError
 from crustcredits._client import CreditsClient
 from crustcredits._http.protocol import Response
-from crustcredits._http.transport import Failure, Fate
+from crustcredits._http.transport_types import Failure, Fate
 
 T = TypeVar("T")
 

@@ -54,7 +54,7 @@ class CacheEntry:
     """The last balance for one key on one endpoint, and the failure since then.
 
     Attributes:
-        tried: Time of the last result, good or bad; refreshes are ordered by it.
+        tried: Time of the last result, good or bad.
         refresh_at: Earliest time of the next refresh, as far as the entry's own failures decide.
 
     Ages count on both clocks: the running loop's, and the wall clock, which advances while a laptop

@@ -20,7 +20,7 @@ _log = logging.getLogger("crustcredits")
 
 
 class Completion:
-    """Ends calls: with a result, without one, or because nobody waits any more.
+    """Ends calls: with a result, without one, or because no caller waits any more.
 
     Args:
         under_way: The calls that have not ended.
@@ -82,12 +82,16 @@ class Completion:
     def _pass_on(self, call: SharedCall, outcome: Outcome[Any]) -> None:
         """Forget a call, and pass the outcome to every waiter."""
         self._under_way.remove(call)
-        for_others = shared(outcome) if len(call.waiters) > 1 or call.first is None else outcome
+        for_others: Outcome[Any] | None = None
         for waiter in call.waiters:
             if waiter.done():  # given up in this iteration of the loop
                 continue
             try:
-                waiter.set_result(outcome if waiter is call.first else for_others)
+                if waiter is call.first:
+                    waiter.set_result(outcome)
+                    continue
+                for_others = for_others or shared(outcome)
+                waiter.set_result(for_others)
             except Exception as error:  # noqa: BLE001  # a defect; the other waiters go on
                 _log.error(  # a traceback may hold secrets
                     "%s: an outcome could not be passed on (%s); this is a defect of crustcredits, "

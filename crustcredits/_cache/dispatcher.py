@@ -3,7 +3,7 @@
 A call that waits has no task, token or timer of its own. One function starts all attempts. It runs
 when a call enters, when a request ends, and from one timer, and asks the schedulers again. Errors
 are values here: a pool has as many as it has bad keys, and an error that is never raised needs no
-traceback. The module must not know the cache, and of waiters only what `ApiCall` declares.
+traceback. The module must not know the cache, nor more of waiters than `ApiCall` declares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crustcredits._cache.endpoint import Endpoint
 from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry, retry_delay
-from crustcredits._http.transport import Transport
+from crustcredits._http.transport_types import Transport
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult

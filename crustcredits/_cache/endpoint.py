@@ -20,7 +20,7 @@ from crustcredits._errors import (
 )
 from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import asked_wait
-from crustcredits._http.transport import Failure, Fate
+from crustcredits._http.transport_types import Failure, Fate
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt, AttemptResult

@@ -80,7 +80,7 @@ class EndpointFailures:
 
     @property
     def is_down(self) -> bool:
-        """Whether so many keys have failed in a row that the endpoint is taken to be down."""
+        """Whether enough keys have failed in a row, so that the endpoint is taken to be down."""
         return self.failures >= _FAILURES
 
     def claim(self, digest: bytes, now: float) -> None:

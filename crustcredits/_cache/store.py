@@ -1,4 +1,4 @@
-"""`BalanceCache`: the cache entries of all keys, and what each answer means for them.
+"""`BalanceCache`: the cache entries of all keys, and the effect of each answer on them.
 
 Bounded: the least recently used entries are evicted first. The module does no I/O and never waits.
 Callers pass the time, in seconds of the running loop's clock. No secret is part of a cache key.

@@ -28,7 +28,7 @@ class StreamTurns:
         period: Seconds after which a token returns.
 
     Attributes:
-        patience: If no key is under way for so many seconds, the next one is tried in any case.
+        patience: After this many seconds without a key under way the next one is tried in any case.
     """
 
     def __init__(

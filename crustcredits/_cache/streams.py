@@ -5,7 +5,7 @@ from __future__ import annotations
 from crustcredits._ratelimit.estimates import Estimates
 from crustcredits._ratelimit.flow import Flow
 
-# A stream whose next key waits asks again for its likely starts within so many seconds.
+# A stream whose next key waits asks again for its likely starts within this time, in seconds.
 _ASKS_AGAIN = 2.0
 
 

@@ -12,7 +12,7 @@ from crustcredits._cache.store import CacheKey
 class UnderWay:
     """The calls under way: for each key and endpoint one that further callers join.
 
-    An outdated call goes on for its own waiters, and no new waiter joins it: it was on the wire
+    An outdated call continues for its own waiters, and no new waiter joins it: it was on the wire
     when its cache entry was invalidated.
 
     Args:

@@ -59,7 +59,10 @@ class Waiters:
             self._deadlines.add(terms.deadline, call, waiter)
 
     def leave(self, call: SharedCall, waiter: Waiter) -> None:
-        """Remove a waiter that gives up its call."""
+        """Remove a waiter that gives up its call.
+
+        If it was the last one, a call that waits is dropped, and a request on the wire continues.
+        """
         call.waiters.pop(waiter, None)
         if call.waiters:
             # Of many waiters the deadline stays as it is, so that thousands leave at little cost.
@@ -85,22 +88,23 @@ class Waiters:
 
     def time_out_if_hopeless(self, call: SharedCall, waiter: Waiter, terms: WaitTerms) -> None:
         """End a new waiter whose deadline certainly passes before a request can start."""
-        if terms.deadline < math.inf and not (
-            terms.began < terms.deadline >= self._endpoints[call.path].earliest(call, terms.began)
-        ):
+        if terms.deadline == math.inf:
+            return
+        earliest = self._endpoints[call.path].earliest(call, terms.began)
+        if terms.deadline <= terms.began or terms.deadline < earliest:
             self.time_out(call, waiter)
 
     def time_out_hopeless(self, call: SharedCall) -> None:
         """End the waiters with a deadline before the next attempt of `call` can start."""
-        patient = [
+        with_deadline = [
             (waiter, terms.deadline)
             for waiter, terms in call.waiters.items()
             if terms.deadline < math.inf
         ]
-        if not patient:
+        if not with_deadline:
             return
         earliest = self._endpoints[call.path].earliest(call, _now())
-        for waiter, deadline in patient:
+        for waiter, deadline in with_deadline:
             if deadline < earliest:
                 self.time_out(call, waiter)
 

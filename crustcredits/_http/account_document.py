@@ -20,7 +20,7 @@ _log = logging.getLogger("crustcredits")
 MAX_DEPTH: Final = 16
 
 
-def user_of(document: Any) -> tuple[Any, str | None]:
+def user_of(document: Any) -> Any:
     """The object that holds the credits: the document, or the account in it.
 
     Both shapes have been seen at both addresses.
@@ -30,8 +30,8 @@ def user_of(document: Any) -> tuple[Any, str | None]:
         and "credits" not in document
         and isinstance(document.get("account"), dict)
     ):
-        return document["account"], None
-    return document, None
+        return document["account"]
+    return document
 
 
 def account_of(document: Any, key: ApiKey) -> tuple[Any, str | None]:

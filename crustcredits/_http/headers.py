@@ -40,7 +40,7 @@ def read_rate_limit(headers: Mapping[str, str]) -> RateLimitStatus | None:
     return RateLimitStatus(limit=limit, remaining=remaining, reset=reset)
 
 
-def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
+def read_refusal_wait(headers: Mapping[str, str], *, now: datetime, period: float) -> float | None:
     """Seconds that a refusal (429) asks to wait; None when its headers name no wait.
 
     The longer of `x-ratelimit-reset`, "wait that many seconds" (best-practices page), and
@@ -48,12 +48,12 @@ def read_retry_after(headers: Mapping[str, str], *, now: datetime, period: float
     `period` seconds, even where the server sends an epoch.
     """
     reset = _seconds(headers.get("x-ratelimit-reset"))
-    slot = None if reset is None else min(max(reset, 0.0), period)
-    waits = [wait for wait in (slot, read_wait(headers, now=now)) if wait is not None]
+    reset_wait = None if reset is None else min(max(reset, 0.0), period)
+    waits = [wait for wait in (reset_wait, read_retry_after(headers, now=now)) if wait is not None]
     return max(waits, default=None)
 
 
-def read_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
+def read_retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
     """Seconds that `Retry-After` asks to wait, from seconds or a date; None without a usable one.
 
     Gateways send this header; for the API it is unverified. The wait is not tied to a window, so

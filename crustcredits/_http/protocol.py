@@ -26,7 +26,12 @@ from crustcredits._errors import (
 from crustcredits._http.account_document import account_fields, account_of, user_of
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.documents import is_cut_short, parse, parse_leniently
-from crustcredits._http.headers import read_details, read_rate_limit, read_retry_after, read_wait
+from crustcredits._http.headers import (
+    read_details,
+    read_rate_limit,
+    read_refusal_wait,
+    read_retry_after,
+)
 from crustcredits._http.redaction import clean
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Account, Balance
@@ -82,7 +87,10 @@ def read_response(
             message, key_name=key.label, **read_details(response.headers, key)
         )
     if problem is None:
-        document, problem = user_of(document) if path == USER_CREDITS else account_of(document, key)
+        if path == USER_CREDITS:
+            document = user_of(document)
+        else:
+            document, problem = account_of(document, key)
     credits = document.get("credits") if isinstance(document, dict) else None
     if not isinstance(credits, Decimal):
         message = f"the API answered with {problem or 'no number of credits'}; {_CHECK_ADDRESS}"
@@ -109,8 +117,8 @@ def read_response(
 # --- failures
 
 # The class, the state and the remedy; the API's own text comes between state and remedy.
-_StatusError: TypeAlias = tuple[type[APIStatusError], str, str]
-_STATUS_ERRORS: Final[dict[int, _StatusError]] = {
+_ErrorText: TypeAlias = tuple[type[APIStatusError], str, str]
+_STATUS_ERRORS: Final[dict[int, _ErrorText]] = {
     400: (
         _errors.BadRequestError,
         "the API rejects the request",
@@ -127,26 +135,26 @@ _STATUS_ERRORS: Final[dict[int, _StatusError]] = {
         "change them, or use another key",
     ),
 }
-_NOT_ACCEPTED: Final[_StatusError] = (
+_NOT_ACCEPTED: Final[_ErrorText] = (
     _errors.AuthenticationError,
     "the API does not accept the key",
     "correct or replace the key",
 )
-_INVALID: Final[_StatusError] = (
+_INVALID: Final[_ErrorText] = (
     _errors.InvalidKeyError,
     "the API does not know the key",
     "correct or replace the key",
 )
-_MISSING: Final[_StatusError] = (
+_MISSING: Final[_ErrorText] = (
     _errors.MissingKeyError,
     "no key reached the API",
     "look for a proxy that removes the Authorization header",
 )
-_TRANSIENT: Final[_StatusError] = (APIStatusError, "the API answered with an error", "try again")
+_TRANSIENT: Final[_ErrorText] = (APIStatusError, "the API answered with an error", "try again")
 _CHECK_ADDRESS: Final = (
     "check the address of the API, look for a proxy before it, or update crustcredits"
 )
-_OTHER: Final[_StatusError] = (APIStatusError, "the API answered with an error", _CHECK_ADDRESS)
+_OTHER: Final[_ErrorText] = (APIStatusError, "the API answered with an error", _CHECK_ADDRESS)
 
 # These statuses speak for the API only with a JSON object as body: HTML pages come from gateways,
 # firewalls and captive portals.
@@ -192,11 +200,11 @@ def _read_failure(
         )
     text = clean(_message(document), key)
     if status >= 500:
-        wait = read_wait(response.headers, now=now) if status == 503 else None
+        wait = read_retry_after(response.headers, now=now) if status == 503 else None
         message = _sentence("the API or a gateway before it failed", text, _when(wait))
         return _errors.InternalServerError(message, status=status, retry_after=wait, **details)
     if status == 429:
-        wait = read_retry_after(response.headers, now=now, period=period)
+        wait = read_refusal_wait(response.headers, now=now, period=period)
         message = _sentence("the API refuses more requests for now", text, _when(wait))
         return RateLimitError(message, retry_after=wait, **details)
     kind, state, remedy = (

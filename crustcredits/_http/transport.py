@@ -8,15 +8,13 @@ inside, and raised only where no `except` block links them to aiohttp's.
 from __future__ import annotations
 
 import asyncio
-import enum
 import functools
 import math
 import os
 import ssl
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import aiohttp
-import attrs
 from aiohttp import hdrs
 from yarl import URL
 
@@ -25,12 +23,12 @@ from crustcredits._errors import (
     APITimeoutError,
     ClientClosedError,
     ConfigurationError,
-    CrustCreditsError,
 )
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.documents import MAX_BODY
 from crustcredits._http.headers import read_details
 from crustcredits._http.protocol import Response, request_headers
+from crustcredits._http.transport_types import Failure, Fate
 from crustcredits._validation import kind_of
 
 if TYPE_CHECKING:
@@ -49,36 +47,8 @@ _SHORTEST = 0.001
 _CONNECTING = 0.9
 
 
-class Fate(enum.Enum):
-    """The end of an attempt, as it matters for the server's count of requests."""
-
-    UNSENT = "it certainly never left"
-    ANSWERED = "the server counted it before it answered"
-    ABANDONED = "it was given up on, and may still arrive"
-
-
-@attrs.frozen
-class Failure:
-    """An attempt without a complete response."""
-
-    error: CrustCreditsError
-    fate: Fate
-
-
 class _NotResentError(aiohttp.ClientError):
     """Replaces a lost-connection error, after which aiohttp would re-send the GET by itself."""
-
-
-class Transport(Protocol):
-    """Sends requests."""
-
-    async def attempt(self, path: str, key: ApiKey, timeout: float) -> Response | Failure:
-        """Send one request and read the complete response within `timeout` seconds."""
-        ...
-
-    async def close(self) -> None:
-        """Release all connections."""
-        ...
 
 
 class AiohttpTransport:

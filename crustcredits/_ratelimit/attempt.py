@@ -11,12 +11,24 @@ from crustcredits._ratelimit.token_queue import AccountQueue
 
 @attrs.define(eq=False)
 class Attempt:
-    """A request on the wire, which holds a token of each bucket that may count it."""
+    """A request on the wire, which holds a token of each bucket that may count it.
+
+    Attributes:
+        call: The call for which it was sent.
+        kind: The priority with which it started.
+        started: When.
+        own: The mark of its place in the count of its account.
+        common: The mark of its place in the common count; None where accounts count apart.
+        trial: The trial during which it started, or None.
+        first: Whether it is the first request of its call.
+        in_trial: Whether it counts as a probe on the wire.
+        account: The tokens of its account.
+    """
 
     call: Call
     kind: Kind
     started: float
-    own: int  # the account's mark
+    own: int
     common: int | None
     trial: Trial | None
     first: bool

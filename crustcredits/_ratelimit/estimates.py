@@ -122,7 +122,7 @@ class Estimates:
         return math.inf if self._slots.usual is not None else self._slots.count
 
     def _stream_quota(self, calls: int, now: float) -> Quota:
-        """The quota for so many calls of a stream, and of others in turn."""
+        """The quota for this many calls of a stream, and of others in turn."""
         quota = self._without_tokens(now)
         if self._permits.counts_common:
             kept = self._kept_from_streams(now)

@@ -143,7 +143,7 @@ class FairQueue:
         return pool.begin(number)
 
     def _forget_if_empty(self, flow: Flow, flow_queue: FlowQueue) -> None:
-        """Forget the flow of a check or a stream of which no call waits.
+        """Forget the flow of a check or a stream if none of its calls waits.
 
         The flow may have ended, and holds much memory.
         """

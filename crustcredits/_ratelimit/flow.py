@@ -47,8 +47,9 @@ class Call:
     """One question about one key, as the scheduler sees it.
 
     Attributes:
-        account: The account whose tokens it takes; for a key without a declared account the key
-            itself.
+        key: The digest of the key.
+        account: The account of the tokens that it takes; for a key without a declared account the
+            digest.
         flow: The flow it belongs to.
         was_sent: Whether a request was sent for it before.
         spared: Refusals that cost it no attempt so far.

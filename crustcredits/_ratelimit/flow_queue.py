@@ -90,7 +90,7 @@ class FlowQueue:
             self.accounts[call.account] = deque((calls, call))
 
     def take_out(self, call: Call) -> None:
-        """Take a call out of those that wait. Its entry among its account's calls stays."""
+        """Take a waiting call out. Its entry among its account's calls stays."""
         calls, index = call.held_in, call.index
         last = calls.pop()
         if last is not call:

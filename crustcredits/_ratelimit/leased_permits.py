@@ -17,7 +17,7 @@ from crustcredits._ratelimit.token_queue import AccountQueue, TokenQueue
 class LeasedPermits(Permits):
     """As `Permits`, for tokens of accounts that are leased from Redis.
 
-    In degraded mode, in which this process counts alone, it does what `Permits` does.
+    In degraded mode, in which this process counts alone, it is as `Permits`.
     """
 
     def admit(self, call: Call, now: float) -> AccountQueue | None:
@@ -45,7 +45,7 @@ class LeasedPermits(Permits):
             self._release_account(queue, now)
 
     def _must_not_ask(self, account: AccountQueue, kind: Kind, now: float) -> bool:
-        """Whether a call has to wait for its own account, whatever tokens are free."""
+        """Whether a call has to wait for its own account, even if tokens are free."""
         return now < account.cools_until or _is_short(account, kind, now)
 
     def _let_ask(self, now: float) -> None:

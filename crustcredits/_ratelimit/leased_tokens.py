@@ -275,5 +275,5 @@ class PermitGate(LeasedTokens):
         return until if until > now else None
 
     def is_open(self, count: int) -> bool:
-        """Whether so many waiting calls may ask now, or a group of them."""
+        """Whether `count` waiting calls may ask now, or a group of them."""
         return self._gate.may_ask(count)

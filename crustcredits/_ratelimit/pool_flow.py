@@ -92,7 +92,7 @@ class PoolFlow(Flow, ABC):
         return min(number - self._head, self.waiting - 1)
 
     def take_out(self, number: int) -> None:
-        """Take a number out of those that wait."""
+        """Take a waiting number out."""
         last = self._numbers.pop()
         where = self._where[number]
         if last != number:

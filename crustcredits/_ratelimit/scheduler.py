@@ -137,7 +137,7 @@ class Scheduler:
     def drain(self, whose: Hashable | None, now: float, most: int | None = None) -> list[Call]:
         """Take out the calls that wait for a token of this account, up to `most`.
 
-        With None those that wait for the common bucket.
+        With None the ones that wait for the common bucket.
         """
         return self.permits.give_up(whose, now, most)
 

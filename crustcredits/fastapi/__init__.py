@@ -1,7 +1,7 @@
 """crustcredits in a FastAPI service: a lifespan, a dependency, a router and exception handlers.
 
-This package owns routes, schemas and problem documents; it must not know how a balance is
-requested. Needs the extra `fastapi`. Start reading in `router.py`.
+This package owns the lifespan, routes, schemas and problem documents. It must not know how a
+balance is requested. Needs the extra `fastapi`. Start reading in `router.py`.
 """
 
 from crustcredits.fastapi.exception_handlers import install_exception_handlers

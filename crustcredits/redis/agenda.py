@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from crustcredits.redis.bucket_messages import BUCKETS
 from crustcredits.redis.shared_tokens import SharedTokens
+from crustcredits.redis.timing import BUCKETS
 
 # Seconds for which the report of an ended attempt may wait for other reports; its lease covers it
 # until then.

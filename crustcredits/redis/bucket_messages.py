@@ -6,20 +6,16 @@ After an answer come `granted` and `answered`, after a failure comes `unanswered
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from typing import Any, Protocol
 
 import attrs
 
+from crustcredits.redis.bucket_view import BucketView
+from crustcredits.redis.granted_tokens import GrantedTokens
 from crustcredits.redis.protocol import BucketReport, BucketState
-
-if TYPE_CHECKING:
-    from crustcredits.redis.shared_tokens import Link, SharedTokens
-
-# Most seconds between two messages while a call waits or tokens are out; a lost count is noticed
-# within this time.
-BEAT = 0.5
-# Most buckets in one message.
-BUCKETS = 64
+from crustcredits.redis.timing import BEAT, BUCKETS
+from crustcredits.redis.window import Demand, Waiter, Window
 
 
 @attrs.define
@@ -39,21 +35,44 @@ class _Sent:
     short: list[int] = attrs.field(factory=list)
 
 
+class Reported(Waiter, Protocol):
+    """The tokens that the messages are about: `SharedTokens`."""
+
+    name: str
+    limit: int
+    granted: GrantedTokens
+    view: BucketView
+
+    @property
+    def demand(self) -> Demand[Any]: ...
+    @property
+    def own_out(self) -> int: ...
+    @property
+    def wants(self) -> bool: ...
+    @property
+    def asks_from(self) -> float: ...
+    def collect(self, now: float) -> None: ...
+    def holds(self, now: float) -> bool: ...
+    def watch_unused(self) -> None: ...
+
+
 class BucketMessages:
     """The messages about the tokens of one bucket.
 
     Args:
-        tokens: The tokens.
-        link: Carries the messages.
+        tokens: The tokens, which own this object.
+        window: How many permits the client may ask for.
+        period: From the end of an attempt to the return of its token, in seconds.
 
     Attributes:
         epoch: The last epoch in which all tokens were registered; 0 for none.
     """
 
-    def __init__(self, tokens: SharedTokens, link: Link) -> None:
+    def __init__(self, tokens: Reported, window: Window[Any], period: float) -> None:
         self.epoch: int = 0
-        self._tokens = tokens
-        self._link = link
+        self._tokens: Reported = weakref.proxy(tokens)
+        self._window = window
+        self._period = period
         self._sent: _Sent | None = None
 
     @property
@@ -102,7 +121,7 @@ class BucketMessages:
         """
         sent, tokens = self._under_way, self._tokens
         if not self._is_about_all(sent):
-            sent.waits = min(tokens.demand.wanted, self._link.window.size)
+            sent.waits = min(tokens.demand.wanted, self._window.size)
         if sent.waits:
             sent.short.append(tokens.demand.kept)
         return BucketReport(
@@ -119,7 +138,7 @@ class BucketMessages:
         kept = sent.asks[numbers]
         self._tokens.granted.grant(numbers[:count], sent.at, kept)
         if count:
-            self._link.keeps_an_eye_on(self._tokens)
+            self._tokens.watch_unused()
         if count < len(numbers):
             sent.short.append(kept)
 
@@ -136,7 +155,7 @@ class BucketMessages:
             state,
             now,
             own=tokens.own_out,
-            period=self._link.terms.period,
+            period=self._period,
             is_short=bool(sent.short),
         )
         if not sent.asks and not sent.waits:
@@ -145,7 +164,7 @@ class BucketMessages:
             view.forget_short()
         elif state.missing:
             # Where Redis does not know when tokens return, a heartbeat tells.
-            beats = max(1.0, len(self._link.window.waiters) / BUCKETS)
+            beats = max(1.0, len(self._window.waiters) / BUCKETS)
             view.note_short(min(sent.short), now, otherwise=now + 2 * BEAT * beats)
         if self._is_about_all(sent):
             tokens.demand.met()

@@ -20,8 +20,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from crustcredits._errors import ConfigurationError
 from crustcredits.redis.agenda import REPORT, Agenda
-from crustcredits.redis.bucket_messages import BEAT, BUCKETS
-from crustcredits.redis.outage import PATIENCE, QUIET, SILENCE, STILL, Outage
+from crustcredits.redis.outage import Outage
 from crustcredits.redis.protocol import (
     SCRIPT,
     SHA,
@@ -32,6 +31,7 @@ from crustcredits.redis.protocol import (
 )
 from crustcredits.redis.server_check import address_of, check_server, mistake
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
+from crustcredits.redis.timing import BEAT, BUCKETS, PATIENCE, QUIET, SILENCE, STILL
 from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")

@@ -13,24 +13,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from crustcredits.redis.bucket_messages import BEAT
+from crustcredits.redis.timing import BEAT, PATIENCE, SILENCE
 
 _log = logging.getLogger("crustcredits")
 
-# Seconds that one Redis call may take.
-PATIENCE = 1.0
-# Most seconds between two messages of a strict process, and seconds without one after which the
-# other processes leave its share to it.
-QUIET = 2.0
-SILENCE = 2.5 * QUIET
 # Seconds without an answer before degraded mode. Until then all calls wait: requests that a process
 # in degraded mode sends while Redis still serves the others are in addition to theirs.
 _GRACE = 2.0
 # Seconds without an answer after which another process, whose messages failed a little earlier, may
 # be in degraded mode.
 _OTHERS_ALONE = _GRACE - 1.5 * BEAT
-# Seconds without a message of any process after which Redis may have been out of reach of all.
-STILL = 2 * BEAT
 # How many losses within how many seconds are logged although Redis answers between, and after how
 # many seconds without such losses they are logged again.
 _LOSSES, _LOSSES_WITHIN = 3, 10.0

@@ -117,7 +117,7 @@ class SharedTokens:
         self.granted = GrantedTokens(link.terms.lease)
         self.view = BucketView()
         self.demand = Demand[SharedTokens](link.window, self, asks=not self._is_gate)
-        self.messages = BucketMessages(self, link)
+        self.messages = BucketMessages(self, link.window, link.terms.period)
         self._link = link
         self._own = LocalTokens(limit)  # the count of this process
         self._had = 0  # used tokens of this process when the link failed
@@ -310,6 +310,10 @@ class SharedTokens:
             return False
         short_until = self.view.short_until(self.demand.kept)
         return self.within is None or self._link.now() >= short_until
+
+    def watch_unused(self) -> None:
+        """Let the link call `collect` until no granted token is unused."""
+        self._link.keeps_an_eye_on(self)
 
     def holds(self, now: float) -> bool:
         """Whether this process has tokens that Redis must know about."""

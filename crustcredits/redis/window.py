@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import Generic, Protocol, TypeVar
 
 # Most permits in the window.
@@ -118,12 +119,13 @@ class Demand(Generic[WaiterT]):
         self.asks = asks
         self.wanted = self.asked = self.kept = self.kept_within = 0
         self._window = window
-        self._waiter = waiter
+        # The tokens own this demand. A cycle of references would keep forgotten buckets alive.
+        self._waiter = weakref.ref(waiter)
 
     def change(self, wanted: int, kept: int, kept_within: int) -> None:
         """Note how many calls wait now."""
         self.wanted, self.kept, self.kept_within = wanted, kept, kept_within
-        self._window.waits(self._waiter, wanted)
+        self._note(wanted)
 
     @property
     def permits(self) -> int:
@@ -151,9 +153,14 @@ class Demand(Generic[WaiterT]):
     def met(self) -> None:
         """Note that an answer was about all calls: if some still wait, they ask again."""
         self.wanted = 0
-        self._window.waits(self._waiter, 0)
+        self._note(0)
 
     def end(self) -> None:
         """Note that no call waits any more, or that none asks for now."""
         self.met()
         self.ask(0)
+
+    def _note(self, wanted: int) -> None:
+        waiter = self._waiter()
+        assert waiter is not None
+        self._window.waits(waiter, wanted)

@@ -1,8 +1,8 @@
 """Stand-ins for the API: `SandboxServer` on a loopback socket, `fake_client` without one.
 
 Both answer as the API's documents say, have balances that change with time, and fail in every way
-that `Fault` lists. The rest of the library never imports this package, and this package imports no
-pytest; `crustcredits.testing.fixtures` does.
+that `Fault` lists. This package owns the fake API and its faults; the core of the library never
+imports it. It imports no pytest; `crustcredits.testing.fixtures` does. Start reading in `_api.py`.
 """
 
 from crustcredits.testing._api import FakeAPI

@@ -11,7 +11,7 @@ from crustcredits._client import CreditsClient
 from crustcredits._errors import APIConnectionError, APITimeoutError, ConfigurationError
 from crustcredits._http.protocol import Response, request_headers
 from crustcredits._http.retry import Retry
-from crustcredits._http.transport import Failure, Fate
+from crustcredits._http.transport_types import Failure, Fate
 from crustcredits._keys.api_key import ApiKey, printable_label, split_label
 from crustcredits._ratelimit.config import RateLimit
 from crustcredits._validation import Seconds, check_kind, hides_arguments

@@ -38,7 +38,7 @@ from crustcredits import (
     RateLimitWaitError,
 )
 from crustcredits._http.protocol import Response
-from crustcredits._http.transport import Failure
+from crustcredits._http.transport_types import Failure
 from tests import virtual
 from tests.benchmarks._measure import (
     Benchmark,

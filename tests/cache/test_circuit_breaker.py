@@ -27,7 +27,7 @@ from crustcredits import (
     Retry,
 )
 from crustcredits._cache.circuit_breaker import CircuitBreaker
-from crustcredits._http.transport import Fate
+from crustcredits._http.transport_types import Fate
 from crustcredits.testing import Fault, SandboxServer
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now
 

@@ -14,7 +14,7 @@ from crustcredits import (
     RateLimit,
     Retry,
 )
-from crustcredits._http.transport import Fate
+from crustcredits._http.transport_types import Fate
 from tests.cache.calls import BROKEN, KEY, ONCE, outcome
 from tests.virtual import FakeServer, Reply, fake_client, keys, lost, now, refusal
 

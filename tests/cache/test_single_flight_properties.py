@@ -26,7 +26,7 @@ from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.single_flight import SingleFlight
 from crustcredits._cache.waiters import Waiters
 from crustcredits._http.protocol import Response
-from crustcredits._http.transport import Failure
+from crustcredits._http.transport_types import Failure
 from tests.searches import examples
 from tests.virtual import FakeServer, Reply, fake_client, now, run
 

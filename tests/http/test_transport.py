@@ -25,7 +25,8 @@ from crustcredits import (
     Retry,
     UnexpectedResponseError,
 )
-from crustcredits._http.transport import AiohttpTransport, Failure
+from crustcredits._http.transport import AiohttpTransport
+from crustcredits._http.transport_types import Failure
 from crustcredits.testing import Fault, SandboxServer
 from tests.conftest import eventually
 

@@ -26,11 +26,11 @@ from crustcredits import (
     RateLimitWaitError,
     Retry,
 )
-from crustcredits._http.transport import Fate
-from crustcredits.redis.bucket_messages import BEAT
+from crustcredits._http.transport_types import Fate
 from crustcredits.redis.coordinator import PAUSE
 from crustcredits.redis.local_tokens import FRESH
 from crustcredits.redis.shared_tokens import SharedTokens
+from crustcredits.redis.timing import BEAT
 from crustcredits.redis.window import MOST
 from tests.redis.lua import EPOCH, FakeRedis, between, connected, opened
 from tests.redis.processes import LATE, LEASE, PATH, PERIOD, Start, Waiting, Worker, passes
