@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,18 @@ class RedisServer:
         self._process.wait(_PATIENCE)
         self._process = None
 
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the server."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it without a chance to do anything, also when it stands still."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(_PATIENCE)
+        self._process = None
+
     def restart(self) -> None:
         """Restart with an empty memory, without scripts."""
         self.stop()
@@ -78,7 +91,7 @@ class RedisServer:
 
     def remove(self) -> None:
         if self._process is not None:
-            self.stop()
+            self.kill()
         shutil.rmtree(self._directory)
 
     def ask(self, *command: str | int) -> object:

@@ -12,14 +12,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from crustcredits.testing import SandboxServer
 from tests.redis.outage_worker import Settings
+from tests.servers import RedisServer
 
 LOOPS = ("asyncio", "uvloop")
 
@@ -147,14 +149,35 @@ async def _start(place: int, settings: Settings) -> Member:
     return member
 
 
-def keys_of(place: int, count: int) -> dict[str, str]:
-    """The secrets of a worker's keys, by name."""
-    return {f"{place}-{number}": f"secret-of-{place}-{number}" for number in range(count)}
+def add_keys(sandbox: SandboxServer, processes: int, count: int) -> list[list[str]]:
+    """Give each worker `count` keys. Returns their secrets; their names begin with the place."""
+    secrets = [
+        {f"{place}-{number}": f"secret-of-{place}-{number}" for number in range(count)}
+        for place in range(processes)
+    ]
+    for of_one in secrets:
+        for name, secret in of_one.items():
+            sandbox.add_key(name, secret=secret)
+    return [list(of_one.values()) for of_one in secrets]
 
 
-def place_of(name: str) -> int:
-    """The worker to which a key of this name belongs."""
-    return int(name.split("-", maxsplit=1)[0])
+def arrivals_of(sandbox: SandboxServer, places: Container[int]) -> list[float]:
+    """When the requests of these workers arrived."""
+    return [
+        arrival.at
+        for arrival in sandbox.arrivals
+        if arrival.key is not None and int(arrival.key.split("-", maxsplit=1)[0]) in places
+    ]
+
+
+def out(server: RedisServer, prefix: str, member: Member, *, until: float = 0.0) -> int:
+    """How many tokens of a worker are out in Redis, for more than `until` seconds from now."""
+    seconds, micros = map(int, server.ask("TIME"))  # type: ignore[call-overload]  # two numbers
+    bucket = f"{{{prefix}}}:/user/credits"
+    since = seconds * 1_000_000 + micros + round(until * 1e6)
+    found = server.ask("ZRANGEBYSCORE", bucket, f"({since}", "+inf")
+    assert isinstance(found, list)
+    return sum(token.decode().startswith(member.name) for token in found)
 
 
 def worst_window(times: Iterable[float], period: float) -> int:

@@ -34,7 +34,13 @@ class _Connection:
     waiting: int = 0
     answered: int = 0
 
+    def answer(self, text: bytes) -> None:
+        """Pass an answer on, unless the client has gone."""
+        if not self.writer.is_closing():
+            self.writer.write(text)
+
     def abort(self) -> None:
+        """Close both connections at once."""
         for writer in (self.writer, self.upstream):
             if writer is not None:
                 writer.transport.abort()
@@ -50,9 +56,10 @@ class Proxy:
         target: As above.
         lose_each: Close the connection in place of each answer of this number; 0 for none.
         stall_after: Answer no more on a connection after this many answers; None for no bound.
-        delay: Seconds before each answer, also to a greeting.
+        delay: Seconds that each answer takes, also one to a greeting.
         is_half_open: Accept connections, and answer nothing on any of them.
-        lost_at: The loop's time at which the first message was lost.
+        late: How many answers are delayed now.
+        lost_at: The loop's time at which the first answer was lost or late.
     """
 
     def __init__(self, target: Path | int) -> None:
@@ -61,6 +68,7 @@ class Proxy:
         self.stall_after: int | None = None
         self.delay = 0.0
         self.is_half_open = False
+        self.late = 0
         self.lost_at: float | None = None
         self._is_cut = False
         self._answers = 0
@@ -158,9 +166,6 @@ class Proxy:
 
     async def _downward(self, answers: asyncio.StreamReader, connection: _Connection) -> None:
         while answer := await answers.read(_CHUNK):
-            if self.delay:
-                self._note_loss()
-                await asyncio.sleep(self.delay)
             if self.is_half_open:
                 self._note_loss()
                 continue
@@ -174,8 +179,17 @@ class Proxy:
                 if self.lose_each and self._answers % self.lose_each == 0:
                     self._note_loss()
                     return
-            connection.writer.write(answer)
-            await connection.writer.drain()
+            if self.delay:
+                self._note_loss()
+                # Each answer takes so long, also where several are on their way.
+                self.late += 1
+                asyncio.get_running_loop().call_later(self.delay, self._pass_on, connection, answer)
+            else:
+                connection.answer(answer)
+
+    def _pass_on(self, connection: _Connection, answer: bytes) -> None:
+        self.late -= 1
+        connection.answer(answer)
 
     def _stalls(self, connection: _Connection) -> bool:
         return self.stall_after is not None and connection.answered > self.stall_after

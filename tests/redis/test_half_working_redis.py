@@ -273,10 +273,10 @@ async def test_a_redis_that_answers_late_is_an_outage(
 async def test_a_redis_whose_new_connections_are_slow_is_an_outage(
     redis_server: RedisServer, lines: Lines
 ) -> None:
-    """redis-py waits for two answers before it sends a message: together longer than a second."""
+    """redis-py waits for answers before it sends a message: together longer than a second."""
 
     def slows(proxy: Proxy) -> None:
-        proxy.delay = 0.5
+        proxy.delay = 0.8
         proxy.close_connections()
 
     await each_setting(redis_server, slows, sees_an_outage)

@@ -22,10 +22,11 @@ from crustcredits.testing import SandboxServer
 from tests.redis.outage_fleet import (
     LOOPS,
     Member,
+    add_keys,
+    arrivals_of,
     fleet,
-    keys_of,
+    out,
     passes,
-    place_of,
     until,
     worst_window,
 )
@@ -72,12 +73,7 @@ class Group:
 
     def arrivals(self, places: Sequence[int] | None = None) -> list[float]:
         """When the requests of these workers, or of all, arrived at the API."""
-        wanted = range(PROCESSES) if places is None else places
-        return [
-            arrival.at
-            for arrival in self.sandbox.arrivals
-            if arrival.key is not None and place_of(arrival.key) in wanted
-        ]
+        return arrivals_of(self.sandbox, range(PROCESSES) if places is None else places)
 
     def window(
         self, since: float, until: float, places: Sequence[int] | None = None, *, longer: float = 0
@@ -90,7 +86,7 @@ class Group:
         """How many requests arrived between two moments."""
         return sum(since < at <= until for at in self.arrivals(places))
 
-    async def is_warm(self) -> None:
+    async def warm_up(self) -> None:
         """Wait until every worker has had answers for two periods, and the limit is used up."""
         await until(lambda: all(member.calls for member in self.members), 10)
         began = time.monotonic()
@@ -98,11 +94,21 @@ class Group:
         # Otherwise no window could show anything.
         assert self.window(began, time.monotonic()) >= 0.9 * LIMIT
 
-    async def cut(self, places: Sequence[int]) -> float:
+    def cut(self, places: Sequence[int]) -> float:
         """Cut these workers off from Redis. Returns the time."""
         for place in places:
             self.proxies[place].cut()
         return time.monotonic()
+
+    def says_one_line(self, places: Sequence[int]) -> None:
+        """These workers have logged that Redis is out of reach, once each, and the others nothing.
+
+        Raises:
+            AssertionError: Otherwise.
+        """
+        for member in self.members:
+            lines = [line.text[:23] for line in member.log]
+            assert lines == (["Redis is out of reach ("] if member.place in places else [])
 
 
 @asynccontextmanager
@@ -120,10 +126,7 @@ async def group(
             SandboxServer(limit=api_limit, period=PERIOD, delay=delay)
         )
         proxies = [await stack.enter_async_context(Proxy(server.socket)) for _ in range(PROCESSES)]
-        keys = [keys_of(place, CALLS) for place in range(PROCESSES)]
-        for each in keys:
-            for name, secret in each.items():
-                sandbox.add_key(name, secret=secret)
+        secrets = add_keys(sandbox, PROCESSES, CALLS)
         settings = [
             Settings(
                 loop=LOOPS[place % len(LOOPS)],
@@ -136,13 +139,13 @@ async def group(
                 period=PERIOD,
                 request_timeout=LATE,
                 timeout=60.0,
-                keys=list(keys[place].values()),
+                keys=secrets[place],
             )
             for place in range(PROCESSES)
         ]
         members = await stack.enter_async_context(fleet(settings))
         one = Group(sandbox, proxies, members, prefix)
-        await one.is_warm()
+        await one.warm_up()
         yield one
 
 
@@ -166,13 +169,14 @@ async def test_strict_processes_without_redis_never_exceed_the_limit(
 
     async def course(places: list[int]) -> None:
         async with group(redis_server, "strict") as one:
-            lost = await one.cut(places)
+            lost = one.cut(places)
             # The last message before degraded mode is what the lease is counted from.
             used = lost + NOTICED + STRICT_LEASE + BUSY
             await passes(used + 2 * PERIOD)
             ended = time.monotonic()
             assert one.window(0, ended) <= LIMIT
             assert one.sandbox.refused == 0
+            one.says_one_line(places)
             assert one.count(lost + ARRIVED, lost + STRICT_LEASE, places) == 0
             for place in places:
                 assert 0 < one.window(lost + ARRIVED, ended, [place]) <= SHARE
@@ -194,11 +198,12 @@ async def test_local_processes_without_redis_add_no_more_than_they_had_and_their
 
     async def all_lose_redis() -> None:
         async with group(redis_server) as one:
-            lost = await one.cut(ALL)
+            lost = one.cut(ALL)
             await passes(lost + LEASE + BUSY + 2 * PERIOD)
             ended = time.monotonic()
             assert one.window(0, ended) <= LIMIT
             assert one.sandbox.refused == 0
+            one.says_one_line(ALL)
             for place in ALL:
                 assert one.count(lost + ARRIVED, lost + LEASE, [place]) > 0
                 assert one.window(lost + ARRIVED, ended, [place]) <= SHARE
@@ -208,12 +213,13 @@ async def test_local_processes_without_redis_add_no_more_than_they_had_and_their
     async def some_lose_redis() -> None:
         # The API's limit is higher, so that it refuses none of the requests that are counted.
         async with group(redis_server, api_limit=3 * LIMIT) as one:
-            lost = await one.cut(SOME)
+            lost = one.cut(SOME)
             await passes(lost + LEASE + BUSY + 2 * PERIOD)
             ended = time.monotonic()
             # The process notices with its next message, half a second later at most.
             sent = one.count(lost - PERIOD, lost + 0.5, SOME)
             assert sent > 0
+            one.says_one_line(SOME)
             assert one.window(0, lost) <= LIMIT
             assert one.window(lost - PERIOD, lost + LEASE) <= LIMIT + sent
             assert one.window(lost, ended) <= LIMIT + max(sent, SHARE)
@@ -232,11 +238,12 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise(
 
     async def course(places: list[int]) -> None:
         async with group(redis_server, "raise") as one:
-            lost = await one.cut(places)
+            lost = one.cut(places)
             await passes(lost + NOTICED + BUSY + PERIOD)
             ended = time.monotonic()
             assert one.window(0, ended) <= LIMIT
             assert one.sandbox.refused == 0
+            one.says_one_line(places)
             assert one.count(lost + ARRIVED, ended, places) == 0
             for place in places:
                 late = [
@@ -254,15 +261,6 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise(
 # --- a process ends or stands still
 
 
-def out(server: RedisServer, one: Group, place: int) -> int:
-    """How many tokens of a worker are out in Redis."""
-    seconds, micros = map(int, server.ask("TIME"))  # type: ignore[call-overload]  # two numbers
-    bucket = f"{{{one.prefix}}}:/user/credits"
-    found = server.ask("ZRANGEBYSCORE", bucket, f"({seconds * 1_000_000 + micros}", "+inf")
-    assert isinstance(found, list)
-    return sum(token.decode().startswith(one.members[place].name) for token in found)
-
-
 async def test_a_killed_or_frozen_process_adds_no_more_than_it_was_granted(
     redis_server: RedisServer,
 ) -> None:
@@ -275,9 +273,9 @@ async def test_a_killed_or_frozen_process_adds_no_more_than_it_was_granted(
     async def killed() -> None:
         async with group(redis_server, delay=(0.1, 0.3)) as one:
             killed = one.members[0].send(signal.SIGKILL)
-            assert await asyncio.to_thread(out, redis_server, one, 0) > 0
+            assert await asyncio.to_thread(out, redis_server, one.prefix, one.members[0]) > 0
             await passes(killed + LEASE + 0.1)
-            assert await asyncio.to_thread(out, redis_server, one, 0) == 0
+            assert await asyncio.to_thread(out, redis_server, one.prefix, one.members[0]) == 0
             await passes(killed + LEASE + 2 * PERIOD)
             ended = time.monotonic()
             assert one.window(0, ended) <= LIMIT
@@ -289,8 +287,8 @@ async def test_a_killed_or_frozen_process_adds_no_more_than_it_was_granted(
         # The API's limit is higher, so that it refuses none of the requests that are counted.
         async with group(redis_server, api_limit=3 * LIMIT, delay=(0.1, 0.3)) as one:
             frozen = one.members[0].send(signal.SIGSTOP)
-            granted = await asyncio.to_thread(out, redis_server, one, 0)
-            assert granted > 0
+            granted = await asyncio.to_thread(out, redis_server, one.prefix, one.members[0])
+            assert granted > 0  # some of them for requests that have ended
             await passes(frozen + LEASE + 0.5)
             woke = one.members[0].send(signal.SIGCONT)
             await passes(woke + 2 * PERIOD)
