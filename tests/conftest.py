@@ -60,6 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "thorough: tests a search itself, which CI does in one of its runs"
     )
+    config.addinivalue_line(
+        "markers", "outages: waits for real outages of Redis, which CI does on one Python"
+    )
     config.addinivalue_line("markers", "own_loops: runs loops of its own, so it is no coroutine")
     config.addinivalue_line(
         "markers",

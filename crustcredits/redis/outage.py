@@ -61,7 +61,7 @@ class Outage:
         raises: Whether calls fail in an outage, instead of degraded mode.
 
     Attributes:
-        since: The loop's time of the first of the failures in a row; None while Redis answers.
+        since: The loop's time since which messages fail; None while Redis answers.
         is_long: Whether the failures last longer than the grace time.
         is_degraded: Whether the process counts by itself.
         is_settled: Whether degraded mode has lasted so long that no other process has more than its
@@ -71,6 +71,7 @@ class Outage:
 
     def __init__(self, tokens: Callable[[], Iterable[Affected]], *, raises: bool) -> None:
         self.since: float | None = None
+        self._sent = 0.0  # when the first message without an answer was sent
         self.is_long = self.is_degraded = self.is_settled = False
         self.settles_at = 0.0
         self._tokens = tokens
@@ -96,6 +97,11 @@ class Outage:
 
         Returns whether degraded mode begins.
         """
+        if self.since is None:
+            self._sent = sent
+        # A message is given up on after `PATIENCE`. Where more time has passed, this process stood
+        # still, and Redis may have answered meanwhile.
+        sent = max(sent, asyncio.get_running_loop().time() - PATIENCE)
         if self.since is None:
             self.since = sent
             self._note_loss(sent, why)
@@ -137,7 +143,7 @@ class Outage:
 
     def others_may_be_alone(self, now: float) -> bool:
         """Whether other processes may be in degraded mode, if they had no answer either."""
-        return self.since is not None and now - self.since >= _OTHERS_ALONE
+        return self.since is not None and now - self._sent >= _OTHERS_ALONE
 
     @property
     def _effect(self) -> str:

@@ -35,6 +35,8 @@ from tests.servers import RedisServer, redis_server
 
 __all__ = ["redis_server"]  # a fixture, found by its name
 
+pytestmark = pytest.mark.outages
+
 OnOutage: TypeAlias = Literal["local", "strict", "raise"]
 
 SETTINGS: tuple[OnOutage, ...] = ("local", "strict", "raise")

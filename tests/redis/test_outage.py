@@ -64,6 +64,25 @@ async def test_calls_wake_when_all_tokens_have_entered_degraded_mode() -> None:
     outage.close()
 
 
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_a_process_that_stood_still_does_not_count_by_itself_at_once(
+    is_strict: bool,
+) -> None:
+    """Its message had an answer, which it could not read in time."""
+    told: list[str] = []
+    outage = outage_of(told, is_strict=is_strict)
+    sent = now()
+    await asyncio.sleep(2 * LEASE)
+    assert not outage.lost(sent, "x")
+    assert not outage.is_long
+    assert outage.others_may_be_alone(now())
+    await asyncio.sleep(2)
+    assert outage.lost(now(), "x")
+    assert not outage.is_settled
+    assert outage.settles_at > now() + LEASE - 4
+    outage.close()
+
+
 async def test_an_outage_within_the_grace_time_changes_nothing() -> None:
     told: list[str] = []
     outage = outage_of(told)

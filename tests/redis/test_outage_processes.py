@@ -37,7 +37,7 @@ from tests.servers import RedisServer, redis_server
 
 __all__ = ["redis_server"]  # a fixture, found by its name
 
-pytestmark = [pytest.mark.any_loop, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.any_loop, pytest.mark.outages, pytest.mark.timeout(60)]
 
 LIMIT = 30
 PERIOD = 1.2
