@@ -52,7 +52,7 @@ class Reported(Waiter, Protocol):
     @property
     def asks_from(self) -> float: ...
     def collect(self, now: float) -> None: ...
-    def holds(self, now: float) -> bool: ...
+    def has_out(self, now: float) -> bool: ...
     def watch_unused(self) -> None: ...
 
 
@@ -86,7 +86,7 @@ class BucketMessages:
         if (
             tokens.granted.has_reports
             or (tokens.view.is_in_line and not tokens.demand.wanted)
-            or (self.epoch != epoch and tokens.holds(now))
+            or (self.epoch != epoch and tokens.has_out(now))
         ):
             return now
         return max(now, tokens.asks_from) if tokens.wants else None

@@ -108,7 +108,7 @@ class Coordinator:
         self.process: str = ""  # made at first use, since a process may fork before
         self._epoch = 0
         # Buckets whose tokens are not registered in this epoch yet.
-        self._untold: WeakSet[SharedTokens] = WeakSet()
+        self._unregistered: WeakSet[SharedTokens] = WeakSet()
         # Last Redis time in microseconds, and the loop's time at which it was asked for.
         self._clock: tuple[int, float] | None = None
         self._number = self._message_number = 0
@@ -218,7 +218,7 @@ class Coordinator:
         self._number += count
         return self._number - count
 
-    def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
+    def watch(self, tokens: SharedTokens) -> None:
         """Watch these tokens, so that granted ones that stay unused are given back."""
         self._in_hand.add(tokens)
 
@@ -245,7 +245,7 @@ class Coordinator:
         if self._agenda.soonest <= beat:
             return self._agenda.soonest
         now = _now()
-        if self._agenda or self.window.waiters or any(tokens.holds(now) for tokens in self._all):
+        if self._agenda or self.window.waiters or any(tokens.has_out(now) for tokens in self._all):
             return beat
         return self._last + QUIET if self.terms.is_strict and self._epoch else None
 
@@ -341,7 +341,7 @@ class Coordinator:
     def _request(self, message: _Message) -> Request:
         now, terms = message.now, self.terms
         clock, asked = self._clock or (0, now)
-        holds = self._has_to_register(message)
+        stops_grants = self._has_to_register(message)
         self._message_number += 1
         return Request(
             marker=f"{{{self._prefix}}}:epoch",
@@ -349,20 +349,20 @@ class Coordinator:
             number=self._message_number,
             epoch=self._epoch,
             fresh=secrets.randbits(52) + 1,
-            holds=holds,
-            holds_if_silent=self._was_out,
+            stops_grants=stops_grants,
+            stops_grants_if_silent=self._was_out,
             still=STILL,
             clock=clock,
             age=now - asked,
             tolerance=2 * PATIENCE,
             pause=PAUSE,
             lease=terms.lease,
-            kept=2 * terms.late + PATIENCE,
+            retention=2 * terms.late + PATIENCE,
             life=_LIFE,
             is_strict=terms.is_strict,
             is_last=self.closed and not self._agenda,
             share=terms.share,
-            shares=not (holds or self._was_out or self.outage.is_long),
+            lends_share=not (stops_grants or self._was_out or self.outage.is_long),
             silence=SILENCE,
             buckets=message.reports(),
             asks=[request for _, _, request in message.asks],
@@ -398,7 +398,7 @@ class Coordinator:
                 tokens.messages.unanswered()
                 self._say_by(tokens, now)
             return
-        self._untold.difference_update(message.indexes)
+        self._unregistered.difference_update(message.indexes)
         self._take(message, response, now)
 
     def _take(self, message: _Message, response: Response, now: float) -> None:
@@ -424,16 +424,16 @@ class Coordinator:
 
     def _register(self, now: float) -> None:
         for tokens in list(self._all):
-            if tokens.holds(now):
-                self._untold.add(tokens)
+            if tokens.has_out(now):
+                self._unregistered.add(tokens)
                 self._say_by(tokens, now)
 
     def _has_to_register(self, message: _Message) -> bool:
         """Whether tokens are out that neither Redis knows nor this message reports."""
-        for tokens in list(self._untold):
-            if not tokens.holds(message.now):
-                self._untold.discard(tokens)
-        return bool(self._untold.difference(message.indexes))
+        for tokens in list(self._unregistered):
+            if not tokens.has_out(message.now):
+                self._unregistered.discard(tokens)
+        return bool(self._unregistered.difference(message.indexes))
 
     def _lost(self, message: _Message, error: Exception) -> None:
         why = type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")

@@ -52,10 +52,10 @@ local function read()
 end
 
 local message, known, fresh = read(), read(), read()
-local hold, still = read(), read()
+local stop, still = read(), read()
 local told, ago, slack = read(), read(), read()
-local pause, lease, kept, life = read(), read(), read(), read()
-local strict, share, shares, silence = read(), read(), read(), read()
+local pause, lease, retention, life = read(), read(), read(), read()
+local strict, share, lends, silence = read(), read(), read(), read()
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -86,7 +86,7 @@ if not repeated then
     local silent = now - heard > still and now or tonumber(marker[6]) or now
     if not epoch or not same or ((known == epoch or known == 0) and astray) then
         opens, epoch = now + pause, fresh
-    elseif hold == 2 or hold == 1 and now - silent < pause + slack then
+    elseif stop == 2 or stop == 1 and now - silent < pause + slack then
         opens = now + pause
     end
     opens = math.min(opens, now + pause)
@@ -134,7 +134,7 @@ if strict > 0 then
             end
         end
     end
-    if shares == 0 then
+    if lends == 0 then
         own_from = now + silence -- and longer with each such message
     elseif own_from <= now then
         total = total + share
@@ -174,7 +174,7 @@ for bucket = 1, count do
         end
     end
     if not repeated then
-        redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - kept))
+        redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - retention))
         -- Members from a clock that was ahead.
         redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf')
     end
@@ -313,9 +313,9 @@ if not repeated then
         elseif now >= opens then
             redis.call('HDEL', lines[bucket], process)
         end
-        live(keys[bucket], math.ceil((lease + kept) / 1000))
+        live(keys[bucket], math.ceil((lease + retention) / 1000))
     end
-    redis.call('SET', KEYS[2], whole(message), 'PX', math.ceil((lease + kept) / 1000))
+    redis.call('SET', KEYS[2], whole(message), 'PX', math.ceil((lease + retention) / 1000))
 end
 for _, given in ipairs(granted) do
     answer[#answer + 1] = given

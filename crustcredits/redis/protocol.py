@@ -67,23 +67,23 @@ class Request:
         number: The number of the message; it ascends.
         epoch: The epoch that the process knows; 0 for none.
         fresh: A new epoch, in case the count was lost.
-        holds: Whether no permits may be granted for a while, because Redis does not know all tokens
-            of the process.
-        holds_if_silent: Whether none may be granted because the process had no answer for long. It
-            counts only if Redis had no message of any process for `still` seconds: then all
-            processes may have counted by themselves.
+        stops_grants: Whether no permits may be granted for a while, because Redis does not know all
+            tokens of the process.
+        stops_grants_if_silent: Whether none may be granted because the process had no answer for
+            long. It counts only if Redis had no message of any process for `still` seconds: then
+            all processes may have counted by themselves.
         still: After how long without a message Redis may have been out of reach of all.
         clock: Redis's clock in microseconds as far as the process knows; 0 for unknown.
         age: How long ago that was.
         tolerance: The tolerance of that age.
         pause: How long no permits are granted after a loss of the count.
         lease: The lease of a new token.
-        kept: How long Redis keeps tokens after their return.
+        retention: How long Redis keeps tokens after their return.
         life: How long Redis keeps the marker of an idle prefix.
         is_strict: Whether the processes use no more than their shares.
         is_last: Whether the process sends nothing any more.
         share: The share of this process.
-        shares: Whether its share is used by all, and not by the process alone.
+        lends_share: Whether its share is used by all, and not by the process alone.
         silence: After how long without a message the share of a process is not used by all.
         buckets: The reports.
         asks: The requests for permits.
@@ -94,20 +94,20 @@ class Request:
     number: int
     epoch: int
     fresh: int
-    holds: bool
-    holds_if_silent: bool = False
+    stops_grants: bool
+    stops_grants_if_silent: bool = False
     still: float
     clock: int
     age: float
     tolerance: float
     pause: float
     lease: float
-    kept: float
+    retention: float
     life: float
     is_strict: bool = False
     is_last: bool = False
     share: float = 0.0
-    shares: bool = True
+    lends_share: bool = True
     silence: float = 0.0
     buckets: Sequence[BucketReport]
     asks: Sequence[PermitRequest]
@@ -122,18 +122,18 @@ class Request:
             self.number,
             self.epoch,
             self.fresh,
-            2 if self.holds else int(self.holds_if_silent),
+            2 if self.stops_grants else int(self.stops_grants_if_silent),
             _micro(self.still),
             self.clock,
             _micro(self.age),
             _micro(self.tolerance),
             _micro(self.pause),
             _micro(self.lease),
-            _micro(self.kept),
+            _micro(self.retention),
             math.ceil(self.life * 1e3),
             int(self.is_strict) + int(self.is_strict and self.is_last),
             round(self.share * 1e9),
-            int(self.shares),
+            int(self.lends_share),
             _micro(self.silence),
         ]
         for bucket in self.buckets:

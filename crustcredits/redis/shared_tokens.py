@@ -80,7 +80,7 @@ class Link(Protocol):
         """Queue a message for these tokens."""
         ...
 
-    def keeps_an_eye_on(self, tokens: SharedTokens) -> None:
+    def watch(self, tokens: SharedTokens) -> None:
         """Watch these tokens: `collect` is called until none is granted and unused."""
         ...
 
@@ -313,9 +313,9 @@ class SharedTokens:
 
     def watch_unused(self) -> None:
         """Let the link call `collect` until no granted token is unused."""
-        self._link.keeps_an_eye_on(self)
+        self._link.watch(self)
 
-    def holds(self, now: float) -> bool:
+    def has_out(self, now: float) -> bool:
         """Whether this process has tokens that Redis must know about."""
         self.collect(now)
         return not self.granted.is_empty

@@ -21,14 +21,14 @@ REQUEST = Request(
     number=7,
     epoch=11,
     fresh=12,
-    holds=True,
+    stops_grants=True,
     still=1.0,
     clock=1_700_000_000_000_000,
     age=0.25,
     tolerance=2.0,
     pause=1.25,
     lease=81.0,
-    kept=21.0,
+    retention=21.0,
     life=86_400.0,
     is_strict=True,
     share=1 / 3,
@@ -68,13 +68,13 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
 
 
 @pytest.mark.parametrize(
-    ("holds", "holds_if_silent", "said"),
+    ("stops_grants", "if_silent", "said"),
     [(False, False, 0), (False, True, 1), (True, False, 2), (True, True, 2)],
 )
 def test_a_request_says_when_no_permits_may_be_granted(
-    holds: bool, holds_if_silent: bool, said: int
+    stops_grants: bool, if_silent: bool, said: int
 ) -> None:
-    request = attrs.evolve(REQUEST, holds=holds, holds_if_silent=holds_if_silent)
+    request = attrs.evolve(REQUEST, stops_grants=stops_grants, stops_grants_if_silent=if_silent)
     _, (_, numbers) = request.encode()
     assert int(numbers.split()[3]) == said
 
