@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TypeAlias, cast
 from crustcredits._errors import ConfigurationError
 from crustcredits._validation import kind_of
 
-Scope: TypeAlias = Literal["auto", "client", "account"]
+CountedScope: TypeAlias = Literal["auto", "client", "account"]
 
 
 class SharedTokens(Protocol):
@@ -60,7 +60,7 @@ class Backend(Protocol):
     A client asks for each bucket anew, and forgets idle buckets.
     """
 
-    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
+    def open(self, *, period: float, late: float, pace: float | None, scope: CountedScope) -> None:
         """Register a client.
 
         Its tokens return `period` seconds after the end of their request. No request takes longer

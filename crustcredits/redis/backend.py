@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from crustcredits._errors import ConfigurationError
-from crustcredits._ratelimit.leased_tokens import Scope
+from crustcredits._ratelimit.leased_tokens import CountedScope
 from crustcredits._validation import (
     Seconds,
     check_kind,
@@ -123,7 +123,7 @@ class RedisBackend:
         )
         self._link = self._make_link()
 
-    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None:
+    def open(self, *, period: float, late: float, pace: float | None, scope: CountedScope) -> None:
         """Bind this backend to a client: see `Backend`.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 import attrs
 
-from crustcredits._ratelimit.leased_tokens import Scope
+from crustcredits._ratelimit.leased_tokens import CountedScope
 from crustcredits.redis.bucket_messages import BucketMessages
 from crustcredits.redis.bucket_view import BucketView
 from crustcredits.redis.granted_tokens import GrantedTokens
@@ -40,7 +40,7 @@ class Terms:
     pace: float | None
     share: float
     is_strict: bool = False
-    scope: Scope = "client"
+    scope: CountedScope = "client"
 
     @property
     def lease(self) -> float:

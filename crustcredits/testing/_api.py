@@ -40,7 +40,7 @@ from crustcredits.testing._arrivals import Arrival, Arrivals
 from crustcredits.testing._fault_orders import FaultOrder, FaultOrders
 from crustcredits.testing._faults import Fault
 
-Scope = Literal["client", "account", "key"]
+ServerScope = Literal["client", "account", "key"]
 
 
 class FakeAPI:
@@ -61,7 +61,7 @@ class FakeAPI:
         *,
         limit: int = 300,
         period: float = 60.0,
-        scope: Scope = "client",
+        scope: ServerScope = "client",
         record: bool = True,
     ) -> None:
         if scope not in {"client", "account", "key"}:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from crustcredits._errors import ConfigurationError
 from crustcredits._validation import check_kind, check_number, check_whole, hides_arguments
-from crustcredits.testing._api import FakeAPI, Scope
+from crustcredits.testing._api import FakeAPI, ServerScope
 from crustcredits.testing._faults import Fault
 from crustcredits.testing._sockets import STREAMED, bomb, reset, transport_of
 
@@ -46,7 +46,7 @@ class SandboxServer(FakeAPI):
         *,
         limit: int = 300,
         period: float = 60.0,
-        scope: Scope = "client",
+        scope: ServerScope = "client",
         delay: tuple[float, float] = (0.0, 0.0),
         host: Literal["127.0.0.1", "localhost"] = "127.0.0.1",
         port: int = 0,

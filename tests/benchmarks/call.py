@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import aiohttp
 import uvloop
@@ -20,6 +20,7 @@ import uvloop
 from crustcredits import CreditsClient, RateLimit
 from crustcredits._http.addresses import USER_CREDITS
 from crustcredits._http.protocol import API_VERSION
+from crustcredits._ratelimit.leased_tokens import CountedScope
 from crustcredits.redis import RedisBackend
 from tests.benchmarks._measure import (
     CONNECTIONS,
@@ -47,8 +48,7 @@ _WARM_UP = 10 * CONNECTIONS
 # Starts in a group, and seconds between groups: the result of the default pace.
 _GROUP, _GAP = 3, 0.03
 
-Scope: TypeAlias = Literal["auto", "client", "account"]
-_SCOPES: Final[tuple[Scope, ...]] = ("auto", "client", "account")
+_SCOPES: Final[tuple[CountedScope, ...]] = ("auto", "client", "account")
 
 # Does the work for new keys; returns the processor time in seconds, without that of the first ones.
 Contender: TypeAlias = Callable[[str, Sequence[str]], Coroutine[Any, Any, float]]
@@ -69,7 +69,7 @@ async def _check(url: str, secrets: Sequence[str], *, pace: float | None = None)
 
 
 async def _check_in_scope(
-    url: str, secrets: Sequence[str], *, scope: Scope, redis: str | None = None
+    url: str, secrets: Sequence[str], *, scope: CountedScope, redis: str | None = None
 ) -> float:
     """A check with a count in this process, or in the Redis of this URL."""
     backend = redis and RedisBackend(redis, prefix=uuid.uuid4().hex, fallback_share=1 / 4)

@@ -6,10 +6,10 @@ import pytest
 
 from crustcredits import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import (
+    CountedScope,
     GateTokens,
     LeasedTokens,
     PermitGate,
-    Scope,
     SharedTokens,
     check_backend,
 )
@@ -226,7 +226,9 @@ def test_in_degraded_mode_a_gate_counts_as_any_leased_tokens() -> None:
 class Store:
     """Has the methods of a backend."""
 
-    def open(self, *, period: float, late: float, pace: float | None, scope: Scope) -> None: ...
+    def open(
+        self, *, period: float, late: float, pace: float | None, scope: CountedScope
+    ) -> None: ...
     def tokens(self, path: str, whose: str | bytes | None, limit: int) -> SharedTokens:
         return Tokens(limit)
 
