@@ -22,7 +22,7 @@ class Agenda:
 
     def __init__(self) -> None:
         self._due: dict[SharedTokens, float] = {}
-        self.soonest = math.inf
+        self.soonest: float = math.inf
 
     def __bool__(self) -> bool:
         """Whether a message is due."""

@@ -22,9 +22,9 @@ class BucketView:
     """
 
     def __init__(self) -> None:
-        self.is_in_line = False
+        self.is_in_line: bool = False
         self.coming: list[float] = []
-        self.others_until = 0.0
+        self.others_until: float = 0.0
         self._others = 0
         # By the number of tokens that calls leave: until when there are none for them.
         self._short: dict[int, float] = {}

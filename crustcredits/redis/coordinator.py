@@ -101,7 +101,7 @@ class Coordinator:
         self._prefix = prefix
         self.closed: bool = False
         self._all: WeakSet[SharedTokens] = WeakSet()
-        self.outage = Outage(lambda: list(self._all), raises=raises)
+        self.outage: Outage = Outage(lambda: list(self._all), raises=raises)
         self.opens_at: float = -math.inf
         self._in_hand: set[SharedTokens] = set()  # buckets with granted tokens that wait for use
         self._agenda = Agenda()

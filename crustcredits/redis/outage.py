@@ -72,8 +72,10 @@ class Outage:
     def __init__(self, tokens: Callable[[], Iterable[Affected]], *, raises: bool) -> None:
         self.since: float | None = None
         self._sent = 0.0  # when the first message without an answer was sent
-        self.is_long = self.is_degraded = self.is_settled = False
-        self.settles_at = 0.0
+        self.is_long: bool = False
+        self.is_degraded: bool = False
+        self.is_settled: bool = False
+        self.settles_at: float = 0.0
         self._tokens = tokens
         self._raises = raises
         self._is_strict = False

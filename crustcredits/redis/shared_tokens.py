@@ -113,11 +113,11 @@ class SharedTokens:
     ) -> None:
         self.name = name
         self.within = within
-        self.limit = limit
-        self.granted = GrantedTokens(link.terms.lease)
-        self.view = BucketView()
-        self.demand = Demand[SharedTokens](link.window, self, asks=not self._is_gate)
-        self.messages = BucketMessages(self, link.window, link.terms.period)
+        self.limit: int = limit
+        self.granted: GrantedTokens = GrantedTokens(link.terms.lease)
+        self.view: BucketView = BucketView()
+        self.demand: Demand[SharedTokens] = Demand(link.window, self, asks=not self._is_gate)
+        self.messages: BucketMessages = BucketMessages(self, link.window, link.terms.period)
         self._link = link
         self._own = LocalTokens(limit)  # the count of this process
         self._had = 0  # used tokens of this process when the link failed
@@ -128,7 +128,8 @@ class SharedTokens:
 
     def bind(self, wake: Callable[[], None], fail: Callable[[], None]) -> None:
         """Call `wake` when tokens have arrived, and `fail` when none can be had."""
-        self.wake, self._fail = wake, fail
+        self.wake: Callable[[], None] = wake
+        self._fail = fail
 
     def resize(self, limit: int) -> None:
         """Set the number of tokens; more may be out."""

@@ -116,8 +116,11 @@ class Demand(Generic[WaiterT]):
     """
 
     def __init__(self, window: Window[WaiterT], waiter: WaiterT, *, asks: bool) -> None:
-        self.asks = asks
-        self.wanted = self.asked = self.kept = self.kept_within = 0
+        self.asks: bool = asks
+        self.wanted: int = 0
+        self.asked: int = 0
+        self.kept: int = 0
+        self.kept_within: int = 0
         self._window = window
         # The tokens own this demand. A cycle of references would keep forgotten buckets alive.
         self._waiter = weakref.ref(waiter)
