@@ -350,7 +350,7 @@ class Coordinator:
             epoch=self._epoch,
             fresh=secrets.randbits(52) + 1,
             stops_grants=stops_grants,
-            stops_grants_if_silent=self._was_out,
+            stops_grants_if_silent=self._was_out or self.outage.others_may_be_alone(now),
             still=STILL,
             clock=clock,
             age=now - asked,
@@ -381,7 +381,8 @@ class Coordinator:
         self.opens_at = now + response.pause if response.pause else -math.inf
         self._was_out = self.outage.others_may_be_alone(now)
         self._probe = None
-        if self.outage.ended():
+        was_alone = self.outage.ended()
+        if was_alone:
             self._register(now)
         if not response.is_known:
             _log.warning(
@@ -400,6 +401,11 @@ class Coordinator:
             return
         self._unregistered.difference_update(message.indexes)
         self._take(message, response, now)
+        if was_alone:
+            # Attempts that began while this message was under way are not in it.
+            for tokens in message.indexes:
+                tokens.messages.epoch = 0
+            self._register(now)
 
     def _take(self, message: _Message, response: Response, now: float) -> None:
         """Take the permits and the news of an answer."""

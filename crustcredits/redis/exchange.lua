@@ -71,7 +71,7 @@ local function info(section, field)
 end
 
 local repeated = message <= (tonumber(redis.call('GET', KEYS[2])) or 0)
-local marker = redis.call('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'silent')
+local marker = redis.call('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'silent', 'served')
 local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
 if not repeated then
     -- After a failover or restart, reports to the last server may be missing. Without permission for
@@ -80,10 +80,11 @@ if not repeated then
     local same = server == nil or server == marker[2]
     -- The clock was set, so that tokens return at the wrong time, or this message is read long after
     -- it was sent.
-    local heard = tonumber(marker[5]) or 0
+    local heard, served = tonumber(marker[5]) or 0, tonumber(marker[7]) or 0
     local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < heard
-    -- The end of the last time in which no process was heard: all may have been without this server.
-    local silent = now - heard > still and now or tonumber(marker[6]) or now
+    -- The end of the last time without a message of a process that has answers: all may have been
+    -- without this server, or without its answers.
+    local silent = now - served > still and now or tonumber(marker[6]) or now
     if not epoch or not same or ((known == epoch or known == 0) and astray) then
         opens, epoch = now + pause, fresh
     elseif stop == 2 or stop == 1 and now - silent < pause + slack then
@@ -92,6 +93,9 @@ if not repeated then
     opens = math.min(opens, now + pause)
     redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'server', server or marker[2] or '', 'heard', whole(now))
     redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest), 'silent', whole(silent))
+    if stop ~= 1 then
+        redis.call('HSET', KEYS[1], 'served', whole(now))
+    end
     redis.call('PEXPIRE', KEYS[1], life)
 end
 local answer = {1, whole(epoch or 0), whole(math.max(0, opens - now)), whole(now)}

@@ -182,3 +182,20 @@ def test_a_server_that_has_taken_over_is_a_lost_count(redis: FakeRedis) -> None:
     assert not answer.is_known
     assert answer.epoch != one.epoch
     assert answer.pause == PAUSE
+
+
+@pytest.mark.parametrize(("others_are_served", "pause"), [(False, PAUSE), (True, 0.0)])
+def test_permits_stop_after_an_outage_only_if_no_other_process_had_answers(
+    clock: Clock, redis: FakeRedis, others_are_served: bool, pause: float
+) -> None:
+    """All of them may have sent messages meanwhile, and may have lost the answers."""
+    one, two = Process(redis, "one"), Process(redis, "two")
+    clock.at += 60
+    two.ask(("a", 1, 9))
+    answer = one.ask(("a", 1, 9))
+    for _ in range(12):
+        clock.at += 0.5
+        request = attrs.evolve(two.request([], []), stops_grants_if_silent=not others_are_served)
+        two.send(request)
+        answer = one.send(attrs.evolve(one.request([], []), stops_grants_if_silent=True))
+    assert answer.pause == pause

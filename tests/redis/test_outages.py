@@ -739,6 +739,32 @@ async def test_a_call_that_waited_for_its_account_fails_too(redis: FakeRedis) ->
         assert [type(call.exception()) for call in calls] == [BackendUnavailableError] * 2
 
 
+async def test_attempts_of_degraded_mode_are_known_although_its_last_message_was_under_way(
+    redis: FakeRedis, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They began and ended between the message and its answer."""
+
+    async def answers(process: str) -> bool:
+        return True
+
+    monkeypatch.setattr(redis, "ping", answers)
+    one = start(limit=30, fallback_share=1)
+    redis.deaf = {one.name}
+    await one.send()
+    one.end()
+    await passes(LEASE + 10)
+    redis.latency = lambda process: 0.3
+    redis.deaf = set()
+    sent = 0
+    while one.bucket.is_degraded:
+        assert one.start()
+        one.end()
+        sent += 1
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(2)
+    assert redis.out() >= sent
+
+
 async def test_a_lowered_limit_holds_for_all_waiters(start: Start) -> None:
     """From the moment at which a process learns of it."""
     one = start(limit=5)
