@@ -43,8 +43,8 @@ class RedisBackend:
 
     Use a backend for one client at a time: `CreditsClient(backend=RedisBackend("redis://…",
     fallback_share=1 / 4))`. While all processes reach Redis, or none does, they together send no
-    more requests than the limit in any period. If a process dies, its tokens return after one
-    lease: one period, two request timeouts and one second.
+    more requests than the limit in any period; README names the known gaps. If a process dies, its
+    tokens return after one lease: one period, two request timeouts and one second.
 
     Args:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`; or a client of `redis.asyncio`, such

@@ -762,7 +762,7 @@ async def test_attempts_of_degraded_mode_are_known_although_its_last_message_was
         sent += 1
         await asyncio.sleep(0.1)
     await asyncio.sleep(2)
-    assert redis.out() >= sent
+    assert redis.out() >= sent  # permits of lost messages may be out too
 
 
 async def test_a_lowered_limit_holds_for_all_waiters(start: Start) -> None:
