@@ -43,15 +43,15 @@ class RedisBackend:
 
     Use a backend for one client at a time: `CreditsClient(backend=RedisBackend("redis://…",
     fallback_share=1 / 4))`. While all processes reach Redis, or none does, they together send no
-    more requests than the limit in any period; README names the known gaps. If a process dies, its
-    tokens return after one lease: one period, two request timeouts and one second.
+    more requests than the limit in any period. If a process dies, its tokens return after one
+    lease: one period, two request timeouts and one second.
 
     Args:
         url_or_client: `redis://…`, `rediss://…` or `unix://…`; or a client of `redis.asyncio`, such
             as `RedisCluster`. The backend does not close a client that you pass.
         prefix: Start of every Redis key name. Use one for each quota, and another for each base
             URL. In a cluster, all names of a prefix are in one slot.
-        on_outage: What a process does after Redis has not answered for two seconds. The log reports
+        on_outage: What a process does after Redis has not answered for 2.5 seconds. The log reports
             the start and the end of an outage once each; recovery is automatic.
             `"local"`: it counts by itself (degraded mode). For one lease it reuses only tokens that
             it already had, no more than its share. Then it uses its whole share. If other processes
@@ -108,7 +108,7 @@ class RedisBackend:
                 "processes"
             )
         self._prefix = f"{{{prefix}}}:"
-        self._share = fallback_share or 0.0
+        self._share = 0.0 if on_outage == "raise" else fallback_share or 0.0
         self._is_strict = on_outage == "strict"
         self._opened = False
         self._gates: dict[str, GateTokens] = {}  # the common tokens by path

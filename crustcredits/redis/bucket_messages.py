@@ -86,7 +86,7 @@ class BucketMessages:
         if (
             tokens.granted.has_reports
             or (tokens.view.is_in_line and not tokens.demand.wanted)
-            or (self.epoch != epoch and tokens.has_out(now))
+            or (not self._is_registered(epoch) and tokens.has_out(now))
         ):
             return now
         return max(now, tokens.asks_from) if tokens.wants else None
@@ -128,7 +128,7 @@ class BucketMessages:
             name=tokens.name,
             waits=sent.waits,
             most=tokens.limit - tokens.demand.kept,
-            returns=tokens.granted.returns(now, all_tokens=not epoch or epoch != self.epoch),
+            returns=tokens.granted.returns(now, all_tokens=not self._is_registered(epoch)),
             unused=tokens.granted.given_back(),
         )
 
@@ -176,6 +176,10 @@ class BucketMessages:
         for numbers in sent.asks:
             self._tokens.granted.give_back_lost(numbers, sent.at)
         self._tokens.demand.ask(0)
+
+    def _is_registered(self, epoch: int) -> bool:
+        """Whether all tokens were registered in this epoch; 0 is none."""
+        return epoch == self.epoch != 0
 
     def _is_about_all(self, sent: _Sent) -> bool:
         """Whether the message asks for permits for all calls that wait."""

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakSet
 
 import attrs
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from crustcredits._errors import ConfigurationError
 from crustcredits.redis.agenda import REPORT, Agenda
@@ -31,25 +31,29 @@ from crustcredits.redis.protocol import (
 )
 from crustcredits.redis.server_check import address_of, check_server, mistake
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
-from crustcredits.redis.timing import BEAT, BUCKETS, PATIENCE, QUIET, SILENCE, STILL
+from crustcredits.redis.timing import BEAT, BUCKETS, GRACE, PATIENCE, QUIET, SILENCE, STILL
 from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")
 
-# Seconds after a lost count in which no tokens are granted, so that every process can register its
-# tokens: each sends a heartbeat every half second, which may take long, and registers with the next
-# message.
-PAUSE = BEAT + 2 * PATIENCE
+# Seconds after a lost count, or after an outage of all, in which no tokens are granted, so that
+# every process can register its tokens. Each of three messages may take as long as the patience:
+# one that is under way, one that finds the loss, and one that registers.
+PAUSE = 3 * PATIENCE
 # Seconds after which Redis forgets the marker of an idle prefix.
 _LIFE = 86_400.0
 
 
 @attrs.define
 class _Message:
-    """The buckets of a message, and the permits that it asks for."""
+    """The buckets of a message, and the permits that it asks for.
+
+    `leaves` is as in `Request`.
+    """
 
     now: float
     epoch: int
+    leaves: bool = True
     indexes: dict[SharedTokens, int] = attrs.field(factory=dict)
     asks: list[tuple[SharedTokens, range, PermitRequest]] = attrs.field(factory=list)
 
@@ -99,6 +103,7 @@ class Coordinator:
         self._client = client
         self._owned = owned
         self._prefix = prefix
+        self._marker = f"{{{prefix}}}:epoch"
         self.closed: bool = False
         self._all: WeakSet[SharedTokens] = WeakSet()
         self.outage: Outage = Outage(lambda: list(self._all), raises=raises)
@@ -114,9 +119,7 @@ class Coordinator:
         self._number = self._message_number = 0
         # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
         self._probe: SharedTokens | None = None
-        # Whether an outage has ended that no message has reported yet. Other processes may be in
-        # degraded mode, so no tokens may be granted for a while.
-        self._was_out = False
+        self._is_listed = False  # whether Redis may count this process among those with tokens out
         self._last = self._last_beat = 0.0
         self._timer: asyncio.Handle | None = None
         self._due_at: float | None = None  # loop time of the timer; uvloop's handles do not give it
@@ -188,8 +191,8 @@ class Coordinator:
             tokens.let_go()
         while self._agenda and self.outage.since is None:
             await self._exchange()
-        if self._epoch and self.outage.since is None and self.terms.is_strict:
-            await self._exchange()  # the others need not leave its share to it
+        if self.outage.since is None and self._is_listed:
+            await self._exchange()  # no process need reckon with this one
         if self._owned:
             await self._client.aclose()
 
@@ -239,15 +242,15 @@ class Coordinator:
     def _next_message(self) -> float | None:
         if self.outage.since is not None:
             return self._last + BEAT
-        if self._was_out:
-            return _now()  # the others must know at once, and not when this process has news
         beat = (self._last_beat if self.window.waiters else self._last) + BEAT
         if self._agenda.soonest <= beat:
             return self._agenda.soonest
         now = _now()
         if self._agenda or self.window.waiters or any(tokens.has_out(now) for tokens in self._all):
             return beat
-        return self._last + QUIET if self.terms.is_strict and self._epoch else None
+        if self.terms.is_strict and self._epoch:
+            return self._last + QUIET
+        return beat if self._is_listed else None
 
     def _send(self) -> None:
         self._timer = self._due_at = None
@@ -274,7 +277,7 @@ class Coordinator:
         if self.outage.is_long and not await self._is_back():
             return
         message = self._message(now, self._take_due(now, is_beat=is_beat))
-        is_due = is_beat or self._was_out or self.outage.since is not None
+        is_due = is_beat or self.outage.since is not None
         if not (message.indexes or is_due or self.closed):
             return
         self._last = now
@@ -292,18 +295,20 @@ class Coordinator:
             self._heard(message, response)
 
     async def _is_back(self) -> bool:
-        """Whether Redis answers after an outage.
-
-        A message of this process stops all others for a moment, so none is sent before.
-        """
+        """Whether Redis answers after an outage, and whether its count is still the same."""
         self._last = _now()
         try:
             async with asyncio.timeout(PATIENCE):
-                await self._client.ping()
+                epoch = await self._client.hget(self._marker, "epoch")
+        except ResponseError:
+            epoch = None  # the script repairs the marker
         except Exception as error:  # noqa: BLE001  # as for a message
             self._probe = None  # no message at all is answered
             self._lost(_Message(self._last, self._epoch), error)
             return False
+        if epoch not in (str(self._epoch), str(self._epoch).encode()):
+            self._epoch = 0  # a lost count
+        self._register(self._last)
         return True
 
     def _take_due(self, now: float, *, is_beat: bool) -> list[SharedTokens]:
@@ -342,16 +347,18 @@ class Coordinator:
         now, terms = message.now, self.terms
         clock, asked = self._clock or (0, now)
         stops_grants = self._has_to_register(message)
+        message.leaves = self._leaves(message)
+        self._is_listed = self._is_listed or not message.leaves
         self._message_number += 1
         return Request(
-            marker=f"{{{self._prefix}}}:epoch",
+            marker=self._marker,
             process=self.process,
             number=self._message_number,
             epoch=self._epoch,
             fresh=secrets.randbits(52) + 1,
             stops_grants=stops_grants,
-            stops_grants_if_silent=self._was_out or self.outage.others_may_be_alone(now),
             still=STILL,
+            grace=GRACE,
             clock=clock,
             age=now - asked,
             tolerance=2 * PATIENCE,
@@ -360,13 +367,20 @@ class Coordinator:
             retention=2 * terms.late + PATIENCE,
             life=_LIFE,
             is_strict=terms.is_strict,
-            is_last=self.closed and not self._agenda,
+            leaves=message.leaves,
             share=terms.share,
-            lends_share=not (stops_grants or self._was_out or self.outage.is_long),
+            lends_share=not (stops_grants or self.outage.is_long),
             silence=SILENCE,
             buckets=message.reports(),
             asks=[request for _, _, request in message.asks],
         )
+
+    def _leaves(self, message: _Message) -> bool:
+        if self.closed:
+            return not self._agenda
+        if self.terms.is_strict or message.asks:
+            return False
+        return not any(tokens.has_out(message.now) for tokens in self._all)
 
     async def _call(self, request: Request) -> Any:
         names, said = request.encode()
@@ -379,7 +393,7 @@ class Coordinator:
         now = _now()
         self._clock = response.clock, self._last
         self.opens_at = now + response.pause if response.pause else -math.inf
-        self._was_out = self.outage.others_may_be_alone(now)
+        self._is_listed = not message.leaves
         self._probe = None
         was_alone = self.outage.ended()
         if was_alone:

@@ -8,20 +8,27 @@
 -- A permit takes one token of each bucket of its request, or none.
 --
 -- KEYS[1] is the marker, a hash; without it the count is taken for lost. KEYS[2] holds the number of
--- the process's last message. KEYS[3] is a hash of the strict processes: for each its share of the
--- limit, its last message, and from when on the share is used here. The two keys of each bucket follow.
+-- the process's last message. KEYS[3] is a hash of processes. Of strict ones, which share no key with
+-- others, it has the share of the limit, the last message, and from when on the share is used here. Of
+-- others it has the ones with tokens out: for each, when it was surely served. The two keys of each
+-- bucket follow.
+--
+-- A process was surely served when this server read a message whose answer it received. The next
+-- message tells that time. A process that is not served counts by itself after the grace time: with
+-- tokens that it had out, or after a lease with its share.
 --
 -- ARGV[1] is the process. ARGV[2] has numbers with a space between, for the process:
 --   the number of this message;
 --   the epoch it knows (0: none); a fresh epoch;
---   2 if no permits may be granted for a while, because the process has more to register; 1 if it had
---   no answer for long, so that none may be granted if no other process had one either; else 0;
---   after how long without a message this server may have been out of reach of all;
---   this server's last time as far as it knows (0: none), its age by the process's own clock, and
---   the tolerance of that age;
+--   1 if no permits may be granted for a while, because the process has more to register;
+--   after how long without a process that was surely served this server may be out of reach of all;
+--   the grace time;
+--   this server's time at the last message that had an answer (0: none), its age by the process's
+--   own clock, and the tolerance of that age;
 --   the duration without grants after a loss; the lease of a new token;
 --   how long members stay after their return; milliseconds that the marker lives;
---   1 if the process is strict, 2 if it is and ends, else 0; its share of the limit, in billionths;
+--   1 if the process is strict, else 0; 1 if it leaves: it ends, or has no tokens out and is not
+--   strict; its share of the limit without this server, in billionths;
 --   1 if this share is used here, 0 if the process may use it by itself; after how long without a
 --   message a share is not used here.
 -- Then for each bucket:
@@ -52,10 +59,10 @@ local function read()
 end
 
 local message, known, fresh = read(), read(), read()
-local stop, still = read(), read()
+local stop, still, grace = read(), read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, retention, life = read(), read(), read(), read()
-local strict, share, lends, silence = read(), read(), read(), read()
+local strict, leaves, share, lends, silence = read(), read(), read(), read(), read()
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -71,8 +78,13 @@ local function info(section, field)
 end
 
 local repeated = message <= (tonumber(redis.call('GET', KEYS[2])) or 0)
-local marker = redis.call('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'silent', 'served')
+local marker = redis.pcall('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'served', 'careful')
+if marker.err then
+    redis.call('DEL', KEYS[1]) -- it is of another program
+    marker = {}
+end
 local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
+local served, careful = tonumber(marker[6]) or 0, tonumber(marker[7]) or 0
 if not repeated then
     -- After a failover or restart, reports to the last server may be missing. Without permission for
     -- INFO, nothing is concluded from it.
@@ -80,22 +92,35 @@ if not repeated then
     local same = server == nil or server == marker[2]
     -- The clock was set, so that tokens return at the wrong time, or this message is read long after
     -- it was sent.
-    local heard, served = tonumber(marker[5]) or 0, tonumber(marker[7]) or 0
+    local heard = tonumber(marker[5]) or 0
     local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < heard
-    -- The end of the last time without a message of a process that has answers: all may have been
-    -- without this server, or without its answers.
-    local silent = now - served > still and now or tonumber(marker[6]) or now
     if not epoch or not same or ((known == epoch or known == 0) and astray) then
-        opens, epoch = now + pause, fresh
-    elseif stop == 2 or stop == 1 and now - silent < pause + slack then
+        opens, epoch, served, careful = now + pause, fresh, now, 0
+    elseif stop == 1 then
         opens = now + pause
     end
-    opens = math.min(opens, now + pause)
-    redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'server', server or marker[2] or '', 'heard', whole(now))
-    redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest), 'silent', whole(silent))
-    if stop ~= 1 then
-        redis.call('HSET', KEYS[1], 'served', whole(now))
+    if known == epoch then
+        served = math.max(served, told)
     end
+    if strict == 0 and share > 0 then
+        -- After an outage of all, none is served before each one that counted by itself can report.
+        local silent = now - served
+        if silent >= lease then
+            careful = now + pause -- nothing else is out: each has at most its share
+        elseif silent > still then
+            local entries = redis.call('HGETALL', KEYS[3])
+            for entry = 1, #entries, 2 do
+                local age = now - (tonumber(entries[entry + 1]) or 0)
+                if entries[entry] ~= process and age >= grace and age < lease then
+                    opens = now + pause
+                end
+            end
+        end
+    end
+    opens, careful = math.min(opens, now + pause), math.min(careful, now + pause)
+    redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'server', server or marker[2] or '', 'heard', whole(now))
+    redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest))
+    redis.call('HSET', KEYS[1], 'served', whole(served), 'careful', whole(careful))
     redis.call('PEXPIRE', KEYS[1], life)
 end
 local answer = {1, whole(epoch or 0), whole(math.max(0, opens - now)), whole(now)}
@@ -114,8 +139,25 @@ end
 -- The part of each limit that may be out. Strict processes use no more here than their shares, because
 -- each one that is cut off uses its own by itself. One that was cut off for long may have used its
 -- share until a moment ago, when a new one took its place. So the share of the new one is used later.
+-- A first message can be read so late that the process uses its share by itself meanwhile.
 local part = 1
-if strict > 0 then
+if strict == 0 and not repeated then
+    if leaves == 1 then
+        redis.call('HDEL', KEYS[3], process)
+    elseif share > 0 and redis.call('HSETNX', KEYS[3], process, whole(now)) == 0 then
+        if told > 0 then
+            redis.call('HSET', KEYS[3], process, whole(told))
+        end
+    elseif share > 0 then
+        local entries = redis.call('HGETALL', KEYS[3])
+        for entry = 1, #entries, 2 do
+            if (tonumber(entries[entry + 1]) or 0) < now - longest then
+                redis.call('HDEL', KEYS[3], entries[entry])
+            end
+        end
+    end
+    live(KEYS[3], math.ceil((lease + retention) / 1000))
+elseif strict == 1 then
     local entries, total, silent, own_from = redis.call('HGETALL', KEYS[3]), 0, {}, nil
     for entry = 1, #entries, 2 do
         local other, value = entries[entry], entries[entry + 1]
@@ -140,12 +182,12 @@ if strict > 0 then
     end
     if lends == 0 then
         own_from = now + silence -- and longer with each such message
-    elseif own_from <= now then
+    elseif own_from <= now and told > 0 then
         total = total + share
     end
-    if not repeated and strict == 2 then
+    if not repeated and leaves == 1 then
         redis.call('HDEL', KEYS[3], process)
-    elseif not repeated then
+    elseif not repeated and told > 0 then
         redis.call('HSET', KEYS[3], process, whole(share) .. ' ' .. whole(now) .. ' ' .. whole(own_from))
         redis.call('PEXPIRE', KEYS[3], 30 * life)
         for _, other in ipairs(silent) do
@@ -211,6 +253,17 @@ local function since_of(bucket)
     return waiting(bucket).since or now
 end
 
+-- Tokens of this process that are out.
+local function held(bucket)
+    local total = 0
+    for _, member in ipairs(redis.call('ZRANGEBYSCORE', keys[bucket], '(' .. whole(now), '+inf')) do
+        if string.sub(member, 1, #process + 1) == process .. ':' then
+            total = total + 1
+        end
+    end
+    return total
+end
+
 -- Permits that a bucket allows for calls that have waited since then. One token stays free for each
 -- process that has waited longer and can be served, however slow it is.
 local function allowed(bucket, most, since)
@@ -220,7 +273,12 @@ local function allowed(bucket, most, since)
             before = before + 1
         end
     end
-    return math.max(0, most - out[bucket] - before)
+    local free = most - out[bucket] - before
+    if now < careful then
+        -- As without this server: at least one, and others may have their shares out.
+        free = math.min(free, math.max(1, math.floor(most * share / 1e9 + 0.001)) - held(bucket))
+    end
+    return math.max(0, free)
 end
 
 -- A process waits for its second bucket only with requests that the first one allows, and keeps its
@@ -281,6 +339,11 @@ local function returning(bucket, since)
     local durations = {}
     for score = 2, #coming, 2 do
         durations[#durations + 1] = math.ceil(tonumber(coming[score]) - now)
+    end
+    if now < careful then
+        for place = 1, missing[bucket] do
+            durations[place] = math.min(durations[place] or careful - now, careful - now)
+        end
     end
     return durations
 end

@@ -13,16 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from crustcredits.redis.timing import BEAT, PATIENCE, SILENCE
+from crustcredits.redis.timing import GRACE, PATIENCE, SILENCE
 
 _log = logging.getLogger("crustcredits")
 
-# Seconds without an answer before degraded mode. Until then all calls wait: requests that a process
-# in degraded mode sends while Redis still serves the others are in addition to theirs.
-_GRACE = 2.0
-# Seconds without an answer after which another process, whose messages failed a little earlier, may
-# be in degraded mode.
-_OTHERS_ALONE = _GRACE - 1.5 * BEAT
 # How many losses within how many seconds are logged although Redis answers between, and after how
 # many seconds without such losses they are logged again.
 _LOSSES, _LOSSES_WITHIN = 3, 10.0
@@ -71,7 +65,6 @@ class Outage:
 
     def __init__(self, tokens: Callable[[], Iterable[Affected]], *, raises: bool) -> None:
         self.since: float | None = None
-        self._sent = 0.0  # when the first message without an answer was sent
         self.is_long: bool = False
         self.is_degraded: bool = False
         self.is_settled: bool = False
@@ -99,8 +92,6 @@ class Outage:
 
         Returns whether degraded mode begins.
         """
-        if self.since is None:
-            self._sent = sent
         # A message is given up on after `PATIENCE`. Where more time has passed, this process stood
         # still, and Redis may have answered meanwhile.
         sent = max(sent, asyncio.get_running_loop().time() - PATIENCE)
@@ -109,7 +100,7 @@ class Outage:
             self._note_loss(sent, why)
             for tokens in self._tokens():
                 tokens.lose_touch()
-        if asyncio.get_running_loop().time() - self.since < _GRACE:
+        if asyncio.get_running_loop().time() - self.since < GRACE:
             return False
         if not self.is_long:
             self.is_long = True
@@ -142,10 +133,6 @@ class Outage:
             tokens.change()
         self._wake_all()
         return True
-
-    def others_may_be_alone(self, now: float) -> bool:
-        """Whether other processes may be in degraded mode, if they had no answer either."""
-        return self.since is not None and now - self._sent >= _OTHERS_ALONE
 
     @property
     def _effect(self) -> str:

@@ -69,11 +69,9 @@ class Request:
         fresh: A new epoch, in case the count was lost.
         stops_grants: Whether no permits may be granted for a while, because Redis does not know all
             tokens of the process.
-        stops_grants_if_silent: Whether none may be granted because the process had no answer for
-            long. It counts only if Redis had no message of any process for `still` seconds: then
-            all processes may have counted by themselves.
-        still: After how long without a message Redis may have been out of reach of all.
-        clock: Redis's clock in microseconds as far as the process knows; 0 for unknown.
+        still: After how long without a process that had an answer Redis may be out of reach of all.
+        grace: After how long without an answer a process counts by itself.
+        clock: Redis's clock in microseconds at the last message with an answer; 0 for none.
         age: How long ago that was.
         tolerance: The tolerance of that age.
         pause: How long no permits are granted after a loss of the count.
@@ -81,8 +79,8 @@ class Request:
         retention: How long Redis keeps tokens after their return.
         life: How long Redis keeps the marker of an idle prefix.
         is_strict: Whether the processes use no more than their shares.
-        is_last: Whether the process sends nothing any more.
-        share: The share of this process.
+        leaves: Whether the process ends; or, if it is not strict, has no tokens out.
+        share: The share that this process uses by itself while Redis is out of reach.
         lends_share: Whether its share is used by all, and not by the process alone.
         silence: After how long without a message the share of a process is not used by all.
         buckets: The reports.
@@ -95,8 +93,8 @@ class Request:
     epoch: int
     fresh: int
     stops_grants: bool
-    stops_grants_if_silent: bool = False
     still: float
+    grace: float
     clock: int
     age: float
     tolerance: float
@@ -105,7 +103,7 @@ class Request:
     retention: float
     life: float
     is_strict: bool = False
-    is_last: bool = False
+    leaves: bool = False
     share: float = 0.0
     lends_share: bool = True
     silence: float = 0.0
@@ -117,13 +115,15 @@ class Request:
 
         All numbers are one argument: redis-py takes long over each.
         """
-        names = [self.marker, f"{self.marker}:{self.process}", f"{self.marker}:shares"]
+        others = "shares" if self.is_strict else "busy"
+        names = [self.marker, f"{self.marker}:{self.process}", f"{self.marker}:{others}"]
         said: list[int] = [
             self.number,
             self.epoch,
             self.fresh,
-            2 if self.stops_grants else int(self.stops_grants_if_silent),
+            int(self.stops_grants),
             _micro(self.still),
+            _micro(self.grace),
             self.clock,
             _micro(self.age),
             _micro(self.tolerance),
@@ -131,7 +131,8 @@ class Request:
             _micro(self.lease),
             _micro(self.retention),
             math.ceil(self.life * 1e3),
-            int(self.is_strict) + int(self.is_strict and self.is_last),
+            int(self.is_strict),
+            int(self.leaves),
             round(self.share * 1e9),
             int(self.lends_share),
             _micro(self.silence),

@@ -11,8 +11,12 @@ BEAT: Final = 0.5
 BUCKETS: Final = 64
 # Seconds that one Redis call may take.
 PATIENCE: Final = 1.0
-# Seconds without a message of any process after which Redis may have been out of reach of all.
-STILL: Final = 2 * BEAT
+# Seconds without an answer before a process counts by itself (degraded mode). Until then all calls
+# wait: requests that it sends while Redis still serves the others are in addition to theirs.
+GRACE: Final = 2.5
+# Seconds without a process that had an answer after which others may be in degraded mode: their
+# last message may have been under way for as long as the patience when the outage began.
+STILL: Final = GRACE - PATIENCE
 # Most seconds between two messages of a strict process, and seconds without one after which the
 # other processes leave its share to it.
 QUIET: Final = 2.0

@@ -122,8 +122,8 @@ def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
     process, text = said
     numbers = iter(list(map(int, str(text).split())))
-    number, epoch, _, hold, _, _, _, _, pause, lease, _, _, _, _, _, _ = (
-        next(numbers) for _ in range(16)
+    number, epoch, _, hold, _, _, _, _, _, pause, lease, _, _, _, _, _, _, _ = (
+        next(numbers) for _ in range(18)
     )
     buckets = []
     for key in keys[3::2]:
@@ -201,6 +201,7 @@ class FakeRedis:
             self._info,
             self._pttl,
             self._hset,
+            self._hsetnx,
             self._pexpire,
         ]
         commands += [
@@ -230,9 +231,10 @@ class FakeRedis:
         sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
         return await self._travel(process, sha, script, said[:count], said[count:])
 
-    async def ping(self, process: str) -> bool:
+    async def hget(self, process: str, key: str, field: str) -> str | None:
         self.messages += 1
-        return bool(await self._answered(process, lambda: True))
+        answer: str | None = await self._answered(process, lambda: self._field(key, field))
+        return answer
 
     async def _travel(
         self,
@@ -289,6 +291,10 @@ class FakeRedis:
         self._values.clear()
         self._expiry.clear()
 
+    def spoil(self, key: str, value: str | dict[str, str]) -> None:
+        """Let another program write this key."""
+        self._values[key] = {"text": value} if isinstance(value, str) else value
+
     def flush_scripts(self) -> None:
         self._scripts.clear()
 
@@ -343,6 +349,10 @@ class FakeRedis:
             for value in values
             if isinstance(value, SortedSet)
         )
+
+    def content(self, key: str) -> Any:
+        """Return the value of a key; None if there is none."""
+        return self._get(key)
 
     def text(self) -> str:
         """Return all names and values as text."""
@@ -424,13 +434,29 @@ class FakeRedis:
 
     def _hmget(self, key: str, *fields: str) -> Any:
         value = self._get(key) or {}
+        if "text" in value:
+            return self._lua.table_from({"err": "WRONGTYPE"})
         return self._lua.table(*(value.get(field, False) for field in fields))
+
+    def _field(self, key: str, field: str) -> str | None:
+        self._look_at_clock()
+        value: dict[str, str] = self._get(key) or {}
+        if "text" in value:
+            raise ResponseError("WRONGTYPE")
+        return value.get(field)
 
     def _hset(self, key: str, *pairs: str | float) -> int:
         value, before = self._hash(key), len(self._hash(key))
         for field, text in zip(pairs[::2], pairs[1::2], strict=True):
             value[str(field)] = _text(text)
         return len(value) - before
+
+    def _hsetnx(self, key: str, field: str, text: str) -> int:
+        value = self._hash(key)
+        new = field not in value
+        if new:
+            value[field] = text
+        return int(new)
 
     def _info(self, section: str) -> str:
         if section == "server":
@@ -518,11 +544,14 @@ class FakeRedis:
         return 0 if value is None else max(0, value.place(high, end=True) - value.place(low))
 
     def _zrangebyscore(self, key: str, low: str, high: str, *options: Any) -> Any:
-        *names, skip, most = options
-        assert names == ["WITHSCORES", "LIMIT"]
         value = self._get(key)
         if value is None:
             return self._lua.table()
+        if not options:
+            first, last = value.place(low), value.place(high, end=True)
+            return self._lua.table_from([member for _, member in value.order[first:last]])
+        *names, skip, most = options
+        assert names == ["WITHSCORES", "LIMIT"]
         first, last = value.place(low) + int(_text(skip)), value.place(high, end=True)
         flat: list[str] = []
         for score, member in value.order[first : min(last, first + int(_text(most)))]:
@@ -554,8 +583,8 @@ class _Connection(Redis):
     async def eval(self, script: str, numkeys: int, *said: Any) -> Any:
         return await self._redis.eval(self._process, script, numkeys, *said)
 
-    async def ping(self, **options: Any) -> bool:
-        return await self._redis.ping(self._process)
+    async def hget(self, name: str, key: str) -> str | None:  # type: ignore[override]
+        return await self._redis.hget(self._process, name, key)
 
     async def info(self, section: str | None = None, *names: str, **options: Any) -> Any:
         return {"redis_version": "7.0.15", "maxmemory": 0, "maxmemory_policy": "noeviction"}
@@ -570,8 +599,8 @@ def connected(redis: FakeRedis, *, name: str = "", **options: Any) -> RedisBacke
 def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
     marker = f"{{{prefix}}}:epoch"
-    names = [marker, f"{marker}:opener", f"{marker}:shares"]
-    return names, ["opener", "1 0 1 0 1 0 0 0 0 1 1 86400000 0 0 0 0"]
+    names = [marker, f"{marker}:opener", f"{marker}:busy"]
+    return names, ["opener", "1 0 1 0 1 1 0 0 0 0 1 1 86400000 0 0 0 0 0"]
 
 
 def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:

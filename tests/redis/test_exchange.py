@@ -17,7 +17,7 @@ from tests.redis.lua import EPOCH, FakeRedis, opened
 
 LEASE = 81.0
 PAUSE = 1.25
-STILL = 1.0
+STILL, GRACE = 1.5, 2.5
 
 
 @attrs.define
@@ -29,6 +29,10 @@ class Process:
     epoch: int = 0
     number: int = 0
     sent: Request | None = None
+    share: float = 0.0
+    is_strict: bool = False
+    served: int = 0
+    """Redis's clock at the last message with an answer; 0 for none."""
 
     def request(self, buckets: list[BucketReport], asks: list[PermitRequest]) -> Request:
         self.number += 1
@@ -40,22 +44,27 @@ class Process:
             fresh=100 + self.number,
             stops_grants=False,
             still=STILL,
-            clock=0,
-            age=0.0,
+            grace=GRACE,
+            clock=self.served,
+            age=self.redis.clock() - self.served / 1e6 if self.served else 0.0,
             tolerance=2.0,
             pause=PAUSE,
             lease=LEASE,
             retention=21.0,
             life=86_400.0,
+            share=self.share,
+            is_strict=self.is_strict,
             buckets=buckets,
             asks=asks,
         )
 
-    def send(self, request: Request) -> Response:
+    def send(self, request: Request, *, is_answered: bool = True) -> Response:
         self.sent = request
         names, said = request.encode()
-        answer = self.redis.execute(names, said, sha=SHA, script=SCRIPT)
-        return Response.decode(answer, self.sent)
+        answer = Response.decode(self.redis.execute(names, said, sha=SHA, script=SCRIPT), self.sent)
+        if is_answered:
+            self.served = answer.clock
+        return answer
 
     def ask(self, *wanted: tuple[str, int, int], first: int = 0, common_limit: int = 0) -> Response:
         """Ask for permits for accounts, each with its limit; and for one common token each."""
@@ -184,18 +193,140 @@ def test_a_server_that_has_taken_over_is_a_lost_count(redis: FakeRedis) -> None:
     assert answer.pause == PAUSE
 
 
-@pytest.mark.parametrize(("others_are_served", "pause"), [(False, PAUSE), (True, 0.0)])
-def test_permits_stop_after_an_outage_only_if_no_other_process_had_answers(
-    clock: Clock, redis: FakeRedis, others_are_served: bool, pause: float
+def of_all(redis: FakeRedis, clock: Clock, *, count: int = 2) -> list[Process]:
+    """Return processes with tokens out and a share of half of the limit, which were just served."""
+    processes = [Process(redis, f"process {place}", share=1 / 2) for place in range(count)]
+    clock.at += 2 * LEASE
+    for _ in range(2):
+        clock.at += 0.1
+        for place, process in enumerate(processes):
+            process.ask(("a", 10, 1), first=100 * place + process.number)
+    return processes
+
+
+def test_after_an_outage_of_all_no_permits_are_granted_until_each_process_can_report(
+    redis: FakeRedis, clock: Clock
 ) -> None:
-    """All of them may have sent messages meanwhile, and may have lost the answers."""
-    one, two = Process(redis, "one"), Process(redis, "two")
-    clock.at += 60
-    two.ask(("a", 1, 9))
-    answer = one.ask(("a", 1, 9))
-    for _ in range(12):
+    """The other process may count by itself since two seconds without an answer."""
+    one, _ = of_all(redis, clock)
+    clock.at += GRACE
+    answer = one.ask(("a", 10, 1))
+    assert (answer.granted, answer.pause) == ((0,), PAUSE)
+    clock.at += PAUSE
+    assert one.ask(("a", 10, 1)).granted == (1,)
+
+
+def test_messages_without_answers_are_no_sign_that_a_process_is_served(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """They may arrive while their answers are lost. All may count by themselves."""
+    one, two = of_all(redis, clock)
+    for _ in range(5):
         clock.at += 0.5
-        request = attrs.evolve(two.request([], []), stops_grants_if_silent=not others_are_served)
-        two.send(request)
-        answer = one.send(attrs.evolve(one.request([], []), stops_grants_if_silent=True))
-    assert answer.pause == pause
+        for process in (one, two):
+            process.send(process.request([], []), is_answered=False)
+    assert one.ask(("a", 10, 1)).pause == PAUSE
+
+
+def test_a_silence_of_one_process_stops_no_other(redis: FakeRedis, clock: Clock) -> None:
+    """It may be cut off, or killed."""
+    one, _, _ = of_all(redis, clock, count=3)
+    for _ in range(8):
+        clock.at += 0.5
+        assert one.ask(("a", 10, 0)).pause == 0
+
+
+def test_a_process_alone_waits_for_nobody_after_an_outage(redis: FakeRedis, clock: Clock) -> None:
+    (one,) = of_all(redis, clock, count=1)
+    clock.at += 10
+    assert one.ask(("a", 10, 1)).granted == (1,)
+
+
+def test_processes_that_were_idle_do_not_wait_for_each_other(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """The first message of each tells of an answer long ago."""
+    one, two = of_all(redis, clock)
+    for process in (one, two):
+        process.send(attrs.evolve(process.request([], []), leaves=True))
+    clock.at += 20
+    for place, process in enumerate((one, two)):
+        assert process.ask(("a", 10, 1), first=50 + place).granted == (1,)
+
+
+def test_a_process_with_nothing_out_is_not_waited_for(redis: FakeRedis, clock: Clock) -> None:
+    """It has no tokens that it could use by itself."""
+    one, two = of_all(redis, clock)
+    two.send(attrs.evolve(two.request([], []), leaves=True))
+    clock.at += 10
+    assert one.ask(("a", 10, 1)).granted == (1,)
+
+
+def test_a_process_that_never_counts_by_itself_waits_for_nobody(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """Its calls fail while Redis is out of reach."""
+    one, two = of_all(redis, clock)
+    one.share = two.share = 0.0
+    clock.at += 10
+    assert one.ask(("a", 10, 1)).granted == (1,)
+
+
+def test_after_a_lease_without_a_served_process_each_has_its_share_first(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """Others that count by themselves have no more than theirs out."""
+    one, two = of_all(redis, clock)
+    clock.at += LEASE
+    answer = one.ask(("a", 10, 7))
+    assert (answer.granted, answer.pause) == ((5,), 0.0)
+    assert answer.buckets[0].returns == [PAUSE, PAUSE]
+    assert [each.ask(("a", 10, 7), first=20).granted for each in (one, two)] == [(0,), (5,)]
+    one.ask(("a", 10, 0))
+    clock.at += PAUSE
+    assert one.ask(("a", 11, 7), first=40).granted == (1,)
+
+
+def test_a_share_below_one_token_is_one(redis: FakeRedis, clock: Clock) -> None:
+    """As in degraded mode, so that a single call after a quiet time need not wait."""
+    one, _ = of_all(redis, clock)
+    clock.at += LEASE
+    assert [one.ask(("b", 1, 1), first=10 * step).granted for step in range(2)] == [(1,), (0,)]
+
+
+def test_processes_that_were_killed_are_forgotten_after_a_lease(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    one, _ = of_all(redis, clock)
+    for _ in range(200):
+        clock.at += 0.5
+        one.ask(("a", 10, 0))
+    assert "process 1" in str(redis.content("{p}:epoch:busy"))
+    Process(redis, "three", share=1 / 2).ask(("a", 10, 1))
+    assert "process 1" not in str(redis.content("{p}:epoch:busy"))
+
+
+def test_the_first_message_of_a_strict_process_adds_no_share(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """It may be read so late that the process uses its share by itself meanwhile."""
+    one, two = (Process(redis, name, share=1 / 2, is_strict=True) for name in ("one", "two"))
+    granted = [one.ask(("a", 10, 9), first=10 * place).granted for place in range(2)]
+    assert granted == [(0,), (5,)]
+    two.ask(("a", 10, 0))
+    assert one.ask(("a", 10, 9), first=50).granted == (0,)
+    two.ask(("a", 10, 0))
+    assert one.ask(("a", 10, 9), first=70).granted == (5,)
+
+
+@pytest.mark.parametrize("marker", ["text", "fields"])
+def test_a_marker_of_another_program_is_replaced(
+    redis: FakeRedis, clock: Clock, marker: str
+) -> None:
+    """As a lost count."""
+    fields = ["epoch", "opens", "longest", "heard", "served", "careful"]
+    redis.spoil("{p}:epoch", "text" if marker == "text" else dict.fromkeys(fields, "x"))
+    one = Process(redis, "one")
+    assert one.ask(("a", 3, 2)).pause == PAUSE
+    clock.at += PAUSE
+    assert one.ask(("a", 3, 2)).granted == (2,)

@@ -45,7 +45,7 @@ SETTINGS: tuple[OnOutage, ...] = ("local", "strict", "raise")
 SOON = 6.0
 # Seconds that a call may take: in an outage, during which a strict process sends nothing for longer
 # than this, and where calls proceed, of which one a second may be all.
-SHORT, LONG = 3.0, 10.0
+SHORT, LONG = 4.0, 10.0
 LIMIT, PERIOD, LATE = 30, 1.0, 0.5
 
 # The setting of the client that the running task belongs to.

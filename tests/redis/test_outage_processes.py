@@ -49,9 +49,9 @@ SHARE = LIMIT // PROCESSES
 LEASE = PERIOD + 2 * LATE + 1.0
 # "With `strict` a process waits seven seconds longer."
 STRICT_LEASE = LEASE + 7.0
-# "… when Redis has not answered for two seconds". A message is sent each half second, and one
-# without an answer takes a second: so late the process can notice that the two seconds are over.
-NOTICED = 2.0 + 0.5 + 1.0
+# "… when Redis has not answered for 2.5 s". A message is sent each half second, and one without an
+# answer takes a second: so late the process can notice that this time is over.
+NOTICED = 2.5 + 0.5 + 1.0
 # A token that was granted before the outage is used within a second, and arrives within the
 # request's timeout.
 ARRIVED = 1.0 + LATE

@@ -85,7 +85,7 @@ async def test_clocks_with_different_rates_cause_no_false_alarm(
 ) -> None:
     """Even after most of a day without a message."""
     redis.clock = lambda: EPOCH + clock * now()
-    one = start(limit=3)
+    one = start(limit=3, fallback_share=1)
     await spend(one, 3)
     await passes(80_000)
     began = now()
@@ -458,7 +458,7 @@ async def test_closing_at_the_start_of_degraded_mode_leaves_no_timer(
     one = start(limit=4)
     redis.stall()
     task = one.waits()
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(2.5)
     task.cancel()
     await one.close()
     assert one.bucket.is_degraded
@@ -724,6 +724,87 @@ async def test_after_an_outage_of_all_processes_none_is_served_before_each_has_r
         task.cancel()
 
 
+@pytest.mark.parametrize("seconds", [4.0, LEASE + 5])
+async def test_a_process_that_was_idle_in_an_outage_of_all_waits_for_the_others(
+    redis: FakeRedis, start: Start, seconds: float
+) -> None:
+    """It asks first when Redis is back, which does not know yet what the others use."""
+    one, two = start(limit=10, fallback_share=1 / 2), start(limit=10, fallback_share=1 / 2)
+    await two.send()
+    two.end()
+    await passes(65)
+    await spend(one, 5)
+    await passes(124)
+    redis.down = True
+    await passes(124 + seconds)
+    for _ in range(5):
+        assert one.start()
+        one.end()
+    redis.down = False
+    tasks = [two.waits() for _ in range(10)]
+    await asyncio.sleep(PAUSE + 1)
+    assert sum(task.done() for task in tasks) == 5
+    for task in tasks:
+        task.cancel()
+
+
+async def test_a_process_whose_tokens_have_returned_says_so_once(
+    redis: FakeRedis, start: Start
+) -> None:
+    """Then no other process waits for it after an outage, and it says nothing more."""
+    one = start(limit=4)
+    await spend(one, 1)
+    await passes(PERIOD - 1)
+    assert redis.content("{crustcredits}:epoch:busy")
+    await passes(PERIOD + 1)
+    assert redis.content("{crustcredits}:epoch:busy") is None
+    before = redis.messages
+    await passes(PERIOD + 100)
+    assert redis.messages == before
+
+
+async def test_a_closed_process_is_waited_for_by_nobody(redis: FakeRedis, start: Start) -> None:
+    """Its tokens return, and no process can use them again before."""
+    one = start(limit=4)
+    await spend(one, 1)
+    await one.close()
+    await passes(10)
+    began = now()
+    await start(limit=4).send()
+    assert now() - began < 0.1
+    assert redis.out() == 2
+
+
+async def test_a_count_that_was_lost_in_an_outage_is_registered_with_the_first_message(
+    redis: FakeRedis, start: Start
+) -> None:
+    """And not with the second one: another process may be served soon."""
+    one = start(limit=4, fallback_share=1)
+    await spend(one, 3)
+    redis.down = True
+    await passes(10)
+    redis.flush()
+    redis.down = False
+    redis.seen = []
+    await passes(11)
+    assert len(redis.seen[0].buckets[0].homes) == 3
+    assert redis.out() == 3
+
+
+async def test_a_marker_that_another_program_writes_in_an_outage_is_repaired(
+    redis: FakeRedis, start: Start
+) -> None:
+    one = start(limit=4, fallback_share=1)
+    await spend(one, 3)
+    redis.down = True
+    await passes(10)
+    redis.spoil("{crustcredits}:epoch", "x")
+    redis.down = False
+    await passes(12)
+    assert not one.bucket.is_degraded
+    assert redis.out() == 3
+
+
 async def test_a_call_that_waited_for_its_account_fails_too(redis: FakeRedis) -> None:
     """It is ready when the call before it has failed."""
     limit = RateLimit(requests=1, scope="client")
@@ -744,10 +825,11 @@ async def test_attempts_of_degraded_mode_are_known_although_its_last_message_was
 ) -> None:
     """They began and ended between the message and its answer."""
 
-    async def answers(process: str) -> bool:
-        return True
+    async def answers(process: str, key: str, field: str) -> str:
+        epoch: str = redis.content(key)[field]
+        return epoch
 
-    monkeypatch.setattr(redis, "ping", answers)
+    monkeypatch.setattr(redis, "hget", answers)
     one = start(limit=30, fallback_share=1)
     redis.deaf = {one.name}
     await one.send()

@@ -23,6 +23,7 @@ REQUEST = Request(
     fresh=12,
     stops_grants=True,
     still=1.0,
+    grace=2.0,
     clock=1_700_000_000_000_000,
     age=0.25,
     tolerance=2.0,
@@ -58,25 +59,19 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
         "{p}:all",
         "{p}:all:line",
     ]
-    process = [7, 11, 12, 2, 1_000_000, 1_700_000_000_000_000, 250_000, 2_000_000]
+    process = [7, 11, 12, 1, 1_000_000, 2_000_000, 1_700_000_000_000_000, 250_000, 2_000_000]
     durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
-    strict = [1, 333_333_333, 1, 5_000_000]
+    strict = [1, 0, 333_333_333, 1, 5_000_000]
     buckets = [3, 250, 2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0, 0, 0]
     asks = [2, 100, 1, 290, 2, 300, 1, 102, 2, 270, 0, 0]
     numbers = [*process, *durations, *strict, *buckets, *asks]
     assert said == ["one", " ".join(map(str, numbers))]
 
 
-@pytest.mark.parametrize(
-    ("stops_grants", "if_silent", "said"),
-    [(False, False, 0), (False, True, 1), (True, False, 2), (True, True, 2)],
-)
-def test_a_request_says_when_no_permits_may_be_granted(
-    stops_grants: bool, if_silent: bool, said: int
-) -> None:
-    request = attrs.evolve(REQUEST, stops_grants=stops_grants, stops_grants_if_silent=if_silent)
-    _, (_, numbers) = request.encode()
-    assert int(numbers.split()[3]) == said
+@pytest.mark.parametrize(("is_strict", "others"), [(True, "shares"), (False, "busy")])
+def test_strict_processes_have_a_key_of_their_own(is_strict: bool, others: str) -> None:
+    names, _ = attrs.evolve(REQUEST, is_strict=is_strict).encode()
+    assert names[2] == "{p}:epoch:" + others
 
 
 def test_an_answer_has_the_state_of_each_bucket_and_what_was_granted() -> None:

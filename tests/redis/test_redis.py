@@ -162,7 +162,7 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
     own_server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Afterwards it shares the count with other processes again."""
-    monkeypatch.setattr("crustcredits.redis.outage._GRACE", 0.03)
+    monkeypatch.setattr("crustcredits.redis.outage.GRACE", 0.03)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         backend = RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4)
@@ -212,7 +212,7 @@ async def test_a_password_that_is_changed_later_is_an_outage(
     on_outage: Literal["local", "raise"],
 ) -> None:
     """As where the client is used without `async with`."""
-    monkeypatch.setattr("crustcredits.redis.outage._GRACE", 0.0)
+    monkeypatch.setattr("crustcredits.redis.outage.GRACE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox:
         backend = RedisBackend(
@@ -403,8 +403,9 @@ async def test_names_and_values_hold_no_secret_and_expire(
                 if "credits" in name and "line" not in name
             ]
         )
-        # The marker, the process's last message, the common bucket and two account buckets.
-        assert len(names) == 5
+        # The marker, the processes with tokens out, this one's last message, the common bucket and
+        # two account buckets.
+        assert len(names) == 6
         assert not [word for word in ("secret", "acme") if word in " ".join(names) + told]
         assert all(0 < int(str(redis_server.ask("PTTL", name))) <= 86_400_000 for name in names)
 

@@ -1130,7 +1130,7 @@ async def test_the_whole_share_waits_for_slow_attempts_of_before_the_outage(
     redis.down = False
 
 
-async def test_a_redis_that_hangs_is_an_outage_after_two_seconds(
+async def test_a_redis_that_hangs_is_an_outage_after_three_seconds(
     redis: FakeRedis, start: Start
 ) -> None:
     """A call then waits for it no longer."""
@@ -1141,7 +1141,7 @@ async def test_a_redis_that_hangs_is_an_outage_after_two_seconds(
     await passes(30)
     redis.stall()
     task = one.waits()
-    await asyncio.sleep(2.5)
+    await asyncio.sleep(3.5)
     assert one.bucket.is_degraded
     await task
     assert now() == pytest.approx(60, abs=0.1)
@@ -1212,7 +1212,7 @@ async def test_a_call_that_needs_a_token_fails_without_redis(redis: FakeRedis) -
 async def test_every_waiter_fails_when_redis_is_out_of_reach(
     redis: FakeRedis, start: Start
 ) -> None:
-    """In every bucket, within two seconds if Redis hangs."""
+    """In every bucket, within three seconds if Redis hangs."""
     one = start(limit=1, on_outage="raise")
     other = Waiting(one.backend.tokens("/account/credits", None, 1))
     await one.send()
@@ -1222,7 +1222,7 @@ async def test_every_waiter_fails_when_redis_is_out_of_reach(
     ]
     await asyncio.sleep(1)
     redis.stall()
-    done, _ = await asyncio.wait(tasks, timeout=2.5)
+    done, _ = await asyncio.wait(tasks, timeout=3.5)
     assert len(done) == 4
     assert {type(task.exception()) for task in done} == {BackendUnavailableError}
     redis.seen = []
