@@ -137,7 +137,9 @@ class PoolCheck:
         self._policy = policy
         self._deadline = math.inf if deadline is None else deadline
         self._began = asyncio.get_running_loop().time()
-        self._terms = WaitTerms(self._began, self._deadline, falls_back=False, own_timer=True)
+        self._terms = WaitTerms(
+            self._began, self._deadline, falls_back=False, own_timer=True, policy=policy
+        )
         self._outcomes = _Outcomes(pool, on_outcome)
         self._begun: dict[int, FanOutWaiter] = {}  # indexes that await their outcome
         self._joins = Flow()  # of joined calls that had no waiter before
@@ -205,7 +207,7 @@ class PoolCheck:
             joins = sorted(self.first[digest] for digest in asked)
             indexes = sorted(set(indexes).difference(joins)) if joins else indexes
         hopeless: list[int] = []
-        if self._deadline < math.inf:
+        if self._deadline < math.inf and not self._calls.may_find(self._policy):
             keys = [self._usable[index] for index in indexes]
             numbers = self._endpoint.hopeless(
                 keys, self._deadline, asyncio.get_running_loop().time()

@@ -222,6 +222,7 @@ class CreditsClient:
             concurrency=concurrency,
             request_timeout=request_timeout,
             retry=retry,
+            origin=getattr(transport, "origin", ""),
         )
         cache = BalanceCache(max_entries, retry, self._dispatcher.breaker_error)
         self._lookup = Lookup(SingleFlight(self._dispatcher, cache), cache)

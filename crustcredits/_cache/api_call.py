@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import enum
 import heapq
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 
+from crustcredits._cache.answer_store import StoredAnswer
 from crustcredits._cache.circuit_breaker import Sent
+from crustcredits._cache.policy import NEW
 from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
 from crustcredits._ratelimit.attempt import Attempt
 from crustcredits._ratelimit.flow import Call, Flow, Kind
+
+
+class Stage(enum.Enum):
+    """The way of a call to an answer that processes share."""
+
+    TO_LOOK_UP = "it looks for a shared answer at its turn"
+    LOOKS = "it looks for one"
+    FETCHES = "it fetches the answer for all processes"
 
 
 class AttemptTask(asyncio.Task[None]):
@@ -56,7 +67,10 @@ class ApiCall(Call, ABC):
         resumes: When the call enters the queue again, while it waits for a retry or for a probe;
             None otherwise.
         ticket: The number of its entry in `Resumptions`; 0 without one.
-        is_parked: Whether it waits for a retry.
+        is_parked: Whether it waits for a retry, or for the answer of another process.
+        stage: Its way to a shared answer; None if it asks the API for itself.
+        policy: How old a shared answer may be for each waiter.
+        has_ended: Whether it has ended.
     """
 
     __slots__ = (
@@ -66,13 +80,16 @@ class ApiCall(Call, ABC):
         "context",
         "entered",
         "failing_since",
+        "has_ended",
         "is_foreground",
         "is_parked",
         "last",
         "path",
+        "policy",
         "probe",
         "request",
         "resumes",
+        "stage",
         "task",
         "ticket",
     )
@@ -102,6 +119,9 @@ class ApiCall(Call, ABC):
         self.context = context
         self.is_parked = False
         self.ticket = 0
+        self.stage: Stage | None = None
+        self.policy = NEW
+        self.has_ended = False
 
     def park(self, *, parks: bool) -> None:
         """Record that the call begins or ends its wait for a retry, and notify its flow."""
@@ -129,6 +149,10 @@ class ApiCall(Call, ABC):
     @abstractmethod
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         """Called with the result when the call has ended."""
+
+    @abstractmethod
+    def on_stored(self, answer: StoredAnswer) -> None:
+        """Called with a shared answer, which ends the call if it is young enough."""
 
     @abstractmethod
     def on_broken_off(self, error: BaseException | None) -> None:

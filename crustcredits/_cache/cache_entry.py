@@ -90,10 +90,10 @@ class CacheEntry:
         self._fresh: Known[Any] | None = None
         self._stale: Known[Any] | None = None
 
-    def succeeded(self, balance: Balance, now: float) -> None:
-        """Record a balance."""
+    def succeeded(self, balance: Balance, now: float, *, age: float = 0.0) -> None:
+        """Record a balance, of this age in seconds."""
         self._balance, self._failure, self._failed = balance, None, None
-        self._received, self._received_wall = now, time.time()
+        self._received, self._received_wall = now - age, time.time() - age
         self._refreshes_at = _grant_after(balance) if isinstance(balance, Account) else math.inf
         self.tried = self.refresh_at = now
         self._failures = 0
@@ -113,6 +113,10 @@ class CacheEntry:
         self._stale = None
         if isinstance(failure.error, OF_THE_KEY):
             self._balance = self._fresh = None
+
+    def is_newer_than(self, age: float, now: float) -> bool:
+        """Whether a younger balance than one of this age is cached."""
+        return self._balance is not None and now - self._received < age
 
     @property
     def has_balance(self) -> bool:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from crustcredits._cache.answer_store import StoredAnswer
+from crustcredits._cache.cache_entry import CacheEntry
 from crustcredits._cache.dispatcher import Dispatcher
 from crustcredits._cache.outcomes import closed_error, failure, shared
+from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.pools import Pools
 from crustcredits._cache.shared_call import SharedCall
 from crustcredits._cache.store import BalanceCache, CacheKey
 from crustcredits._cache.under_way import UnderWay
 from crustcredits._errors import CrustCreditsError
-from crustcredits._models import Balance, Known, Outcome
+from crustcredits._keys.api_key import ApiKey
+from crustcredits._models import Balance, Known, Outcome, Unknown
 
 _log = logging.getLogger("crustcredits")
 
@@ -27,15 +33,22 @@ class Completion:
         pools: The pools in which calls may wait for their turn.
         dispatcher: Sends no request for a call that has ended.
         cache: Gets the results.
+        refresh: Begins a refresh of a cache entry.
     """
 
     def __init__(
-        self, under_way: UnderWay, pools: Pools, dispatcher: Dispatcher, cache: BalanceCache
+        self,
+        under_way: UnderWay,
+        pools: Pools,
+        dispatcher: Dispatcher,
+        cache: BalanceCache,
+        refresh: Callable[[CacheKey, ApiKey, CachePolicy], None],
     ) -> None:
         self._under_way = under_way
         self._pools = pools
         self._dispatcher = dispatcher
         self._cache = cache
+        self._refresh = refresh
         self._cancelled: set[asyncio.Task[Any]] = set()  # requests whose end is awaited
 
     # --- with a result
@@ -56,6 +69,40 @@ class Completion:
         evicted = self._record(call, outcome) if is_joinable else None
         self._pass_on(call, outcome)
         call.release_references()
+        if evicted is not None:
+            self._drop_refresh_of(evicted)
+
+    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> None:
+        """Cache an answer of another process, and end a call for which it is young enough.
+
+        A stale balance ends it where stale-while-revalidate allows that, and is refreshed.
+        """
+        result = self._dispatcher.endpoints[call.path].read_stored(call, answer)
+        now = asyncio.get_running_loop().time()
+        age, policy = now - answer.began, call.policy
+        evicted: CacheKey | None = None
+        entry: CacheEntry | None = None
+        outcome: Outcome[Any] | None = None
+        if isinstance(result, Balance):
+            evicted = self._cache.succeeded(call.cache_key, result, now, age=age)
+            entry = self._cache.find(call.cache_key)
+            if policy.is_fresh(age):
+                outcome = Known(balance=result, attempts=0, source="shared")
+            elif entry is not None and policy.is_stale_while_revalidate(age):
+                outcome = entry.answer(policy, now)
+        elif result is not None and age < policy.error_age:
+            unknown = Unknown(
+                key=call.api_key,
+                error=result,
+                checked_at=datetime.now(UTC) - timedelta(seconds=age),
+                source="shared",
+            )
+            evicted, outcome = self._cache.failed(call.cache_key, unknown, now), unknown
+        if outcome is not None:
+            self._pass_on(call, outcome)
+            if entry is not None and outcome.stale and entry.claim_refresh(call.cache_key[1], now):
+                self._refresh(call.cache_key, call.api_key, policy)
+            call.release_references()
         if evicted is not None:
             self._drop_refresh_of(evicted)
 
@@ -82,6 +129,7 @@ class Completion:
     def _pass_on(self, call: SharedCall, outcome: Outcome[Any]) -> None:
         """Forget a call, and pass the outcome to every waiter."""
         self._under_way.remove(call)
+        self._dispatcher.sharing.end(call)
         for_others: Outcome[Any] | None = None
         for waiter in call.waiters:
             if waiter.done():  # given up in this iteration of the loop
@@ -132,6 +180,7 @@ class Completion:
 
     def _forget(self, call: SharedCall) -> None:
         """Forget a call without a result, so that another refresh may test the endpoint."""
+        self._dispatcher.sharing.end(call)
         if self._under_way.remove(call):
             self._cache.ended_without_result(call.cache_key)
 

@@ -16,8 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from crustcredits._cache.alarm import Alarm
-from crustcredits._cache.api_call import ApiCall, AttemptTask, Resumptions
+from crustcredits._cache.api_call import ApiCall, AttemptTask, Resumptions, Stage
 from crustcredits._cache.endpoint import Endpoint
+from crustcredits._cache.sharing import Sharing
 from crustcredits._errors import ConfigurationError, CrustCreditsError
 from crustcredits._http.addresses import ACCOUNT_CREDITS, USER_CREDITS
 from crustcredits._http.retry import Retry, retry_delay
@@ -48,6 +49,7 @@ class Dispatcher:
     Attributes:
         transport: Sends the requests.
         endpoints: The endpoints by their paths.
+        sharing: The answers that are shared with other processes.
         singles: The flow of all single calls.
         refreshes: The flow of background calls, which have no waiter.
     """
@@ -61,6 +63,7 @@ class Dispatcher:
         concurrency: int,
         request_timeout: float,
         retry: Retry,
+        origin: str = "",
     ) -> None:
         self.transport = transport
         self.singles, self.refreshes = Flow(Kind.SINGLE), Flow(Kind.BACKGROUND)
@@ -71,6 +74,7 @@ class Dispatcher:
         if backend is not None:
             pace = rate_limit.pace
             backend.open(period=terms.period, late=request_timeout, pace=pace, scope=terms.scope)
+        self.sharing = Sharing(getattr(backend, "answers", None), origin, self._resume)
         self._later = Resumptions()
         shared_pace = Pace(rate_limit.pace, rate_limit.requests / rate_limit.period)
         slots = ConnectionSlots[Attempt](concurrency)
@@ -84,6 +88,7 @@ class Dispatcher:
                 later=self._later,
                 backend=backend,
                 on_tokens=self._start_due,
+                shares=self.sharing.is_on,
                 probes=retry.attempts,
             )
             for path in (USER_CREDITS, ACCOUNT_CREDITS)
@@ -98,6 +103,9 @@ class Dispatcher:
     def enter(self, call: ApiCall) -> None:
         """Begin a call."""
         call.entered = now = _now()
+        if call.stage is Stage.TO_LOOK_UP:
+            self.sharing.look_up(call)
+            return
         endpoint = self.endpoints[call.path]
         # If other calls are held back, the same cause holds back this one too.
         is_behind = endpoint.scheduler.holds_back
@@ -205,11 +213,22 @@ class Dispatcher:
         return now if busy else moment
 
     def _not_sent(self, endpoint: Endpoint, call: ApiCall, now: float) -> None:
-        """Handle a granted call that is not sent: too late, or the circuit breaker is open."""
-        if endpoint.is_barred(call, now):
+        """Handle a granted call that is not sent.
+
+        It is too late, the circuit breaker is open, or it looks for a shared answer first.
+        """
+        if endpoint.is_refused(call, now):
             endpoint.enqueue(call, now)
+        elif call.stage is Stage.TO_LOOK_UP:
+            self.sharing.look_up(call)
         else:
             call.on_late()
+
+    def _resume(self, call: ApiCall) -> None:
+        """Let a call go on to the API that has looked for a shared answer."""
+        now = _now()
+        self.endpoints[call.path].resume(call, now)
+        self._start_due(now)
 
     def _on_alarm(self) -> None:
         self._is_deferred = False
@@ -236,6 +255,7 @@ class Dispatcher:
             got = await self.transport.attempt(call.path, call.api_key, self._request_timeout)
             now = _now()
             result, answer = endpoint.read(call, got, now)
+            self.sharing.publish(call, got, result)
             endpoint.ended(call, answer, now)
             if isinstance(result, Balance):
                 call.on_end(result)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import cast
 
-from crustcredits._cache.api_call import ApiCall, Resumptions
+from crustcredits._cache.answer_store import StoredAnswer
+from crustcredits._cache.api_call import ApiCall, Resumptions, Stage
 from crustcredits._cache.backend_buckets import BackendBuckets
+from crustcredits._cache.cache_entry import OF_THE_KEY
 from crustcredits._cache.circuit_breaker import CircuitBreaker, Sent
 from crustcredits._cache.streams import Streams
 from crustcredits._errors import (
@@ -20,6 +22,7 @@ from crustcredits._errors import (
 )
 from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
 from crustcredits._http.retry import asked_wait
+from crustcredits._http.stored_response import load_response
 from crustcredits._http.transport_types import Failure, Fate
 from crustcredits._keys.api_key import ApiKey
 from crustcredits._models import Balance
@@ -53,6 +56,7 @@ class Endpoint:
         later: The calls that resume later.
         backend: Where several processes count their tokens together, or None.
         on_tokens: Called when the backend has brought tokens.
+        shares: Whether calls may look for answers of other processes.
         probes: Failed probes in a row, of any call, after which a call waits 1 s at the most.
 
     Attributes:
@@ -74,12 +78,14 @@ class Endpoint:
         later: Resumptions,
         backend: Backend | None,
         on_tokens: Callable[[], None],
+        shares: bool,
         probes: int,
     ) -> None:
         self.path = path
         self._later = later
         self.counts_accounts = rate_limit.scope != "key"
         self._probes = probes
+        self._shares = shares
         self._period = rate_limit.period
         self._breaker = CircuitBreaker(path)
         self._barred: dict[ApiCall, None] = {}  # calls that wait for the end of a probe
@@ -134,6 +140,8 @@ class Endpoint:
 
     def earliest(self, call: ApiCall, now: float) -> float:
         """The time before which certainly no request for this call starts."""
+        if call.stage in {Stage.TO_LOOK_UP, Stage.LOOKS}:
+            return now  # another process may have the answer
         if call.task is not None or call in self._barred or call in self.to_requeue:
             return now  # an answer on its way may close the circuit breaker
         if call.resumes is not None:
@@ -185,6 +193,13 @@ class Endpoint:
         return self._breaker.refusal(now)
 
     def is_barred(self, call: Call, now: float) -> bool:
+        """Whether no request may be sent for this call now.
+
+        The circuit breaker refuses it, or the call has to look for a shared answer first.
+        """
+        return self.is_refused(call, now) or cast("ApiCall", call).stage is Stage.TO_LOOK_UP
+
+    def is_refused(self, call: Call, now: float) -> bool:
         """Whether the circuit breaker refuses a request for this call now."""
         return self._breaker.is_open and self._breaker.refusal(now, call.key) is not None
 
@@ -201,8 +216,8 @@ class Endpoint:
             self._breaker.end(probe, now)
         scheduler.ended(call.request, answer, now)
         if scheduler.is_barring or probe is not None:
-            scheduler.is_barring = self._breaker.is_open
-            if probe is not None or (self._barred and not scheduler.is_barring):
+            scheduler.is_barring = self._breaker.is_open or self._shares
+            if probe is not None or (self._barred and not self._breaker.is_open):
                 self.to_requeue.update(self._barred)
                 self._barred.clear()
 
@@ -230,7 +245,7 @@ class Endpoint:
         if isinstance(result, GatewayError):
             sent = call.probe or Sent(call.request.started, call.key, is_probe=False)
             breaker.gateway_answered(sent, result, now)
-            self.scheduler.is_barring = breaker.is_open
+            self.scheduler.is_barring = breaker.is_open or self._shares
         elif own:
             breaker.api_answered(call.key)
         return result, AttemptResult(
@@ -240,6 +255,19 @@ class Endpoint:
             remaining=remaining,
             wait=asked_wait(result),
         )
+
+    def read_stored(
+        self, call: ApiCall, answer: StoredAnswer
+    ) -> Balance | CrustCreditsError | None:
+        """The result in an answer of another process; None if it cannot be read."""
+        response = load_response(answer.text)
+        if response is None:
+            return None
+        age = asyncio.get_running_loop().time() - answer.began
+        arrived = datetime.now(UTC) - timedelta(seconds=age)
+        result = read_response(call.path, call.api_key, response, now=arrived, period=self._period)
+        is_expected = isinstance(result, OF_THE_KEY if answer.is_error else Balance)
+        return result if is_expected else None
 
     def _bar(self, call: ApiCall, refusal: GatewayError, now: float) -> None:
         """Let a call wait while the circuit breaker is open, or end it.

@@ -127,7 +127,7 @@ class Lookup:
             and not self.calls.under_way.is_asked(cache_key)
             and entry.claim_refresh(key.digest, now)
         ):
-            self.calls.refresh(cache_key, key)
+            self.calls.refresh(cache_key, key, policy)
         return outcome if outcome.key is key else outcome_for(key, outcome)
 
     def needs_turn(self, path: str, key: ApiKey, policy: CachePolicy) -> bool:
@@ -257,12 +257,14 @@ class Lookup:
         A request on the wire still answers its own waiters, and no later ones.
         """
         self._cache.forget(None if key is None else key.digest)
+        self.calls.invalidate(key)
         self.calls.detach(key)
 
     def _terms(
         self, cache_key: CacheKey, policy: CachePolicy, began: float, deadline: float
     ) -> WaitTerms:
-        return WaitTerms(began, deadline, self._falls_back(cache_key, policy, began))
+        falls_back = self._falls_back(cache_key, policy, began)
+        return WaitTerms(began, deadline, falls_back, policy=policy)
 
     def _falls_back(self, cache_key: CacheKey, policy: CachePolicy, began: float) -> bool:
         """Whether stale-if-error allows a stale answer for this caller."""

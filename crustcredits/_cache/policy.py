@@ -64,6 +64,16 @@ class CachePolicy(NamedTuple):
         """Whether a balance of this age is returned while the API gives no answer."""
         return age < self.max_age + self.if_error
 
+    def stricter(self, other: CachePolicy) -> CachePolicy:
+        """The policy of an answer that both policies accept."""
+        return CachePolicy(
+            min(self.max_age, other.max_age),
+            min(self.revalidate, other.revalidate),
+            min(self.if_error, other.if_error),
+            min(self.error_age, other.error_age),
+            self.own_limit and other.own_limit,
+        )
+
     def given(
         self,
         *,

@@ -8,7 +8,9 @@ from abc import abstractmethod
 from collections.abc import Hashable, KeysView, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from crustcredits._cache.answer_store import StoredAnswer
 from crustcredits._cache.api_call import ApiCall
+from crustcredits._cache.policy import NEW, CachePolicy
 from crustcredits._cache.store import CacheKey
 from crustcredits._errors import CrustCreditsError
 from crustcredits._keys.api_key import ApiKey
@@ -36,12 +38,14 @@ class WaitTerms(NamedTuple):
         deadline: Its end.
         falls_back: Whether a stale answer may end it.
         own_timer: Whether the waiter's owner ends it at the deadline.
+        policy: How old its answer may be.
     """
 
     began: float
     deadline: float
     falls_back: bool
     own_timer: bool = False
+    policy: CachePolicy = NEW
 
 
 class EndsWaiters(Protocol):
@@ -55,6 +59,7 @@ class EndsCalls(Protocol):
     """Ends a call: `Completion`."""
 
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None: ...
+    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> None: ...
     def break_off(self, call: SharedCall, error: BaseException | None) -> None: ...
 
 
@@ -114,6 +119,9 @@ class SharedCall(ApiCall):
 
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self._completion.end(self, result)
+
+    def on_stored(self, answer: StoredAnswer) -> None:
+        self._completion.end_stored(self, answer)
 
     def on_broken_off(self, error: BaseException | None) -> None:
         self._completion.break_off(self, error)

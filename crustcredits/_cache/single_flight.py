@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 from crustcredits._cache.completion import Completion
 from crustcredits._cache.dispatcher import Dispatcher
+from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.pools import Pools
 from crustcredits._cache.shared_call import Pool, SharedCall, Waiter, WaitTerms
 from crustcredits._cache.store import BalanceCache, CacheKey
@@ -49,7 +50,7 @@ class SingleFlight:
         self._pools = Pools()
         self.endpoints = dispatcher.endpoints
         self.under_way = UnderWay(self._pools)
-        self._completion = Completion(self.under_way, self._pools, dispatcher, cache)
+        self._completion = Completion(self.under_way, self._pools, dispatcher, cache, self.refresh)
         self.waiters = Waiters(self.endpoints, self.under_way, self._completion)
 
     # --- calls
@@ -72,6 +73,7 @@ class SingleFlight:
             self._dispatcher.enter(call)
         else:
             self.waiters.add(call, waiter, terms)
+            self._dispatcher.sharing.join(call, terms.policy)
             self._move_up(call, flow, terms)
         self.waiters.time_out_if_hopeless(call, waiter, terms)
         return call
@@ -89,11 +91,16 @@ class SingleFlight:
         """Make a new call with its first waiter. The caller lets the call enter a queue."""
         call = self._make(cache_key, key, flow, context)
         self.waiters.add_first(call, waiter, terms)
+        self._dispatcher.sharing.begin(call, terms.policy)
         return call
 
-    def refresh(self, cache_key: CacheKey, key: ApiKey) -> None:
-        """Begin a call without a waiter. It belongs to no caller, and keeps no context alive."""
+    def refresh(self, cache_key: CacheKey, key: ApiKey, policy: CachePolicy) -> None:
+        """Begin a call without a waiter, for an answer that is fresh by this policy.
+
+        It belongs to no caller, and keeps no context alive.
+        """
         call = self._make(cache_key, key, self._dispatcher.refreshes, contextvars.Context())
+        self._dispatcher.sharing.begin(call, policy._replace(revalidate=0.0))
         self._dispatcher.enter(call)
 
     def _make(
@@ -110,6 +117,14 @@ class SingleFlight:
         )
         self.under_way.add(call)
         return call
+
+    def may_find(self, policy: CachePolicy) -> bool:
+        """Whether another process may have an answer that this policy accepts."""
+        return self._dispatcher.sharing.is_on and policy.max_age > 0
+
+    def invalidate(self, key: ApiKey | None) -> None:
+        """Let no process find an answer that was asked for before now."""
+        self._dispatcher.sharing.invalidate(key)
 
     def detach(self, key: ApiKey | None) -> None:
         """Let no later waiter join a request that is on the wire for `key`, or for any key."""

@@ -61,8 +61,13 @@ class BalanceCache:
             self._entries.move_to_end(cache_key)
         return entry
 
-    def succeeded(self, cache_key: CacheKey, balance: Balance, now: float) -> CacheKey | None:
-        """Record a balance. Returns the cache key that was evicted for it, if any."""
+    def succeeded(
+        self, cache_key: CacheKey, balance: Balance, now: float, *, age: float = 0.0
+    ) -> CacheKey | None:
+        """Record a balance, of this age in seconds, unless a younger one is cached.
+
+        Returns the cache key that was evicted for it, if any.
+        """
         entry, evicted = self._entries.get(cache_key), None
         endpoint = self._endpoints[cache_key[0]]
         if endpoint.failures or endpoint.refresh_at:
@@ -71,7 +76,8 @@ class BalanceCache:
             entry, evicted = self._make(cache_key)
         else:
             self._entries.move_to_end(cache_key)
-        entry.succeeded(balance, now)
+        if not (age and entry.is_newer_than(age, now)):
+            entry.succeeded(balance, now, age=age)
         return evicted
 
     def failed(self, cache_key: CacheKey, failure: Unknown, now: float) -> CacheKey | None:

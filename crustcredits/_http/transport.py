@@ -55,6 +55,9 @@ class AiohttpTransport:
     """Sends requests over one aiohttp session.
 
     Its own session is opened by the first attempt; a caller's session is never closed.
+
+    Attributes:
+        origin: `https://host` of the API.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AiohttpTransport:
         proxy: str | None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        self.origin: str = base_url
         self._urls = {path: URL(base_url + path) for path in (USER_CREDITS, ACCOUNT_CREDITS)}
         self._session = session
         self._proxy = proxy

@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from crustcredits._cache.answer_store import AnswerStore
 from crustcredits._errors import ConfigurationError
 from crustcredits._ratelimit.leased_tokens import CountedScope
 from crustcredits._validation import (
@@ -65,6 +66,13 @@ class RedisBackend:
             above 0 and at most 1. The shares of all processes must add up to no more than 1. With
             `"local"` it allows at least one request. Required for `"local"` and `"strict"`: divide
             1 by the number of your processes.
+        share_answers: Whether the processes also share answers: one of them asks the API, and the
+            others get its answer, each within its own `max_age`, `stale_while_revalidate`,
+            `stale_if_error` and `max_error_age`. With `max_age=0` nothing is shared. An answer is
+            found by HMAC-SHA256 of the endpoint, keyed by the API key, so Redis holds no key and no
+            name; whoever can read Redis can read balances. Its age counts from the start of its
+            request. Connection errors and gateway answers are not shared. Redis keeps at most
+            10,000 answers of at most 4 KiB.
 
     When the client opens (`async with`), mistakes that do not heal are a `ConfigurationError`: a
     wrong password or database, no right to run the script, a server that is too old, may evict keys
@@ -83,6 +91,7 @@ class RedisBackend:
         prefix: str = "crustcredits",
         on_outage: Literal["local", "strict", "raise"] = "local",
         fallback_share: float | None = None,
+        share_answers: bool = False,
     ) -> None:
         owned = isinstance(url_or_client, str)
         client: object = (
@@ -97,6 +106,7 @@ class RedisBackend:
         check_kind("prefix", prefix, str)
         if not prefix or not prefix.isprintable() or set(prefix) & set("{}"):
             raise ConfigurationError("prefix must be non-empty printable text without braces")
+        check_kind("share_answers", share_answers, bool)
         if on_outage not in _MODES:
             raise ConfigurationError("on_outage must be 'local', 'strict' or 'raise'")
         if fallback_share is not None:
@@ -120,8 +130,14 @@ class RedisBackend:
             owned=owned,
             prefix=prefix,
             raises=on_outage == "raise",
+            shares_answers=share_answers,
         )
         self._link = self._make_link()
+
+    @property
+    def answers(self) -> AnswerStore | None:
+        """The shared answers: see `Backend`."""
+        return self._link.answers
 
     def open(self, *, period: float, late: float, pace: float | None, scope: CountedScope) -> None:
         """Bind this backend to a client: see `Backend`.

@@ -24,12 +24,14 @@ from crustcredits.redis.outage import Outage
 from crustcredits.redis.protocol import (
     SCRIPT,
     SHA,
+    AnswersPart,
     BucketReport,
     PermitRequest,
     Request,
     Response,
 )
 from crustcredits.redis.server_check import address_of, check_server, mistake
+from crustcredits.redis.shared_answers import AnswersInMessage, SharedAnswers
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
 from crustcredits.redis.timing import BEAT, BUCKETS, GRACE, PATIENCE, QUIET, SILENCE, STILL
 from crustcredits.redis.window import Window
@@ -46,7 +48,7 @@ _LIFE = 86_400.0
 
 @attrs.define
 class _Message:
-    """The buckets of a message, and the permits that it asks for.
+    """The buckets of a message, the permits that it asks for, and its part about shared answers.
 
     `leaves` is as in `Request`.
     """
@@ -54,6 +56,7 @@ class _Message:
     now: float
     epoch: int
     leaves: bool = True
+    answers: AnswersInMessage | None = None
     indexes: dict[SharedTokens, int] = attrs.field(factory=dict)
     asks: list[tuple[SharedTokens, range, PermitRequest]] = attrs.field(factory=list)
 
@@ -89,8 +92,10 @@ class Coordinator:
         owned: Whether the client was made for this coordinator, which closes it then.
         prefix: What the names of all keys in Redis begin with, in braces.
         raises: Whether calls fail while Redis is out of reach.
+        shares_answers: Whether answers are shared.
 
     Attributes:
+        answers: The shared answers; None if none are shared.
         process: The name of this process in Redis; empty before the first message.
         outage: Whether Redis answers.
         closed: Whether `close` was called.
@@ -99,12 +104,17 @@ class Coordinator:
     terms: Terms
     window: Window[SharedTokens]
 
-    def __init__(self, client: Any, *, owned: bool, prefix: str, raises: bool) -> None:
+    def __init__(
+        self, client: Any, *, owned: bool, prefix: str, raises: bool, shares_answers: bool = False
+    ) -> None:
         self._client = client
         self._owned = owned
         self._prefix = prefix
         self._marker = f"{{{prefix}}}:epoch"
         self.closed: bool = False
+        self.answers: SharedAnswers | None = (
+            SharedAnswers(self._arrange) if shares_answers else None
+        )
         self._all: WeakSet[SharedTokens] = WeakSet()
         self.outage: Outage = Outage(lambda: list(self._all), raises=raises)
         self.opens_at: float = -math.inf
@@ -116,6 +126,7 @@ class Coordinator:
         self._unregistered: WeakSet[SharedTokens] = WeakSet()
         # Last Redis time in microseconds, and the loop's time at which it was asked for.
         self._clock: tuple[int, float] | None = None
+        self._clock_heard = 0.0  # when that answer arrived
         self._number = self._message_number = 0
         # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
         self._probe: SharedTokens | None = None
@@ -189,7 +200,10 @@ class Coordinator:
             await asyncio.wait([self._task])
         for tokens in list(self._all):
             tokens.let_go()
-        while self._agenda and self.outage.since is None:
+        answers = self.answers
+        while self.outage.since is None and (
+            self._agenda or (answers is not None and answers.has_operations)
+        ):
             await self._exchange()
         if self.outage.since is None and self._is_listed:
             await self._exchange()  # no process need reckon with this one
@@ -242,11 +256,16 @@ class Coordinator:
     def _next_message(self) -> float | None:
         if self.outage.since is not None:
             return self._last + BEAT
+        soonest = self._agenda.soonest
+        if self.answers is not None:
+            soonest = min(soonest, self.answers.due)
         beat = (self._last_beat if self.window.waiters else self._last) + BEAT
-        if self._agenda.soonest <= beat:
-            return self._agenda.soonest
+        if soonest <= beat:
+            return soonest
         now = _now()
-        if self._agenda or self.window.waiters or any(tokens.has_out(now) for tokens in self._all):
+        if self._agenda or self.window.waiters or (self.answers and self.answers.is_busy):
+            return beat
+        if any(tokens.has_out(now) for tokens in self._all):
             return beat
         if self.terms.is_strict and self._epoch:
             return self._last + QUIET
@@ -278,6 +297,9 @@ class Coordinator:
             return
         message = self._message(now, self._take_due(now, is_beat=is_beat))
         is_due = is_beat or self.outage.since is not None
+        if self.answers is not None and self.answers.is_busy:
+            message.answers = self.answers.take(now)
+            is_due = True
         if not (message.indexes or is_due or self.closed):
             return
         self._last = now
@@ -371,9 +393,22 @@ class Coordinator:
             share=terms.share,
             lends_share=not (stops_grants or self.outage.is_long),
             silence=SILENCE,
+            answers=self._answers_of(message),
             buckets=message.reports(),
             asks=[request for _, _, request in message.asks],
         )
+
+    def _answers_of(self, message: _Message) -> AnswersPart | None:
+        if self.answers is None or message.answers is None:
+            return None
+        return self.answers.part(message.answers, self._redis_time)
+
+    def _redis_time(self, moment: float) -> int:
+        """Redis's clock at a moment, or an earlier time; 0 if it is unknown."""
+        if self._clock is None:
+            return 0
+        clock, _ = self._clock
+        return max(0, clock + math.floor((moment - self._clock_heard) * 1e6))
 
     def _leaves(self, message: _Message) -> bool:
         if self.closed:
@@ -391,28 +426,23 @@ class Coordinator:
 
     def _heard(self, message: _Message, response: Response) -> None:
         now = _now()
-        self._clock = response.clock, self._last
+        self._clock, self._clock_heard = (response.clock, self._last), now
+        if self.answers is not None:
+            self.answers.come_back()
         self.opens_at = now + response.pause if response.pause else -math.inf
         self._is_listed = not message.leaves
         self._probe = None
         was_alone = self.outage.ended()
         if was_alone:
             self._register(now)
-        if not response.is_known:
-            _log.warning(
-                "the rate limit's count in Redis was lost, or Redis's clock was set; calls wait "
-                "for %.1f s, in which each process registers its tokens; if it repeats, look for "
-                "restarts, failovers and evictions of Redis",
-                response.pause,
-            )
         if response.epoch != self._epoch:
             self._epoch = response.epoch
             self._register(now)
         if not response.is_known:
-            for tokens in message.indexes:
-                tokens.messages.unanswered()
-                self._say_by(tokens, now)
+            self._count_is_lost(message, response)
             return
+        if self.answers is not None and message.answers is not None:
+            self.answers.heard(message.answers, response.answers, message.now)
         self._unregistered.difference_update(message.indexes)
         self._take(message, response, now)
         if was_alone:
@@ -420,6 +450,20 @@ class Coordinator:
             for tokens in message.indexes:
                 tokens.messages.epoch = 0
             self._register(now)
+
+    def _count_is_lost(self, message: _Message, response: Response) -> None:
+        """Say the same again, after the registration of all tokens: nothing was done."""
+        _log.warning(
+            "the rate limit's count in Redis was lost, or Redis's clock was set; calls wait "
+            "for %.1f s, in which each process registers its tokens; if it repeats, look for "
+            "restarts, failovers and evictions of Redis",
+            response.pause,
+        )
+        for tokens in message.indexes:
+            tokens.messages.unanswered()
+            self._say_by(tokens, _now())
+        if self.answers is not None and message.answers is not None:
+            self.answers.lost(message.answers)
 
     def _take(self, message: _Message, response: Response, now: float) -> None:
         """Take the permits and the news of an answer."""
@@ -460,8 +504,12 @@ class Coordinator:
         for tokens in message.indexes:
             tokens.messages.unanswered()
         self._agenda.add_again(message.indexes, self._last)
+        if self.answers is not None and message.answers is not None:
+            self.answers.lost(message.answers)
         if self.outage.lost(self._last, why):
             self._agenda.clear()
+        if self.answers is not None and self.outage.is_long:
+            self.answers.give_up()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

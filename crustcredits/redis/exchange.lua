@@ -11,7 +11,7 @@
 -- the process's last message. KEYS[3] is a hash of processes. Of strict ones, which share no key with
 -- others, it has the share of the limit, the last message, and from when on the share is used here. Of
 -- others it has the ones with tokens out: for each, when it was surely served. The two keys of each
--- bucket follow.
+-- bucket follow, and at the end the three keys of shared answers, if the process shares any.
 --
 -- A process was surely served when this server read a message whose answer it received. The next
 -- message tells that time. A process that is not served counts by itself after the grace time: with
@@ -30,7 +30,8 @@
 --   1 if the process is strict, else 0; 1 if it leaves: it ends, or has no tokens out and is not
 --   strict; its share of the limit without this server, in billionths;
 --   1 if this share is used here, 0 if the process may use it by itself; after how long without a
---   message a share is not used here.
+--   message a share is not used here; 1 if the process shares answers, else 0.
+-- Then the numbers of the shared answers, see `answers.lua`.
 -- Then for each bucket:
 --   how many permits it waits for besides those that it asks for, and how many tokens may be out
 --   for these; the number of return times and of unused tokens that follow;
@@ -40,10 +41,12 @@
 --   two buckets, by their place in this message (0: none), each with how many tokens may be out.
 --
 -- Answer: a text of numbers with a space between: known, epoch, duration until permits are granted
--- again, this server's clock; for each bucket tokens out, permits that it did not allow, permits that
--- it allows besides, the number of durations that follow, durations until tokens return for the permits
--- not allowed; and then the permits granted for each request. `known` is 0 if the process has to
--- register its tokens first; then nothing else was done. A message that arrives again changes nothing.
+-- again, this server's clock; the numbers of the shared answers; for each bucket tokens out, permits
+-- that it did not allow, permits that it allows besides, the number of durations that follow, durations
+-- until tokens return for the permits not allowed; and then the permits granted for each request.
+-- `known` is 0 if the process has to register its tokens first; then nothing else was done. The values
+-- of the shared answers follow in a second line. A message that arrives again changes nothing in the
+-- count.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -63,6 +66,7 @@ local stop, still, grace = read(), read(), read()
 local told, ago, slack = read(), read(), read()
 local pause, lease, retention, life = read(), read(), read(), read()
 local strict, leaves, share, lends, silence = read(), read(), read(), read(), read()
+local shares_answers = read()
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -200,9 +204,18 @@ elseif strict == 1 then
     part = math.min(1, total / 1e9)
 end
 
+local values = ''
+if shares_answers == 1 then
+    local told_of_answers
+    told_of_answers, values = exchange_answers(process, now, read, whole, KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS])
+    for _, number in ipairs(told_of_answers) do
+        answer[#answer + 1] = number
+    end
+end
+
 -- The buckets of this message.
 local keys, lines, waits, out, missing, room, order = {}, {}, {}, {}, {}, {}, {}
-local count = (#KEYS - 3) / 2
+local count = (#KEYS - 3 - 3 * shares_answers) / 2
 for bucket = 1, count do
     local key = KEYS[2 + 2 * bucket]
     waits[bucket], room[bucket] = read(), math.floor(read() * part + 0.001) -- the shares were rounded
@@ -387,4 +400,4 @@ end
 for _, given in ipairs(granted) do
     answer[#answer + 1] = given
 end
-return table.concat(answer, ' ')
+return table.concat(answer, ' ') .. (values ~= '' and '\n' .. values or '')

@@ -6,21 +6,30 @@ values hold a secret.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import attrs
 
-SCRIPT: Final = files("crustcredits.redis").joinpath("exchange.lua").read_text(encoding="utf-8")
+
+def _source(name: str) -> str:
+    return files("crustcredits.redis").joinpath(name).read_text(encoding="utf-8")
+
+
+SCRIPT: Final = _source("answers.lua") + _source("exchange.lua")
 SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
+# The longest age in seconds that the script is told.
+_LONGEST = 1e8
 # In the place of a bucket.
 _NONE = 0
-# How many numbers an answer begins with, and its part about a bucket.
+# How many numbers an answer begins with, its part about a bucket, and about a shared answer.
 _HEAD = _STATE = 4
+_FOUND = 3
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +67,110 @@ class PermitRequest:
 
 
 @attrs.frozen(kw_only=True)
+class FindAnswer:
+    """Finds a shared answer, or the process that shall fetch a new one.
+
+    Attributes:
+        name: The name of the answer.
+        max_age: Seconds below which a balance is found.
+        max_error_age: Seconds below which an error is found.
+        usable_age: Seconds below which an older balance comes along if none is found.
+    """
+
+    name: str
+    max_age: float
+    max_error_age: float
+    usable_age: float
+
+    def encode(self) -> tuple[list[int], str]:
+        """The numbers and the text of the operation."""
+        ages = [_age(self.max_age), _age(self.max_error_age), _age(self.usable_age)]
+        return [1, len(self.name), *ages], self.name
+
+
+@attrs.frozen(kw_only=True)
+class PublishAnswer:
+    """Publishes an answer.
+
+    Attributes:
+        name: The name of the answer.
+        asked: When its request started, by Redis's clock in microseconds.
+        kept: Seconds for which Redis keeps it.
+        is_error: Whether it is an error.
+        value: The answer, of characters of base64.
+        frees: Whether the process does not fetch this answer any more.
+    """
+
+    name: str
+    asked: int
+    kept: float
+    is_error: bool
+    value: str
+    frees: bool
+
+    def encode(self) -> tuple[list[int], str]:
+        """The numbers and the text of the operation."""
+        lengths = [len(self.name), len(self.value)]
+        rest = [self.asked, _age(self.kept), 2 if self.is_error else 1, int(self.frees)]
+        return [2, *lengths, *rest], self.name + self.value
+
+
+@attrs.frozen(kw_only=True)
+class FreeAnswer:
+    """Says that this process does not fetch the answer of this name any more."""
+
+    name: str
+
+    def encode(self) -> tuple[list[int], str]:
+        """The numbers and the text of the operation."""
+        return [3, len(self.name)], self.name
+
+
+@attrs.frozen(kw_only=True)
+class InvalidateAnswer:
+    """Makes the answer of this name invalid, also one that was asked for before; `*` for all."""
+
+    name: str
+
+    def encode(self) -> tuple[list[int], str]:
+        """The numbers and the text of the operation."""
+        return [4, len(self.name)], self.name
+
+
+AnswerOperation: TypeAlias = FindAnswer | PublishAnswer | FreeAnswer | InvalidateAnswer
+
+
+@attrs.frozen(kw_only=True)
+class AnswersPart:
+    """The part of a message that is about shared answers.
+
+    Attributes:
+        operations: What to do, in this order.
+        fetches: Whether this process fetches an answer.
+        lease: Seconds without a message after which a process does not fetch any more.
+        most: How many answers Redis keeps.
+        memory: Seconds for which Redis remembers an invalidation.
+    """
+
+    operations: Sequence[AnswerOperation]
+    fetches: bool
+    lease: float
+    most: int
+    memory: float
+
+    def encode(self) -> tuple[list[int], str]:
+        """The numbers and the texts."""
+        lease, memory = _micro(self.lease), _micro(self.memory)
+        numbers = [len(self.operations), int(self.fetches), lease, self.most, memory]
+        texts = []
+        for operation in self.operations:
+            more, text = operation.encode()
+            numbers += more
+            texts.append(text)
+        return numbers, "".join(texts)
+
+
+@attrs.frozen(kw_only=True)
 class Request:
     """One message of a process. Durations are in seconds.
 
@@ -83,6 +196,7 @@ class Request:
         share: The share that this process uses by itself while Redis is out of reach.
         lends_share: Whether its share is used by all, and not by the process alone.
         silence: After how long without a message the share of a process is not used by all.
+        answers: What it says about shared answers; None if it shares none.
         buckets: The reports.
         asks: The requests for permits.
     """
@@ -107,8 +221,15 @@ class Request:
     share: float = 0.0
     lends_share: bool = True
     silence: float = 0.0
+    answers: AnswersPart | None = None
     buckets: Sequence[BucketReport]
     asks: Sequence[PermitRequest]
+
+    @property
+    def finds(self) -> int:
+        """How many shared answers it looks for."""
+        operations = () if self.answers is None else self.answers.operations
+        return sum(isinstance(operation, FindAnswer) for operation in operations)
 
     def encode(self) -> tuple[list[str], list[str]]:
         """The names and the arguments of the script.
@@ -136,7 +257,13 @@ class Request:
             round(self.share * 1e9),
             int(self.lends_share),
             _micro(self.silence),
+            int(self.answers is not None),
         ]
+        texts = []
+        if self.answers is not None:
+            numbers, text = self.answers.encode()
+            said += numbers
+            texts = [text]
         for bucket in self.buckets:
             names += (bucket.name, bucket.name + ":line")
             said += (bucket.waits, bucket.most, len(bucket.returns), len(bucket.unused))
@@ -149,7 +276,9 @@ class Request:
                 said += (index + 1, most)
             if len(ask.limits) == 1:
                 said += (_NONE, 0)
-        return names, [self.process, " ".join(map(str, said))]
+        if self.answers is not None:
+            names += [f"{self.marker}:answers{part}" for part in ("", ":times", ":fetchers")]
+        return names, [self.process, " ".join(map(str, said)), *texts]
 
 
 @attrs.frozen(kw_only=True)
@@ -170,6 +299,31 @@ class BucketState:
     returns: Sequence[float]
 
 
+class Found(enum.Enum):
+    """What Redis says of a shared answer."""
+
+    YES = 1
+    OTHER_FETCHES = 2
+    FETCH = 3
+
+
+@attrs.frozen(kw_only=True)
+class FoundAnswer:
+    """Redis's reply to `FindAnswer`.
+
+    Attributes:
+        found: What it says.
+        age: Seconds since the start of the request of the value.
+        is_error: Whether the value is an error.
+        value: The value; empty without one.
+    """
+
+    found: Found
+    age: float = 0.0
+    is_error: bool = False
+    value: str = ""
+
+
 @attrs.frozen(kw_only=True)
 class Response:
     """Redis's answer.
@@ -180,6 +334,7 @@ class Response:
         epoch: The epoch of the count.
         pause: Seconds until permits are granted.
         clock: Redis's clock in microseconds.
+        answers: The replies to each `FindAnswer` of the request.
         buckets: The state of each bucket of the request.
         granted: How many permits were granted for each request.
     """
@@ -188,6 +343,7 @@ class Response:
     epoch: int
     pause: float
     clock: int
+    answers: Sequence[FoundAnswer] = ()
     buckets: Sequence[BucketState] = ()
     granted: Sequence[int] = ()
 
@@ -201,11 +357,25 @@ class Response:
         """
         if not isinstance(answer, (str, bytes)):
             raise TypeError("the answer is not from the script")
-        numbers = list(map(int, answer.split()))
+        text = answer if isinstance(answer, str) else answer.decode("ascii")
+        first, _, values = text.partition("\n")
+        numbers = list(map(int, first.split()))
         known, epoch, pause, clock = numbers[:_HEAD]
         if not known:
             return cls(is_known=False, epoch=epoch, pause=pause / 1e6, clock=clock)
-        place, buckets = _HEAD, []
+        place, buckets, answers = _HEAD, [], []
+        for _ in range(request.finds):
+            found, age, length = numbers[place : place + _FOUND]
+            place += _FOUND
+            value, values = values[:length], values[length:]
+            answers.append(
+                FoundAnswer(
+                    found=Found(found),
+                    age=age / 1e6,
+                    is_error=value[:1] == "2",
+                    value=value[1:],
+                )
+            )
         for _ in request.buckets:
             out, missing, free, count = numbers[place : place + _STATE]
             place += _STATE + count
@@ -219,9 +389,15 @@ class Response:
             epoch=epoch,
             pause=pause / 1e6,
             clock=clock,
+            answers=tuple(answers),
             buckets=tuple(buckets),
             granted=tuple(granted),
         )
+
+
+def _age(seconds: float) -> int:
+    """Convert an age to whole microseconds; an infinite one to the longest."""
+    return _micro(min(seconds, _LONGEST))
 
 
 def _micro(seconds: float) -> int:

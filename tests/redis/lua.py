@@ -14,7 +14,7 @@ import math
 import random
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -118,13 +118,25 @@ class Message:
     buckets: tuple[Asked, ...]
 
 
+def _skip_answers(numbers: Iterator[int]) -> None:
+    """Pass over the part about shared answers."""
+    count, *_ = (next(numbers) for _ in range(5))
+    for _ in range(count):
+        rest = {1: 4, 2: 6, 3: 1, 4: 1}[next(numbers)]
+        for _ in range(rest):
+            next(numbers)
+
+
 def read(at: float, keys: Sequence[str], said: Sequence[str | int]) -> Message:
     """Parse a message."""
-    process, text = said
+    process, text, *_ = said
     numbers = iter(list(map(int, str(text).split())))
-    number, epoch, _, hold, _, _, _, _, _, pause, lease, _, _, _, _, _, _, _ = (
-        next(numbers) for _ in range(18)
+    number, epoch, _, hold, _, _, _, _, _, pause, lease, _, _, _, _, _, _, _, shares = (
+        next(numbers) for _ in range(19)
     )
+    if shares:
+        keys = keys[:-3]
+        _skip_answers(numbers)
     buckets = []
     for key in keys[3::2]:
         waits, _, homes, returned = (next(numbers) for _ in range(4))
@@ -202,6 +214,8 @@ class FakeRedis:
             self._pttl,
             self._hset,
             self._hsetnx,
+            self._hget,
+            self._zcard,
             self._pexpire,
         ]
         commands += [
@@ -451,6 +465,13 @@ class FakeRedis:
             value[str(field)] = _text(text)
         return len(value) - before
 
+    def _hget(self, key: str, field: str) -> Any:
+        return (self._get(key) or {}).get(field, False)
+
+    def _zcard(self, key: str) -> int:
+        value: SortedSet | None = self._get(key)
+        return 0 if value is None else len(value.order)
+
     def _hsetnx(self, key: str, field: str, text: str) -> int:
         value = self._hash(key)
         new = field not in value
@@ -551,11 +572,11 @@ class FakeRedis:
             first, last = value.place(low), value.place(high, end=True)
             return self._lua.table_from([member for _, member in value.order[first:last]])
         *names, skip, most = options
-        assert names == ["WITHSCORES", "LIMIT"]
+        assert names in (["WITHSCORES", "LIMIT"], ["LIMIT"])
         first, last = value.place(low) + int(_text(skip)), value.place(high, end=True)
         flat: list[str] = []
         for score, member in value.order[first : min(last, first + int(_text(most)))]:
-            flat += (member, _text(score))
+            flat += (member, _text(score)) if "WITHSCORES" in names else (member,)
         return self._lua.table_from(flat)
 
 
@@ -600,7 +621,7 @@ def opening(prefix: str = "crustcredits") -> tuple[list[str], list[str | int]]:
     """Arguments of a message after which a new server grants tokens without a waiting time."""
     marker = f"{{{prefix}}}:epoch"
     names = [marker, f"{marker}:opener", f"{marker}:busy"]
-    return names, ["opener", "1 0 1 0 1 1 0 0 0 0 1 1 86400000 0 0 0 0 0"]
+    return names, ["opener", "1 0 1 0 1 1 0 0 0 0 1 1 86400000 0 0 0 0 0 0"]
 
 
 def opened(*, prefix: str = "crustcredits", **options: Any) -> FakeRedis:

@@ -61,7 +61,7 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
     ]
     process = [7, 11, 12, 1, 1_000_000, 2_000_000, 1_700_000_000_000_000, 250_000, 2_000_000]
     durations = [1_250_000, 81_000_000, 21_000_000, 86_400_000]
-    strict = [1, 0, 333_333_333, 1, 5_000_000]
+    strict = [1, 0, 333_333_333, 1, 5_000_000, 0]
     buckets = [3, 250, 2, 1, 3, 60_000_001, 4, -500_000, 5, 0, 0, 0, 0]
     asks = [2, 100, 1, 290, 2, 300, 1, 102, 2, 270, 0, 0]
     numbers = [*process, *durations, *strict, *buckets, *asks]

@@ -1,0 +1,137 @@
+-- The answers that processes share, and the leases of the calls that fetch new ones. `exchange.lua`
+-- follows in the same script.
+--
+-- An answer is a field of a hash, under the name of its key and endpoint. Its text is a version, when
+-- its request started, when the last one was made invalid, its kind (0: none, 1: a balance, 2: an
+-- error), the process that fetches a new one ('-': none), and the value. A text of another form is none.
+-- The field '*' has the time at which all answers were made invalid. A sorted set has the time at which
+-- each field is forgotten, another one the last message of each process that fetches.
+--
+-- Numbers of this part, for the process: operations; 1 if it fetches answers, else 0; after how long
+-- without a message a process does not fetch any more; how many answers may be kept; how long the time
+-- of an invalidation is kept. Then for each operation, of which ARGV[3] has the texts one after another:
+--   1, to find an answer: length of the name; how old a balance, an error, and an old balance may be;
+--   2, to publish one: lengths of the name and the value; when its request started, how long it is
+--      kept, its kind; 1 if the process does not fetch it any more;
+--   3, to stop fetching: length of the name;
+--   4, to make invalid: length of the name.
+-- Answer to each operation 1: 1 if found, 2 if another process fetches, 3 if this process shall fetch;
+-- the age of the value that comes with it, and its length. The values are returned as a text.
+
+local function exchange_answers(process, now, read, whole, hash, times, fetchers)
+    local count, fetches, lease, most, memory = read(), read(), read(), read(), read()
+    local texts, position, numbers, values = ARGV[3] or '', 1, {}, {}
+    local longest = memory
+
+    local function text(length)
+        position = position + length
+        return string.sub(texts, position - length, position - 1)
+    end
+
+    local function find(name)
+        local found = redis.call('HGET', hash, name) or ''
+        local asked, since, kind, owner, value = string.match(found, '^1 (%d+) (%d+) (%d) (%S+) (%S*)$')
+        if asked and tonumber(asked) > now then
+            asked, kind = nil, nil -- the clock was set back
+        end
+        return {
+            asked = tonumber(asked) or 0,
+            since = tonumber(since) or 0,
+            kind = tonumber(kind) or 0,
+            owner = owner or '-',
+            value = value or '',
+        }
+    end
+
+    local function forgets_at(name)
+        return tonumber(redis.call('ZSCORE', times, name)) or 0
+    end
+
+    local function keep(name, entry, duration)
+        local parts = {'1', whole(entry.asked), whole(entry.since), whole(entry.kind), entry.owner, entry.value}
+        redis.call('HSET', hash, name, table.concat(parts, ' '))
+        redis.call('ZADD', times, whole(math.max(now + duration, entry.since + memory)), name)
+        longest = math.max(longest, duration)
+    end
+
+    local function is_fetched(entry)
+        if entry.owner == '-' or entry.owner == process then
+            return false
+        end
+        return (tonumber(redis.call('ZSCORE', fetchers, entry.owner)) or 0) > now - lease
+    end
+
+    if count + fetches > 0 then
+        redis.call('ZADD', fetchers, whole(now), process)
+    end
+    local all_since = tonumber(redis.call('HGET', hash, '*')) or 0
+    for _ = 1, count do
+        local kind_of_operation, length = read(), read()
+        if kind_of_operation == 1 then
+            local name, fresh, failed, usable = text(length), read(), read(), read()
+            local entry = find(name)
+            local age = now - entry.asked
+            local is_valid = entry.kind > 0 and entry.asked >= math.max(entry.since, all_since)
+            local state = 1
+            if not (is_valid and age < (entry.kind == 1 and fresh or failed)) then
+                state = is_fetched(entry) and 2 or 3
+                if state == 3 then
+                    entry.owner = process
+                end
+                if state == 3 or forgets_at(name) < now + memory / 2 then
+                    keep(name, entry, memory)
+                end
+                is_valid = is_valid and entry.kind == 1 and age < usable
+            end
+            local value = is_valid and entry.kind .. entry.value or ''
+            numbers[#numbers + 1] = state
+            numbers[#numbers + 1] = whole(is_valid and age or 0)
+            numbers[#numbers + 1] = #value
+            values[#values + 1] = value
+        elseif kind_of_operation == 2 then
+            local size, asked, duration, kind, frees = read(), read(), read(), read(), read()
+            local name, value = text(length), text(size)
+            local entry = find(name)
+            if asked >= math.max(entry.since, all_since) and asked > entry.asked then
+                entry.asked, entry.kind, entry.value = asked, kind, value
+            end
+            if frees == 1 and entry.owner == process then
+                entry.owner = '-'
+            end
+            keep(name, entry, duration)
+        elseif kind_of_operation == 3 then
+            local name = text(length)
+            local entry = find(name)
+            if entry.owner == process then
+                entry.owner = '-'
+                keep(name, entry, memory)
+            end
+        else
+            local name = text(length)
+            if name == '*' then
+                redis.call('HSET', hash, name, whole(now))
+                redis.call('ZADD', times, whole(now + memory), name)
+            else
+                keep(name, {asked = 0, since = now, kind = 0, owner = '-', value = ''}, memory)
+            end
+        end
+    end
+
+    -- Answers that nobody needs any more, and the ones that would be forgotten next if there are too many.
+    local forgotten = redis.call('ZRANGEBYSCORE', times, '-inf', whole(now), 'LIMIT', 0, 64)
+    local surplus = redis.call('ZCARD', times) - #forgotten - most
+    if surplus > 0 then
+        forgotten = redis.call('ZRANGEBYSCORE', times, '-inf', '+inf', 'LIMIT', 0, #forgotten + surplus)
+    end
+    for _, name in ipairs(forgotten) do
+        redis.call('HDEL', hash, name)
+        redis.call('ZREM', times, name)
+    end
+    redis.call('ZREMRANGEBYSCORE', fetchers, '-inf', whole(now - memory))
+    for _, key in ipairs({hash, times, fetchers}) do
+        if redis.call('PTTL', key) < longest / 1000 then
+            redis.call('PEXPIRE', key, math.ceil(longest / 1000))
+        end
+    end
+    return numbers, table.concat(values)
+end
