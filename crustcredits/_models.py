@@ -131,8 +131,8 @@ class Known(Generic[BalanceT]):
         balance: The balance; an `Account` with `detail=True`.
         error: The failure to get a newer balance than this cache entry; else None.
         attempts: Requests that were sent; 0 for a cache entry.
-        source: `"fetched"` by this call; `"shared"` with a running call for the same key; or
-            `"cached"`.
+        source: `"fetched"` by this call; `"shared"` with a running call for the same key, or with
+            another process; or `"cached"`.
         key: The checked key.
         ok: Always True.
         credits: Credits left.

@@ -57,7 +57,8 @@ class GateTokens(SharedTokens, Protocol):
 class Backend(Protocol):
     """Where several processes count their tokens together.
 
-    A client asks for each bucket anew, and forgets idle buckets.
+    A client asks for each bucket anew, and forgets idle buckets. A backend may also share answers:
+    then its attribute `answers` is an `AnswerStore` of the cache.
     """
 
     def open(self, *, period: float, late: float, pace: float | None, scope: CountedScope) -> None:
