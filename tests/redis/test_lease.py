@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.virtual
 
 SPAN = 10.0
 KEY = "{crustcredits}:lease:watcher"
+TERM = "{crustcredits}:term:watcher"
 # Most seconds after which a candidate has taken over.
 TAKEOVER = 1.2 * SPAN
 
@@ -39,10 +40,26 @@ def is_leader(one: Lease) -> bool:
     return one.is_held
 
 
-async def kill(held: Lease) -> None:
-    """End the process without another message."""
-    held._may_hold = False
-    await held._end()
+def holder(redis: FakeRedis) -> str:
+    """The name under which Redis has the leader, which is new for each term."""
+    name, _ = redis.content(KEY)["text"].split()
+    assert isinstance(name, str)
+    return name
+
+
+async def kill(redis: FakeRedis, leader: Lease) -> None:
+    """End the leader's process. Its release does not reach Redis."""
+    redis.cut.add(holder(redis))
+    await leader.close()
+
+
+def refuses(error: Exception) -> Callable[..., Awaitable[Any]]:
+    """What Redis does with each message: it answers with this error."""
+
+    async def evalsha(process: str, sha: str, count: int, *said: str | int) -> Any:
+        raise error
+
+    return evalsha
 
 
 def enters(candidate: Lease) -> asyncio.Task[Lease]:
@@ -86,8 +103,8 @@ async def test_a_killed_leader_is_replaced(redis: FakeRedis) -> None:
     candidate = lease(redis)
     entering = enters(candidate)
     await asyncio.sleep(SPAN * 3.4)
+    await kill(redis, one)
     killed_at, before = now(), redis.messages
-    await kill(one)
     await entering
     assert now() - killed_at <= TAKEOVER
     assert redis.messages - before <= 4
@@ -123,16 +140,25 @@ async def test_an_object_serves_one_block(redis: FakeRedis) -> None:
         await one.__aenter__()
 
 
-@pytest.mark.parametrize("left", [None, 3600_000])
-async def test_a_lease_that_does_not_end_soon_is_asked_for_seldom(
-    redis: FakeRedis, left: int | None
-) -> None:
-    """Another's lease may be longer than the own one, or an operator made the key permanent."""
-    redis._set_text(KEY, "another 1", *(() if left is None else ("PX", left)))
+async def test_a_candidate_seldom_asks_for_a_longer_lease(redis: FakeRedis) -> None:
+    """Another process may use more seconds for the same lease."""
+    async with lease(redis, seconds=3600):
+        before = redis.messages
+        entering = enters(lease(redis))
+        await asyncio.sleep(10 * SPAN)
+        assert 8 <= redis.messages - before <= 11
+    await asyncio.sleep(TAKEOVER)
+    assert entering.done()
+    await (await entering).__aexit__()
+
+
+async def test_a_candidate_seldom_asks_for_a_lease_that_never_expires(redis: FakeRedis) -> None:
+    """An operator made the key permanent."""
+    redis.spoil(KEY, "another 1")
     entering = enters(lease(redis))
     await asyncio.sleep(10 * SPAN)
     assert 8 <= redis.messages <= 11
-    redis._del(KEY)
+    redis.flush()
     await asyncio.sleep(TAKEOVER)
     assert entering.done()
     await (await entering).__aexit__()
@@ -200,7 +226,7 @@ async def test_the_lease_is_lost_without_an_answer(
 async def test_the_lease_is_released_when_it_is_lost(redis: FakeRedis) -> None:
     """Redis still has it, but lost the answers."""
     async with lease(redis) as one:
-        redis.deaf.add(one._holder)
+        redis.deaf.add(holder(redis))
         await asyncio.sleep(SPAN)
         assert not is_leader(one)
         assert not is_known(redis)
@@ -224,18 +250,15 @@ async def test_an_outage_shorter_than_the_lease_costs_nothing(
     ]
 
 
-async def test_a_mistake_during_the_term_is_an_outage(redis: FakeRedis) -> None:
+async def test_a_mistake_during_the_term_is_an_outage(
+    redis: FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the password that is changed meanwhile."""
-
-    async def fails(*said: object) -> None:
-        raise AuthenticationError("invalid")
-
-    one = lease(redis)
-    async with one:
-        one._client.evalsha = fails
-        await asyncio.sleep(5)
-        assert is_leader(one)
-        del one._client.evalsha
+    async with lease(redis) as one:
+        with monkeypatch.context() as fault:
+            fault.setattr(redis, "evalsha", refuses(AuthenticationError("invalid")))
+            await asyncio.sleep(5)
+            assert is_leader(one)
         await asyncio.sleep(SPAN)
         assert is_leader(one)
 
@@ -246,10 +269,11 @@ async def test_the_lease_is_lost_when_redis_says_so(
 ) -> None:
     """Another process holds it, or Redis lost it. Another's lease is not released."""
     times, on_lost = counted()
+    another = lease(redis, seconds=60)
     async with lease(redis, on_lost=on_lost) as one:
         redis.flush()
         if taken:
-            redis._set_text(KEY, "another 1", "PX", 60_000)
+            await another.__aenter__()
         await asyncio.sleep(SPAN / 2)
         assert not is_leader(one)
         assert times == [pytest.approx(SPAN / 3, abs=0.02)]
@@ -258,6 +282,7 @@ async def test_the_lease_is_lost_when_redis_says_so(
     assert is_known(redis) == taken
     assert "another process holds it, or Redis lost it" in caplog.text
     assert "the work of the leader has to stop in this process" in caplog.text
+    await another.close()
 
 
 async def test_an_error_of_on_lost_is_logged(
@@ -459,24 +484,30 @@ async def test_a_lease_whose_answer_was_lost_is_acquired_by_the_next_message(
     redis.lose_answers = 4
     async with lease(redis) as one:
         assert 1.9 < now() < 2.1
-        assert redis._pttl(KEY) > 0.98 * SPAN * 1000
         assert is_leader(one)
+        await kill(redis, one)
+        await asyncio.sleep(0.98 * SPAN)
+        assert is_known(redis)
 
 
 async def test_a_message_that_redis_py_repeats_acquires_one_term(redis: FakeRedis) -> None:
+    async with lease(redis):  # from now on Redis knows the script, so the next message is enough
+        pass
     redis.repeat = 1
     async with lease(redis) as one:
-        assert redis._get_text("{crustcredits}:term:watcher") == str(one.fencing_number)
+        number = str(one.fencing_number)
+        assert redis.content(TERM) == {"text": number}
+        assert redis.content(KEY) == {"text": f"{holder(redis)} {number}"}
         assert now() < 0.1
 
 
 async def test_the_lease_of_an_earlier_run_is_not_taken_for_an_own_one(redis: FakeRedis) -> None:
     """The same process starts again, and waits until the earlier lease has expired."""
-    one = await lease(redis).__aenter__()
-    await kill(one)
-    async with lease(redis) as two:
+    one, earlier = await lease(redis).__aenter__(), holder(redis)
+    await kill(redis, one)
+    async with lease(redis):
         assert now() > 0.9 * SPAN
-        assert two._holder != one._holder
+        assert holder(redis) != earlier
 
 
 async def test_the_script_is_sent_again_after_script_flush(redis: FakeRedis) -> None:
@@ -515,18 +546,17 @@ async def test_a_lease_that_was_never_entered_can_be_closed(redis: FakeRedis) ->
     assert redis.messages == 0
 
 
-async def test_closing_forgets_no_mistake(redis: FakeRedis) -> None:
-    """A wait that ends with a mistake at the moment of its cancellation is cancelled."""
-    one = lease(redis)
+async def test_a_wait_that_is_cancelled_as_it_fails_is_cancelled(
+    redis: FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller who cancelled it does not get the mistake instead."""
 
     async def fails(*said: object) -> None:
+        asyncio.get_running_loop().call_soon(entering.cancel)
         raise NoPermissionError("no")
 
-    one._client.evalsha = fails
-    entering = enters(one)
-    await asyncio.sleep(0)
-    assert one._task is not None
-    one._task.add_done_callback(lambda _: entering.cancel())
+    monkeypatch.setattr(redis, "evalsha", fails)
+    entering = enters(lease(redis))
     with pytest.raises(asyncio.CancelledError):
         await entering
 
@@ -539,16 +569,11 @@ async def test_closing_forgets_no_mistake(redis: FakeRedis) -> None:
     ],
 )
 async def test_mistakes_are_raised_on_entering(
-    redis: FakeRedis, error: Exception, message: str
+    redis: FakeRedis, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    one = lease(redis)
-
-    async def fails(*said: object) -> None:
-        raise error
-
-    one._client.evalsha = fails
+    monkeypatch.setattr(redis, "evalsha", refuses(error))
     with pytest.raises(ConfigurationError, match=message):
-        await one.__aenter__()
+        await lease(redis).__aenter__()
     assert redis.messages == 0
 
 
@@ -575,5 +600,9 @@ async def test_bad_arguments_are_refused(options: dict[str, Any], message: str) 
 
 
 async def test_a_duration_may_be_a_timedelta(redis: FakeRedis) -> None:
-    async with lease(redis, seconds=timedelta(seconds=2)):
-        assert 1900 < redis._pttl(KEY) <= 2000
+    async with lease(redis, seconds=timedelta(seconds=2)) as one:
+        await kill(redis, one)
+        await asyncio.sleep(1.98)
+        assert is_known(redis)
+        await asyncio.sleep(0.04)
+        assert not is_known(redis)

@@ -7,13 +7,14 @@ loses its data. Each rule that is broken on purpose is found.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import selectors
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import attrs
 import pytest
@@ -28,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from crustcredits.redis import lease as module
-from tests.redis.lua import EPOCH, FakeRedis, _Connection
+from tests.redis.lua import EPOCH, FakeRedis, connected
 from tests.searches import examples
 
 SPAN = 2.0
@@ -70,9 +71,21 @@ class ProcessLoop(asyncio.SelectorEventLoop):
 
 
 class Numbering(FakeRedis):
-    """It also checks that each new term has a higher number."""
+    """It also checks that each new term has a higher number.
 
-    terms: dict[str, int]
+    Attributes:
+        terms: The number of each term, by its holder.
+        holders: The holder of each process.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.terms: dict[str, int] = {}
+        self.holders: dict[str, str] = {}
+
+    async def evalsha(self, process: str, sha: str, count: int, *said: str | int) -> Any:
+        self.holders[process] = str(said[count])
+        return await super().evalsha(process, sha, count, *said)
 
     def execute(self, keys: Sequence[Any], said: Sequence[str | int], **script: Any) -> Any:
         answer = super().execute(keys, said, **script)
@@ -88,6 +101,7 @@ class Numbering(FakeRedis):
 class Candidate:
     """A process that wants to be the leader."""
 
+    name: str
     loop: ProcessLoop
     rate: float
     lease: module.Lease
@@ -108,10 +122,10 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.redis = Numbering(clock=lambda: EPOCH + self.now)
-        self.redis.terms = {}
         self.travel: dict[str, float] = {}
         self.redis.latency = lambda process: self.travel.get(process, 0.001)
         self.candidates: list[Candidate] = []
+        self.names = map("process {}".format, count())
         self.one_leader_from = 0.0
 
     # --- processes
@@ -131,16 +145,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.candidates) < 4)
     @rule(rate=st.sampled_from(RATES))
     def a_process_comes(self, rate: float) -> None:
-        loop = ProcessLoop(lambda: self.now * rate)
+        name, loop = next(self.names), ProcessLoop(lambda: self.now * rate)
         lost: list[int] = []
-        one = self.lease.Lease(
-            _Connection(self.redis, ""),
-            "{p}:",
-            "watcher",
-            seconds=SPAN,
-            on_lost=lambda: lost.append(1),
-            active=set(),
-        )
+        backend = connected(self.redis, name=name)
+        with patch("crustcredits.redis.backend.Lease", self.lease.Lease):
+            one = backend.lease("watcher", seconds=SPAN, on_lost=lambda: lost.append(1))
         leaves = asyncio.Event()
 
         async def work() -> None:
@@ -148,7 +157,7 @@ class Machine(RuleBasedStateMachine):
                 await leaves.wait()
 
         task = loop.create_task(work())
-        self.candidates.append(Candidate(loop, rate, one, leaves, task, lost))
+        self.candidates.append(Candidate(name, loop, rate, one, leaves, task, lost))
         self.play(0.0)
 
     @precondition(lambda self: self.candidates)
@@ -175,7 +184,7 @@ class Machine(RuleBasedStateMachine):
     def the_leader_is_stopped_for_long(self, travel: float, seconds: float) -> None:
         leader = self.leader()
         assert leader is not None
-        self.travel[leader.lease._holder] = travel
+        self.travel[leader.name] = travel
         self.play(seconds)
         leader.is_stopped = True
         self.play(1.3 * SPAN)
@@ -192,7 +201,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3), seconds=st.sampled_from([0.0, 0.1, 0.3]))
     def messages_take(self, which: int, seconds: float) -> None:
         """Those of one process, one way."""
-        self.travel[self.candidates[which % len(self.candidates)].lease._holder] = seconds
+        self.travel[self.candidates[which % len(self.candidates)].name] = seconds
 
     @rule(answers=st.integers(1, 4))
     def answers_are_lost(self, answers: int) -> None:
@@ -255,7 +264,9 @@ class Machine(RuleBasedStateMachine):
         else:
             leader.loop.call_soon(leader.leaves.set)
             self.play(SOON)
-            assert leader.lease._holder not in self.redis.text(), "the lease was not released"
+            assert self.redis.holders[leader.name] not in self.redis.text(), (
+                "the lease was not released"
+            )
 
     # --- the world
 
@@ -263,15 +274,14 @@ class Machine(RuleBasedStateMachine):
         return next((one for one in self.candidates if one.lease.is_held), None)
 
     def kill(self, one: Candidate) -> None:
-        """End it without another message."""
+        """End it. No further message of its reaches Redis."""
         self.candidates.remove(one)
-        one.lease._may_hold = False
-        one.lease._on_lost = None
-        for task in (one.task, one.lease._task):
-            if task is not None:
-                task.cancel()
+        self.redis.cut.add(one.name)
+        self.travel[one.name] = 0.0  # the failed release takes no time
+        for task in asyncio.all_tasks(one.loop):
+            task.cancel()
         one.loop.step()
-        assert one.lease._task is None or one.lease._task.done()
+        assert not asyncio.all_tasks(one.loop)
         one.loop.close()
 
     def play(self, seconds: float) -> None:
@@ -286,7 +296,7 @@ class Machine(RuleBasedStateMachine):
             for one in ready:
                 if one.loop.due <= self.now * one.rate + 1e-9:
                     one.loop.step()
-                if one.task.done() and (one.lease._task is None or one.lease._task.done()):
+                if not asyncio.all_tasks(one.loop):
                     self.forget(one)
             self.check()
             self.now += 1e-6
@@ -304,7 +314,8 @@ class Machine(RuleBasedStateMachine):
         assert len(held) <= 1 or self.now < self.one_leader_from, "two are leaders"
         for one in held:
             assert one.ended_at is None, "a lost lease came back"
-            assert self.redis.terms[one.lease._holder] == one.lease.fencing_number, "not its number"
+            holder = self.redis.holders[one.name]
+            assert self.redis.terms[holder] == one.lease.fencing_number, "not its number"
             one.was_leader = True
         for one in self.candidates:
             assert len(one.lost) <= 1, "the loss was reported twice"
@@ -360,16 +371,20 @@ BREAKS = {
 }
 
 
+READS_SCRIPT = 'files("crustcredits.redis").joinpath("lease.lua").read_text(encoding="utf-8")'
+
+
 def broken(file: str, old: str, new: str) -> ModuleType:
-    """The module with one change."""
-    source, script = Path(module.__file__).read_text(encoding="utf-8"), module._SCRIPT
-    assert (source if file == "py" else script).count(old) == 1
+    """The module with one change, in itself or in its script."""
+    path = Path(module.__file__)
+    texts = {
+        kind: path.with_suffix(f".{kind}").read_text(encoding="utf-8") for kind in ("py", "lua")
+    }
+    assert texts[file].count(old) == texts["py"].count(READS_SCRIPT) == 1
+    texts[file] = texts[file].replace(old, new)
+    source = texts["py"].replace(READS_SCRIPT, repr(texts["lua"]))
     made = ModuleType(f"{module.__name__}_broken")
-    exec(compile(source.replace(old, new) if file == "py" else source, "lease", "exec"), vars(made))  # noqa: S102  # a change on purpose
-    changed = script.replace(old, new) if file == "lua" else script
-    vars(made).update(
-        _SCRIPT=changed, _SHA=hashlib.sha1(changed.encode(), usedforsecurity=False).hexdigest()
-    )
+    exec(compile(source, "lease", "exec"), vars(made))  # noqa: S102  # a change on purpose
     return made
 
 
