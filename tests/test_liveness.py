@@ -26,6 +26,8 @@ from crustcredits import (
 )
 from crustcredits._cache.lookup import FanOutWaiter
 from crustcredits._fan_out import FanOut
+from crustcredits._ratelimit.estimates import Estimates
+from crustcredits._ratelimit.flow import Flow
 from tests.virtual import FakeServer, Reply, WindowServer, fake_client, keys, now, refusal
 
 pytestmark = pytest.mark.virtual
@@ -703,8 +705,25 @@ async def test_two_streams_with_a_timeout_leave_each_other_turns(
             collect(client, pool[::-1] if is_same else keys(400, "other"), timeouts[1]),
         ]
         assert await asyncio.gather(*reads) == [True, True]
-        (endpoint, _) = client._dispatcher.endpoints.values()
-        assert not endpoint.streams._asked
+
+
+async def test_a_stream_that_has_ended_is_no_rival_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one expects all starts that are left, in place of half of them."""
+    rivals: list[list[Flow]] = []
+    estimates = Estimates.likely_starts
+
+    def likely_starts(self: Estimates, *asked: Any, **options: Any) -> tuple[int, float]:
+        rivals.append(list(options["rivals"]))
+        return estimates(self, *asked, **options)
+
+    monkeypatch.setattr(Estimates, "likely_starts", likely_starts)
+    async with fake_client(WindowServer()) as client:
+        assert await collect(client, keys(10), 60.0)
+        assert await collect(client, keys(10, "next"), 60.0)
+    assert rivals
+    assert not any(rivals)
 
 
 async def test_a_check_keeps_its_keys_that_have_an_earlier_turn_than_in_a_stream() -> None:

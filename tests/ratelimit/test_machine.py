@@ -64,6 +64,8 @@ SPARED = 4
 # that may be on the wire then.
 PROMPT = 0.4
 ON_WIRE = 9
+# Starts a second that the first cut halves, where no pace is configured.
+UNCUT = 100.0
 # Most refused probes in a row before a cooldown, and seconds of the shortest cooldown.
 RUN, HOLD = 24, 0.2
 # Served probes in a row that end a trial: its width doubles from 1 to more than 16.
@@ -512,7 +514,7 @@ class Machine(RuleBasedStateMachine):
             and trial is not None
             and trial.holds > (holds if trial is before else 0)
         ):
-            least = min(self.requests / PERIOD, self.pace._ceiling or math.inf)
+            least = min(self.requests / PERIOD, self.highest_rate or math.inf)
             self.demand(
                 (self.pace.current(self.now) or math.inf) <= max(least, rate / 2) + EPSILON,
                 "a cooldown does not cut the pace",
@@ -620,9 +622,16 @@ class Machine(RuleBasedStateMachine):
             len(self.on_wire) < ON_WIRE * self.slots.count, "more requests on the wire than allowed"
         )
 
+    @property
+    def highest_rate(self) -> float | None:
+        """The configured rate; without one, the rate that the first cut halves."""
+        if self.rate is None and self.pace.current(self.now) is not None:
+            return max(self.requests / PERIOD, UNCUT)
+        return self.rate
+
     def check_pace(self) -> None:
         """A rate that is cut and recovers begins with another burst."""
-        rate = self.pace._ceiling
+        rate = self.highest_rate
         if rate is None:
             return
         burst = min(5.0, max(1.0, rate))
@@ -891,6 +900,10 @@ def _sure_but_for_the_wire(bucket: Bucket, now: float) -> float:
     return now if bucket.room(now, 0) > 0 else bucket.room_at(now, 0) or now
 
 
+def _ten_times_as_fast(most: float, period: float) -> AsyncLimiter:
+    return AsyncLimiter(most, period / 10)
+
+
 def _polls(self: Scheduler, now: float) -> Attempt | Call | float | None:
     granted = _GRANT(self, now)
     return (
@@ -900,8 +913,7 @@ def _polls(self: Scheduler, now: float) -> Attempt | Call | float | None:
     )
 
 
-_LIMITER, _RETURN_AT, _POP, _NEXT, _PUSH_POOL, _GRANT = (
-    pace._limiter,
+_RETURN_AT, _POP, _NEXT, _PUSH_POOL, _GRANT = (
     TokenBucket.return_at,
     FairQueue.pop,
     FlowQueue.next,
@@ -966,7 +978,7 @@ BROKEN: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "R6 probes": (Attempt, "leave_trial", lambda self: None, "left over"),
     "R6 spared": (feedback, "_SPARED", 10**6, "cost a call no attempt"),
-    "R7 pace": (pace, "_limiter", lambda rate: _LIMITER(10 * rate), "pace is exceeded"),
+    "R7 pace": (pace, "AsyncLimiter", _ten_times_as_fast, "pace is exceeded"),
     "R7 cut": (Pace, "cut", lambda self, now: None, "does not cut the pace"),
     "R8 believed": (AdvertisedLimit, "note", _believes, "that the counts contradict"),
     "R8 not believed": (AdvertisedLimit, "note", _believes_nothing, "was not followed"),
