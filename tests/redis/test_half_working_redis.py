@@ -159,14 +159,14 @@ def lines() -> Iterator[Lines]:
     logger.removeHandler(handler)
 
 
-async def each_setting(
+async def assert_each_setting_sees(
     server: RedisServer,
     fault: Callable[[Proxy], object],
     sees: Callable[[User, float], Awaitable[None]],
     *,
     timeout: float = SHORT,
 ) -> None:
-    """Let the fault begin for a client of each setting, and wait for what each has to see."""
+    """Let the fault begin for a client of each setting, and check that each sees its effect."""
 
     async def course(on_outage: OnOutage) -> None:
         setting.set(on_outage)
@@ -197,8 +197,8 @@ async def sees_an_outage(one: User, lost: float) -> None:
         assert one.ended.errors_since(lost) == {BackendUnavailableError}
 
 
-def one_line_each(lines: Lines, start: str) -> None:
-    """Each client has said one thing."""
+def assert_one_line_each(lines: Lines, start: str) -> None:
+    """Each client has logged one warning."""
     assert set(lines.by_setting) == set(SETTINGS)
     for of_one in lines.by_setting.values():
         (line,) = of_one
@@ -227,8 +227,8 @@ async def test_calls_proceed_although_each_nth_answer_is_lost(
     def loses(proxy: Proxy) -> None:
         proxy.lose_each = each
 
-    await each_setting(redis_server, loses, sees_losses(lines), timeout=LONG)
-    one_line_each(lines, LOSES + "ConnectionError: ")
+    await assert_each_setting_sees(redis_server, loses, sees_losses(lines), timeout=LONG)
+    assert_one_line_each(lines, LOSES + "ConnectionError: ")
 
 
 @pytest.mark.parametrize("answers", [1, 3])
@@ -238,8 +238,8 @@ async def test_calls_proceed_although_each_connection_stalls_after_some_answers(
     def stalls(proxy: Proxy) -> None:
         proxy.stall_after = answers
 
-    await each_setting(redis_server, stalls, sees_losses(lines), timeout=LONG)
-    one_line_each(lines, LOSES + "TimeoutError")
+    await assert_each_setting_sees(redis_server, stalls, sees_losses(lines), timeout=LONG)
+    assert_one_line_each(lines, LOSES + "TimeoutError")
 
 
 # --- answers are late
@@ -257,7 +257,7 @@ async def test_calls_proceed_over_a_slow_connection(
         await one.has(lambda: one.ended.answered_since(lost + 2.5))
         assert not one.ended.errors_since(0)
 
-    await each_setting(redis_server, slows, sees, timeout=LONG)
+    await assert_each_setting_sees(redis_server, slows, sees, timeout=LONG)
     assert not lines.by_setting
 
 
@@ -268,8 +268,8 @@ async def test_a_redis_that_answers_late_is_an_outage(
     def slows(proxy: Proxy) -> None:
         proxy.delay = delay
 
-    await each_setting(redis_server, slows, sees_an_outage)
-    one_line_each(lines, UNREACHABLE + "TimeoutError")
+    await assert_each_setting_sees(redis_server, slows, sees_an_outage)
+    assert_one_line_each(lines, UNREACHABLE + "TimeoutError")
 
 
 async def test_a_redis_whose_new_connections_are_slow_is_an_outage(
@@ -281,8 +281,8 @@ async def test_a_redis_whose_new_connections_are_slow_is_an_outage(
         proxy.delay = 0.8
         proxy.close_connections()
 
-    await each_setting(redis_server, slows, sees_an_outage)
-    one_line_each(lines, UNREACHABLE + "TimeoutError")
+    await assert_each_setting_sees(redis_server, slows, sees_an_outage)
+    assert_one_line_each(lines, UNREACHABLE + "TimeoutError")
 
 
 # --- no answer at all
@@ -294,10 +294,10 @@ async def test_half_open_connections_are_an_outage(redis_server: RedisServer, li
     def opens_by_half(proxy: Proxy) -> None:
         proxy.is_half_open = True
 
-    await each_setting(redis_server, opens_by_half, sees_an_outage)
-    one_line_each(lines, UNREACHABLE + "TimeoutError")
+    await assert_each_setting_sees(redis_server, opens_by_half, sees_an_outage)
+    assert_one_line_each(lines, UNREACHABLE + "TimeoutError")
 
 
 async def test_closed_connections_are_an_outage(redis_server: RedisServer, lines: Lines) -> None:
-    await each_setting(redis_server, Proxy.cut, sees_an_outage)
-    one_line_each(lines, UNREACHABLE + "ConnectionError: ")
+    await assert_each_setting_sees(redis_server, Proxy.cut, sees_an_outage)
+    assert_one_line_each(lines, UNREACHABLE + "ConnectionError: ")
