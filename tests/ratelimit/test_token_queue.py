@@ -358,7 +358,9 @@ def test_waiting_calls_of_an_account_have_room_when_its_cooldown_is_over() -> No
     assert wanted(queue) == [(1, 0)]
 
 
-@pytest.mark.parametrize(
+# Waiting calls by kind, the moment at which the best kind among them has room, and the tokens that
+# this kind leaves.
+by_kinds = pytest.mark.parametrize(
     ("counts", "moment", "kept"),
     [
         ({"single": 1}, 10.0, 0),
@@ -368,6 +370,9 @@ def test_waiting_calls_of_an_account_have_room_when_its_cooldown_is_over() -> No
         ({"many": 1, "background": 1}, 20.0, 1),
     ],
 )
+
+
+@by_kinds
 def test_calls_of_the_best_kind_decide_when_an_account_has_room(
     counts: dict[str, int], moment: float, kept: int
 ) -> None:
@@ -555,16 +560,7 @@ def test_a_call_that_was_let_out_needs_a_token_all_the_same() -> None:
 # --- when there is room for common tokens
 
 
-@pytest.mark.parametrize(
-    ("counts", "moment", "kept"),
-    [
-        ({"single": 1}, 10.0, 0),
-        ({"many": 2}, 20.0, 1),
-        ({"background": 1}, 30.0, 2),
-        ({"single": 1, "many": 1, "background": 1}, 10.0, 0),
-        ({"many": 1, "background": 1}, 20.0, 1),
-    ],
-)
+@by_kinds
 def test_calls_of_the_best_kind_decide_when_there_is_a_common_token(
     counts: dict[str, int], moment: float, kept: int
 ) -> None:
