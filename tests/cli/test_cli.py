@@ -340,7 +340,7 @@ def test_markup_and_escapes_are_printed_literally() -> None:
 # --- check: where keys come from
 
 
-def test_keys_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
+def test_keys_are_read_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
     """`--keys-file` reads keys from a file, and ignores the environment's."""
     path = tmp_path / "keys.txt"
     path.write_text(f"# ours\n{entries(api.add_key('a'), api.add_key('b'))}\n")
@@ -354,7 +354,7 @@ def test_keys_from_a_file(api: SandboxServer, tmp_path: Path) -> None:
     assert [each["key"] for each in json.loads(result.out)["outcomes"]] == ["a", "b"]
 
 
-def test_keys_from_standard_input(api: SandboxServer) -> None:
+def test_keys_are_read_from_standard_input(api: SandboxServer) -> None:
     """`--keys-file -` reads them from standard input, with or without a byte-order mark."""
     result = run(
         "check",
@@ -698,7 +698,7 @@ def test_ctrl_c_leaves_whole_lines() -> None:
     assert [json.loads(line)["key"] for line in result.lines] == ["good"]
 
 
-def test_ctrl_c_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_any_request_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """While standard input is read, the status is 130 too, and nothing is printed."""
     monkeypatch.setattr(typer, "get_binary_stream", lambda name: signal.raise_signal(signal.SIGINT))
     result = run("check", "--keys-file", "-")
@@ -824,7 +824,9 @@ async def test_an_unwritable_result_has_its_own_status() -> None:
     )
 
 
-def test_an_unwritable_result_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_result_leaves_nothing_to_write_at_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The same, and the interpreter has nothing left to write at its end."""
     with Path("/dev/full").open("w") as full:
         assert run_main(monkeypatch, "demo", "--keys", "5", out=full) == 74

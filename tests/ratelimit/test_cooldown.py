@@ -130,7 +130,7 @@ def test_a_served_probe_ends_a_run_of_refused_ones() -> None:
 @pytest.mark.parametrize(
     ("evidence", "ends"), [(None, True), (UNKNOWN, False), (WITH_COUNTS, True)]
 )
-def test_an_answer_of_an_account_counted_alone_ends_a_trial(
+def test_an_answer_of_an_account_counted_separately_ends_a_trial(
     evidence: Evidence | None, *, ends: bool
 ) -> None:
     """No cooldown that a refusal without counts has started; it only doubles the width.

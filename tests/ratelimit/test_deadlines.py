@@ -94,7 +94,7 @@ def test_a_token_whose_return_is_unknown_may_come_now() -> None:
 # --- calls without hope
 
 
-def test_which_calls_certainly_start_after_a_deadline() -> None:
+def test_calls_that_certainly_start_after_a_deadline_are_known() -> None:
     """Calls of an account without a token or in a cooldown, and all behind an empty bucket."""
     scheduler, flow = scheduler_of(SchedulerTerms(requests=1, scope="account"), pace=None), Flow()
     for name in ("spent", "cooling", "on the wire"):
@@ -118,7 +118,7 @@ def test_which_calls_certainly_start_after_a_deadline() -> None:
     assert together.earliest("a", 1.0) == pytest.approx(61.3)
 
 
-def test_a_call_without_hope_is_handed_out_at_its_turn() -> None:
+def test_a_call_that_certainly_misses_its_deadline_is_handed_out_in_order() -> None:
     """It leaves nothing behind, and the call behind it waits on."""
     parked: list[int] = []
     scheduler, flow = (

@@ -59,7 +59,7 @@ def test_tokens_on_the_wire_return_a_period_after_now_at_the_earliest() -> None:
     assert scheduler.quota("c", 2.0) == quota_of(4, 4, answer_seconds=0.5)
 
 
-def test_a_process_in_degraded_mode_says_so() -> None:
+def test_every_quota_of_a_degraded_process_is_marked() -> None:
     """Of each bucket, also of one that was not made yet."""
 
     class Degraded(TokenBucket):
@@ -448,7 +448,7 @@ def test_shared_tokens_that_are_not_asked_for_yet_are_likely_starts() -> None:
     assert scheduler.estimates.likely_starts(Flow(), 1.0, 100, 1.0) == (19, 0.0)
 
 
-def test_of_a_rival_as_many_calls_are_expected_as_of_the_flow_itself() -> None:
+def test_a_rival_flow_is_expected_to_start_as_many_calls_as_the_flow_itself() -> None:
     """However few wait now. The first call of a flow starts all the same."""
     scheduler, flow = scheduler_of(terms(requests=12, scope="client"), pace=None), Flow()
     rival, ended = Flow(), Flow()

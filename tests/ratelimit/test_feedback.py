@@ -268,7 +268,7 @@ def test_a_refusal_starts_a_trial_and_served_probes_end_it() -> None:
     assert widths == [2, 4, 8, 16, 0]
 
 
-def test_an_answer_counted_alone_ends_a_trial() -> None:
+def test_an_answer_counted_separately_ends_a_trial() -> None:
     """Also that of a request sent before; an answer without counts does not."""
     endpoint = Endpoint()
     endpoint.ask("other", 0.0, OK)
@@ -331,7 +331,7 @@ def test_the_counts_in_the_answers_decide_how_many_refusals_become_a_cooldown(
     assert endpoint.trial.with_counts is (answer.used is not None)
 
 
-def test_an_answer_counted_alone_is_no_evidence_after_a_period() -> None:
+def test_an_answer_counted_separately_is_no_evidence_after_a_period() -> None:
     """Then eight refusals are enough."""
     endpoint = Endpoint()
     endpoint.ask("first", 0.0, OK)
@@ -372,7 +372,7 @@ def test_the_start_of_a_cooldown_is_logged_with_its_length(
 @pytest.mark.parametrize(
     ("answer", "free"), [(refused(used=300), 288), (refused(), 289)], ids=["counts", "silent"]
 )
-def test_a_cooldown_against_an_answer_counted_alone_stops_proofs(
+def test_a_cooldown_against_an_answer_counted_separately_stops_proofs(
     answer: AttemptResult, free: int
 ) -> None:
     """If its refusals have counts: these may be of another limit."""

@@ -341,7 +341,7 @@ WORLDS: dict[str, World] = {
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_it_is_no_worse_than_the_model(name: str) -> None:
+def test_the_scheduler_is_no_worse_than_the_simulation(name: str) -> None:
     """At most a tenth, 0.1 s or three refusals worse, by the largest of these; median of 5 runs."""
     world = WORLDS[name]
     runs = [world.play(seed) for seed in SEEDS]

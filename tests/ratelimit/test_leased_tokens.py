@@ -160,7 +160,7 @@ def test_ended_requests_are_counted_by_the_return_of_their_tokens() -> None:
     assert bucket.returning(20.1, 29.9) == 0
 
 
-def test_a_look_for_room_forgets_the_requests_whose_tokens_are_back() -> None:
+def test_requests_whose_tokens_are_back_are_forgotten() -> None:
     bucket = leased(Tokens())
     ended(bucket, 10.0, 20.0, 30.0)
     bucket.room(9.9, 0)

@@ -130,7 +130,7 @@ def test_tokens_of_a_forgotten_account_wake_no_call() -> None:
     assert permits.next_moment == math.inf
 
 
-def test_a_bucket_is_told_how_many_calls_wait_and_when_none_does() -> None:
+def test_a_bucket_knows_how_many_calls_wait() -> None:
     """So that it leases tokens for them, and stops doing so."""
     outside = Outside({"A": 2})
     endpoint, flow = Endpoint(outside, requests=2), Flow()
@@ -176,7 +176,7 @@ def test_a_returning_token_lets_one_call_out(scope: str | None) -> None:
     assert endpoint.let_out() == []
 
 
-def test_calls_that_wait_for_their_account_are_told_to_their_flow() -> None:
+def test_a_flow_counts_its_calls_that_wait_for_their_account() -> None:
     """When they begin to wait, and when that is over: let out, removed or given up."""
     outside = Outside({"A": 1, "B": 1})
     endpoint, parked = Endpoint(outside, requests=1), list[int]()
@@ -201,7 +201,7 @@ def test_calls_that_wait_for_their_account_are_told_to_their_flow() -> None:
     assert permits.lengths() == {}
 
 
-def test_calls_that_wait_for_the_common_bucket_are_no_news_to_their_flow() -> None:
+def test_a_flow_does_not_count_its_calls_that_wait_for_the_common_bucket() -> None:
     """They count as ready there; each flow is counted once."""
     endpoint, parked = Endpoint(requests=1, scope="client"), list[int]()
     permits, flow, singles = endpoint.permits, Flow(on_parked=parked.append), Flow(Kind.SINGLE)

@@ -721,7 +721,7 @@ def cooled_down(scheduler: Scheduler, at: float, wait: float) -> None:
         scheduler.ended(request, refused(wait), at)
 
 
-def test_an_empty_queue_names_no_moment() -> None:
+def test_an_empty_queue_needs_no_wake_up() -> None:
     """Neither does one whose only call is on the wire."""
     scheduler = scheduler_of(terms(), pace=None)
     assert scheduler.grant(0.0) is None
@@ -967,7 +967,7 @@ def test_a_call_that_waits_is_removed_once() -> None:
 
 
 @pytest.mark.parametrize("barred", [True, False])
-def test_a_scheduler_without_bars_asks_for_none(*, barred: bool) -> None:
+def test_each_call_is_checked_for_a_bar_only_while_bars_are_on(*, barred: bool) -> None:
     """With them each call is asked for at its turn, unless that is switched off."""
     asked: list[tuple[object, float]] = []
 

@@ -391,7 +391,7 @@ def test_tokens_are_wanted_for_all_kinds_that_leave_equally_many() -> None:
     assert wanted(queue) == [(4, 0)]
 
 
-def test_an_account_without_waiting_calls_has_no_moment() -> None:
+def test_an_account_without_waiting_calls_needs_no_wake_up() -> None:
     queue = account_of(1, returns=(10.0,))
     assert queue.next_room(0.0) is None
     assert wanted(queue) == []

@@ -30,14 +30,14 @@ def test_other_processes_have_the_rest_out_for_a_period() -> None:
     ("missing", "free", "is_short", "is_in_line"),
     [(0, 0, False, False), (1, 0, False, True), (0, 1, False, True), (0, 0, True, True)],
 )
-def test_a_process_whose_calls_wait_is_in_line(
+def test_a_process_whose_calls_wait_is_listed_as_waiting(
     missing: int, free: int, is_short: bool, is_in_line: bool
 ) -> None:
     """Also where another bucket did not allow its permits."""
     assert heard(missing=missing, free=free, is_short=is_short).is_in_line == is_in_line
 
 
-def test_tokens_come_back_at_the_times_told() -> None:
+def test_tokens_return_at_the_times_in_the_answer() -> None:
     view = heard(1.0, 2.0)
     assert [view.has_come(now) for now in (10.9, 11.0, 12.0)] == [0, 1, 2]
     assert heard().has_come(99.0) is None

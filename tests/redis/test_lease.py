@@ -69,7 +69,7 @@ def enters(candidate: Lease) -> asyncio.Task[Lease]:
 # --- one leader
 
 
-async def test_the_leader_is_held_until_its_block_is_left(redis: FakeRedis) -> None:
+async def test_the_lease_is_held_until_its_block_is_left(redis: FakeRedis) -> None:
     one = lease(redis)
     assert (is_leader(one), one.fencing_number) == (False, 0)
     async with one as entered:
@@ -83,8 +83,8 @@ async def test_the_leader_is_held_until_its_block_is_left(redis: FakeRedis) -> N
     assert not is_known(redis)
 
 
-async def test_the_leader_renews_in_thirds(redis: FakeRedis) -> None:
-    """It stays the leader, with one number and three messages in each of its times."""
+async def test_the_leader_renews_after_each_third_of_the_lease(redis: FakeRedis) -> None:
+    """It stays the leader, with one fencing number and three messages in each lease's time."""
     async with lease(redis) as one:
         number, before = one.fencing_number, redis.messages
         other = enters(lease(redis))
@@ -98,7 +98,7 @@ async def test_the_leader_renews_in_thirds(redis: FakeRedis) -> None:
 
 
 async def test_a_killed_leader_is_replaced(redis: FakeRedis) -> None:
-    """Within 1.2 times the lease's time, with a higher number, and few messages."""
+    """Within 1.2 times the lease's time, with a higher fencing number, after few messages."""
     one = await lease(redis).__aenter__()
     candidate = lease(redis)
     entering = enters(candidate)
@@ -113,7 +113,7 @@ async def test_a_killed_leader_is_replaced(redis: FakeRedis) -> None:
 
 
 async def test_a_leader_that_leaves_is_replaced(redis: FakeRedis) -> None:
-    """At once by a process that comes then."""
+    """A process that comes then acquires the lease at once."""
     async with lease(redis) as one:
         pass
     async with lease(redis) as two:
@@ -129,8 +129,8 @@ async def test_two_leases_of_one_process_compete(redis: FakeRedis) -> None:
                 raise AssertionError
 
 
-async def test_an_object_serves_one_block(redis: FakeRedis) -> None:
-    """Also after its block was left: whoever still has it must not take a new term for the old."""
+async def test_a_lease_object_serves_one_block(redis: FakeRedis) -> None:
+    """Also after it: code that still has the object must not take a new term for the old one."""
     one = lease(redis)
     async with one:
         with pytest.raises(ConfigurationError, match=r"call backend\.lease\(\) for each block"):
@@ -167,7 +167,7 @@ async def test_a_candidate_seldom_asks_for_a_lease_that_never_expires(redis: Fak
 # --- the fencing number
 
 
-async def test_numbers_ascend_when_redis_loses_its_data(redis: FakeRedis) -> None:
+async def test_fencing_numbers_ascend_when_redis_loses_its_data(redis: FakeRedis) -> None:
     one = await lease(redis).__aenter__()
     redis.flush()
     async with lease(redis) as two:
@@ -175,7 +175,7 @@ async def test_numbers_ascend_when_redis_loses_its_data(redis: FakeRedis) -> Non
     await one.__aexit__()
 
 
-async def test_numbers_ascend_when_the_clock_is_set_back(redis: FakeRedis) -> None:
+async def test_fencing_numbers_ascend_when_the_clock_is_set_back(redis: FakeRedis) -> None:
     async with lease(redis) as one:
         pass
     redis.clock = lambda: EPOCH - 3600 + now()
@@ -183,7 +183,9 @@ async def test_numbers_ascend_when_the_clock_is_set_back(redis: FakeRedis) -> No
         assert two.fencing_number == one.fencing_number + 1
 
 
-async def test_numbers_ascend_after_a_failover_to_an_earlier_state(redis: FakeRedis) -> None:
+async def test_fencing_numbers_ascend_after_a_failover_to_an_earlier_state(
+    redis: FakeRedis,
+) -> None:
     earlier = redis.snapshot()
     async with lease(redis) as one:
         redis.roll_back(earlier)
@@ -200,7 +202,7 @@ def counted() -> tuple[list[float], Callable[[], None]]:
     return times, lambda: times.append(now())
 
 
-async def test_the_lease_is_lost_without_an_answer(
+async def test_the_lease_is_lost_when_redis_does_not_answer_in_time(
     redis: FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After 0.9 of its time since the last renewal was asked for. It never comes back."""
@@ -250,10 +252,9 @@ async def test_an_outage_shorter_than_the_lease_costs_nothing(
     ]
 
 
-async def test_a_mistake_during_the_term_is_an_outage(
+async def test_a_password_that_is_changed_during_the_term_is_an_outage(
     redis: FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the password that is changed meanwhile."""
     async with lease(redis) as one:
         with monkeypatch.context() as fault:
             fault.setattr(redis, "evalsha", refuses(AuthenticationError("invalid")))
@@ -264,7 +265,7 @@ async def test_a_mistake_during_the_term_is_an_outage(
 
 
 @pytest.mark.parametrize("taken", [True, False])
-async def test_the_lease_is_lost_when_redis_says_so(
+async def test_the_lease_is_lost_when_redis_has_another_holder_or_none(
     redis: FakeRedis, caplog: pytest.LogCaptureFixture, *, taken: bool
 ) -> None:
     """Another process holds it, or Redis lost it. Another's lease is not released."""
@@ -295,7 +296,7 @@ async def test_an_error_of_on_lost_is_logged(
     assert "ZeroDivisionError" in caplog.text
 
 
-async def test_without_on_lost_the_log_tells(
+async def test_a_lost_lease_is_logged_without_on_lost(
     redis: FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with lease(redis):
@@ -361,7 +362,7 @@ async def test_an_answer_that_is_read_too_late_does_not_bring_the_lease_back(
     assert len(times) == 1
 
 
-async def test_an_answer_is_not_believed_after_the_end_of_its_time(redis: FakeRedis) -> None:
+async def test_an_answer_that_is_read_after_its_term_acquires_nothing(redis: FakeRedis) -> None:
     """A candidate that stood still asks again."""
     redis.latency = lambda process: 0.1
     one = lease(redis)
@@ -568,7 +569,7 @@ async def test_a_wait_that_is_cancelled_as_it_fails_is_cancelled(
         (NoPermissionError("x"), "no right to run the script"),
     ],
 )
-async def test_mistakes_are_raised_on_entering(
+async def test_errors_that_do_not_heal_are_raised_on_entering(
     redis: FakeRedis, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     monkeypatch.setattr(redis, "evalsha", refuses(error))

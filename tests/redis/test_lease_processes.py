@@ -236,7 +236,7 @@ async def refused(url: str, message: str) -> None:
     await shared.close()
 
 
-async def test_mistakes_are_refused(
+async def test_a_lease_refuses_a_redis_that_it_cannot_use(
     own_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A wrong password, a wrong database, too few rights, and a server that evicts keys."""

@@ -65,7 +65,7 @@ async def test_calls_wake_when_all_tokens_have_entered_degraded_mode() -> None:
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
-async def test_a_process_that_stood_still_does_not_count_by_itself_at_once(
+async def test_a_process_that_stood_still_is_not_degraded_at_once(
     is_strict: bool,
 ) -> None:
     """Its message had an answer, which it could not read in time."""
@@ -93,7 +93,7 @@ async def test_an_outage_within_the_grace_time_changes_nothing() -> None:
     assert outage.since is None
 
 
-async def test_calls_fail_at_each_loss_if_they_are_to() -> None:
+async def test_calls_fail_at_each_loss_when_on_outage_is_raise() -> None:
     told: list[str] = []
     outage = outage_of(told, raises=True)
     outage.lost(now(), "x")
@@ -106,7 +106,7 @@ async def test_calls_fail_at_each_loss_if_they_are_to() -> None:
 
 
 @pytest.mark.parametrize(("is_strict", "seconds"), [(False, 78.0), (True, 88.0)])
-async def test_a_process_alone_waits_until_no_other_uses_its_share(
+async def test_a_degraded_process_waits_until_no_other_uses_its_share(
     is_strict: bool, seconds: float
 ) -> None:
     """A strict one counts from its last message, and until the others have noticed."""

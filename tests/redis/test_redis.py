@@ -280,7 +280,7 @@ async def test_a_server_that_is_too_old_is_refused(version: str, *, refused: boo
         await check_server(Server())
 
 
-async def test_each_node_of_a_cluster_is_looked_at() -> None:
+async def test_each_node_of_a_cluster_is_checked() -> None:
     class Cluster:
         async def info(self, section: str) -> dict[str, object]:
             return {"one": {"redis_version": "7.0.0"}, "two": {"redis_version": "5.0.0"}}

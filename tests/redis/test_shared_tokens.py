@@ -1448,7 +1448,7 @@ async def test_the_log_says_that_a_strict_process_sends_nothing(
 
 
 @pytest.mark.parametrize("on_outage", ["local", "strict", "raise"])
-async def test_a_process_that_hears_no_answer_does_not_stop_the_others(
+async def test_a_process_that_gets_no_answer_does_not_stop_the_others(
     redis: FakeRedis, start: Start, on_outage: str
 ) -> None:
     """Its messages arrive: after an outage, they would let all wait for its tokens."""

@@ -28,7 +28,7 @@ def test_the_window_is_what_the_pace_can_use_in_a_moment(pace: float | None, siz
     assert Window[Waiter](pace).size == Window[Waiter](pace).room == size
 
 
-async def test_permits_asked_for_and_unused_ones_take_room() -> None:
+async def test_requested_and_unused_permits_count_against_the_window() -> None:
     window = Window[Waiter](100.0)
     window.asked_for(10)
     assert window.room == 5
@@ -61,7 +61,7 @@ async def test_permits_asked_for_already_are_part_of_the_share() -> None:
     assert window.share_of(40, 10) == 15
 
 
-async def test_waiters_are_told_of_room_in_the_next_turn_of_the_loop() -> None:
+async def test_waiters_wake_in_the_next_loop_iteration_when_the_window_has_room() -> None:
     """Once for any number of permits; and no more when they do not wait."""
     window = Window[Waiter](100.0)
     waits, left = Waiter(), Waiter()
