@@ -151,6 +151,16 @@ async def test_an_abandoned_request_returns_its_token_one_request_timeout_later(
     assert server.arrivals[1][0] == pytest.approx(10 + 60 + 10, abs=0.1)
 
 
+async def test_an_incomplete_answer_returns_the_token_one_period_later() -> None:
+    """The server has counted the request before it began to answer."""
+    cut_short = lost(APIConnectionError("cut short"), Fate.ANSWERED, seconds=5.0)
+    server = FakeServer(lambda name, times: cut_short if times == 0 else Reply())
+    limit = RateLimit(requests=1, margin=0.0)
+    async with fake_client(server, rate_limit=limit, request_timeout=10.0) as client:
+        await client.balance(KEY)
+    assert server.arrivals[1][0] == pytest.approx(5 + 60, abs=0.1)
+
+
 # --- deadlines
 
 

@@ -229,10 +229,11 @@ class Endpoint:
         The circuit breaker records the answer.
         """
         if isinstance(got, Failure):
-            # If only the headers arrived, the server has counted the request, and has neither
-            # served nor refused it.
-            code = 500 if got.fate is Fate.ANSWERED else None
-            return got.error, AttemptResult(status=code, unsent=got.fate is Fate.UNSENT)
+            return got.error, AttemptResult(
+                status=None,
+                unsent=got.fate is Fate.UNSENT,
+                incomplete=got.fate is Fate.ANSWERED,
+            )
         result = read_response(
             call.path, call.api_key, got, now=datetime.now(UTC), period=self._period
         )

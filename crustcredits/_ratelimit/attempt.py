@@ -47,12 +47,14 @@ class AttemptResult:
     """How a request ended, as far as admission is concerned.
 
     Attributes:
-        status: The HTTP status; None without an answer.
+        status: The HTTP status; None without a complete answer.
         by_gateway: Whether a gateway answered in the place of the API.
         limit: The limit that the answer states, or None.
         remaining: The rest of that limit that the answer states, or None.
         wait: Seconds that a refusal asks to wait, or None.
         unsent: Whether the request certainly never left.
+        incomplete: Whether the headers of an answer came, but not its whole body: the server has
+            counted the request, and has neither served nor refused it.
     """
 
     status: int | None
@@ -61,6 +63,12 @@ class AttemptResult:
     remaining: int | None = None
     wait: float | None = None
     unsent: bool = False
+    incomplete: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether an answer came, complete or not."""
+        return self.status is not None or self.incomplete
 
     @property
     def is_served(self) -> bool:
@@ -84,7 +92,9 @@ class AttemptResult:
         True without an answer, and for the answer of a gateway, which may pass the request on
         later.
         """
-        return self.status in {None, 408, 502, 503, 504} or (self.by_gateway and self.status != 429)
+        if not self.is_answered or self.status in {408, 502, 503, 504}:
+            return True
+        return self.by_gateway and self.status != 429
 
     @property
     def used(self) -> int | None:

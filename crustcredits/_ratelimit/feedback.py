@@ -85,7 +85,7 @@ class Feedback:
         """Note any other end of a request. Returns whether it costs its call no attempt."""
         self._return_unserved(request, answer, now)
         foreign = answer.is_refused and answer.used is None and self._scope.has_seen_counts
-        if answer.status is not None:
+        if answer.is_answered:
             self._note_probe(request, foreign=foreign)
         return answer.is_refused and self._refused(request, answer, now, foreign=foreign)
 

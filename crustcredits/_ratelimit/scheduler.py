@@ -188,7 +188,7 @@ class Scheduler:
 
         Returns whether this attempt is not counted against its call.
         """
-        self._slots.release(request, now, answered=answer.status is not None)
+        self._slots.release(request, now, answered=answer.is_answered)
         if request.in_trial:
             request.leave_trial()
         account, permits = request.account, self.permits

@@ -14,6 +14,7 @@ from crustcredits._ratelimit.token_bucket import TokenBucket
 OK = AttemptResult(status=200)
 FAILED = AttemptResult(status=500)
 LOST = AttemptResult(status=None)
+INCOMPLETE = AttemptResult(status=None, incomplete=True)
 UNSENT = AttemptResult(status=None, unsent=True)
 
 

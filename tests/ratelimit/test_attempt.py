@@ -52,6 +52,13 @@ def test_the_status_tells_whether_a_request_was_served_refused_or_may_come_late(
     assert " ".join(name for name, value in named.items() if value) == expected
 
 
+def test_an_incomplete_answer_was_neither_served_nor_refused_and_does_not_come_late() -> None:
+    """The server has counted the request before it began to answer."""
+    result = AttemptResult(status=None, incomplete=True)
+    assert result.is_answered
+    assert [result.is_served, result.is_refused, result.may_come_late] == [False] * 3
+
+
 @pytest.mark.parametrize(
     ("limit", "remaining", "used"),
     [

@@ -13,7 +13,18 @@ from crustcredits._ratelimit.cooldown import Trial
 from crustcredits._ratelimit.flow import Call, Flow
 from crustcredits._ratelimit.pace import Pace
 from crustcredits._ratelimit.scheduler import Scheduler
-from tests.ratelimit.calls import FAILED, LOST, OK, UNSENT, call, refused, served, start_call, terms
+from tests.ratelimit.calls import (
+    FAILED,
+    INCOMPLETE,
+    LOST,
+    OK,
+    UNSENT,
+    call,
+    refused,
+    served,
+    start_call,
+    terms,
+)
 
 
 class Endpoint:
@@ -58,6 +69,7 @@ class Endpoint:
         (OK, 60.5),
         (AttemptResult(status=401), 60.5),
         (FAILED, 60.5),
+        (INCOMPLETE, 60.5),
         (LOST, 68.5),
         (AttemptResult(status=408), 68.5),
         (AttemptResult(status=502), 68.5),
@@ -69,7 +81,7 @@ class Endpoint:
         (UNSENT, 0.0),
     ],
     ids=(
-        *("served", "401", "500", "lost", "408", "502", "503", "504", "html"),
+        *("served", "401", "500", "incomplete", "lost", "408", "502", "503", "504", "html"),
         *("refused", "refused with html", "unsent"),
     ),
 )
@@ -431,7 +443,8 @@ def test_a_refusal_by_something_in_front_of_the_api_costs_no_attempt() -> None:
 
 # --- refusals by something in front of the API
 
-# Of a call's first probes S is served, F refused without counts, E fails and L gets no answer.
+# Of a call's first probes S is served, F refused without counts, E fails, I has an incomplete
+# answer, and L gets none.
 # R is a refusal that starts a trial, and N a served request without a trial. Of probes of calls
 # that sent a request before, G is refused and B fails.
 _SEVEN = "R FSFSFSFSS R SFSFSSF"
@@ -452,6 +465,8 @@ _SEVEN = "R FSFSFSFSS R SFSFSSF"
         (_SEVEN.replace("R ", "R LB"), True),
         (_SEVEN.replace("F", "G"), False),
         (_SEVEN.replace("SSF", "EEF"), True),
+        (_SEVEN.replace("SSF", "IIF"), True),
+        (_SEVEN.replace("SSF", "LLF"), False),
     ],
 )
 def test_frequent_refusals_in_front_of_the_api_halve_the_pace(pattern: str, *, cut: bool) -> None:
@@ -464,7 +479,12 @@ def test_frequent_refusals_in_front_of_the_api_halve_the_pace(pattern: str, *, c
 
 def play(endpoint: Endpoint, pattern: str, at: float) -> float:
     """Send one request for each letter. Returns the time of the last end."""
-    answers = {"F": refused(), "G": refused(), "R": refused(), "L": LOST, "E": FAILED, "B": FAILED}
+    answers = {
+        **dict.fromkeys("FGR", refused()),
+        **dict.fromkeys("EB", FAILED),
+        "I": INCOMPLETE,
+        "L": LOST,
+    }
     for letter in pattern.replace(" ", ""):
         each = call(f"{at}", endpoint.flow)
         each.was_sent = letter in "BG"

@@ -24,6 +24,7 @@ from crustcredits._ratelimit.token_bucket import TokenBucket
 from tests import searches
 from tests.ratelimit.calls import (
     FAILED,
+    INCOMPLETE,
     LOST,
     OK,
     UNSENT,
@@ -921,16 +922,17 @@ def test_probes_are_drawn_among_the_calls_of_a_flow(
 # --- ends
 
 
-def test_only_an_answer_tells_how_long_answers_take() -> None:
+@pytest.mark.parametrize("answer", [OK, FAILED, INCOMPLETE])
+def test_only_an_answer_tells_how_long_answers_take(answer: AttemptResult) -> None:
     """A request without one may have taken any time."""
     scheduler, flow = scheduler_of(terms(), pace=None), Flow()
-    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), FAILED, 0.5)
+    scheduler.ended(start_call(scheduler, call("a", flow), 0.0), answer, 0.5)
     scheduler.ended(start_call(scheduler, call("b", flow), 0.0), LOST, 8.0)
     quota = scheduler.quota(None, 8.0)
     assert quota == attrs.evolve(quota, answer_seconds=0.5)
 
 
-@pytest.mark.parametrize("answer", [OK, FAILED, LOST, UNSENT])
+@pytest.mark.parametrize("answer", [OK, FAILED, INCOMPLETE, LOST, UNSENT])
 def test_an_attempt_that_was_not_refused_is_counted(answer: AttemptResult) -> None:
     """Against its call, which has a few."""
     scheduler = scheduler_of(terms(), pace=None)
