@@ -20,7 +20,7 @@ from crustcredits._errors import (
     GatewayError,
     renamed,
 )
-from crustcredits._http.protocol import Response, is_apis_own, is_json_object, read_response
+from crustcredits._http.protocol import Responder, Response, read_response, responder_of
 from crustcredits._http.retry import asked_wait
 from crustcredits._http.stored_response import load_response
 from crustcredits._http.transport_types import Failure, Fate
@@ -242,16 +242,16 @@ class Endpoint:
         if isinstance(result, Balance):
             breaker.api_answered(call.key)
             return result, AttemptResult(status=got.status, limit=limit, remaining=remaining)
-        own = is_apis_own(got)
+        responder = responder_of(got)
         if isinstance(result, GatewayError):
             sent = call.probe or Sent(call.request.started, call.key, is_probe=False)
             breaker.gateway_answered(sent, result, now)
             self.scheduler.is_barring = breaker.is_open or self._shares
-        elif own:
+        elif responder is Responder.API:
             breaker.api_answered(call.key)
         return result, AttemptResult(
             status=got.status,
-            by_gateway=not own and not is_json_object(got),  # gateways send HTML
+            by_gateway=responder is Responder.GATEWAY,
             limit=limit,
             remaining=remaining,
             wait=asked_wait(result),

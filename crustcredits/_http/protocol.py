@@ -7,6 +7,7 @@ them. This module must not know aiohttp, asyncio or a clock.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -156,8 +157,7 @@ _CHECK_ADDRESS: Final = (
 )
 _OTHER: Final[_ErrorText] = (APIStatusError, "the API answered with an error", _CHECK_ADDRESS)
 
-# These statuses speak for the API only with a JSON object as body: HTML pages come from gateways,
-# firewalls and captive portals.
+# Statuses that speak about the key; from a gateway they do not.
 _OF_THE_KEY = (401, 402, 403)
 _NOT_THE_API = (
     "a gateway answered in the API's place: the body is not a JSON object, so the key was not "
@@ -165,15 +165,24 @@ _NOT_THE_API = (
 )
 
 
-def is_apis_own(response: Response) -> bool:
-    """Whether a response without a balance is the API's own: a JSON object with a 2xx or 4xx."""
-    own = 200 <= response.status <= 299 or 400 <= response.status <= 499
-    return own and isinstance(parse_leniently(response.body), dict)
+class Responder(enum.Enum):
+    """What has sent a response without a balance."""
+
+    API = "the API itself"
+    GATEWAY = "a gateway, firewall or captive portal in the API's place"
+    UNKNOWN = "the API, or a gateway that reports its failure"
 
 
-def is_json_object(response: Response) -> bool:
-    """Whether a body is a JSON object, at any status; gateways do not send JSON objects."""
-    return isinstance(parse_leniently(response.body), dict)
+def responder_of(response: Response) -> Responder:
+    """What has sent a response without a balance.
+
+    Gateways send HTML pages and empty bodies: only a JSON object speaks for the API. With a status
+    other than 2xx and 4xx it does not show that the API works.
+    """
+    if not isinstance(parse_leniently(response.body), dict):
+        return Responder.GATEWAY
+    is_own = 200 <= response.status <= 299 or 400 <= response.status <= 499
+    return Responder.API if is_own else Responder.UNKNOWN
 
 
 def _read_failure(
@@ -192,13 +201,12 @@ def _read_failure(
             status=status,
             **details,
         )
-    document = parse_leniently(response.body)
-    if status in _OF_THE_KEY and not isinstance(document, dict):
+    if status in _OF_THE_KEY and responder_of(response) is Responder.GATEWAY:
         # The gateway's own rate-limit headers are dropped: they are not the API's.
         return GatewayError(
             _NOT_THE_API, status=status, key_name=key.label, request_id=details["request_id"]
         )
-    text = clean(_message(document), key)
+    text = clean(_message(parse_leniently(response.body)), key)
     if status >= 500:
         wait = read_retry_after(response.headers, now=now) if status == 503 else None
         message = _sentence("the API or a gateway before it failed", text, _when(wait))

@@ -18,7 +18,7 @@ from crustcredits import (
     UnexpectedResponseError,
     __version__,
 )
-from crustcredits._http.protocol import request_headers
+from crustcredits._http.protocol import Responder, Response, request_headers, responder_of
 from tests.http.responses import KEY, error
 
 
@@ -100,3 +100,19 @@ def test_401_402_and_403_without_a_json_object_are_gateway_errors(
     assert (found.status, found.request_id, found.rate_limit) == (status, "r-1", None)
     assert str(found).startswith("prod: a gateway answered in the API's place")
     assert str(found).endswith(f"(HTTP {status})")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        *((status, b"{}", Responder.API) for status in (200, 204, 299, 400, 401, 429, 499)),
+        *((status, b'{"a": 1}', Responder.UNKNOWN) for status in (199, 300, 399, 500, 503)),
+        *((status, b"<html>", Responder.GATEWAY) for status in (200, 302, 403, 429, 502)),
+        *((403, body, Responder.GATEWAY) for body in (None, b"", b"[]", b'{"message": "cut')),
+    ],
+)
+def test_only_a_json_object_with_a_2xx_or_4xx_is_the_apis_own(
+    status: int, body: bytes | None, expected: Responder
+) -> None:
+    """Any other body is a gateway's; a JSON object with another status may be either's."""
+    assert responder_of(Response(status, {}, body)) is expected
