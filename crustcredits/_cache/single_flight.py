@@ -2,15 +2,14 @@
 
 A call belongs to the client, not to a caller. Each caller has a waiter with its own deadline, and
 may leave. When the last waiter has left, a call that waits is dropped; a call on the wire is
-finished and its answer cached. `under_way` holds the calls, `waiters` their waiters, `completion`
-ends them, and `dispatcher` sends the requests.
+finished and its answer cached. `under_way` holds the calls, `waiters` their waiters, `promotion`
+moves a call to the flow of a waiter, `completion` ends calls, and `dispatcher` sends the requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -18,6 +17,7 @@ from crustcredits._cache.completion import Completion
 from crustcredits._cache.dispatcher import Dispatcher
 from crustcredits._cache.policy import CachePolicy
 from crustcredits._cache.pools import Pools
+from crustcredits._cache.promotion import Promotion
 from crustcredits._cache.shared_call import Pool, SharedCall, Waiter, WaitTerms
 from crustcredits._cache.store import BalanceCache, CacheKey
 from crustcredits._cache.under_way import UnderWay
@@ -27,8 +27,6 @@ from crustcredits._ratelimit.flow import Flow
 
 # Calls that one iteration of the loop queues, or ends.
 _SLICE = 1_000
-# A call with more waiters than this does not move to the flow of a stream.
-_FEW = 8
 
 
 class SingleFlight:
@@ -52,6 +50,7 @@ class SingleFlight:
         self.under_way = UnderWay(self._pools)
         self._completion = Completion(self.under_way, self._pools, dispatcher, cache, self.refresh)
         self.waiters = Waiters(self.endpoints, self.under_way, self._completion)
+        self._promotion = Promotion(dispatcher, self._pools)
 
     # --- calls
 
@@ -74,7 +73,7 @@ class SingleFlight:
         else:
             self.waiters.add(call, waiter, terms)
             self._dispatcher.sharing.join(call, terms.policy)
-            self._move_up(call, flow, terms)
+            self._promotion.joined(call, flow, terms)
         self.waiters.time_out_if_hopeless(call, waiter, terms)
         return call
 
@@ -143,46 +142,6 @@ class SingleFlight:
                 await asyncio.sleep(0)
         self.waiters.close()
         await self._completion.requests_ended()
-
-    # --- where a shared call waits
-
-    def _move_up(self, call: SharedCall, flow: Flow, terms: WaitTerms) -> None:
-        """Move a call to the flow of a waiter that has joined it, if it starts sooner there."""
-        moves = flow.kind < call.flow.kind or self._is_sooner_in(flow, call, terms)
-        if call.early is not None and moves:
-            self._pools.leave_early(call)
-            call.flow = flow
-            self._dispatcher.enter(call)
-        elif moves or not call.is_foreground:
-            self._dispatcher.move(call, flow)
-
-    def _is_sooner_in(self, flow: Flow, call: SharedCall, terms: WaitTerms) -> bool:
-        """Whether a call starts sooner at the end of a stream's flow than where it waits.
-
-        A stream with a timeout takes a key that is likely to have its turn in this flow, in time
-        for its deadline. Flows of a kind take turns, so fewer calls before a call mean an earlier
-        turn.
-        """
-        is_of_stream = terms.deadline < math.inf and not terms.own_timer
-        if flow is call.flow or flow.kind is not call.flow.kind or not is_of_stream:
-            return False
-        return self.endpoints[call.path].waiting_in(flow) < self._most_before(call, terms)
-
-    def _most_before(self, call: SharedCall, terms: WaitTerms) -> int:
-        """At most so many calls start before a call where it waits.
-
-        0 if it must not move: it does not wait for its turn, or another stream or check that has an
-        earlier deadline expects its turn there.
-        """
-        if call.early is not None:
-            pool, number = call.early
-            return pool.most_before(number)
-        endpoint = self.endpoints[call.path]
-        if not endpoint.waits_in_turn(call) or len(call.waiters) > _FEW:
-            return 0
-        if any(each.deadline < terms.deadline for each in call.waiters.values()):
-            return 0
-        return endpoint.waiting_in(call.flow) - 1
 
     # --- pools
 
