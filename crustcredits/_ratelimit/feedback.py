@@ -81,13 +81,14 @@ class Feedback:
         if request.trial is not None:
             self._note_probe(request, foreign=False)
 
-    def not_served(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
-        """Note any other end of a request. Returns whether it costs its call no attempt."""
+    def not_served(self, request: Attempt, answer: AttemptResult, now: float) -> None:
+        """Note any other end of a request. A refusal may count as spared for its call."""
         self._return_unserved(request, answer, now)
         foreign = answer.is_refused and answer.used is None and self._scope.has_seen_counts
         if answer.is_answered:
             self._note_probe(request, foreign=foreign)
-        return answer.is_refused and self._refused(request, answer, now, foreign=foreign)
+        if answer.is_refused:
+            self._refused(request, answer, now, foreign=foreign)
 
     # --- counts and limits
 
@@ -174,20 +175,19 @@ class Feedback:
 
     def _refused(
         self, request: Attempt, answer: AttemptResult, now: float, *, foreign: bool
-    ) -> bool:
-        """Note a refusal. Returns whether it costs its call no attempt."""
+    ) -> None:
+        """Note a refusal."""
         account, trial = request.account, request.trial
         if answer.wait is not None:
             account.cools_until = max(account.cools_until, now + answer.wait)
         expected = foreign or (trial is not None and trial.concerns_others_than(account.name))
-        spared = expected and request.call.spared < _SPARED
-        request.call.spared += spared
+        if expected and request.call.spared < _SPARED:
+            request.call.spared += 1
         latest = self._foreign
         if foreign and len(latest) == _LATEST_PROBES and sum(latest) > _FEW_FOREIGN:
             self._pace.cut(now)
             latest.clear()
         self._cool_down(request, answer, now, foreign=foreign)
-        return spared
 
     def _cool_down(
         self, request: Attempt, answer: AttemptResult, now: float, *, foreign: bool

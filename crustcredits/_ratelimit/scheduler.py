@@ -183,11 +183,8 @@ class Scheduler:
             return moment if moment < math.inf else None
         return min(moment, until)
 
-    def ended(self, request: Attempt, answer: AttemptResult, now: float) -> bool:
-        """Note that a request has ended.
-
-        Returns whether this attempt is not counted against its call.
-        """
+    def ended(self, request: Attempt, answer: AttemptResult, now: float) -> None:
+        """Note that a request has ended. A refusal may count as spared for its call."""
         self._slots.release(request, now, answered=answer.is_answered)
         if request.in_trial:
             request.leave_trial()
@@ -195,17 +192,15 @@ class Scheduler:
         if request.kind is Kind.BACKGROUND:
             permits.refreshing -= 1
             account.refreshing -= 1
-        spared = False
         if answer.is_served:
             self._feedback.served(request, answer, now)
         else:
-            spared = self._feedback.not_served(request, answer, now)
+            self._feedback.not_served(request, answer, now)
         if account.has_waiters:
             permits.release(account, now)
         if permits.common.has_waiters:
             permits.release(permits.common, now)
         permits.accounts.forget_idle(now)
-        return spared
 
     def _is_blocked(self, trial: Trial | None, now: float) -> tuple[bool, float | None]:
         """Whether no call of this endpoint may start, and until when.

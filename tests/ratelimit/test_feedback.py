@@ -49,9 +49,11 @@ class Endpoint:
     def start(self, name: str, at: float, account: str | None = None) -> Attempt:
         return start_call(self.scheduler, call(name, self.flow, account), at)
 
-    def ask(self, name: str, at: float, answer: AttemptResult, seconds: float = 0.25) -> bool:
-        """Send a request, which ends after `seconds`. Returns whether it costs no attempt."""
-        return self.scheduler.ended(self.start(name, at), answer, at + seconds)
+    def ask(self, name: str, at: float, answer: AttemptResult, seconds: float = 0.25) -> Call:
+        """Send a request of a new call, which ends after `seconds`. Returns the call."""
+        request = self.start(name, at)
+        self.scheduler.ended(request, answer, at + seconds)
+        return request.call
 
     def limit(self, account: str | None, at: float = 0.0) -> int:
         return self.scheduler.quota(account, at).limit
@@ -401,22 +403,21 @@ def test_a_cooldown_against_an_answer_counted_separately_stops_proofs(
 # --- refusals that cost no attempt
 
 
-def refuse_again(endpoint: Endpoint, each: Call, answer: AttemptResult, at: float) -> bool:
-    request = start_call(endpoint.scheduler, each, at)
-    return endpoint.scheduler.ended(request, answer, at + 0.125)
+def spared_after(endpoint: Endpoint, each: Call, answer: AttemptResult, at: float) -> int:
+    """Send a request of a call. Returns how many refusals have cost the call no attempt so far."""
+    endpoint.scheduler.ended(start_call(endpoint.scheduler, each, at), answer, at + 0.125)
+    return each.spared
 
 
 def test_refused_probes_cost_no_attempt_while_another_account_is_refused() -> None:
     """Four times for each call; the first refusal, before the trial, costs one."""
     endpoint = Endpoint()
-    assert not endpoint.ask("first", 0.0, refused())
+    assert endpoint.ask("first", 0.0, refused()).spared == 0
     each = call("each", endpoint.flow)
-    spared = [refuse_again(endpoint, each, refused(), 1.0 + number) for number in range(6)]
-    assert spared == [True] * 4 + [False] * 2
-    assert each.spared == 4
+    spared = [spared_after(endpoint, each, refused(), 1.0 + number) for number in range(6)]
+    assert spared == [1, 2, 3, 4, 4, 4]
     other = call("other", endpoint.flow)
-    assert refuse_again(endpoint, other, refused(), 9.0)
-    assert other.spared == 1
+    assert spared_after(endpoint, other, refused(), 9.0) == 1
 
 
 def test_refused_probes_of_one_account_cost_an_attempt_each() -> None:
@@ -424,21 +425,20 @@ def test_refused_probes_of_one_account_cost_an_attempt_each() -> None:
     endpoint = Endpoint()
     for number in range(4):
         each = call(str(number), endpoint.flow, "A")
-        assert not refuse_again(endpoint, each, refused(), float(number))
-        assert each.spared == 0
+        assert spared_after(endpoint, each, refused(), float(number)) == 0
 
 
 def test_a_refusal_by_something_in_front_of_the_api_costs_no_attempt() -> None:
     """It has no counts, beside answers with counts. Other failures cost one."""
     endpoint = Endpoint()
     endpoint.ask("a", 0.0, served(1))
-    assert not endpoint.ask("b", 1.0, refused(used=300))
+    assert endpoint.ask("b", 1.0, refused(used=300)).spared == 0
     endpoint = Endpoint()
     endpoint.ask("a", 0.0, served(1))
     each = call("b", endpoint.flow)
-    assert not refuse_again(endpoint, each, FAILED, 1.0)
-    spared = [refuse_again(endpoint, each, refused(), 2.0 + number) for number in range(5)]
-    assert spared == [True] * 4 + [False]
+    assert spared_after(endpoint, each, FAILED, 1.0) == 0
+    spared = [spared_after(endpoint, each, refused(), 2.0 + number) for number in range(5)]
+    assert spared == [1, 2, 3, 4, 4]
 
 
 # --- refusals by something in front of the API

@@ -105,7 +105,6 @@ class Job:
     number: int
     deadline: float
     attempts: int = 0
-    spared: int = 0
     on_wire: bool = False
 
 
@@ -498,7 +497,7 @@ class Machine(RuleBasedStateMachine):
         before, common = self.scheduler.cooldown.trial, self.common
         holds, rate = (0 if before is None else before.holds), self.pace.current(self.now)
         out = common.limit - common.room(self.now, 0)
-        spared = self.scheduler.ended(request, answer, self.now)
+        self.scheduler.ended(request, answer, self.now)
         del self.on_wire[request]
         if answer.is_served:
             if self.terms.scope == "auto" and common.limit - common.room(self.now, 0) < out:
@@ -519,15 +518,14 @@ class Machine(RuleBasedStateMachine):
                 (self.pace.current(self.now) or math.inf) <= max(least, rate / 2) + EPSILON,
                 "a cooldown does not cut the pace",
             )
-        self.end_attempt(request.call, answer, spared=spared)
+        self.end_attempt(request.call, answer)
 
-    def end_attempt(self, call: Call, answer: AttemptResult, *, spared: bool) -> None:
+    def end_attempt(self, call: Call, answer: AttemptResult) -> None:
         job = self.open[call]
         job.on_wire = False
-        job.spared += spared
-        job.attempts -= spared
-        self.demand(job.spared <= SPARED, "refusals cost a call no attempt without a bound")
-        if answer.is_served or job.attempts >= ATTEMPTS or self.now >= job.deadline:
+        self.demand(call.spared <= SPARED, "refusals cost a call no attempt without a bound")
+        counted = job.attempts - call.spared
+        if answer.is_served or counted >= ATTEMPTS or self.now >= job.deadline:
             del self.open[call]
         else:
             self.at(self.now + 0.1, partial(self.again, call))

@@ -936,7 +936,9 @@ def test_only_an_answer_tells_how_long_answers_take(answer: AttemptResult) -> No
 def test_an_attempt_that_was_not_refused_is_counted(answer: AttemptResult) -> None:
     """Against its call, which has a few."""
     scheduler = scheduler_of(terms(), pace=None)
-    assert scheduler.ended(start_call(scheduler, call("a", Flow()), 0.0), answer, 0.5) is False
+    request = start_call(scheduler, call("a", Flow()), 0.0)
+    scheduler.ended(request, answer, 0.5)
+    assert request.call.spared == 0
 
 
 @pytest.mark.parametrize("scope", ["account", "client"])

@@ -285,15 +285,13 @@ class Client:
             remaining=None if remaining is None else int(remaining),
             wait=wait,
         )
-        if self.scheduler.ended(request, answer, now()):
-            job.attempts -= 1
+        self.scheduler.ended(request, answer, now())
         if answer.is_served:
             self._end(job, 200)
-        elif job.attempts >= 4 or (wait or 0.0) > 65.0:
+        elif job.attempts - job.call.spared >= 4 or (wait or 0.0) > 65.0:
             self._end(job, status or 0)
         else:
-            tries = job.attempts + job.call.spared
-            jitter = self.random.uniform(0, min(8.0, 0.25 * 2.0 ** min(10, max(1, tries) - 1)))
+            jitter = self.random.uniform(0, min(8.0, 0.25 * 2.0 ** min(10, job.attempts - 1)))
             asyncio.get_running_loop().call_later((wait or 0.0) + jitter, self._again, job)
         self.pump()
 
