@@ -84,7 +84,9 @@ def credits_router(
     )
     shown = Pool(pool, freshness, seconds("timeout", timeout, above=0))
     router = APIRouter(prefix=prefix, tags=list(tags), dependencies=list(dependencies))
-    _add_routes(router, shown, freshness.max_age)
+    _add_pool_route(router, shown, freshness.max_age)
+    _add_key_route(router, shown, freshness.max_age)
+    _add_health_route(router, shown)
     return router
 
 
@@ -139,13 +141,16 @@ _UNKNOWN = {
 }
 
 
-def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
-    bounds = Query(
+def _age(floor: float) -> Any:
+    """The query parameter `max_age`, in seconds: `floor` or more."""
+    return Query(
         ge=floor,
         le=max(floor, 1e9),
         description="Age in seconds up to which a balance is fresh.",
     )
 
+
+def _add_pool_route(router: APIRouter, pool: Pool, floor: float) -> None:
     @router.get(
         "/keys",
         response_model=PoolResponse,
@@ -161,13 +166,15 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
         sort: Annotated[
             Sort, Query(description="`-` for the largest first; unknown values come last.")
         ] = "given",
-        max_age: Annotated[float, bounds] = floor,
+        max_age: Annotated[float, _age(floor)] = floor,
     ) -> Any:
         try:
             return await pool.report(client, state, account, sort, max_age)
         except ClientClosedError as error:
             return _problem_response(problem_of(error))
 
+
+def _add_key_route(router: APIRouter, pool: Pool, floor: float) -> None:
     @router.get(
         "/keys/{label:path}",
         response_model=KeyResponse,
@@ -175,7 +182,7 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
         summary="One key, by label",
     )
     async def get_key(
-        label: str, client: CreditsDep, max_age: Annotated[float, bounds] = floor
+        label: str, client: CreditsDep, max_age: Annotated[float, _age(floor)] = floor
     ) -> Any:
         try:
             outcome = await pool.outcome(client, label, max_age)
@@ -186,6 +193,8 @@ def _add_routes(router: APIRouter, pool: Pool, floor: float) -> None:
             Problem(status=404, type="about:blank", title="Not Found")
         )
 
+
+def _add_health_route(router: APIRouter, pool: Pool) -> None:
     @router.get(
         "/healthz",
         response_model=HealthResponse,
