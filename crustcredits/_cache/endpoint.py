@@ -229,11 +229,7 @@ class Endpoint:
         The circuit breaker records the answer.
         """
         if isinstance(got, Failure):
-            return got.error, AttemptResult(
-                status=None,
-                unsent=got.fate is Fate.UNSENT,
-                incomplete=got.fate is Fate.ANSWERED,
-            )
+            return got.error, _without_response(got.fate)
         result = read_response(
             call.path, call.api_key, got, now=datetime.now(UTC), period=self._period
         )
@@ -320,3 +316,8 @@ class Endpoint:
         if len(calls) == _SLICE:
             loop.call_soon(self._on_outage, whose)
         self._on_tokens()  # calls that waited behind these for their account are ready now
+
+
+def _without_response(fate: Fate) -> AttemptResult:
+    """The result of a request without a complete response, for the scheduler."""
+    return AttemptResult(status=None, unsent=fate is Fate.UNSENT, incomplete=fate is Fate.ANSWERED)
