@@ -104,8 +104,8 @@ def _transport_for(
 class CreditsClient:
     """Asks the Crustdata API how many credits API keys have left, within its rate limit.
 
-    All requests share one HTTP session. The class is long because each public method has overloads
-    and a full docstring.
+    All requests share one HTTP session. The class is long because all that a user can ask is a
+    method of it, with overloads, a full docstring and checks of its arguments.
 
     Args:
         base_url: `https://host[:port]` of the API; by default the variable `CRUSTDATA_API_URL`,

@@ -16,7 +16,11 @@ CountedScope: TypeAlias = Literal["auto", "client", "account"]
 
 
 class SharedTokens(Protocol):
-    """The tokens of one bucket, as one process knows them."""
+    """The tokens of one bucket, as one process knows them.
+
+    The protocol has more than 20 members because each is one fact that `LeasedTokens` reads, or one
+    event that it reports.
+    """
 
     @property
     def limit(self) -> int: ...
@@ -117,7 +121,8 @@ class LeasedTokens:
     """A `Bucket` of tokens that other processes take too.
 
     It leases a small stock of tokens, no larger than the pace can use in a moment, and more when
-    calls wait. Unused tokens go back after a second.
+    calls wait. Unused tokens go back after a second. The class has more than 20 methods because
+    `Bucket` asks for 18; most of them are one line long.
 
     Args:
         tokens: The tokens as this process knows them.
