@@ -8,8 +8,10 @@ import pytest
 from crustcredits.redis.protocol import (
     SCRIPT,
     SHA,
+    AnswersPart,
     BucketReport,
     PermitRequest,
+    PublishAnswer,
     Request,
     Response,
 )
@@ -292,6 +294,41 @@ def test_a_share_below_one_token_is_one(redis: FakeRedis, clock: Clock) -> None:
     one, _ = of_all(redis, clock)
     clock.at += LEASE
     assert [one.ask(("b", 1, 1), first=10 * step).granted for step in range(2)] == [(1,), (0,)]
+
+
+def test_too_many_answers_push_out_the_ones_that_would_be_forgotten_next(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """So that answers never take the memory of the count."""
+    one = Process(redis, "one")
+    one.ask(("a", 3, 1))
+    published = [
+        PublishAnswer(
+            name=f"name {number}",
+            asked=one.served,
+            kept=60.0 + number,
+            is_error=False,
+            value="e30=",
+            frees=True,
+        )
+        for number in range(9)
+    ]
+    part = AnswersPart(operations=published, fetches=False, lease=5.0, most=4, memory=600.0)
+    one.send(attrs.evolve(one.request([], []), answers=part))
+    assert sorted(redis.content("{p}:epoch:answers")) == [
+        f"name {number}" for number in range(5, 9)
+    ]
+
+
+def test_an_answer_of_an_unknown_time_is_not_stored(redis: FakeRedis) -> None:
+    one = Process(redis, "one")
+    one.ask(("a", 3, 1))
+    published = PublishAnswer(
+        name="name", asked=0, kept=60.0, is_error=False, value="e30=", frees=True
+    )
+    part = AnswersPart(operations=[published], fetches=False, lease=5.0, most=4, memory=600.0)
+    one.send(attrs.evolve(one.request([], []), answers=part))
+    assert redis.content("{p}:epoch:answers")["name"] == "1 0 0 0 - "
 
 
 def test_processes_that_were_killed_are_forgotten_after_a_lease(

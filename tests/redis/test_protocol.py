@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
 import pytest
 
 from crustcredits.redis.protocol import (
+    AnswerOperation,
+    AnswersPart,
     BucketReport,
     BucketState,
+    FindAnswer,
+    Found,
+    FoundAnswer,
+    FreeAnswer,
+    InvalidateAnswer,
     PermitRequest,
+    PublishAnswer,
     Request,
     Response,
 )
@@ -72,6 +81,37 @@ def test_a_request_is_names_and_numbers_in_the_order_of_the_script() -> None:
 def test_strict_processes_have_a_key_of_their_own(is_strict: bool, others: str) -> None:
     names, _ = attrs.evolve(REQUEST, is_strict=is_strict).encode()
     assert names[2] == "{p}:epoch:" + others
+
+
+def test_shared_answers_travel_as_numbers_and_one_text() -> None:
+    """Times are whole microseconds; an age without end is a long one."""
+    operations: list[AnswerOperation] = [
+        PublishAnswer(name="abc", asked=5, kept=60.0, is_error=True, value="e30=", frees=False),
+        FreeAnswer(name="de"),
+        InvalidateAnswer(name="*"),
+        FindAnswer(name="f", max_age=1.0, max_error_age=math.inf, usable_age=0.0),
+    ]
+    part = AnswersPart(operations=operations, fetches=True, lease=5.0, most=9, memory=600.0)
+    request = attrs.evolve(REQUEST, answers=part)
+    names, (_, said, texts) = request.encode()
+    assert names[-3:] == [f"{{p}}:epoch:answers{part}" for part in ("", ":times", ":fetchers")]
+    assert texts == "abce30=de*f"
+    publish = [2, 3, 4, 5, 60_000_000, 2, 0]
+    rest = [3, 2, 4, 1, 1, 1, 1_000_000, 100_000_000_000_000, 0]
+    numbers = [1, 4, 1, 5_000_000, 9, 600_000_000, *publish, *rest]
+    assert " ".join(map(str, numbers)) in said
+
+
+def test_values_of_shared_answers_follow_in_a_second_line() -> None:
+    find = FindAnswer(name="f", max_age=1.0, max_error_age=1.0, usable_age=1.0)
+    part = AnswersPart(operations=[find] * 3, fetches=True, lease=5.0, most=9, memory=600.0)
+    request = attrs.evolve(REQUEST, answers=part)
+    answer = b"1 11 0 99 1 2500000 5 2 0 0 3 7 3 8 0 3 0 300 2 0 0 2 0\n1e30=2AA"
+    assert Response.decode(answer, request).answers == (
+        FoundAnswer(found=Found.YES, age=2.5, value="e30="),
+        FoundAnswer(found=Found.OTHER_FETCHES),
+        FoundAnswer(found=Found.FETCH, age=7e-6, is_error=True, value="AA"),
+    )
 
 
 def test_an_answer_has_the_state_of_each_bucket_and_what_was_granted() -> None:

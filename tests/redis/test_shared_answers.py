@@ -416,7 +416,42 @@ async def test_an_answer_of_before_an_invalidation_is_not_found(fleet: Fleet) ->
     assert fleet.asked == 2
 
 
+async def test_a_call_of_before_an_invalidation_does_not_free_the_answer_of_its_successor(
+    fleet: Fleet, server: FakeServer
+) -> None:
+    """Both are of one process. The first one fails while the second one still fetches."""
+    server.script = lambda name, times: (
+        Reply(seconds=2.0, status=500, body="{}") if times == 0 else Reply(seconds=5.0)
+    )
+    one, two = fleet.clients_(2, retry=Retry(attempts=1))
+    (key,) = keys(1)
+    before = asyncio.create_task(one.balance(key))
+    await asyncio.sleep(1)
+    one.invalidate(key)
+    after = asyncio.create_task(one.balance(key))
+    await asyncio.sleep(2)
+    await asyncio.gather(two.balance(key), after)
+    assert isinstance(before.exception(), InternalServerError)
+    assert fleet.asked == 2
+
+
 # --- Redis
+
+
+async def test_an_answer_that_arrives_while_redis_is_lost_is_not_shared(
+    fleet: Fleet, redis: FakeRedis, server: FakeServer
+) -> None:
+    server.script = lambda name, times: Reply(seconds=8.0)
+    one, two = fleet.clients_(2)
+    (key,) = keys(1)
+    task = asyncio.create_task(one.balance(key))
+    await asyncio.sleep(1)
+    redis.down = True
+    await task
+    redis.down = False
+    await asyncio.sleep(5)
+    await two.balance(key)
+    assert fleet.asked == 2
 
 
 async def test_without_redis_each_process_asks_for_itself(fleet: Fleet, redis: FakeRedis) -> None:
