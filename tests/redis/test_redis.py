@@ -87,6 +87,27 @@ async def test_clients_with_one_prefix_share_one_quota(
         assert sandbox.refused == 0
 
 
+@pytest.mark.parametrize("decodes", [False, True])
+async def test_processes_share_answers(
+    redis_server: RedisServer, prefix: str, decodes: bool
+) -> None:
+    """Also through a client of redis-py that decodes answers itself."""
+    async with SandboxServer() as sandbox, AsyncExitStack() as stack:
+        keys = [sandbox.add_key(credits=number) for number in range(5)]
+        reports = []
+        for _ in range(2):
+            redis = Redis.from_url(redis_server.url, decode_responses=decodes)
+            stack.push_async_callback(redis.aclose)
+            backend = RedisBackend(redis, prefix=prefix, fallback_share=1 / 4, share_answers=True)
+            one = await client(sandbox, backend, stack)
+            reports.append(await one.check(keys, timeout=5, max_age=60))
+            await asyncio.sleep(0.01)
+            await one.close()  # publishes what is not yet published
+        assert [[outcome.credits for outcome in report] for report in reports] == [[*range(5)]] * 2
+        assert {outcome.source for outcome in reports[1]} == {"shared"}
+        assert len(sandbox.arrivals) == 5
+
+
 async def test_another_prefix_is_another_quota(redis_server: RedisServer, prefix: str) -> None:
     """One prefix's requests do not delay those of another."""
     other = uuid.uuid4().hex
