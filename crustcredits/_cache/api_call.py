@@ -70,7 +70,6 @@ class ApiCall(Call, ABC):
         is_parked: Whether it waits for a retry, or for the answer of another process.
         stage: Its way to a shared answer; None if it asks the API for itself.
         policy: How old a shared answer may be for each waiter.
-        has_ended: Whether it has ended.
     """
 
     __slots__ = (
@@ -80,7 +79,6 @@ class ApiCall(Call, ABC):
         "context",
         "entered",
         "failing_since",
-        "has_ended",
         "is_foreground",
         "is_parked",
         "last",
@@ -121,7 +119,6 @@ class ApiCall(Call, ABC):
         self.ticket = 0
         self.stage: Stage | None = None
         self.policy = NEW
-        self.has_ended = False
 
     def park(self, *, parks: bool) -> None:
         """Record that the call begins or ends its wait for a retry, and notify its flow."""

@@ -64,7 +64,7 @@ class Sharing:
         if call.policy.max_age:
             return
         was_looking = call.stage is Stage.LOOKS
-        self._leave(call)
+        self.end(call)
         if was_looking:
             self._resume(call)
 
@@ -98,11 +98,7 @@ class Sharing:
         call.stage = None
 
     def end(self, call: ApiCall) -> None:
-        """Look for the answer of a call no more, and fetch none: it has ended."""
-        call.has_ended = True
-        self._leave(call)
-
-    def _leave(self, call: ApiCall) -> None:
+        """Stop the search or the fetch of a call: it has ended, or asks the API for itself."""
         stage, call.stage = call.stage, None
         if self._store is None or stage in {None, Stage.TO_LOOK_UP}:
             return
@@ -132,19 +128,21 @@ class Sharing:
 
     def _found(self, call: ApiCall, finding: Finding, answer: StoredAnswer | None) -> None:
         """Go on with a call: end it, let it fetch the answer, or let it wait."""
+        if call.stage is not Stage.LOOKS:  # it has ended, or looks no more
+            return
         if finding is Finding.FETCH:
             call.stage = Stage.FETCHES
-        elif finding is Finding.OUT_OF_REACH:
-            call.stage = None
         if answer is not None:
             call.on_stored(answer)
-        if call.has_ended:
-            return
+            if call.stage is None:  # it has ended
+                return
         if finding is Finding.OTHER_FETCHES:
             call.park(parks=True)
         elif finding is Finding.FOUND:  # it cannot be read, or is too old on this clock
             self._find(call, Ages(fresh=0.0, error=0.0, usable=0.0))
         else:
+            if finding is Finding.OUT_OF_REACH:
+                call.stage = None
             self._resume(call)
 
     def _name(self, path: str, key: ApiKey) -> str:

@@ -33,7 +33,7 @@ from crustcredits.redis.protocol import (
 from crustcredits.redis.server_check import address_of, check_server, mistake
 from crustcredits.redis.shared_answers import AnswersInMessage, SharedAnswers
 from crustcredits.redis.shared_tokens import GateTokens, SharedTokens, Terms
-from crustcredits.redis.timing import BEAT, BUCKETS, GRACE, PATIENCE, QUIET, SILENCE, STILL
+from crustcredits.redis.timing import BEAT, BUCKETS, LEAST_OUTAGE, PATIENCE, QUIET, SILENCE, STILL
 from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")
@@ -380,7 +380,7 @@ class Coordinator:
             fresh=secrets.randbits(52) + 1,
             stops_grants=stops_grants,
             still=STILL,
-            grace=GRACE,
+            grace=LEAST_OUTAGE,
             clock=clock,
             age=now - asked,
             tolerance=2 * PATIENCE,

@@ -112,10 +112,15 @@ if not repeated then
         if silent >= lease then
             careful = now + pause -- nothing else is out: each has at most its share
         elseif silent > still then
+            if served < careful then
+                careful = now + pause -- none was served after that time
+            end
             local entries = redis.call('HGETALL', KEYS[3])
             for entry = 1, #entries, 2 do
                 local age = now - (tonumber(entries[entry + 1]) or 0)
-                if entries[entry] ~= process and age >= grace and age < lease then
+                if entries[entry] ~= process and age >= lease then
+                    careful = now + pause
+                elseif entries[entry] ~= process and age >= grace then
                     opens = now + pause
                 end
             end
@@ -234,8 +239,8 @@ for bucket = 1, count do
     end
     if not repeated then
         redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - retention))
-        -- Members from a clock that was ahead.
-        redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest), '+inf')
+        -- Members from a clock that was ahead; durations were rounded up.
+        redis.call('ZREMRANGEBYSCORE', key, '(' .. whole(now + longest + 1000), '+inf')
     end
     keys[bucket], lines[bucket], missing[bucket] = key, KEYS[3 + 2 * bucket], 0
     out[bucket] = redis.call('ZCOUNT', key, '(' .. whole(now), '+inf')

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from crustcredits.redis.timing import GRACE, PATIENCE, SILENCE
+from crustcredits.redis.timing import GRACE, LEAST_OUTAGE, PATIENCE, SILENCE
 
 _log = logging.getLogger("crustcredits")
 
@@ -100,7 +100,8 @@ class Outage:
             self._note_loss(sent, why)
             for tokens in self._tokens():
                 tokens.lose_touch()
-        if asyncio.get_running_loop().time() - self.since < GRACE:
+        now = asyncio.get_running_loop().time()
+        if now - self.since < GRACE or sent - self.since < LEAST_OUTAGE:
             return False
         if not self.is_long:
             self.is_long = True

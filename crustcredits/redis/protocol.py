@@ -183,7 +183,7 @@ class Request:
         stops_grants: Whether no permits may be granted for a while, because Redis does not know all
             tokens of the process.
         still: After how long without a process that had an answer Redis may be out of reach of all.
-        grace: After how long without an answer a process counts by itself.
+        grace: After how long without an answer a process may count by itself.
         clock: Redis's clock in microseconds at the last message with an answer; 0 for none.
         age: How long ago that was.
         tolerance: The tolerance of that age.

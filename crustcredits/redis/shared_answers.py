@@ -215,6 +215,7 @@ class SharedAnswers:
         self._operations = deque(
             each for each in self._operations if isinstance(each, InvalidateAnswer)
         )
+        self._operations_due = _now() if self._operations else math.inf
         self._fetched.clear()
         searches, self._searches = self._searches, {}
         for search in searches.values():

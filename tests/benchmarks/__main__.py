@@ -29,6 +29,7 @@ from tests.benchmarks import (
     service,
     simulation,
     situations,
+    workers,
 )
 from tests.benchmarks._measure import Benchmark
 
@@ -48,6 +49,7 @@ _BENCHMARKS: Final[dict[str, Benchmark]] = {
     "redis-faults": redis_faults.BENCHMARK,
     "accounts": accounts.BENCHMARK,
     "messages": messages.BENCHMARK,
+    "workers": workers.BENCHMARK,
     "scope": scope.BENCHMARK,
     "simulation": simulation.BENCHMARK,
     "picture": picture.BENCHMARK,

@@ -19,7 +19,7 @@ from tests.redis.lua import EPOCH, FakeRedis, opened
 
 LEASE = 81.0
 PAUSE = 1.25
-STILL, GRACE = 1.5, 2.5
+STILL, GRACE = 1.5, 2.0
 
 
 @attrs.define
@@ -287,6 +287,41 @@ def test_after_a_lease_without_a_served_process_each_has_its_share_first(
     one.ask(("a", 10, 0))
     clock.at += PAUSE
     assert one.ask(("a", 11, 7), first=40).granted == (1,)
+
+
+def test_a_second_outage_soon_after_a_long_one_is_waited_for_like_the_first(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """Between them only one process was served, and the other one still counts by itself."""
+    one, _ = of_all(redis, clock)
+    clock.at += LEASE + 20
+    one.ask(("a", 10, 0))
+    clock.at += 0.2
+    one.ask(("a", 10, 0))
+    clock.at += 5
+    assert one.ask(("a", 10, 9)).granted == (5,)
+
+
+def test_a_process_that_lost_redis_a_little_earlier_may_use_its_share(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """The outage was a lease long for it, and not quite for the others."""
+    one, two = of_all(redis, clock)
+    for _ in range(2):
+        clock.at += 0.2
+        one.ask(("a", 10, 0))
+    clock.at += LEASE - 0.3
+    assert one.ask(("a", 10, 9)).granted == (5,)
+    assert two.number
+
+
+def test_a_token_of_this_moment_is_registered_for_a_whole_lease(
+    redis: FakeRedis, clock: Clock
+) -> None:
+    """Durations are rounded up, so it can be out for a microsecond longer."""
+    one = Process(redis, "one")
+    one.send(one.request([BucketReport(name="{p}:a", returns=[(1, LEASE + 2e-6)])], []))
+    assert out(redis, "a") == 1
 
 
 def test_a_share_below_one_token_is_one(redis: FakeRedis, clock: Clock) -> None:

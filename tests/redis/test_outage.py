@@ -82,6 +82,17 @@ async def test_a_process_that_stood_still_is_not_degraded_at_once(
     outage.close()
 
 
+async def test_a_message_of_long_ago_that_is_given_up_now_is_no_sign_of_a_long_outage() -> None:
+    """Redis may have answered others since it was sent."""
+    outage = outage_of([])
+    outage.lost(now(), "x")
+    await asyncio.sleep(2.6)
+    assert not outage.lost(now() - 0.9, "x")
+    await asyncio.sleep(0.4)
+    assert outage.lost(now() - 0.9, "x")
+    outage.close()
+
+
 async def test_an_outage_within_the_grace_time_changes_nothing() -> None:
     told: list[str] = []
     outage = outage_of(told)

@@ -471,6 +471,21 @@ async def test_without_redis_each_process_asks_for_itself(fleet: Fleet, redis: F
     assert fleet.asked == 4
 
 
+async def test_a_caller_without_an_age_that_joins_while_redis_is_lost_starts_no_second_request(
+    fleet: Fleet, redis: FakeRedis
+) -> None:
+    """The call has just learned that nothing can be found."""
+    one = fleet.client(on_outage="local")
+    pool = keys(3)
+    await one.balance(keys(1, "first")[0])
+    redis.down = True
+    await asyncio.sleep(100)
+    for key in pool:
+        await asyncio.gather(one.balance(key), one.balance(key, max_age=0))
+    assert fleet.asked == 4
+    assert one.quota().in_flight == 0
+
+
 async def test_a_call_that_looks_when_redis_is_lost_goes_on(fleet: Fleet, redis: FakeRedis) -> None:
     one = fleet.client(on_outage="raise")
     first, second = keys(2)
