@@ -148,8 +148,8 @@ class ApiCall(Call, ABC):
         """Called with the result when the call has ended."""
 
     @abstractmethod
-    def on_stored(self, answer: StoredAnswer) -> None:
-        """Called with a shared answer, which ends the call if it is young enough."""
+    def on_stored(self, answer: StoredAnswer) -> bool:
+        """Called with a shared answer. Returns whether it is young enough and has ended the call."""
 
     @abstractmethod
     def on_broken_off(self, error: BaseException | None) -> None:

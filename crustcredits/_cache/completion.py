@@ -72,10 +72,11 @@ class Completion:
         if evicted is not None:
             self._drop_refresh_of(evicted)
 
-    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> None:
+    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> bool:
         """Cache an answer of another process, and end a call for which it is young enough.
 
-        A stale balance ends it where stale-while-revalidate allows that, and is refreshed.
+        A stale balance ends it where stale-while-revalidate allows that, and is refreshed. Returns
+        whether the call has ended.
         """
         result = self._dispatcher.endpoints[call.path].read_stored(call, answer)
         now = asyncio.get_running_loop().time()
@@ -105,6 +106,7 @@ class Completion:
             call.release_references()
         if evicted is not None:
             self._drop_refresh_of(evicted)
+        return outcome is not None
 
     def _record(self, call: SharedCall, outcome: Outcome[Any]) -> CacheKey | None:
         """Cache the outcome of a call. Returns the cache key that was evicted for it, if any."""

@@ -59,7 +59,7 @@ class EndsCalls(Protocol):
     """Ends a call: `Completion`."""
 
     def end(self, call: SharedCall, result: Balance | CrustCreditsError) -> None: ...
-    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> None: ...
+    def end_stored(self, call: SharedCall, answer: StoredAnswer) -> bool: ...
     def break_off(self, call: SharedCall, error: BaseException | None) -> None: ...
 
 
@@ -120,8 +120,8 @@ class SharedCall(ApiCall):
     def on_end(self, result: Balance | CrustCreditsError) -> None:
         self._completion.end(self, result)
 
-    def on_stored(self, answer: StoredAnswer) -> None:
-        self._completion.end_stored(self, answer)
+    def on_stored(self, answer: StoredAnswer) -> bool:
+        return self._completion.end_stored(self, answer)
 
     def on_broken_off(self, error: BaseException | None) -> None:
         self._completion.break_off(self, error)

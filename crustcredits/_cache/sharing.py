@@ -132,10 +132,8 @@ class Sharing:
             return
         if finding is Finding.FETCH:
             call.stage = Stage.FETCHES
-        if answer is not None:
-            call.on_stored(answer)
-            if call.stage is None:  # it has ended
-                return
+        if answer is not None and call.on_stored(answer):
+            return
         if finding is Finding.OTHER_FETCHES:
             call.park(parks=True)
         elif finding is Finding.FOUND:  # it cannot be read, or is too old on this clock
