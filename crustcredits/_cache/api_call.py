@@ -149,7 +149,7 @@ class ApiCall(Call, ABC):
 
     @abstractmethod
     def on_stored(self, answer: StoredAnswer) -> bool:
-        """Called with a shared answer. Returns whether it is young enough and has ended the call."""
+        """Called with a shared answer. Returns whether it was young enough to end the call."""
 
     @abstractmethod
     def on_broken_off(self, error: BaseException | None) -> None:
