@@ -5,8 +5,9 @@ strict sliding window for each account and answers after a random delay. The cli
 `scope="account"`, so each account has a bucket of its own in Redis.
 
 Many accounts: one key each, 300 requests in any minute for each, so only the pace delays a request.
-A first start under a new prefix takes 2.5 s more, in which no tokens are given; it has a row of its
-own. One account: its keys are declared, and divided among the processes, which wait at a barrier.
+A first start under a new prefix takes 3 s more, in which no tokens are given; it has a row of its
+own. Then more of them, divided among the processes, with each scope. One account: its keys are
+declared, and divided among the processes, which wait at a barrier.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 import attrs
 
 from crustcredits import ApiKey, CreditsClient, RateLimit
+from crustcredits._ratelimit.config import Scope
 from crustcredits.redis import RedisBackend
 from tests.benchmarks._fleet import Barrier, Fleet, fleet
 from tests.benchmarks._measure import (
@@ -46,6 +48,8 @@ DELAY = (0.0, 0.02)
 
 # Seconds that 300 accounts may take.
 _AT_MOST = 6.0
+# Seconds that 1,000 accounts, divided among the processes, may take by scope.
+_DIVIDED_AT_MOST: dict[Scope, float] = {"account": 12.0, "key": 12.0, "auto": 15.0}
 # The largest ratio of a declared account's time to the floor plus the time of the pace.
 _OF_FLOOR = 1.06
 
@@ -74,6 +78,7 @@ class Task:
     secrets: Sequence[str]
     account: str | None = None
     greets: bool = True
+    scope: Scope = "account"
 
 
 @attrs.frozen
@@ -87,7 +92,7 @@ class Run:
 
 
 async def _check(task: Task, barrier: Barrier) -> int:
-    limit = RateLimit(period=task.period, scope="account")
+    limit = RateLimit(period=task.period, scope=task.scope)
     backend = RedisBackend(task.redis, prefix=task.prefix, fallback_share=1 / 4)
     async with CreditsClient(base_url=task.url, rate_limit=limit, backend=backend) as client:
         keys = [ApiKey(secret, account=task.account) for secret in task.secrets]
@@ -113,14 +118,20 @@ def _alone(stage: Stage, secrets: Sequence[str], period: int, *, greets: bool) -
     )
 
 
-def _together(stage: Stage, secrets: Sequence[str], period: int, account: str | None = None) -> Run:
+def _together(
+    stage: Stage,
+    secrets: Sequence[str],
+    period: int,
+    account: str | None = None,
+    scope: Scope = "account",
+) -> Run:
     shared = secrets if account is not None else ()
     url = stage.server.open(
         secrets, limit=LIMIT, period=period, delay=DELAY, scope="account", shared=shared
     )
     prefix = uuid.uuid4().hex
     tasks = [
-        Task(url, stage.redis.url, prefix, period, secrets[place::PROCESSES], account)
+        Task(url, stage.redis.url, prefix, period, secrets[place::PROCESSES], account, scope=scope)
         for place in range(PROCESSES)
     ]
     stage.fleet.prepare([partial(_check, task) for task in tasks])
@@ -161,6 +172,32 @@ def _many(stage: Stage, options: argparse.Namespace) -> list[Bound]:
         for bound in (
             Bound(f"{len(secrets):,} accounts, {name}: seconds", _seconds(of_one), _AT_MOST),
             *_judge(f"{len(secrets):,} accounts, {name}", of_one, len(secrets)),
+        )
+    ]
+
+
+def _divided(stage: Stage, options: argparse.Namespace) -> list[Bound]:
+    secrets = make_secrets(options.divided)
+    runs = in_turns(
+        {scope: partial(_together, stage, secrets, 60, scope=scope) for scope in _DIVIDED_AT_MOST},
+        options.rounds,
+    )
+    print_table(
+        f"{len(secrets):,} accounts of one key each, divided among {PROCESSES} processes, {LIMIT} "
+        f"requests in any 60 s for each account. {rounds_text(options.rounds).capitalize()}, but "
+        "of refusals and round trips the worst.",
+        ("scope", "time, s", "429s", "round trips to Redis a call", "keys answered", "target, s"),
+        [
+            (f"`{scope}`", *_row(runs[scope]), f"{at_most:g}")
+            for scope, at_most in _DIVIDED_AT_MOST.items()
+        ],
+    )
+    return [
+        bound
+        for scope, at_most in _DIVIDED_AT_MOST.items()
+        for bound in (
+            Bound(f"divided, {scope}: seconds", _seconds(runs[scope]), at_most),
+            *_judge(f"divided, {scope}", runs[scope], len(secrets)),
         )
     ]
 
@@ -228,12 +265,15 @@ def run(options: argparse.Namespace) -> list[Bound]:
     print_machine("redis")
     with redis_process() as redis, server_process() as server, fleet(PROCESSES) as processes:
         stage = Stage(server, redis, processes)
-        return _many(stage, options) + _one(stage, options)
+        return _many(stage, options) + _divided(stage, options) + _one(stage, options)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accounts", type=whole(PROCESSES), default=300, help="accounts of one key each"
+    )
+    parser.add_argument(
+        "--divided", type=whole(PROCESSES), default=1_000, help="accounts among all processes"
     )
     parser.add_argument(
         "--keys", type=whole(PROCESSES), default=1_000, help="keys of the declared account"
