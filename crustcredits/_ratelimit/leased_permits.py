@@ -80,7 +80,7 @@ class LeasedPermits(Permits):
         if _is_short(account, kind, now):
             return
         others_wait = self.counts_common and self.common.has_waiters
-        if not others_wait and not _is_short(self.common, kind, now):
+        if not others_wait and not self._is_common_short(kind, now):
             return
         # Other calls may have their turn at the common tokens before these.
         for call in reversed(list(account.drain())):
@@ -90,12 +90,16 @@ class LeasedPermits(Permits):
         bucket.ask_later()
         self._release_at(self.common, now)
 
+    def _is_common_short(self, kind: Kind, now: float) -> bool:
+        gate = self.common.bucket
+        return isinstance(gate, LeasedTokens) and gate.is_short(now, self.common.kept(kind, now))
+
     def _arm(self, queue: TokenQueue, now: float) -> None:
         kind, bucket = _best_kind(queue), queue.bucket
         if queue is self.common or kind is None or not isinstance(bucket, LeasedTokens):
             super()._arm(queue, now)
             return
-        bucket.kept_within = kept_from(kind, self.common.bucket, self._terms.reserve)
+        bucket.kept_within = self.common.kept(kind, now)
         super()._arm(queue, now)
         moment = bucket.short_until(kept_from(kind, bucket, queue.reserve))
         if self.counts_common and now < moment and not now < queue.releases_at <= moment:

@@ -16,11 +16,13 @@ from crustcredits._ratelimit.pool_flow import PoolFlow
 from crustcredits._ratelimit.scope_detection import ScopeDetection
 from crustcredits._ratelimit.terms import SchedulerTerms
 from crustcredits._ratelimit.token_bucket import Bucket, refresh_gap
+from crustcredits._ratelimit.witnesses import WITNESSES
 
 # The fraction of the common bucket that is not given before ten requests can witness; a smaller
 # bucket keeps none.
 _TENTH = 0.1
 _LARGEST_WITHOUT_A_TENTH = 11
+_LARGEST_SHARED_WITHOUT_A_TENTH = 99
 
 
 class TokenQueue(ABC):
@@ -286,7 +288,8 @@ class CommonQueue(TokenQueue):
         # do not matter.
         if kind is not Kind.BACKGROUND:
             kept = reserve.kept_from(kind, self.bucket, self._reserve) if self._reserve else 0
-            if self.bucket.room(now, kept) > 1 + self.bucket.limit * _TENTH:
+            rest = self.bucket.limit * _TENTH
+            if not self.bucket.is_shared and self.bucket.room(now, kept) > 1 + rest:
                 return True
         return self.room(kind, now) > 0
 
@@ -310,15 +313,24 @@ class CommonQueue(TokenQueue):
             self.bucket.want(0, 0)
         return min((each for each in moments if each is not None), default=None)
 
-    def _tenth(self, now: float) -> int:
-        """Tokens that no call takes before ten requests can witness.
+    def kept(self, kind: Kind, now: float) -> int:
+        """Tokens that a call of this kind leaves now: its reserve, and the last tenth."""
+        return reserve.kept_from(kind, self.bucket, self._reserve) + self._tenth(now)
 
-        A proof is always possible so. A bucket that other processes share keeps none: they would
-        leave none to a process that cannot prove anything yet.
+    def _tenth(self, now: float) -> int:
+        """Tokens that no call takes before ten requests can witness, so that a proof is possible.
+
+        Of a bucket that other processes share, a process without ten answers may take half of them:
+        the others may have used all other tokens before it began. A small one keeps none: it has
+        not ten answers for each process.
         """
-        if not self._withholds or self.bucket.is_shared:
+        if not self._withholds:
             return 0
+        is_shared = self.bucket.is_shared
         most = self.bucket.limit - reserve.kept_for_singles(self.bucket, self._reserve)
-        if most <= _LARGEST_WITHOUT_A_TENTH or self._scope.can_witness(now):
+        largest = _LARGEST_SHARED_WITHOUT_A_TENTH if is_shared else _LARGEST_WITHOUT_A_TENTH
+        if most <= largest or self._scope.can_witness(now):
             return 0
-        return math.ceil(most * _TENTH)
+        tenth = math.ceil(most * _TENTH)
+        is_new = is_shared and self._scope.ended_before(now, now) < WITNESSES
+        return tenth // 2 if is_new else tenth

@@ -76,7 +76,9 @@ def _app(url: str, secrets: Sequence[str], redis: str, prefix: str) -> FastAPI:
         return CreditsClient(base_url=url, backend=backend)
 
     app = FastAPI(lifespan=credits_lifespan(client))
-    app.include_router(credits_router(keys, public=True, max_age=_MAX_AGE))
+    app.include_router(
+        credits_router(keys, public=True, max_age=_MAX_AGE, stale_while_revalidate=0)
+    )
     return app
 
 

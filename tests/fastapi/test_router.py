@@ -767,6 +767,7 @@ async def test_health_names_redis_when_it_is_out_of_reach(
             "Redis is out of reach: calls wait or fail until it answers; the log has the cause"
         )
         monkeypatch.setattr("crustcredits.redis.outage.GRACE", 0.0)
+        monkeypatch.setattr("crustcredits.redis.outage.LEAST_OUTAGE", 0.0)
         await eventually(lambda: "Redis is out of reach" in caplog.text)
         health = (await caller.get("/credits/healthz")).json()
         assert "this process counts by itself" in health["reasons"][0]

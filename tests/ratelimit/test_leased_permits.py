@@ -16,12 +16,14 @@ from tests.ratelimit.leases import Tokens
 class Endpoint:
     """Leased permits, the queue of ready calls beside them, and the tokens by account."""
 
-    def __init__(self, *, askable: int = 15, **settings: object) -> None:
+    def __init__(self, *, askable: int = 15, answers: int = 10, **settings: object) -> None:
         self.ready = FairQueue()
         self.tokens: dict[Hashable | None, Tokens] = {}
         self._wake: dict[Hashable | None, Callable[[], None]] = {}
         settled = terms(**settings)
         self.scope = ScopeDetection(settled.window, settled.late, proves=True)
+        for _ in range(answers):  # which can witness, so that no tokens are withheld
+            self.scope.served(-5.0, -5.0)
         self.permits = LeasedPermits(
             settled, scope=self.scope, ready=self.ready, make_bucket=self._make_bucket
         )
@@ -51,6 +53,17 @@ class Endpoint:
 
     def let_out(self) -> list[object]:
         return [self.ready.pop().key for _ in range(len(self.ready))]
+
+
+def test_calls_leave_common_tokens_until_ten_answers_can_witness() -> None:
+    """A twentieth before the process has ten answers, then a tenth until these can witness."""
+    endpoint = Endpoint(answers=0, askable=99)
+    endpoint.wait(call("a", Flow()))
+    for _ in range(10):
+        endpoint.scope.served(0.1, 0.1)
+    endpoint.wait(call("b", Flow()), 1.0)
+    endpoint.wait(call("c", Flow()), 1.7)
+    assert [endpoint.asked(name) for name in "abc"] == [[(1, 0, 15)], [(1, 0, 30)], [(1, 0, 0)]]
 
 
 def test_a_call_without_a_permit_asks_for_one_and_waits_for_its_account() -> None:

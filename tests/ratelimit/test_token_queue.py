@@ -434,12 +434,21 @@ def test_the_last_tenth_is_free_while_ten_requests_can_witness() -> None:
     assert [queue.room(SINGLE, now) for now in (10.4, 10.5, 60.0, 60.1)] == [270, 300, 300, 270]
 
 
-@pytest.mark.parametrize(("is_auto", "is_shared"), [(False, False), (True, True), (False, True)])
-def test_a_known_scope_and_a_shared_count_withhold_no_tokens(
-    is_auto: bool, is_shared: bool
+@pytest.mark.parametrize(
+    ("limit", "answers", "room"), [(300, 0, 15), (300, 10, 0), (100, 0, 25), (99, 0, 30)]
+)
+def test_a_shared_count_withholds_half_of_the_tenth_from_a_process_with_few_answers(
+    limit: int, answers: int, room: int
 ) -> None:
-    """Other processes would leave none to a process that cannot prove anything yet."""
-    queue = common_of(300, on_wire=270, is_auto=is_auto, is_shared=is_shared)
+    """The others may have used all else. A small bucket has not ten answers for each process."""
+    queue = common_of(limit, on_wire=limit - 30, is_shared=True, answers=[0.1] * answers)
+    assert queue.room(SINGLE, 1.0) == room
+    assert queue.admits(call(SINGLE), 1.0) is (room > 0)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_known_scope_withholds_no_tokens(is_shared: bool) -> None:
+    queue = common_of(300, on_wire=270, is_auto=False, is_shared=is_shared)
     assert [queue.room(kind, 0.0) for kind in Kind] == [30, 30, 0]
     waits(queue, many=1)
     assert queue.admits(call(SINGLE), 0.0)

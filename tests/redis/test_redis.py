@@ -189,6 +189,7 @@ async def test_a_process_enters_and_leaves_degraded_mode_by_itself(
 ) -> None:
     """Afterwards it shares the count with other processes again."""
     monkeypatch.setattr("crustcredits.redis.outage.GRACE", 0.03)
+    monkeypatch.setattr("crustcredits.redis.outage.LEAST_OUTAGE", 0.0)
     open_prefix(own_server, "p")
     async with SandboxServer() as sandbox, AsyncExitStack() as stack:
         backend = RedisBackend(own_server.url, prefix="p", fallback_share=1 / 4)
@@ -239,6 +240,7 @@ async def test_a_password_that_is_changed_later_is_an_outage(
 ) -> None:
     """As where the client is used without `async with`."""
     monkeypatch.setattr("crustcredits.redis.outage.GRACE", 0.0)
+    monkeypatch.setattr("crustcredits.redis.outage.LEAST_OUTAGE", 0.0)
     await asyncio.to_thread(own_server.ask, "CONFIG", "SET", "requirepass", "correct")
     async with SandboxServer() as sandbox:
         backend = RedisBackend(
