@@ -4,8 +4,9 @@ This package owns the messages, the script and degraded mode. Of calls it knows 
 it must not know keys or HTTP.
 Start reading in `shared_tokens.py`, which does no I/O, and `bucket_messages.py`. `coordinator.py`
 sends the messages in the form of `protocol.py`, and `exchange.lua` answers them. `window.py` keeps
-requests few, and `outage.py` has the reaction to a missing answer. `lease.py` is apart from them:
-it makes one process the leader.
+requests few. `outage.py` has the reaction to a missing answer: in degraded mode a process counts by
+itself, for its share. Processes may also share answers: see `shared_answers.py` and `answers.lua`.
+`lease.py` is apart from them: it makes one process the leader.
 """
 
 try:

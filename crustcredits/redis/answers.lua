@@ -3,7 +3,7 @@
 --
 -- An answer is a field of a hash, under the name of its key and endpoint. Its text is a version, when
 -- its request started, when the last one was made invalid, its kind (0: none, 1: a balance, 2: an
--- error), the process that fetches a new one ('-': none), and the value. A text of another form is none.
+-- error), the process that fetches a new one ('-': none), and the value. Any other text is ignored.
 -- The field '*' has the time at which all answers were made invalid. A sorted set has the time at which
 -- each field is forgotten, another one the last message of each process that fetches.
 --
@@ -17,6 +17,10 @@
 --   4, to make invalid: length of the name.
 -- Answer to each operation 1: 1 if found, 2 if another process fetches, 3 if this process shall fetch;
 -- the age of the value that comes with it, and its length. The values are returned as a text.
+
+-- As in `protocol.py`.
+local FIND, PUBLISH, FREE, INVALIDATE = 1, 2, 3, 4
+local BALANCE, ERROR = 1, 2
 
 local function exchange_answers(process, now, read, whole, hash, times, fetchers)
     local count, fetches, lease, most, memory = read(), read(), read(), read(), read()
@@ -66,14 +70,14 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
     end
     local all_since = tonumber(redis.call('HGET', hash, '*')) or 0
     for _ = 1, count do
-        local kind_of_operation, length = read(), read()
-        if kind_of_operation == 1 then
+        local operation, length = read(), read()
+        if operation == FIND then
             local name, fresh, failed, usable = text(length), read(), read(), read()
             local entry = find(name)
             local age = now - entry.asked
             local is_valid = entry.kind > 0 and entry.asked >= math.max(entry.since, all_since)
             local state = 1
-            if not (is_valid and age < (entry.kind == 1 and fresh or failed)) then
+            if not (is_valid and age < (entry.kind == ERROR and failed or fresh)) then
                 state = is_fetched(entry) and 2 or 3
                 if state == 3 then
                     entry.owner = process
@@ -81,14 +85,14 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
                 if state == 3 or forgets_at(name) < now + memory / 2 then
                     keep(name, entry, memory)
                 end
-                is_valid = is_valid and entry.kind == 1 and age < usable
+                is_valid = is_valid and entry.kind == BALANCE and age < usable
             end
             local value = is_valid and entry.kind .. entry.value or ''
             numbers[#numbers + 1] = state
             numbers[#numbers + 1] = whole(is_valid and age or 0)
             numbers[#numbers + 1] = #value
             values[#values + 1] = value
-        elseif kind_of_operation == 2 then
+        elseif operation == PUBLISH then
             local size, asked, duration, kind, frees = read(), read(), read(), read(), read()
             local name, value = text(length), text(size)
             local entry = find(name)
@@ -99,14 +103,14 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
                 entry.owner = '-'
             end
             keep(name, entry, duration)
-        elseif kind_of_operation == 3 then
+        elseif operation == FREE then
             local name = text(length)
             local entry = find(name)
             if entry.owner == process then
                 entry.owner = '-'
                 keep(name, entry, memory)
             end
-        else
+        elseif operation == INVALIDATE then
             local name = text(length)
             if name == '*' then
                 redis.call('HSET', hash, name, whole(now))
@@ -117,7 +121,7 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
         end
     end
 
-    -- Answers that nobody needs any more, and the ones that would be forgotten next if there are too many.
+    -- Delete expired answers. If too many remain, delete the ones that expire first.
     local forgotten = redis.call('ZRANGEBYSCORE', times, '-inf', whole(now), 'LIMIT', 0, 64)
     local surplus = redis.call('ZCARD', times) - #forgotten - most
     if surplus > 0 then

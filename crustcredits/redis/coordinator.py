@@ -38,9 +38,9 @@ from crustcredits.redis.window import Window
 
 _log = logging.getLogger("crustcredits")
 
-# Seconds after a lost count, or after an outage of all, in which no tokens are granted, so that
-# every process can register its tokens. Each of three messages may take as long as the patience:
-# one that is under way, one that finds the loss, and one that registers.
+# After a lost count, or an outage of all processes, Redis grants nothing for this many seconds.
+# Each process registers its tokens in this time. Each of three messages may take as long as the
+# patience: one that is under way, one that finds the loss, and one that registers.
 PAUSE = 3 * PATIENCE
 # Seconds after which Redis forgets the marker of an idle prefix.
 _LIFE = 86_400.0
@@ -82,10 +82,11 @@ class _Message:
 
 
 class Coordinator:
-    """Exchanges messages with Redis: one at a time, and none while there is nothing to report.
+    """Exchanges messages with Redis, one at a time.
 
-    See `Link`. It is long because one loop of messages owns the name of the process, its epoch, its
-    clock and its timer.
+    No message is sent while there is nothing to report. This class is the `Link` of `SharedTokens`.
+    It is long because one loop of messages owns the name of the process, its epoch, its clock and
+    its timer.
 
     Args:
         client: The client of redis-py.
@@ -128,9 +129,10 @@ class Coordinator:
         self._clock: tuple[int, float] | None = None
         self._clock_heard = 0.0  # when that answer arrived
         self._number = self._message_number = 0
-        # Tokens for which a lost message asked: the failure lasts until one that asks is answered.
+        # The tokens that a lost message requested. The outage lasts until Redis answers such a
+        # request.
         self._probe: SharedTokens | None = None
-        self._is_listed = False  # whether Redis may count this process among those with tokens out
+        self._is_listed = False  # whether Redis may list this process as one with tokens out
         self._last = self._last_beat = 0.0
         self._timer: asyncio.Handle | None = None
         self._due_at: float | None = None  # loop time of the timer; uvloop's handles do not give it
@@ -142,13 +144,13 @@ class Coordinator:
         self.outage.open(lease=terms.lease, share=terms.share, is_strict=terms.is_strict)
 
     def tokens(self, name: str, limit: int, *, within: SharedTokens | None = None) -> SharedTokens:
-        """The tokens of the bucket of that name: see `SharedTokens`."""
+        """A new view of the bucket of that name; its messages go through this coordinator."""
         tokens = SharedTokens(self, name, limit, within=within)
         self._all.add(tokens)
         return tokens
 
     def gate(self, name: str, limit: int) -> GateTokens:
-        """The tokens of the bucket of that name: see `GateTokens`."""
+        """A new view of the common tokens of that name, for `within` of an account's tokens."""
         gate = GateTokens(self, name, limit)
         self._all.add(gate)
         return gate
@@ -206,14 +208,14 @@ class Coordinator:
         ):
             await self._exchange()
         if self.outage.since is None and self._is_listed:
-            await self._exchange()  # no process need reckon with this one
+            await self._exchange()  # tells the others that this process has ended
         if self._owned:
             await self._client.aclose()
 
     # --- for the tokens
 
     def now(self) -> float:
-        """Return the loop's time."""
+        """The time now, by the running loop's clock; every time in `Link` is one of this clock."""
         return _now()
 
     def say(self, tokens: SharedTokens, *, at_once: bool) -> None:
@@ -336,8 +338,8 @@ class Coordinator:
     def _take_due(self, now: float, *, is_beat: bool) -> list[SharedTokens]:
         """The buckets of the next message: all that are due, or nearly.
 
-        A heartbeat also asks when tokens return for those with waiting calls; if these are too many
-        for one message, each heartbeat goes on where the last one ended.
+        A heartbeat also asks about buckets with waiting calls. If one message cannot hold them all,
+        the next heartbeat continues.
         """
         batch = self._agenda.take(now, self._epoch, all_due=self.closed)
         if is_beat and not self.closed and self.outage.since is None:
@@ -352,7 +354,7 @@ class Coordinator:
         for tokens in batch:
             message.add(tokens)
         if self.outage.since is not None:
-            # One permit is enough to see whether messages that ask arrive, and to give back.
+            # One permit is enough to test the way to Redis. It is given back.
             if self._probe is not None and not self.closed:
                 message.ask(self._probe, self._numbers(1))
         elif not self.closed:
@@ -452,7 +454,7 @@ class Coordinator:
             self._register(now)
 
     def _count_is_lost(self, message: _Message, response: Response) -> None:
-        """Say the same again, after the registration of all tokens: nothing was done."""
+        """Redis did nothing. Register all tokens, then repeat the message."""
         _log.warning(
             "the rate limit's count in Redis was lost, or Redis's clock was set; calls wait "
             "for %.1f s, in which each process registers its tokens; if it repeats, look for "

@@ -1,5 +1,6 @@
--- One atomic message of one process: its reports about its tokens in any number of buckets, and its
--- requests for permits. Times and durations are in microseconds, unless stated otherwise.
+-- One atomic message of one process: its reports about its tokens in any number of buckets, its
+-- requests for permits, and its part about shared answers, for which `answers.lua` comes before in the
+-- same script. Times and durations are in microseconds, unless stated otherwise.
 --
 -- A bucket is a sorted set with one member for each token that is out. Its score is the time, by
 -- this server's clock, at which the token returns. A hash holds the processes that wait for the
@@ -8,20 +9,20 @@
 -- A permit takes one token of each bucket of its request, or none.
 --
 -- KEYS[1] is the marker, a hash; without it the count is taken for lost. KEYS[2] holds the number of
--- the process's last message. KEYS[3] is a hash of processes. Of strict ones, which share no key with
--- others, it has the share of the limit, the last message, and from when on the share is used here. Of
--- others it has the ones with tokens out: for each, when it was surely served. The two keys of each
+-- the process's last message. KEYS[3] is a hash of processes. In strict mode it maps each process to
+-- its share, its last message and the start of its share's use. Otherwise it maps each process with
+-- tokens out to the time it was last served. The two modes use different keys. The two keys of each
 -- bucket follow, and at the end the three keys of shared answers, if the process shares any.
 --
--- A process was surely served when this server read a message whose answer it received. The next
--- message tells that time. A process that is not served counts by itself after the grace time: with
--- tokens that it had out, or after a lease with its share.
+-- A process was served if it received the reply. Only its next message proves that. A process that is
+-- not served counts by itself after the grace time: with tokens that it had out, or after a lease with
+-- its share.
 --
 -- ARGV[1] is the process. ARGV[2] has numbers with a space between, for the process:
 --   the number of this message;
 --   the epoch it knows (0: none); a fresh epoch;
 --   1 if no permits may be granted for a while, because the process has more to register;
---   after how long without a process that was surely served this server may be out of reach of all;
+--   after how long without a process that was served all processes may be cut off from this server;
 --   the grace time;
 --   this server's time at the last message that had an answer (0: none), its age by the process's
 --   own clock, and the tolerance of that age;
@@ -107,7 +108,7 @@ if not repeated then
         served = math.max(served, told)
     end
     if strict == 0 and share > 0 then
-        -- After an outage of all, none is served before each one that counted by itself can report.
+        -- After an outage of all processes, grant nothing until each degraded process could report.
         local silent = now - served
         if silent >= lease then
             careful = now + pause -- nothing else is out: each has at most its share
@@ -148,7 +149,7 @@ end
 -- The part of each limit that may be out. Strict processes use no more here than their shares, because
 -- each one that is cut off uses its own by itself. One that was cut off for long may have used its
 -- share until a moment ago, when a new one took its place. So the share of the new one is used later.
--- A first message can be read so late that the process uses its share by itself meanwhile.
+-- Redis may read a first message late. By then the process may use its share alone.
 local part = 1
 if strict == 0 and not repeated then
     if leaves == 1 then
@@ -293,7 +294,7 @@ local function allowed(bucket, most, since)
     end
     local free = most - out[bucket] - before
     if now < careful then
-        -- As without this server: at least one, and others may have their shares out.
+        -- As in degraded mode: at least one token, and no more than the share.
         free = math.min(free, math.max(1, math.floor(most * share / 1e9 + 0.001)) - held(bucket))
     end
     return math.max(0, free)

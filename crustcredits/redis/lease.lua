@@ -6,7 +6,7 @@
 -- ARGV: the holder, new for each term; "acquire", "renew" or "release"; milliseconds of the lease.
 --
 -- Answer: {number of the holder's term, or 0 if the lease is not its own; milliseconds until the lease
--- expires}. A message that arrives again finds the lease to be its own.
+-- expires}. A message that arrives again finds its own lease.
 
 local value = redis.call('GET', KEYS[1])
 local holder, number = string.match(value or '', '^(%S+) (%d+)$')

@@ -17,8 +17,8 @@ from crustcredits.redis.timing import GRACE, LEAST_OUTAGE, PATIENCE, SILENCE
 
 _log = logging.getLogger("crustcredits")
 
-# How many losses within how many seconds are logged although Redis answers between, and after how
-# many seconds without such losses they are logged again.
+# Log repeated losses: this many within this many seconds. Stay silent until 60 s have passed
+# without one.
 _LOSSES, _LOSSES_WITHIN = 3, 10.0
 _SAYS_LOSSES_EVERY = 60.0
 
@@ -58,7 +58,7 @@ class Outage:
         since: The loop's time since which messages fail; None while Redis answers.
         is_long: Whether the failures last longer than the grace time.
         is_degraded: Whether the process counts by itself.
-        is_settled: Whether degraded mode has lasted so long that no other process has more than its
+        is_settled: Whether degraded mode has lasted so long that each process can have at most its
             share out.
         settles_at: The time at which `is_settled` becomes true.
     """
@@ -88,7 +88,7 @@ class Outage:
         self._stop_timer()
 
     def lost(self, sent: float, why: str) -> bool:
-        """Note that a message of that time had no answer.
+        """Note that the message sent at `sent` got no reply.
 
         Returns whether degraded mode begins.
         """
@@ -147,8 +147,8 @@ class Outage:
 
     @property
     def _wait_alone(self) -> float:
-        """Seconds until all tokens that other processes may have for this one's share are back."""
-        # A message of this process may be read so late that its age is still believed.
+        """Seconds until others have returned all tokens that belong to this process's share."""
+        # Redis may read a delayed message and still accept its age.
         return self._lease + (SILENCE + 2 * PATIENCE if self._is_strict else 0.0)
 
     def _go_alone(self, since: float) -> None:
@@ -169,7 +169,7 @@ class Outage:
         self._wake_all()
 
     def _wake_all(self) -> None:
-        """Wake the waiting calls, when all tokens have changed: a call takes tokens of two."""
+        """Wake the calls only after all buckets have changed, as a call takes tokens of two."""
         for tokens in self._tokens():
             tokens.wake()
 

@@ -1,7 +1,8 @@
-"""Messages between a process and the script in Redis: the one place that knows their order.
+"""Messages between a process and the script in Redis.
 
-Redis's clock is the only shared clock, so all times in messages are durations. Neither names nor
-values hold a secret.
+This is the one place in Python that knows their order. Redis's clock is the only shared clock:
+`clock` and `asked` are its times, and every other time is a duration. Neither names nor values hold
+a secret.
 """
 
 from __future__ import annotations
@@ -27,9 +28,25 @@ SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 _LONGEST = 1e8
 # In the place of a bucket.
 _NONE = 0
-# How many numbers an answer begins with, its part about a bucket, and about a shared answer.
+# Lengths of the head of a reply, of a bucket's head, and of a shared answer's.
 _HEAD = _STATE = 4
 _FOUND = 3
+
+
+class Operation(enum.IntEnum):
+    """What to do with a shared answer; `answers.lua` has the same numbers."""
+
+    FIND = 1
+    PUBLISH = 2
+    FREE = 3
+    INVALIDATE = 4
+
+
+class Kind(enum.IntEnum):
+    """What a shared answer is; `answers.lua` has the same numbers."""
+
+    BALANCE = 1
+    ERROR = 2
 
 
 @attrs.frozen(kw_only=True)
@@ -40,8 +57,8 @@ class BucketReport:
         name: The bucket's name in Redis.
         returns: Numbers of tokens that are out, each with the seconds until its return.
         unused: Numbers of tokens that are not out any more.
-        waits: How many more permits calls wait for, for which the message does not ask.
-        most: How many tokens may be out for these.
+        waits: Permits that calls need and this message does not request.
+        most: The most tokens that may be out after these.
     """
 
     name: str
@@ -74,7 +91,7 @@ class FindAnswer:
         name: The name of the answer.
         max_age: Seconds below which a balance is found.
         max_error_age: Seconds below which an error is found.
-        usable_age: Seconds below which an older balance comes along if none is found.
+        usable_age: An older balance below this age in seconds is returned beside the result.
     """
 
     name: str
@@ -85,7 +102,7 @@ class FindAnswer:
     def encode(self) -> tuple[list[int], str]:
         """The numbers and the text of the operation."""
         ages = [_age(self.max_age), _age(self.max_error_age), _age(self.usable_age)]
-        return [1, len(self.name), *ages], self.name
+        return [Operation.FIND, len(self.name), *ages], self.name
 
 
 @attrs.frozen(kw_only=True)
@@ -111,8 +128,9 @@ class PublishAnswer:
     def encode(self) -> tuple[list[int], str]:
         """The numbers and the text of the operation."""
         lengths = [len(self.name), len(self.value)]
-        rest = [self.asked, _age(self.kept), 2 if self.is_error else 1, int(self.frees)]
-        return [2, *lengths, *rest], self.name + self.value
+        kind = Kind.ERROR if self.is_error else Kind.BALANCE
+        rest = [self.asked, _age(self.kept), kind, int(self.frees)]
+        return [Operation.PUBLISH, *lengths, *rest], self.name + self.value
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +141,7 @@ class FreeAnswer:
 
     def encode(self) -> tuple[list[int], str]:
         """The numbers and the text of the operation."""
-        return [3, len(self.name)], self.name
+        return [Operation.FREE, len(self.name)], self.name
 
 
 @attrs.frozen(kw_only=True)
@@ -134,7 +152,7 @@ class InvalidateAnswer:
 
     def encode(self) -> tuple[list[int], str]:
         """The numbers and the text of the operation."""
-        return [4, len(self.name)], self.name
+        return [Operation.INVALIDATE, len(self.name)], self.name
 
 
 AnswerOperation: TypeAlias = FindAnswer | PublishAnswer | FreeAnswer | InvalidateAnswer
@@ -182,7 +200,7 @@ class Request:
         fresh: A new epoch, in case the count was lost.
         stops_grants: Whether no permits may be granted for a while, because Redis does not know all
             tokens of the process.
-        still: After how long without a process that had an answer Redis may be out of reach of all.
+        still: If no process had a reply for this long, all may be cut off.
         grace: After how long without an answer a process may count by itself.
         clock: Redis's clock in microseconds at the last message with an answer; 0 for none.
         age: How long ago that was.
@@ -192,10 +210,11 @@ class Request:
         retention: How long Redis keeps tokens after their return.
         life: How long Redis keeps the marker of an idle prefix.
         is_strict: Whether the processes use no more than their shares.
-        leaves: Whether the process ends; or, if it is not strict, has no tokens out.
+        leaves: Whether the process has nothing left to count: it ends, or it is not strict and has
+            no tokens out.
         share: The share that this process uses by itself while Redis is out of reach.
         lends_share: Whether its share is used by all, and not by the process alone.
-        silence: After how long without a message the share of a process is not used by all.
+        silence: After this silence the others stop using the process's share.
         answers: What it says about shared answers; None if it shares none.
         buckets: The reports.
         asks: The requests for permits.
@@ -287,8 +306,8 @@ class BucketState:
 
     Attributes:
         out: Tokens that are out.
-        missing: Permits that were wanted, and that this bucket did not allow.
-        free: Permits that it allows for the calls that wait besides.
+        missing: Permits requested and not granted because of this bucket.
+        free: Permits it would grant to the other waiting calls.
         returns: Seconds until tokens return for the missing ones, ascending; fewer if fewer are
             out.
     """
@@ -372,7 +391,7 @@ class Response:
                 FoundAnswer(
                     found=Found(found),
                     age=age / 1e6,
-                    is_error=value[:1] == "2",
+                    is_error=value[:1] == str(Kind.ERROR),
                     value=value[1:],
                 )
             )

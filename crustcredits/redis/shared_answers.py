@@ -1,6 +1,7 @@
 """`SharedAnswers`: what a process says of shared answers in its messages, and what Redis replies.
 
-No I/O; times are the running loop's.
+No I/O: the coordinator sends the messages. It needs a running loop: it reads the loop's clock, and
+`call_soon` tells a new search that Redis is out of reach.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from crustcredits.redis.protocol import (
 _MOST = 256
 # Seconds for which an answer may wait for other messages before it is published.
 _PUBLISH = 0.1
-# Seconds after which a search goes on that waits for another process.
+# Seconds until a search that waits for another process asks again.
 _AGAIN = 0.5
-# Seconds without a message after which a process does not fetch any more: another one may.
+# Seconds without a message. After this silence another process may fetch the answer.
 _LEASE = 5.0
-# Most answers in Redis, and seconds for which it remembers an invalidation. An answer that was
-# asked for before arrives within this time.
+# Most answers in Redis, and seconds for which it remembers an invalidation. Requests sent before an
+# invalidation end within this time.
 _MOST_KEPT, _MEMORY = 10_000, 600.0
 
 _FINDINGS = {
@@ -198,7 +199,7 @@ class SharedAnswers:
             search.on_finding(finding, _stored(reply, sent))
 
     def lost(self, said: AnswersInMessage) -> None:
-        """Say the same again, because a message had no answer."""
+        """Queue the content of a lost message again."""
         now = _now()
         for search in said.searches:
             search.due = now
@@ -243,7 +244,7 @@ def _stored(reply: FoundAnswer, sent: float) -> StoredAnswer | None:
     try:
         text = base64.b64decode(reply.value, validate=True)
     except binascii.Error:
-        text = b""  # it cannot be read, and will be replaced
+        text = b""  # unreadable; the call replaces it
     return StoredAnswer(began=sent - reply.age, is_error=reply.is_error, text=text)
 
 

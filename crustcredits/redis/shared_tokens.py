@@ -69,7 +69,7 @@ class Link(Protocol):
     opens_at: float
 
     def now(self) -> float:
-        """Return the loop's time."""
+        """The time now, by the running loop's clock."""
         ...
 
     def number(self, count: int) -> int:
@@ -89,9 +89,9 @@ class SharedTokens:
     """One process's view of the tokens of a bucket.
 
     While the link works, granted tokens are free. In degraded mode this process counts by itself,
-    for its share. For one lease it uses at most as many as it had out when the link failed, because
-    other processes may have used the rest. It is long because a bucket answers to the scheduler and
-    to the link.
+    for its share. For one lease it uses at most as many as it had out when the link failed. Other
+    processes may have used the rest. This class is long because a bucket answers to the scheduler
+    and to the link.
 
     Args:
         link: Carries the messages.
@@ -149,7 +149,7 @@ class SharedTokens:
 
     @property
     def available(self) -> int:
-        """Number of tokens that could be had now, as far as known, including those to ask for."""
+        """Tokens that are free now, as far as this process knows."""
         if self._link.outage.is_degraded:
             return self._own.available
         return max(0, self.limit - self.view.others_out(self._link.now()) - self._own.out)
@@ -194,8 +194,8 @@ class SharedTokens:
     def start(self, now: float, kept: int) -> int:
         """Use one free token for an attempt; return a mark for `own`.
 
-        The call leaves `kept` tokens. A token that was asked for by a call that leaves fewer is not
-        for it.
+        The call leaves `kept` tokens. It takes no token that was requested for a call with a
+        smaller reserve.
         """
         mark = self._own.start(now)
         if self._link.outage.is_degraded:
@@ -304,8 +304,8 @@ class SharedTokens:
     def wants(self) -> bool:
         """Whether to ask for permits: a call waits, and there is room in the window.
 
-        Where a permit takes two tokens, calls do not ask by themselves when tokens return: other
-        calls may have their turn at the second token before.
+        Where a permit takes two tokens, a return triggers no request here, because other calls may
+        be ahead at the second bucket.
         """
         if not self.demand.permits:
             return False
@@ -401,7 +401,7 @@ class GateTokens(SharedTokens):
         return self._link.window.allows(count)
 
     def short_until(self, kept: int) -> float:
-        """As for `SharedTokens`; no call asks before Redis grants permits again."""
+        """As for `SharedTokens`. Until Redis grants permits again, no call asks."""
         return max(self._link.opens_at, super().short_until(kept))
 
     def room_came(self) -> None:
