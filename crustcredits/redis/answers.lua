@@ -22,7 +22,7 @@
 local FIND, PUBLISH, FREE, INVALIDATE = 1, 2, 3, 4
 local BALANCE, ERROR = 1, 2
 
-local function exchange_answers(process, now, read, whole, hash, times, fetchers)
+local function exchange_answers(process, now, read, whole, hash, expiries, fetchers)
     local count, fetches, lease, most, memory = read(), read(), read(), read(), read()
     local texts, position, numbers, values = ARGV[3] or '', 1, {}, {}
     local longest = memory
@@ -34,13 +34,13 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
 
     local function find(name)
         local found = redis.call('HGET', hash, name) or ''
-        local asked, since, kind, owner, value = string.match(found, '^1 (%d+) (%d+) (%d) (%S+) (%S*)$')
+        local asked, invalid_before, kind, owner, value = string.match(found, '^1 (%d+) (%d+) (%d) (%S+) (%S*)$')
         if asked and tonumber(asked) > now then
             asked, kind = nil, nil -- the clock was set back
         end
         return {
             asked = tonumber(asked) or 0,
-            since = tonumber(since) or 0,
+            invalid_before = tonumber(invalid_before) or 0,
             kind = tonumber(kind) or 0,
             owner = owner or '-',
             value = value or '',
@@ -48,13 +48,14 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
     end
 
     local function forgets_at(name)
-        return tonumber(redis.call('ZSCORE', times, name)) or 0
+        return tonumber(redis.call('ZSCORE', expiries, name)) or 0
     end
 
-    local function keep(name, entry, duration)
-        local parts = {'1', whole(entry.asked), whole(entry.since), whole(entry.kind), entry.owner, entry.value}
+    local function save(name, entry, duration)
+        local times = whole(entry.asked) .. ' ' .. whole(entry.invalid_before)
+        local parts = {'1', times, whole(entry.kind), entry.owner, entry.value}
         redis.call('HSET', hash, name, table.concat(parts, ' '))
-        redis.call('ZADD', times, whole(math.max(now + duration, entry.since + memory)), name)
+        redis.call('ZADD', expiries, whole(math.max(now + duration, entry.invalid_before + memory)), name)
         longest = math.max(longest, duration)
     end
 
@@ -68,27 +69,27 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
     if count + fetches > 0 then
         redis.call('ZADD', fetchers, whole(now), process)
     end
-    local all_since = tonumber(redis.call('HGET', hash, '*')) or 0
+    local all_invalid_before = tonumber(redis.call('HGET', hash, '*')) or 0
     for _ = 1, count do
         local operation, length = read(), read()
         if operation == FIND then
-            local name, fresh, failed, usable = text(length), read(), read(), read()
+            local name, max_age, max_error_age, usable = text(length), read(), read(), read()
             local entry = find(name)
             local age = now - entry.asked
-            local is_valid = entry.kind > 0 and entry.asked >= math.max(entry.since, all_since)
-            local state = 1
-            if not (is_valid and age < (entry.kind == ERROR and failed or fresh)) then
-                state = is_fetched(entry) and 2 or 3
-                if state == 3 then
+            local is_valid = entry.kind > 0 and entry.asked >= math.max(entry.invalid_before, all_invalid_before)
+            local finding = 1
+            if not (is_valid and age < (entry.kind == ERROR and max_error_age or max_age)) then
+                finding = is_fetched(entry) and 2 or 3
+                if finding == 3 then
                     entry.owner = process
                 end
-                if state == 3 or forgets_at(name) < now + memory / 2 then
-                    keep(name, entry, memory)
+                if finding == 3 or forgets_at(name) < now + memory / 2 then
+                    save(name, entry, memory)
                 end
                 is_valid = is_valid and entry.kind == BALANCE and age < usable
             end
             local value = is_valid and entry.kind .. entry.value or ''
-            numbers[#numbers + 1] = state
+            numbers[#numbers + 1] = finding
             numbers[#numbers + 1] = whole(is_valid and age or 0)
             numbers[#numbers + 1] = #value
             values[#values + 1] = value
@@ -96,43 +97,43 @@ local function exchange_answers(process, now, read, whole, hash, times, fetchers
             local size, asked, duration, kind, frees = read(), read(), read(), read(), read()
             local name, value = text(length), text(size)
             local entry = find(name)
-            if asked >= math.max(entry.since, all_since) and asked > entry.asked then
+            if asked >= math.max(entry.invalid_before, all_invalid_before) and asked > entry.asked then
                 entry.asked, entry.kind, entry.value = asked, kind, value
             end
             if frees == 1 and entry.owner == process then
                 entry.owner = '-'
             end
-            keep(name, entry, duration)
+            save(name, entry, duration)
         elseif operation == FREE then
             local name = text(length)
             local entry = find(name)
             if entry.owner == process then
                 entry.owner = '-'
-                keep(name, entry, memory)
+                save(name, entry, memory)
             end
         elseif operation == INVALIDATE then
             local name = text(length)
             if name == '*' then
                 redis.call('HSET', hash, name, whole(now))
-                redis.call('ZADD', times, whole(now + memory), name)
+                redis.call('ZADD', expiries, whole(now + memory), name)
             else
-                keep(name, {asked = 0, since = now, kind = 0, owner = '-', value = ''}, memory)
+                save(name, {asked = 0, invalid_before = now, kind = 0, owner = '-', value = ''}, memory)
             end
         end
     end
 
     -- Delete expired answers. If too many remain, delete the ones that expire first.
-    local forgotten = redis.call('ZRANGEBYSCORE', times, '-inf', whole(now), 'LIMIT', 0, 64)
-    local surplus = redis.call('ZCARD', times) - #forgotten - most
+    local forgotten = redis.call('ZRANGEBYSCORE', expiries, '-inf', whole(now), 'LIMIT', 0, 64)
+    local surplus = redis.call('ZCARD', expiries) - #forgotten - most
     if surplus > 0 then
-        forgotten = redis.call('ZRANGEBYSCORE', times, '-inf', '+inf', 'LIMIT', 0, #forgotten + surplus)
+        forgotten = redis.call('ZRANGEBYSCORE', expiries, '-inf', '+inf', 'LIMIT', 0, #forgotten + surplus)
     end
     for _, name in ipairs(forgotten) do
         redis.call('HDEL', hash, name)
-        redis.call('ZREM', times, name)
+        redis.call('ZREM', expiries, name)
     end
     redis.call('ZREMRANGEBYSCORE', fetchers, '-inf', whole(now - memory))
-    for _, key in ipairs({hash, times, fetchers}) do
+    for _, key in ipairs({hash, expiries, fetchers}) do
         if redis.call('PTTL', key) < longest / 1000 then
             redis.call('PEXPIRE', key, math.ceil(longest / 1000))
         end

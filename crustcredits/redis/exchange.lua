@@ -52,19 +52,19 @@
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
-local process, numbers, place = ARGV[1], {}, 0
+local process, numbers, cursor = ARGV[1], {}, 0
 for number in string.gmatch(ARGV[2], '%S+') do
     numbers[#numbers + 1] = tonumber(number)
 end
 
 local function read()
-    place = place + 1
-    return numbers[place]
+    cursor = cursor + 1
+    return numbers[cursor]
 end
 
-local message, known, fresh = read(), read(), read()
+local message, known_epoch, fresh = read(), read(), read()
 local stop, still, grace = read(), read(), read()
-local told, ago, slack = read(), read(), read()
+local last_clock, last_age, tolerance = read(), read(), read()
 local pause, lease, retention, life = read(), read(), read(), read()
 local strict, leaves, share, lends, silence = read(), read(), read(), read(), read()
 local shares_answers = read()
@@ -83,13 +83,19 @@ local function info(section, field)
 end
 
 local repeated = message <= (tonumber(redis.call('GET', KEYS[2])) or 0)
-local marker = redis.pcall('HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'served', 'careful')
+local marker = redis.pcall(
+    'HMGET', KEYS[1], 'epoch', 'server', 'opens', 'longest', 'heard', 'served', 'cautious_until'
+)
 if marker.err then
+    if string.sub(marker.err, 1, 9) ~= 'WRONGTYPE' then
+        return marker -- the process sees this error
+    end
     redis.call('DEL', KEYS[1]) -- it is of another program
     marker = {}
 end
-local epoch, opens, longest = tonumber(marker[1]), tonumber(marker[3]) or 0, math.max(lease, tonumber(marker[4]) or 0)
-local served, careful = tonumber(marker[6]) or 0, tonumber(marker[7]) or 0
+local epoch, grants_from = tonumber(marker[1]), tonumber(marker[3]) or 0
+local longest = math.max(lease, tonumber(marker[4]) or 0)
+local last_served, cautious_until = tonumber(marker[6]) or 0, tonumber(marker[7]) or 0
 if not repeated then
     -- After a failover or restart, reports to the last server may be missing. Without permission for
     -- INFO, nothing is concluded from it.
@@ -98,49 +104,50 @@ if not repeated then
     -- The clock was set, so that tokens return at the wrong time, or this message is read long after
     -- it was sent.
     local heard = tonumber(marker[5]) or 0
-    local astray = told > 0 and math.abs(now - told - ago) > slack + ago / 200 or now < heard
-    if not epoch or not same or ((known == epoch or known == 0) and astray) then
-        opens, epoch, served, careful = now + pause, fresh, now, 0
+    local clock_jumped = now < heard
+        or last_clock > 0 and math.abs(now - last_clock - last_age) > tolerance + last_age / 200
+    if not epoch or not same or ((known_epoch == epoch or known_epoch == 0) and clock_jumped) then
+        grants_from, epoch, last_served, cautious_until = now + pause, fresh, now, 0
     elseif stop == 1 then
-        opens = now + pause
+        grants_from = now + pause
     end
-    if known == epoch then
-        served = math.max(served, told)
+    if known_epoch == epoch then
+        last_served = math.max(last_served, last_clock)
     end
     if strict == 0 and share > 0 then
         -- After an outage of all processes, grant nothing until each degraded process could report.
-        local silent = now - served
+        local silent = now - last_served
         if silent >= lease then
-            careful = now + pause -- nothing else is out: each has at most its share
+            cautious_until = now + pause -- nothing else is out: each has at most its share
         elseif silent > still then
-            if served < careful then
-                careful = now + pause -- none was served after that time
+            if last_served < cautious_until then
+                cautious_until = now + pause -- none was served after that time
             end
             local entries = redis.call('HGETALL', KEYS[3])
             for entry = 1, #entries, 2 do
                 local age = now - (tonumber(entries[entry + 1]) or 0)
                 if entries[entry] ~= process and age >= lease then
-                    careful = now + pause
+                    cautious_until = now + pause
                 elseif entries[entry] ~= process and age >= grace then
-                    opens = now + pause
+                    grants_from = now + pause
                 end
             end
         end
     end
-    opens, careful = math.min(opens, now + pause), math.min(careful, now + pause)
+    grants_from, cautious_until = math.min(grants_from, now + pause), math.min(cautious_until, now + pause)
     redis.call('HSET', KEYS[1], 'epoch', whole(epoch), 'server', server or marker[2] or '', 'heard', whole(now))
-    redis.call('HSET', KEYS[1], 'opens', whole(opens), 'longest', whole(longest))
-    redis.call('HSET', KEYS[1], 'served', whole(served), 'careful', whole(careful))
+    redis.call('HSET', KEYS[1], 'opens', whole(grants_from), 'longest', whole(longest))
+    redis.call('HSET', KEYS[1], 'served', whole(last_served), 'cautious_until', whole(cautious_until))
     redis.call('PEXPIRE', KEYS[1], life)
 end
-local answer = {1, whole(epoch or 0), whole(math.max(0, opens - now)), whole(now)}
-if known ~= epoch and known ~= 0 then
+local answer = {1, whole(epoch or 0), whole(math.max(0, grants_from - now)), whole(now)}
+if known_epoch ~= epoch and known_epoch ~= 0 then
     answer[1] = 0
     return table.concat(answer, ' ')
 end
 
 -- Only ever extend the lifetime: other processes may have longer leases.
-local function live(key, milliseconds)
+local function extend_life(key, milliseconds)
     if redis.call('PTTL', key) < milliseconds then
         redis.call('PEXPIRE', key, milliseconds)
     end
@@ -150,13 +157,13 @@ end
 -- each one that is cut off uses its own by itself. One that was cut off for long may have used its
 -- share until a moment ago, when a new one took its place. So the share of the new one is used later.
 -- Redis may read a first message late. By then the process may use its share alone.
-local part = 1
+local usable_part = 1
 if strict == 0 and not repeated then
     if leaves == 1 then
         redis.call('HDEL', KEYS[3], process)
     elseif share > 0 and redis.call('HSETNX', KEYS[3], process, whole(now)) == 0 then
-        if told > 0 then
-            redis.call('HSET', KEYS[3], process, whole(told))
+        if last_clock > 0 then
+            redis.call('HSET', KEYS[3], process, whole(last_clock))
         end
     elseif share > 0 then
         local entries = redis.call('HGETALL', KEYS[3])
@@ -166,7 +173,7 @@ if strict == 0 and not repeated then
             end
         end
     end
-    live(KEYS[3], math.ceil((lease + retention) / 1000))
+    extend_life(KEYS[3], math.ceil((lease + retention) / 1000))
 elseif strict == 1 then
     local entries, total, silent, own_from = redis.call('HGETALL', KEYS[3]), 0, {}, nil
     for entry = 1, #entries, 2 do
@@ -192,12 +199,12 @@ elseif strict == 1 then
     end
     if lends == 0 then
         own_from = now + silence -- and longer with each such message
-    elseif own_from <= now and told > 0 then
+    elseif own_from <= now and last_clock > 0 then
         total = total + share
     end
     if not repeated and leaves == 1 then
         redis.call('HDEL', KEYS[3], process)
-    elseif not repeated and told > 0 then
+    elseif not repeated and last_clock > 0 then
         redis.call('HSET', KEYS[3], process, whole(share) .. ' ' .. whole(now) .. ' ' .. whole(own_from))
         redis.call('PEXPIRE', KEYS[3], 30 * life)
         for _, other in ipairs(silent) do
@@ -207,7 +214,7 @@ elseif strict == 1 then
             end
         end
     end
-    part = math.min(1, total / 1e9)
+    usable_part = math.min(1, total / 1e9)
 end
 
 local values = ''
@@ -220,11 +227,11 @@ if shares_answers == 1 then
 end
 
 -- The buckets of this message.
-local keys, lines, waits, out, missing, room, order = {}, {}, {}, {}, {}, {}, {}
+local keys, lines, waits, out, missing, room, lines_read = {}, {}, {}, {}, {}, {}, {}
 local count = (#KEYS - 3 - 3 * shares_answers) / 2
 for bucket = 1, count do
     local key = KEYS[2 + 2 * bucket]
-    waits[bucket], room[bucket] = read(), math.floor(read() * part + 0.001) -- the shares were rounded
+    waits[bucket], room[bucket] = read(), math.floor(read() * usable_part + 0.001) -- the shares were rounded
     local returns, unused = read(), read()
     for _ = 1, returns do
         local number, back = read(), read()
@@ -249,27 +256,27 @@ end
 
 -- The processes that wait for a bucket, with their starts and rooms, and since when this one waits.
 local function waiting(bucket)
-    if not order[bucket] then
+    if not lines_read[bucket] then
         local entries, found = redis.call('HGETALL', lines[bucket]), {}
         for entry = 1, #entries, 2 do
             local other = entries[entry]
-            local since, heard, most, again = string.match(entries[entry + 1], '(%d+) (%d+) (%d+) (%d+)')
+            local start, heard, most, again = string.match(entries[entry + 1], '(%d+) (%d+) (%d+) (%d+)')
             local last = math.max(tonumber(heard), tonumber(again))
-            if last < now - pause - slack or tonumber(heard) > now then
+            if last < now - pause - tolerance or tonumber(heard) > now then
                 redis.call('HDEL', lines[bucket], other)
             elseif other == process then
-                found.since = tonumber(since)
+                found.start = tonumber(start)
             else
-                found[#found + 1] = {tonumber(since), tonumber(most)}
+                found[#found + 1] = {tonumber(start), tonumber(most)}
             end
         end
-        order[bucket] = found
+        lines_read[bucket] = found
     end
-    return order[bucket]
+    return lines_read[bucket]
 end
 
 local function since_of(bucket)
-    return waiting(bucket).since or now
+    return waiting(bucket).start or now
 end
 
 -- Tokens of this process that are out.
@@ -285,15 +292,15 @@ end
 
 -- Permits that a bucket allows for calls that have waited since then. One token stays free for each
 -- process that has waited longer and can be served, however slow it is.
-local function allowed(bucket, most, since)
+local function allowed(bucket, most, start)
     local before = 0
     for _, other in ipairs(waiting(bucket)) do
-        if other[1] < since and other[2] > out[bucket] then
+        if other[1] < start and other[2] > out[bucket] then
             before = before + 1
         end
     end
     local free = most - out[bucket] - before
-    if now < careful then
+    if now < cautious_until then
         -- As in degraded mode: at least one token, and no more than the share.
         free = math.min(free, math.max(1, math.floor(most * share / 1e9 + 0.001)) - held(bucket))
     end
@@ -303,36 +310,36 @@ end
 -- A process waits for its second bucket only with requests that the first one allows, and keeps its
 -- place at the first one meanwhile. So the first in the line of a second bucket is stopped by no other
 -- process, and no two processes stop each other.
-local granted, served, ages, within = {}, {}, {}, {}
-while place < #numbers do
+local granted, has_grant, since, within = {}, {}, {}, {}
+while cursor < #numbers do
     local wanted, first = read(), read()
-    local own, own_most = read(), math.floor(read() * part + 0.001)
-    local all, all_most = read(), math.floor(read() * part + 0.001)
+    local own, own_most = read(), math.floor(read() * usable_part + 0.001)
+    local common, common_most = read(), math.floor(read() * usable_part + 0.001)
     local given = 0
     if repeated then
         while given < wanted and redis.call('ZSCORE', keys[own], name(first + given)) do
             given = given + 1
         end
-    elseif now >= opens then
-        ages[own], ages[all] = since_of(own), ages[all] or now
-        given = math.min(wanted, allowed(own, own_most, ages[own]))
+    elseif now >= grants_from then
+        since[own], since[common] = since_of(own), since[common] or now
+        given = math.min(wanted, allowed(own, own_most, since[own]))
         missing[own] = missing[own] + wanted - given
         room[own] = math.max(room[own], own_most)
-        if all > 0 and given > 0 then
-            local here = math.min(given, allowed(all, all_most, since_of(all)))
+        if common > 0 and given > 0 then
+            local here = math.min(given, allowed(common, common_most, since_of(common)))
             if here < given then
-                missing[all] = missing[all] + given - here
-                room[all] = math.max(room[all], all_most)
-                within[own] = all
+                missing[common] = missing[common] + given - here
+                room[common] = math.max(room[common], common_most)
+                within[own] = common
             end
-            ages[all] = not served[all] and here == 0 and since_of(all) or now
+            since[common] = not has_grant[common] and here == 0 and since_of(common) or now
             given = here
         end
         if given > 0 then
-            ages[own] = now
-            served[all] = true
+            since[own] = now
+            has_grant[common] = true
         end
-        for _, bucket in ipairs(all > 0 and {own, all} or {own}) do
+        for _, bucket in ipairs(common > 0 and {own, common} or {own}) do
             for number = first, first + given - 1 do
                 redis.call('ZADD', keys[bucket], whole(now + lease), name(number))
             end
@@ -344,10 +351,10 @@ end
 
 -- Durations until tokens return for the permits that a bucket did not allow. Each process that has
 -- waited longer takes one of the next tokens.
-local function returning(bucket, since)
+local function returning(bucket, start)
     local before = 0
     for _, other in ipairs(waiting(bucket)) do
-        if other[1] < since then
+        if other[1] < start then
             before = before + 1
         end
     end
@@ -359,9 +366,9 @@ local function returning(bucket, since)
     for score = 2, #coming, 2 do
         durations[#durations + 1] = math.ceil(tonumber(coming[score]) - now)
     end
-    if now < careful then
+    if now < cautious_until then
         for place = 1, missing[bucket] do
-            durations[place] = math.min(durations[place] or careful - now, careful - now)
+            durations[place] = math.min(durations[place] or cautious_until - now, cautious_until - now)
         end
     end
     return durations
@@ -370,13 +377,13 @@ end
 local again = {}
 for bucket = 1, count do
     local free = 0
-    if waits[bucket] > 0 and now >= opens then
-        free = math.min(waits[bucket], allowed(bucket, room[bucket], ages[bucket] or since_of(bucket)))
+    if waits[bucket] > 0 and now >= grants_from then
+        free = math.min(waits[bucket], allowed(bucket, room[bucket], since[bucket] or since_of(bucket)))
         missing[bucket] = missing[bucket] + waits[bucket] - free
     end
     local durations = {}
     if missing[bucket] > 0 then
-        durations = returning(bucket, ages[bucket] or since_of(bucket))
+        durations = returning(bucket, since[bucket] or since_of(bucket))
         again[bucket] = now + (durations[1] or 0)
     elseif free > 0 then
         again[bucket] = now -- it keeps its place until it asks
@@ -393,13 +400,13 @@ if not repeated then
     for bucket = 1, count do
         local next_ask = again[bucket] or (within[bucket] and again[within[bucket]])
         if next_ask then
-            local entry = {whole(ages[bucket] or since_of(bucket)), whole(now), whole(room[bucket]), whole(next_ask)}
+            local entry = {whole(since[bucket] or since_of(bucket)), whole(now), whole(room[bucket]), whole(next_ask)}
             redis.call('HSET', lines[bucket], process, table.concat(entry, ' '))
-            live(lines[bucket], math.ceil((next_ask - now + 2 * pause) / 1000))
-        elseif now >= opens then
+            extend_life(lines[bucket], math.ceil((next_ask - now + 2 * pause) / 1000))
+        elseif now >= grants_from then
             redis.call('HDEL', lines[bucket], process)
         end
-        live(keys[bucket], math.ceil((lease + retention) / 1000))
+        extend_life(keys[bucket], math.ceil((lease + retention) / 1000))
     end
     redis.call('SET', KEYS[2], whole(message), 'PX', math.ceil((lease + retention) / 1000))
 end

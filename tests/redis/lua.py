@@ -30,6 +30,8 @@ from crustcredits.redis.protocol import SCRIPT, SHA
 # expose rounding.
 EPOCH = 1_700_000_000.0
 
+_WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
+
 # As in Redis, the script may not set a global variable, and numbers become text with all digits.
 _SHELL = """
 local commands = ...
@@ -169,6 +171,7 @@ class FakeRedis:
         cut: Processes that cannot connect.
         lose_each: Of how many messages the answer of one is lost; 0 for none.
         deaf: Processes whose messages arrive, but not the answers.
+        refusal: The error of each HMGET; empty for none.
         lose_answers: Number of next messages whose answer is lost after the script has run.
         repeat: Number of next messages that the client sends again because their answer was lost.
         messages: Number of messages, including failed ones.
@@ -191,6 +194,7 @@ class FakeRedis:
         self.down = False
         self.cut: set[str] = set()
         self.deaf: set[str] = set()
+        self.refusal = ""
         self.lose_answers = self.repeat = self.lose_each = self._answers = 0
         self.messages = self.evals = 0
         self.messages_of: Counter[str] = Counter()
@@ -415,6 +419,8 @@ class FakeRedis:
             return value
         if isinstance(value, (int, float)):
             return int(value)
+        if value["err"] is not None:
+            raise ResponseError(value["err"])
         return [self._answer(value[place]) for place in range(1, len(value) + 1)]
 
     # --- the commands
@@ -447,16 +453,18 @@ class FakeRedis:
         return self._lua.table(str(self._now // 1_000_000), str(self._now % 1_000_000))
 
     def _hmget(self, key: str, *fields: str) -> Any:
+        if self.refusal:
+            return self._lua.table_from({"err": self.refusal})
         value = self._get(key) or {}
         if "text" in value:
-            return self._lua.table_from({"err": "WRONGTYPE"})
+            return self._lua.table_from({"err": _WRONG_TYPE})
         return self._lua.table(*(value.get(field, False) for field in fields))
 
     def _field(self, key: str, field: str) -> str | None:
         self._look_at_clock()
         value: dict[str, str] = self._get(key) or {}
         if "text" in value:
-            raise ResponseError("WRONGTYPE")
+            raise ResponseError(_WRONG_TYPE)
         return value.get(field)
 
     def _hset(self, key: str, *pairs: str | float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
+from redis.exceptions import ResponseError
 
 from crustcredits.redis.protocol import (
     SCRIPT,
@@ -396,9 +397,20 @@ def test_a_marker_of_another_program_is_replaced(
     redis: FakeRedis, clock: Clock, marker: str
 ) -> None:
     """As a lost count."""
-    fields = ["epoch", "opens", "longest", "heard", "served", "careful"]
+    fields = ["epoch", "opens", "longest", "heard", "served", "cautious_until"]
     redis.spoil("{p}:epoch", "text" if marker == "text" else dict.fromkeys(fields, "x"))
     one = Process(redis, "one")
     assert one.ask(("a", 3, 2)).pause == PAUSE
     clock.at += PAUSE
     assert one.ask(("a", 3, 2)).granted == (2,)
+
+
+def test_a_marker_that_cannot_be_read_is_kept(redis: FakeRedis, clock: Clock) -> None:
+    """Only a marker of another program is deleted; any other error reaches the process."""
+    one = Process(redis, "one")
+    one.ask(("a", 3, 2))
+    before = dict(redis.content("{p}:epoch"))
+    redis.refusal = "LOADING Redis is loading the dataset in memory"
+    with pytest.raises(ResponseError, match="LOADING"):
+        one.ask(("a", 3, 2))
+    assert redis.content("{p}:epoch") == before
