@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
+from urllib.parse import parse_qs
 
+from redis import Redis as SyncRedis
+from redis import RedisCluster as SyncRedisCluster
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -253,12 +257,26 @@ def _connect(url: str) -> Redis | ConfigurationError:
         # Build one connection now, so that redis-py rejects an unknown URL option here and not at
         # the first call.
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
-    except (TypeError, ValueError, RedisError):
+    except (TypeError, ValueError, RedisError) as error:
+        if option := _option(url, error):
+            return ConfigurationError(
+                f"url_or_client has the option {option!r}, which redis-py refuses; correct the "
+                "option, or leave it out"
+            )
         return ConfigurationError(
             "url_or_client is not a Redis URL, or has an option that redis-py does not know; use "
             "redis://host:port/number"
         )
     return client
+
+
+def _option(url: str, error: Exception) -> str:
+    """The name of the URL's option that an error of redis-py is about; empty if unknown."""
+    query = url.partition("?")[2]
+    if "@" in query:  # the "?" may be part of the password
+        return ""
+    names = re.findall(r"['`](\w+)['`]", str(error))
+    return next((name for name in parse_qs(query) if name in names), "")
 
 
 def _wrong_kind(client: object) -> ConfigurationError:
@@ -269,4 +287,10 @@ def _wrong_kind(client: object) -> ConfigurationError:
     kind = kind_of(client)
     if not isinstance(client, (bool, int, float, bytes, list, tuple, dict, set)):
         kind += f" of {type(client).__module__}"
-    return ConfigurationError(f"url_or_client must be a URL or a redis.asyncio client, not {kind}")
+    remedy = ""
+    for name, synchronous in (("Redis", SyncRedis), ("RedisCluster", SyncRedisCluster)):
+        if isinstance(client, synchronous):
+            remedy = f"; use redis.asyncio.{name} in place of redis.{name}"
+    return ConfigurationError(
+        f"url_or_client must be a URL or a redis.asyncio client, not {kind}{remedy}"
+    )

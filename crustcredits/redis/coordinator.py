@@ -25,6 +25,7 @@ from crustcredits.redis.protocol import (
     SCRIPT,
     SHA,
     AnswersPart,
+    BadReplyError,
     BucketReport,
     PermitRequest,
     Request,
@@ -456,9 +457,10 @@ class Coordinator:
     def _count_is_lost(self, message: _Message, response: Response) -> None:
         """Redis did nothing. Register all tokens, then repeat the message."""
         _log.warning(
-            "the rate limit's count in Redis was lost, or Redis's clock was set; calls wait "
-            "for %.1f s, in which each process registers its tokens; if it repeats, look for "
-            "restarts, failovers and evictions of Redis",
+            "prefix %s: Redis lost the rate limit's count, or its clock jumped; no call starts for "
+            "%.1f s while each process registers its tokens; if it repeats, look for restarts, "
+            "failovers, evictions and clock changes",
+            self._prefix,
             response.pause,
         )
         for tokens in message.indexes:
@@ -502,7 +504,7 @@ class Coordinator:
         return bool(self._unregistered.difference(message.indexes))
 
     def _lost(self, message: _Message, error: Exception) -> None:
-        why = type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")
+        why = _why(error)
         for tokens in message.indexes:
             tokens.messages.unanswered()
         self._agenda.add_again(message.indexes, self._last)
@@ -525,6 +527,14 @@ def hidden_name(whose: str | bytes | None) -> str:
         return ""
     kind, text = ("key", whose) if isinstance(whose, bytes) else ("account", whose.encode())
     return f":{kind}:{hashlib.sha256(text).hexdigest()}"
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no reply within {PATIENCE:g} s"
+    if isinstance(error, BadReplyError):
+        return str(error)
+    return type(error).__name__ + (f": {error}" if isinstance(error, RedisError) else "")
 
 
 def _now() -> float:

@@ -247,8 +247,7 @@ class Lease:
             return
         self._valid_until = None
         _log.warning(
-            "the lease %r is lost, fencing number %d: %s; the work of the leader has to stop in "
-            "this process",
+            "lease %r lost (fencing number %d), because %s; stop the leader's work in this process",
             self._name,
             self._number,
             cause,
@@ -275,7 +274,7 @@ class Lease:
             why = _why(error)
         else:
             if self._trouble:
-                _log.warning("Redis answers again about the lease %r", self._name)
+                self._log_return(answer)
             self._trouble = ""
             return answer
         if problem is not None and not self._acquired.done():
@@ -286,13 +285,24 @@ class Lease:
             if self._acquired.done():
                 effect = "stops being the leader if no answer comes in time"
             _log.warning(
-                "Redis does not answer about the lease %r (%s); this process %s",
+                "no reply from Redis for lease %r (%s); this process %s; look at Redis and at the "
+                "network",
                 self._name,
                 why,
                 effect,
             )
         self._trouble = why
         return None
+
+    def _log_return(self, answer: _Answer) -> None:
+        if not self._acquired.done():
+            _log.warning(
+                "Redis answers again; this process competes for lease %r again", self._name
+            )
+        elif answer.number and self.is_held:
+            _log.warning("Redis answers again; lease %r continues", self._name)
+        else:
+            _log.warning("Redis answers again; lease %r has ended", self._name)
 
     async def _send(self, action: Literal["acquire", "renew", "release"]) -> _Answer:
         async with asyncio.timeout(min(_MOST, _PATIENCE * self._seconds)):

@@ -122,10 +122,13 @@ class Outage:
 
     def ended(self) -> bool:
         """Note that a message was answered. Returns whether degraded mode ends."""
-        self.since = None
-        if self.is_long:
+        since, self.since = self.since, None
+        if self.is_long and since is not None:
             self.is_long = False
-            _log.warning("Redis answers again; the processes share one count of the rate limit")
+            _log.warning(
+                "Redis answers again after %.0f s; this process counts in Redis again",
+                asyncio.get_running_loop().time() - since,
+            )
         if not self.is_degraded:
             return False
         self.is_degraded = self.is_settled = False
@@ -185,8 +188,10 @@ class Outage:
             return
         if sent >= self._says_losses_at:
             _log.warning(
-                "Redis leaves messages without an answer, lately for this cause: %s; calls wait "
-                "longer; look at the network between this process and Redis, and at Redis's log",
+                "Redis lost %d messages within %.0f s, so calls wait longer; last cause: %s; look "
+                "at the network and at Redis's log",
+                _LOSSES,
+                _LOSSES_WITHIN,
                 why,
             )
         self._says_losses_at = sent + _SAYS_LOSSES_EVERY

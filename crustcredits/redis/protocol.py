@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any, Final, Self, TypeAlias
 
 import attrs
+from redis.exceptions import RedisError
 
 
 def _source(name: str) -> str:
@@ -343,6 +344,16 @@ class FoundAnswer:
     value: str = ""
 
 
+class BadReplyError(RedisError):
+    """A reply that is not from the script."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Redis sent a reply that is not from the script; look for a proxy, or another program "
+            "with this prefix"
+        )
+
+
 @attrs.frozen(kw_only=True)
 class Response:
     """Redis's answer.
@@ -371,11 +382,17 @@ class Response:
         """The answer to a request.
 
         Raises:
-            ValueError: It is not an answer of the script.
-            TypeError: Likewise.
+            BadReplyError: It is not an answer of the script.
         """
+        try:
+            return cls._decode(answer, request)
+        except (ValueError, TypeError) as error:
+            raise BadReplyError from error
+
+    @classmethod
+    def _decode(cls, answer: Any, request: Request) -> Self:
         if not isinstance(answer, (str, bytes)):
-            raise TypeError("the answer is not from the script")
+            raise TypeError("not a text")
         text = answer if isinstance(answer, str) else answer.decode("ascii")
         first, _, values = text.partition("\n")
         numbers = list(map(int, first.split()))
@@ -402,7 +419,7 @@ class Response:
             buckets.append(BucketState(out=out, missing=missing, free=free, returns=returns))
         granted = numbers[place:]
         if len(granted) != len(request.asks):
-            raise ValueError("the answer is not from the script")
+            raise ValueError("of another length")
         return cls(
             is_known=True,
             epoch=epoch,

@@ -20,6 +20,11 @@ from crustcredits._errors import ConfigurationError
 _log = logging.getLogger("crustcredits")
 
 _OLDEST = (6, 2)
+# All commands of the three scripts, and of this package.
+_COMMANDS = (
+    "EVALSHA, EVAL, INFO, TIME, GET, SET, DEL, INCR, PTTL, PEXPIRE, HGET, HMGET, HGETALL, HSET, "
+    "HSETNX, HDEL, ZADD, ZREM, ZCARD, ZCOUNT, ZSCORE, ZRANGEBYSCORE and ZREMRANGEBYSCORE"
+)
 
 
 def address_of(client: Any) -> str:
@@ -39,8 +44,8 @@ def mistake(error: BaseException) -> ConfigurationError | None:
         )
     if isinstance(error, NoPermissionError) or "user executing the script" in str(error):
         return ConfigurationError(
-            "the Redis user has no right to run the script; allow it EVALSHA, EVAL and the "
-            "commands GET, SET, INCR, HGETALL, HSET, ZADD and the like on all keys of the prefix"
+            "the Redis user has no right to run the script; allow it the commands "
+            f"{_COMMANDS} on all keys of the prefix"
         )
     if isinstance(error, InvalidResponse):
         return ConfigurationError("the server at this address is not a Redis; correct the URL")

@@ -220,9 +220,10 @@ async def test_the_lease_is_lost_when_redis_does_not_answer_in_time(
         assert not is_leader(one)
     assert times == [pytest.approx(SPAN / 3 + 0.9 * SPAN, abs=0.02)]
     assert [record.message.partition(" (")[0] for record in caplog.records] == [
-        "Redis does not answer about the lease 'watcher'",
-        f"the lease 'watcher' is lost, fencing number {number}: Redis did not answer in time",
+        "no reply from Redis for lease 'watcher'",
+        "lease 'watcher' lost",
     ]
+    assert f"lost (fencing number {number}), because Redis did not answer in time" in caplog.text
 
 
 async def test_the_lease_is_released_when_it_is_lost(redis: FakeRedis) -> None:
@@ -246,9 +247,9 @@ async def test_an_outage_shorter_than_the_lease_costs_nothing(
         await asyncio.sleep(SPAN)
         assert is_leader(one)
     assert times == []
-    assert [record.message.partition(" about")[0] for record in caplog.records] == [
-        "Redis does not answer",
-        "Redis answers again",
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "no reply from Redis for lease 'watcher'",
+        "Redis answers again; lease 'watcher' continues",
     ]
 
 
@@ -282,7 +283,7 @@ async def test_the_lease_is_lost_when_redis_has_another_holder_or_none(
     assert redis.messages == messages
     assert is_known(redis) == taken
     assert "another process holds it, or Redis lost it" in caplog.text
-    assert "the work of the leader has to stop in this process" in caplog.text
+    assert "stop the leader's work in this process" in caplog.text
     await another.close()
 
 
@@ -389,9 +390,9 @@ async def test_waiting_goes_on_during_an_outage(
     await asyncio.sleep(1.1)
     one = await entering
     assert is_leader(one)
-    assert [record.message.partition(" about")[0] for record in caplog.records] == [
-        "Redis does not answer",
-        "Redis answers again",
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "no reply from Redis for lease 'watcher'",
+        "Redis answers again; this process competes for lease 'watcher' again",
     ]
     assert "this process waits until it answers" in caplog.text
     await one.__aexit__()

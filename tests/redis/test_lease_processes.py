@@ -270,6 +270,6 @@ async def test_no_secret_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     shared = backend(f"redis://me:hunter2@127.0.0.1:{free_port()}")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(enter(shared.lease("watcher")), 0.05)
-    assert "does not answer about the lease 'watcher' (ConnectionError" in caplog.text
+    assert "no reply from Redis for lease 'watcher' (ConnectionError" in caplog.text
     assert "hunter2" not in caplog.text
     await shared.close()

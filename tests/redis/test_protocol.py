@@ -11,6 +11,7 @@ import pytest
 from crustcredits.redis.protocol import (
     AnswerOperation,
     AnswersPart,
+    BadReplyError,
     BucketReport,
     BucketState,
     FindAnswer,
@@ -153,5 +154,5 @@ def test_an_answer_may_come_as_text_or_bytes(answer: str | bytes) -> None:
     ],
 )
 def test_an_answer_of_another_script_is_refused(answer: Any) -> None:
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(BadReplyError, match="not from the script; look for a proxy"):
         Response.decode(answer, REQUEST)

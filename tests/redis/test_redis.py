@@ -485,11 +485,22 @@ async def test_calls_fail_without_redis_when_on_outage_is_raise() -> None:
         ({"url_or_client": "http://:hunter2@localhost"}, "url_or_client is not a Redis URL"),
         ({"url_or_client": "redis://:hunter2@localhost:port"}, "url_or_client is not a Redis URL"),
         ({"url_or_client": 5}, "a redis.asyncio client, not an int"),
-        ({"url_or_client": SynchronousRedis()}, "a redis.asyncio client, not a Redis of redis"),
+        (
+            {"url_or_client": SynchronousRedis()},
+            "not a Redis of redis.client; use redis.asyncio.Redis in place of redis.Redis$",
+        ),
         ({"url_or_client": None}, "set the variable"),
         (
             {"url_or_client": "redis://:hunter2@localhost?retires=5"},
-            "an option that redis-py does not know",
+            "^url_or_client has the option 'retires', which redis-py refuses",
+        ),
+        (
+            {"url_or_client": "redis://:hunter2@localhost?socket_timeout=soon"},
+            "^url_or_client has the option 'socket_timeout', which redis-py refuses",
+        ),
+        (
+            {"url_or_client": "redis://:6379?hunter2=5@localhost"},
+            "^url_or_client is not a Redis URL, or has an option",
         ),
         ({"prefix": ""}, "non-empty"),
         ({"prefix": "a{b}"}, "without braces"),
