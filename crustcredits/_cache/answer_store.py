@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import attrs
+
+# Seconds. A call that has waited for another process takes an answer whose request started so long
+# before the call, or later: it joins that request, as it would in its own process.
+JOIN: Final = 0.5
 
 
 @attrs.frozen(kw_only=True)

@@ -95,28 +95,31 @@ class CacheEntry:
         self._balance, self._failure, self._failed = balance, None, None
         self._received, self._received_wall = now - age, time.time() - age
         self._refreshes_at = _grant_after(balance) if isinstance(balance, Account) else math.inf
-        self.tried = self.refresh_at = now
+        self.tried = now - age
+        self.refresh_at = now
         self._failures = 0
         self._fresh = self._stale = None
 
-    def failed(self, failure: Unknown, retry: Retry, now: float) -> None:
-        """Record a failure.
+    def failed(self, failure: Unknown, retry: Retry, now: float, *, age: float = 0.0) -> None:
+        """Record a failure, of this age in seconds.
 
         If the error is about the key itself, the cached balance is dropped.
         """
         self._failure = attrs.evolve(failure, attempts=0, source="cached")
         self._failures += 1
-        self.tried = now
-        if failure.attempts:  # a failure without a request is not returned in place of a request
-            self._failed = Moment(now, time.time())
+        self.tried = now - age
+        # A failure without a request, here or in another process, is not returned in place of one.
+        if failure.attempts or failure.source == "shared":
+            self._failed = Moment(now - age, time.time() - age)
         self.refresh_at = now + refresh_delay(retry, failure.error, self._failures)
         self._stale = None
         if isinstance(failure.error, OF_THE_KEY):
             self._balance = self._fresh = None
 
     def is_newer_than(self, age: float, now: float) -> bool:
-        """Whether a younger balance than one of this age is cached."""
-        return self._balance is not None and now - self._received < age
+        """Whether the last result, good or bad, is younger than this age."""
+        has_result = self._balance is not None or self._failure is not None
+        return has_result and now - self.tried < age
 
     @property
     def has_balance(self) -> bool:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from crustcredits._cache.answer_store import StoredAnswer
+from crustcredits._cache.answer_store import JOIN, StoredAnswer
 from crustcredits._cache.cache_entry import CacheEntry
 from crustcredits._cache.dispatcher import Dispatcher
 from crustcredits._cache.outcomes import closed_error, failure, shared
@@ -84,21 +84,26 @@ class Completion:
         evicted: CacheKey | None = None
         entry: CacheEntry | None = None
         outcome: Outcome[Any] | None = None
+        joins = call.is_parked and answer.began >= call.entered - JOIN
+        if result is None or self._cache.has_newer(call.cache_key, age, now):
+            return False
         if isinstance(result, Balance):
             evicted = self._cache.succeeded(call.cache_key, result, now, age=age)
             entry = self._cache.find(call.cache_key)
-            if policy.is_fresh(age):
+            cached = None if entry is None else entry.answer(policy, now)
+            if joins or (cached is not None and not cached.stale and cached.error is None):
                 outcome = Known(balance=result, attempts=0, source="shared")
-            elif entry is not None and policy.is_stale_while_revalidate(age):
-                outcome = entry.answer(policy, now)
-        elif result is not None and age < policy.error_age:
+            elif policy.is_stale_while_revalidate(age):
+                outcome = cached
+        elif joins or age < policy.error_age:
             unknown = Unknown(
                 key=call.api_key,
                 error=result,
                 checked_at=datetime.now(UTC) - timedelta(seconds=age),
                 source="shared",
             )
-            evicted, outcome = self._cache.failed(call.cache_key, unknown, now), unknown
+            evicted = self._cache.failed(call.cache_key, unknown, now, age=age)
+            outcome = unknown
         if outcome is not None:
             self._pass_on(call, outcome)
             if entry is not None and outcome.stale and entry.claim_refresh(call.cache_key[1], now):

@@ -64,33 +64,38 @@ class BalanceCache:
     def succeeded(
         self, cache_key: CacheKey, balance: Balance, now: float, *, age: float = 0.0
     ) -> CacheKey | None:
-        """Record a balance, of this age in seconds, unless a younger one is cached.
+        """Record a balance, of this age in seconds: 0 if this process has fetched it.
 
         Returns the cache key that was evicted for it, if any.
         """
         entry, evicted = self._entries.get(cache_key), None
         endpoint = self._endpoints[cache_key[0]]
-        if endpoint.failures or endpoint.refresh_at:
+        if not age and (endpoint.failures or endpoint.refresh_at):
             endpoint.answered()
         if entry is None:
             entry, evicted = self._make(cache_key)
         else:
             self._entries.move_to_end(cache_key)
-        if not (age and entry.is_newer_than(age, now)):
-            entry.succeeded(balance, now, age=age)
+        entry.succeeded(balance, now, age=age)
         return evicted
 
-    def failed(self, cache_key: CacheKey, failure: Unknown, now: float) -> CacheKey | None:
-        """Record a failure. Returns the cache key that was evicted for it, if any."""
+    def failed(
+        self, cache_key: CacheKey, failure: Unknown, now: float, *, age: float = 0.0
+    ) -> CacheKey | None:
+        """Record a failure, of this age in seconds: 0 if it is of this process.
+
+        Returns the cache key that was evicted for it, if any.
+        """
         entry, evicted = self.find(cache_key), None
         if entry is None:
             entry, evicted = self._make(cache_key)
-        entry.failed(failure, self._retry, now)
+        entry.failed(failure, self._retry, now, age=age)
         if isinstance(failure.error, _OF_ALL_ENDPOINTS):
             for path in {USER_CREDITS, ACCOUNT_CREDITS} - {cache_key[0]}:
                 self._entries.pop((path, cache_key[1]), None)
         if isinstance(failure.error, OF_THE_KEY):
-            self._endpoints[cache_key[0]].answered()
+            if not age:
+                self._endpoints[cache_key[0]].answered()
         elif isinstance(failure.error, _OF_THE_ENDPOINT):
             has_balance = partial(self._has_any_balance, cache_key[0])
             self._endpoints[cache_key[0]].failed(
@@ -99,6 +104,11 @@ class BalanceCache:
         else:
             self.ended_without_result(cache_key)
         return evicted
+
+    def has_newer(self, cache_key: CacheKey, age: float, now: float) -> bool:
+        """Whether a result is cached that is younger than this age."""
+        entry = self._entries.get(cache_key)
+        return entry is not None and entry.is_newer_than(age, now)
 
     def has_balance(self, cache_key: CacheKey) -> bool:
         """Whether a balance is cached there."""

@@ -114,8 +114,11 @@ local function exchange_answers(process, now, read, whole, hash, expiries, fetch
         elseif operation == INVALIDATE then
             local name = text(length)
             if name == '*' then
+                redis.call('DEL', hash)
+                redis.call('DEL', expiries)
                 redis.call('HSET', hash, name, whole(now))
                 redis.call('ZADD', expiries, whole(now + memory), name)
+                all_invalid_before = now
             else
                 save(name, {asked = 0, invalid_before = now, kind = 0, owner = '-', value = ''}, memory)
             end
@@ -129,8 +132,12 @@ local function exchange_answers(process, now, read, whole, hash, expiries, fetch
         forgotten = redis.call('ZRANGEBYSCORE', expiries, '-inf', '+inf', 'LIMIT', 0, #forgotten + surplus)
     end
     for _, name in ipairs(forgotten) do
-        redis.call('HDEL', hash, name)
-        redis.call('ZREM', expiries, name)
+        local is_expired = forgets_at(name) <= now
+        -- An invalidation is remembered, so that no answer of before it comes back.
+        if is_expired or name ~= '*' and find(name).invalid_before + memory <= now then
+            redis.call('HDEL', hash, name)
+            redis.call('ZREM', expiries, name)
+        end
     end
     redis.call('ZREMRANGEBYSCORE', fetchers, '-inf', whole(now - memory))
     for _, key in ipairs({hash, expiries, fetchers}) do

@@ -331,8 +331,9 @@ class Coordinator:
             self._probe = None  # no message at all is answered
             self._lost(_Message(self._last, self._epoch), error)
             return False
-        if epoch not in (str(self._epoch), str(self._epoch).encode()):
-            self._epoch = 0  # a lost count
+        if self._epoch and epoch not in (str(self._epoch), str(self._epoch).encode()):
+            self._say_count_is_lost(PAUSE)
+            self._epoch = 0  # the next message registers
         self._register(self._last)
         return True
 
@@ -407,10 +408,8 @@ class Coordinator:
         return self.answers.part(message.answers, self._redis_time)
 
     def _redis_time(self, moment: float) -> int:
-        """Redis's clock at a moment, or an earlier time; 0 if it is unknown."""
-        if self._clock is None:
-            return 0
-        clock, _ = self._clock
+        """Redis's clock at a moment, or an earlier time; long ago if it is unknown."""
+        clock, _ = self._clock or (0, 0.0)
         return max(0, clock + math.floor((moment - self._clock_heard) * 1e6))
 
     def _leaves(self, message: _Message) -> bool:
@@ -456,18 +455,21 @@ class Coordinator:
 
     def _count_is_lost(self, message: _Message, response: Response) -> None:
         """Redis did nothing. Register all tokens, then repeat the message."""
-        _log.warning(
-            "prefix %s: Redis lost the rate limit's count, or its clock jumped; no call starts for "
-            "%.1f s while each process registers its tokens; if it repeats, look for restarts, "
-            "failovers, evictions and clock changes",
-            self._prefix,
-            response.pause,
-        )
+        self._say_count_is_lost(response.pause)
         for tokens in message.indexes:
             tokens.messages.unanswered()
             self._say_by(tokens, _now())
         if self.answers is not None and message.answers is not None:
             self.answers.lost(message.answers)
+
+    def _say_count_is_lost(self, pause: float) -> None:
+        _log.warning(
+            "prefix %s: Redis lost the rate limit's count, or its clock jumped; no call starts for "
+            "%.1f s while each process registers its tokens; if it repeats, look for restarts, "
+            "failovers, evictions and clock changes",
+            self._prefix,
+            pause,
+        )
 
     def _take(self, message: _Message, response: Response, now: float) -> None:
         """Take the permits and the news of an answer."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import itertools
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
 
-from crustcredits._cache.answer_store import Ages, Finding, OnFinding, StoredAnswer
+from crustcredits._cache.answer_store import JOIN, Ages, Finding, OnFinding, StoredAnswer
 from crustcredits.redis.protocol import (
     AnswerOperation,
     AnswersPart,
@@ -48,12 +49,20 @@ _FINDINGS = {
 
 @attrs.define(eq=False)
 class _Search:
-    """A search for one answer; `due` is when the next message asks for it."""
+    """A search for one answer.
+
+    Attributes:
+        began: When it began.
+        due: When the next message asks for it.
+        has_waited: Whether another process fetches the answer, or did.
+    """
 
     name: str
     ages: Ages
     on_finding: OnFinding
+    began: float
     due: float
+    has_waited: bool = False
 
 
 @attrs.frozen
@@ -83,7 +92,8 @@ class SharedAnswers:
     def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
         self._searches: dict[str, _Search] = {}
-        self._operations: deque[_Publication | FreeAnswer | InvalidateAnswer] = deque()
+        # In their order; the same one twice has no more effect than once.
+        self._operations: dict[_Publication | FreeAnswer | InvalidateAnswer, None] = {}
         self._operations_due = math.inf
         self._fetched: Counter[str] = Counter()  # calls of this process, by the answer they fetch
         self._is_out = False
@@ -95,7 +105,8 @@ class SharedAnswers:
         if self._is_out:
             asyncio.get_running_loop().call_soon(on_finding, Finding.OUT_OF_REACH, None)
             return
-        self._searches[name] = _Search(name, ages, on_finding, _now())
+        now = _now()
+        self._searches[name] = _Search(name, ages, on_finding, now, now)
         self._say()
 
     def stop(self, name: str) -> None:
@@ -115,7 +126,13 @@ class SharedAnswers:
 
     def invalidate(self, name: str | None) -> None:
         """As for `AnswerStore`."""
-        self._do(InvalidateAnswer(name=name or "*"), _now())
+        try:
+            now = _now()
+        except RuntimeError:  # no loop runs here: it goes with the next message
+            self._operations[InvalidateAnswer(name=name or "*")] = None
+            self._operations_due = 0.0
+            return
+        self._do(InvalidateAnswer(name=name or "*"), now)
 
     # --- for messages
 
@@ -137,12 +154,15 @@ class SharedAnswers:
 
     def take(self, now: float) -> AnswersInMessage:
         """Take out what the next message says."""
+        operations = [*itertools.islice(self._operations, _MOST)]
+        for operation in operations:
+            del self._operations[operation]
+        self._operations_due = now if self._operations else math.inf
+        if self._operations:
+            return AnswersInMessage([], operations)  # a search comes after each invalidation
         due = [each for each in self._searches.values() if each.due <= now][:_MOST]
         for search in due:
             search.due = math.inf
-        count = min(len(self._operations), _MOST)
-        operations = [self._operations.popleft() for _ in range(count)]
-        self._operations_due = now if self._operations else math.inf
         return AnswersInMessage(due, operations)
 
     def part(self, said: AnswersInMessage, redis_time: Callable[[float], int]) -> AnswersPart:
@@ -165,11 +185,13 @@ class SharedAnswers:
                 operations.append(operation)
         for search in said.searches:
             ages = search.ages
+            # A call that has waited for another process takes what that one has fetched meanwhile.
+            waited = _now() - search.began + JOIN if search.has_waited else 0.0
             operations.append(
                 FindAnswer(
                     name=search.name,
-                    max_age=ages.fresh,
-                    max_error_age=ages.error,
+                    max_age=max(ages.fresh, waited),
+                    max_error_age=max(ages.error, waited),
                     usable_age=ages.usable,
                 )
             )
@@ -194,6 +216,7 @@ class SharedAnswers:
                 continue
             if finding is Finding.OTHER_FETCHES:
                 search.due = _now() + _AGAIN
+                search.has_waited = True
             else:
                 del self._searches[search.name]
             search.on_finding(finding, _stored(reply, sent))
@@ -203,7 +226,9 @@ class SharedAnswers:
         now = _now()
         for search in said.searches:
             search.due = now
-        self._operations.extendleft(reversed(said.operations))
+            if search.name not in self._searches:  # Redis may count this process as its fetcher
+                self._free_later(search.name)
+        self._operations = dict.fromkeys([*said.operations, *self._operations])
         self._operations_due = now if self._operations else math.inf
 
     def come_back(self) -> None:
@@ -213,23 +238,30 @@ class SharedAnswers:
     def give_up(self) -> None:
         """Share nothing while Redis is out of reach: the calls ask the API for themselves."""
         self._is_out = True
-        self._operations = deque(
-            each for each in self._operations if isinstance(each, InvalidateAnswer)
-        )
-        self._operations_due = _now() if self._operations else math.inf
-        self._fetched.clear()
+        withdrawn = [each for each in self._operations if isinstance(each, _Publication)]
+        for publication in withdrawn:
+            del self._operations[publication]
         searches, self._searches = self._searches, {}
+        fetched, self._fetched = self._fetched, Counter()
+        for name in (*fetched, *searches, *(each.name for each in withdrawn)):
+            self._free_later(name)
+        self._operations_due = _now() if self._operations else math.inf
         for search in searches.values():
             search.on_finding(Finding.OUT_OF_REACH, None)
 
     # --- inside
 
     def _do(self, operation: _Publication | FreeAnswer | InvalidateAnswer, due: float) -> None:
-        if self._is_out and not isinstance(operation, InvalidateAnswer):
+        if self._is_out and isinstance(operation, _Publication):
             return
-        self._operations.append(operation)
+        self._operations[operation] = None
         self._operations_due = min(self._operations_due, due)
         self._say()
+
+    def _free_later(self, name: str) -> None:
+        """Let other processes fetch an answer, unless a call of this one still fetches it."""
+        if not self._fetched[name]:
+            self._operations[FreeAnswer(name=name)] = None
 
     def _end_fetching(self, name: str) -> None:
         self._fetched[name] -= 1

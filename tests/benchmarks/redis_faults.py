@@ -72,7 +72,7 @@ _NODES, _SLOTS = 3, 16_384
 _WORDS = {
     "Redis is out of reach": "out of reach",
     "Redis answers again": "answers again",
-    "the rate limit's count in Redis was lost": "count lost",
+    "Redis lost the rate limit's count": "count lost",
     "Redis leaves messages without": "messages lost",
 }
 

@@ -6,6 +6,8 @@ In virtual time, with the real script over a model of Redis.
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -18,11 +20,12 @@ from crustcredits import (
     GatewayError,
     InternalServerError,
     InvalidKeyError,
+    PaymentRequiredError,
     RateLimit,
     Retry,
 )
 from crustcredits._http.transport_types import Failure, Fate
-from tests.redis.lua import FakeRedis, connected
+from tests.redis.lua import EPOCH, FakeRedis, connected, opened
 from tests.redis.processes import vanish
 from tests.virtual import FakeServer, Reply, fake_client, keys, now
 
@@ -273,6 +276,49 @@ async def test_errors_that_do_not_concern_the_key_are_not_shared(
     assert fleet.asked == 2
 
 
+async def test_an_older_answer_in_redis_replaces_no_newer_one_in_the_cache(fleet: Fleet) -> None:
+    one, two = fleet.clients_(2, stale_if_error=600)
+    (key,) = keys(1)
+    await one.balance(key)
+    await asyncio.sleep(20)
+    newer = await two.balance(key, max_age=0)
+    await asyncio.sleep(20)
+    task = asyncio.create_task(two.balance(key, max_age=10))
+    await asyncio.sleep(0.012)  # the answer of Redis has come, that of the API has not
+    kept = two.peek(key)
+    assert kept is not None
+    assert kept.checked_at == newer.checked_at
+    await task
+    assert fleet.asked == 3
+
+
+async def test_found_answers_are_bounded_in_the_cache_too(fleet: Fleet) -> None:
+    one, two = fleet.client(), fleet.client(max_entries=1)
+    pool = keys(2)
+    await one.check(pool)
+    await asyncio.sleep(0.2)
+    for key in pool:
+        await two.balance(key)
+    assert [two.peek(key) is not None for key in pool] == [False, True]
+    assert fleet.asked == 2
+
+
+async def test_a_key_of_a_check_that_waits_for_its_turn_may_be_asked_for_anew(
+    fleet: Fleet,
+) -> None:
+    """It has not looked for a shared answer yet, and does not."""
+    one, two = fleet.clients_(2, rate_limit=RateLimit(requests=5_000, scope="client", pace=None))
+    pool = keys(1_500)
+    await one.balance(pool[-1])
+    await asyncio.sleep(0.2)
+    check = asyncio.create_task(two.check(pool))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (await two.balance(pool[-1], max_age=0)).credits == 9406
+    assert (await check).ok
+    assert fleet.asked == 1_501
+
+
 # --- who fetches
 
 
@@ -367,6 +413,110 @@ async def test_a_caller_that_joins_with_a_smaller_age_gets_no_older_answer(fleet
     assert fleet.asked == 2
 
 
+async def test_processes_that_wait_for_an_answer_take_it_although_it_is_old_by_then(
+    fleet: Fleet, server: FakeServer
+) -> None:
+    """As callers in one process do that join a request. Else each would ask after the other."""
+    server.script = lambda name, times: Reply(seconds=2.0)
+    clients = fleet.clients_(8, max_age=1)
+    (key,) = keys(1)
+    await asyncio.gather(*(client.balance(key) for client in clients))
+    assert fleet.asked == 1
+    assert now() < 3
+
+
+async def test_a_fetch_whose_beginning_was_lost_is_given_back(
+    fleet: Fleet, redis: FakeRedis
+) -> None:
+    """The caller has left, and this process still fetches other answers."""
+    one, two = fleet.clients_(2)
+    first, second = keys(2)
+    fleet.server.script = lambda name, times: Reply(seconds=20.0 if name == "k1" else 0.01)
+    busy = asyncio.create_task(one.balance(second, timeout=60))
+    await asyncio.sleep(0.7)
+    redis.lose_answers = 1
+    task = asyncio.create_task(one.balance(first))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(2)
+    began = now()
+    await two.balance(first)
+    assert now() - began < 1
+    busy.cancel()
+
+
+async def test_a_fetch_that_ends_in_an_outage_is_given_back(
+    fleet: Fleet, redis: FakeRedis, server: FakeServer
+) -> None:
+    server.script = lambda name, times: Reply(seconds=2.0 if name == "k0" else 30.0)
+    one, two = fleet.clients_(2, request_timeout=60.0)
+    first, second = keys(2)
+    tasks = [asyncio.create_task(one.balance(key)) for key in (first, second)]
+    await asyncio.sleep(0.5)
+    redis.down = True
+    await asyncio.sleep(5)
+    redis.down = False
+    await asyncio.sleep(3)
+    began = now()
+    await two.balance(first, timeout=100)
+    assert now() - began < 3
+    for task in tasks:
+        task.cancel()
+
+
+async def test_an_older_statement_of_another_process_does_not_replace_a_newer_one(
+    fleet: Fleet, server: FakeServer
+) -> None:
+    one, two = fleet.clients_(2, max_error_age=60)
+    (key,) = keys(1)
+    server.script = lambda name, times: Reply(status=402, body='{"message": "no credits"}')
+    with pytest.raises(PaymentRequiredError):
+        await one.balance(key)
+    await asyncio.sleep(20)
+    server.script = lambda name, times: Reply()
+    await two.balance(key, max_age=0)
+    await asyncio.sleep(5)
+    assert (await two.balance(key, max_age=3)).credits == 9406
+    assert (await two.balance(key)).credits == 9406
+
+
+async def test_an_account_is_not_fresh_after_its_next_grant(
+    fleet: Fleet, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = fleet.clients_(2)
+    (key,) = keys(1)
+    soon = (datetime.now(UTC) + timedelta(seconds=10)).isoformat()
+    fields = f'"credits": 100, "recurring_credits_refresh_date": "{soon}"'
+    server.script = lambda name, times: Reply(body=f'{{"account": {{{fields}}}}}')
+    await one.account(key)
+    await asyncio.sleep(0.2)
+    later = time.time() + 20  # the grant is by the wall clock
+    monkeypatch.setattr("crustcredits._cache.cache_entry.time.time", lambda: later)
+    await two.account(key)
+    assert fleet.asked == 2
+
+
+async def test_a_shared_error_is_cached(fleet: Fleet, redis: FakeRedis, server: FakeServer) -> None:
+    server.script = lambda name, times: Reply(status=401, body='{"message": "Invalid API key"}')
+    one, two = fleet.clients_(2, max_error_age=30)
+    (key,) = keys(1)
+    with pytest.raises(InvalidKeyError):
+        await one.balance(key)
+    await asyncio.sleep(20)
+    with pytest.raises(InvalidKeyError):
+        await two.balance(key)
+    before = redis.messages
+    for _ in range(20):
+        with pytest.raises(InvalidKeyError):
+            await two.balance(key)
+    assert redis.messages == before
+    await asyncio.sleep(11)
+    with pytest.raises(InvalidKeyError):
+        await two.balance(key)
+    assert fleet.asked == 2
+
+
 async def test_a_caller_that_leaves_ends_the_search(fleet: Fleet) -> None:
     one, two = fleet.clients_(2)
     (key,) = keys(1)
@@ -397,13 +547,42 @@ async def test_an_invalid_answer_does_not_come_back(
     slow = asyncio.create_task(one.balance(key))
     await asyncio.sleep(1)
     two.invalidate(None if all_keys else key)
-    await asyncio.sleep(0.1)
-    if not all_keys:
-        assert (await two.balance(key)).credits == 1
+    assert (await two.balance(key)).credits == 1  # in the same message
     assert (await slow).credits == 0
     await asyncio.sleep(1)
     assert (await three.balance(key)).credits == 1
     assert fleet.asked == 2
+
+
+async def test_many_invalidations_come_before_the_searches_that_follow(fleet: Fleet) -> None:
+    """They do not fit into one message."""
+    one, two = fleet.clients_(2)
+    pool = keys(200)
+    await one.check(pool)
+    await asyncio.sleep(0.2)
+    for key in pool:
+        two.invalidate(key)
+    assert (await two.check(pool)).ok
+    assert fleet.asked == 400
+
+
+async def test_an_invalidation_of_all_is_remembered_longer_than_the_answers_of_before(
+    fleet: Fleet,
+) -> None:
+    one, two = fleet.clients_(2, max_age=3600)
+    pool = keys(5)
+    await one.check(pool)
+    await asyncio.sleep(0.2)
+    two.invalidate()
+    await asyncio.sleep(700)
+    assert (await two.check(pool)).ok
+    assert fleet.asked == 10
+
+
+def test_an_invalidation_outside_of_the_loop_goes_with_the_next_message(server: FakeServer) -> None:
+    redis = opened(clock=lambda: EPOCH)
+    client = fake_client(server, backend=connected(redis, share_answers=True), max_age=60)
+    client.invalidate(keys(1)[0])
 
 
 async def test_an_answer_of_before_an_invalidation_is_not_found(fleet: Fleet) -> None:
