@@ -75,7 +75,8 @@ class RedisBackend:
             `stale_if_error` and `max_error_age`. With `max_age=0` nothing is shared. An answer is
             found by HMAC-SHA256 of the endpoint, keyed by the API key, so Redis holds no key and no
             name. Every reader of Redis can read balances. An answer's age counts from the start of
-            its request. Connection errors and gateway answers are not shared. Redis keeps at most
+            its request. Connection errors and gateway answers are not shared. A call waits while
+            another process fetches its answer; a killed one costs five seconds. Redis keeps at most
             10,000 answers of at most 4 KiB.
 
     When the client opens (`async with`), mistakes that do not heal are a `ConfigurationError`: a

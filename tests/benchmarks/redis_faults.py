@@ -68,12 +68,12 @@ _STALL = 6.0
 _NODE_TIMEOUT = 1000
 _NODES, _SLOTS = 3, 16_384
 
-# What the log says, by the beginning of the line.
+# What the log says, by a part of the line.
 _WORDS = {
     "Redis is out of reach": "out of reach",
     "Redis answers again": "answers again",
     "Redis lost the rate limit's count": "count lost",
-    "Redis leaves messages without": "messages lost",
+    "messages within": "messages lost",
 }
 
 
@@ -300,7 +300,7 @@ async def _run(fault: Fault, loop: str) -> Run:
         ended = time.monotonic()
         watched = [member for member in stage.members if member.place not in stage.left]
         said = Counter(
-            next((word for start, word in _WORDS.items() if line.text.startswith(start)), line.text)
+            next((word for part, word in _WORDS.items() if part in line.text), line.text)
             for member in stage.members
             for line in member.log
             if line.at >= began
