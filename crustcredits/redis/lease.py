@@ -299,10 +299,9 @@ class Lease:
             _log.warning(
                 "Redis answers again; this process competes for lease %r again", self._name
             )
-        elif answer.number and self.is_held:
-            _log.warning("Redis answers again; lease %r continues", self._name)
         else:
-            _log.warning("Redis answers again; lease %r has ended", self._name)
+            state = "continues" if answer.number and self.is_held else "has ended"
+            _log.warning("Redis answers again; lease %r %s", self._name, state)
 
     async def _send(self, action: Literal["acquire", "renew", "release"]) -> _Answer:
         async with asyncio.timeout(min(_MOST, _PATIENCE * self._seconds)):

@@ -227,7 +227,7 @@ class SharedAnswers:
         for search in said.searches:
             search.due = now
             if search.name not in self._searches:  # Redis may count this process as its fetcher
-                self._free_later(search.name)
+                self._operations[FreeAnswer(name=search.name)] = None
         self._operations = dict.fromkeys([*said.operations, *self._operations])
         self._operations_due = now if self._operations else math.inf
 
@@ -244,7 +244,7 @@ class SharedAnswers:
         searches, self._searches = self._searches, {}
         fetched, self._fetched = self._fetched, Counter()
         for name in (*fetched, *searches, *(each.name for each in withdrawn)):
-            self._free_later(name)
+            self._operations[FreeAnswer(name=name)] = None
         self._operations_due = _now() if self._operations else math.inf
         for search in searches.values():
             search.on_finding(Finding.OUT_OF_REACH, None)
@@ -257,11 +257,6 @@ class SharedAnswers:
         self._operations[operation] = None
         self._operations_due = min(self._operations_due, due)
         self._say()
-
-    def _free_later(self, name: str) -> None:
-        """Let other processes fetch an answer, unless a call of this one still fetches it."""
-        if not self._fetched[name]:
-            self._operations[FreeAnswer(name=name)] = None
 
     def _end_fetching(self, name: str) -> None:
         self._fetched[name] -= 1
