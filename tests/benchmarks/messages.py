@@ -15,7 +15,7 @@ from typing import Literal
 import attrs
 
 from crustcredits import RateLimit
-from tests.benchmarks._measure import Benchmark, Bound, print_machine, print_table
+from tests.benchmarks._measure import Benchmark, Bound, print_machine, print_table, whole
 from tests.redis.lua import Message, between, connected, opened
 from tests.virtual import WindowServer, fake_client, keys, now, run
 
@@ -42,7 +42,7 @@ def _says_something(message: Message) -> bool:
 
 
 async def _count(
-    processes: int, limit: int, scope: Literal["client", "auto"], max_age: float = 0.0
+    processes: int, limit: int, scope: Literal["client", "auto"], max_age: float, periods: int
 ) -> _Counted:
     redis = opened(latency=between(0.0005, 0.002))
     server = WindowServer(limit=limit, seconds=(0.02, 0.05))
@@ -51,7 +51,7 @@ async def _count(
         fake_client(server, rate_limit=rate_limit, backend=connected(redis, share_answers=True))
         for _ in range(processes)
     ]
-    many = (_PERIODS[limit] + 2) * limit
+    many = (periods + 2) * limit
     checks = [
         asyncio.create_task(client.check(keys(many, str(number)), max_age=max_age))
         for number, client in enumerate(clients)
@@ -59,7 +59,7 @@ async def _count(
     await asyncio.sleep(_PERIOD - 1)
     redis.seen = []
     served, began = len(server.served), now()
-    await asyncio.sleep(_PERIODS[limit] * _PERIOD - 2)
+    await asyncio.sleep(periods * _PERIOD - 2)
     assert now() > began
     messages = redis.seen
     told = sum(map(_says_something, messages))
@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> list[Bound]:
     for max_age, limits in ((0.0, (300, 3)), (_MAX_AGE, (300,))):
         for scope, limit, processes in itertools.product(_SCOPES, limits, (4, 8)):
             target = _TARGETS[limit]
-            counted = run(_count(processes, limit, scope, max_age))
+            periods = options.periods or _PERIODS[limit]
+            counted = run(_count(processes, limit, scope, max_age, periods))
             a_call = counted.messages / counted.calls
             name = f'{processes} processes, {limit} requests in 60 s, `scope="{scope}"`'
             if max_age:
@@ -103,8 +104,14 @@ def _run(options: argparse.Namespace) -> list[Bound]:
     return bounds
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--periods", type=whole(1), default=None, help="periods that are counted; by limit"
+    )
+
+
 BENCHMARK = Benchmark(
     about="messages to Redis for each call, in virtual time",
     run=_run,
-    add_options=lambda parser: None,
+    add_options=_add_options,
 )
